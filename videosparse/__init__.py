@@ -1,0 +1,1 @@
+"""Sparse attention for video diffusion transformers in Diffusers."""

@@ -1,0 +1,197 @@
+"""Which key blocks each query block reads: as a picture (`BlockMap`) and as the lists that kernels walk (`BlockIndex`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from videosparse.layout import TokenLayout, ceil_div
+
+BLOCK_SIZES = (64, 128)
+_SHADES = " ░▒▓█"
+
+
+def check_block(block: tuple[int, int]) -> None:
+    """Raise ValueError unless `block` is (query rows, key rows), each 64 or 128."""
+    if len(block) != 2 or any(b not in BLOCK_SIZES for b in block):
+        raise ValueError(f"block must be (query rows, key rows), each 64 or 128 (got {block}); try (128, 128).")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """A block-sparse attention pattern together with the geometry it is meant for.
+
+    Args:
+        keep: bool [B or 1, H or 1, Mq, Nk]; True where query block p reads key block q. A 1 is shared, never expanded.
+        block: (query rows, key rows) of a block.
+        q_len, kv_len: tokens covered; the last block of each side may be partial.
+
+    Raises:
+        TypeError: keep is not bool.
+        ValueError: keep does not cover ceil(q_len / block[0]) x ceil(kv_len / block[1]) blocks.
+    """
+
+    keep: torch.Tensor
+    block: tuple[int, int]
+    q_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        if self.keep.dtype != torch.bool:
+            raise TypeError(f"BlockMap.keep must be bool (got {self.keep.dtype}).")
+        expected = (ceil_div(self.q_len, self.block[0]), ceil_div(self.kv_len, self.block[1]))
+        if self.keep.dim() != 4 or tuple(self.keep.shape[2:]) != expected:
+            raise ValueError(
+                f"BlockMap.keep must be [B, H, {expected[0]}, {expected[1]}] for {self.q_len} x {self.kv_len} tokens in "
+                f"blocks of {self.block} (got {list(self.keep.shape)})."
+            )
+
+    @classmethod
+    def full(cls, layout: TokenLayout, block: tuple[int, int], device: torch.device | str = "cpu") -> BlockMap:
+        """The map that keeps every block: dense attention through the sparse door."""
+        check_block(block)
+        size = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
+        return cls(torch.ones(1, 1, *size, dtype=torch.bool, device=device), block, layout.length, layout.length)
+
+    @property
+    def density(self) -> float:
+        """Kept blocks / all blocks, text and forced blocks included, 0..1. Waits for the device."""
+        return float(self.keep.float().mean())
+
+    def video_density(self, layout: TokenLayout) -> float:
+        """Kept blocks / all blocks among those where both sides are video, 0..1. Waits for the device."""
+        rows, cols = (ceil_div(layout.video, b) for b in self.block)
+        return float(self.keep[:, :, :rows, :cols].float().mean())
+
+    def index(self, capacity: int | None = None) -> BlockIndex:
+        """The query-major lists of this map (see `BlockIndex`).
+
+        Args:
+            capacity: entries to allocate when the number of kept blocks is bounded by something the host knows; then
+                nothing waits for the device. None counts them, which waits once.
+
+        Raises:
+            ValueError: capacity is too small (checked on the CPU only), or the entries do not fit int32.
+        """
+        return BlockIndex.build(self, capacity)
+
+    def transpose(self) -> BlockMap:
+        """Which query blocks each key block is read by: the key-major map that dk/dv walks."""
+        return BlockMap(self.keep.transpose(2, 3).contiguous(), (self.block[1], self.block[0]), self.kv_len, self.q_len)
+
+    def to_tokens(self) -> torch.Tensor:
+        """Bool [B or 1, H or 1, q_len, kv_len]. For references and pictures of small maps: it has L x L entries."""
+        rows = self.keep.repeat_interleave(self.block[0], 2)[:, :, : self.q_len]
+        return rows.repeat_interleave(self.block[1], 3)[..., : self.kv_len]
+
+    def packed(self) -> torch.Tensor:
+        """uint8 [ceil(keep.numel() / 8)], eight blocks a byte, first block in the lowest bit; see `unpack`."""
+        flat = self.keep.flatten()
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
+        weight = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
+        return (flat * weight).sum(1, dtype=torch.uint8)
+
+    @classmethod
+    def unpack(cls, bits: torch.Tensor, like: tuple[int, int], block: tuple[int, int], q_len: int, kv_len: int) -> BlockMap:
+        """The map whose `packed()` is `bits`; `like` = (B or 1, H or 1)."""
+        check_block(block)
+        shape = (*like, ceil_div(q_len, block[0]), ceil_div(kv_len, block[1]))
+        count = shape[0] * shape[1] * shape[2] * shape[3]
+        if bits.dtype != torch.uint8 or bits.numel() != ceil_div(count, 8):
+            raise ValueError(
+                f"Packed map must be uint8 with {ceil_div(count, 8)} bytes for {list(shape)} blocks "
+                f"(got {bits.dtype} with {bits.numel()})."
+            )
+        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        keep = (bits[:, None] >> shifts & 1).flatten()[:count].view(shape).bool()
+        return cls(keep, block, q_len, kv_len)
+
+    def picture(self, width: int = 64) -> str:
+        """The map of the first sample and head as text, at most `width` characters wide; darker is denser."""
+        rows, cols = self.keep.shape[2:]
+        wide = min(width, cols)
+        high = max(1, min(ceil_div(wide, 2), rows))
+        share = torch.nn.functional.adaptive_avg_pool2d(self.keep[0, 0].float().cpu()[None], (high, wide))[0]
+        level = (share * (len(_SHADES) - 1)).ceil().long()
+        return "\n".join("".join(_SHADES[v] for v in line) for line in level.tolist())
+
+    def save_png(self, path: str | Path, size: int = 1024) -> None:
+        """Draw the map of the first sample and head: kept blocks dark, at least one pixel a block up to `size` pixels."""
+        from PIL import Image
+
+        keep = self.keep[0, 0].float().cpu()
+        if max(keep.shape) > size:
+            keep = torch.nn.functional.adaptive_avg_pool2d(keep[None], tuple(min(n, size) for n in keep.shape))[0]
+        gray = (255 - 225 * keep).to(torch.uint8)
+        zoom = max(1, size // max(gray.shape))
+        gray = gray.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+        Image.frombytes("L", (gray.shape[1], gray.shape[0]), bytes(gray.flatten().tolist())).save(path)
+
+    def __str__(self) -> str:
+        b, h, rows, cols = self.keep.shape
+        shared = f"{b if b > 1 else 'all'} samples, {h if h > 1 else 'all'} heads"
+        head = f"BlockMap {rows} x {cols} blocks of {self.block[0]} x {self.block[1]}, {shared}, density {self.density:.3f}"
+        return f"{head}\n{self.picture()}"
+
+
+@dataclass(frozen=True, eq=False)
+class BlockIndex:
+    """What kernels read: for each block row its kept blocks, ascending, rows one after another.
+
+    Rows are numbered (sample * heads + head) * rows + row over the samples and heads of the *map*, so a map shared by
+    all heads stays one set of rows.
+
+    Args:
+        row_ptr: int32 [samples * heads * rows + 1]; row r owns ids[row_ptr[r] : row_ptr[r + 1]].
+        ids: int32 [capacity]; what lies beyond row_ptr[-1] is undefined.
+        order: int32 [samples * heads * rows], the rows with the most blocks first: the order in which to start them.
+        shape: (samples, heads, rows, columns) of the map.
+        block: (row tokens, column tokens) of a block.
+        q_len, kv_len: tokens along rows and columns.
+    """
+
+    row_ptr: torch.Tensor
+    ids: torch.Tensor
+    order: torch.Tensor
+    shape: tuple[int, int, int, int]
+    block: tuple[int, int]
+    q_len: int
+    kv_len: int
+
+    @classmethod
+    def build(cls, block_map: BlockMap, capacity: int | None = None) -> BlockIndex:
+        """Lists of a map; see `BlockMap.index`."""
+        keep = block_map.keep
+        b, h, rows, cols = (int(n) for n in keep.shape)
+        if capacity is not None and capacity >= 2**31 or b * h * rows >= 2**31:
+            raise ValueError(f"A block index holds fewer than 2^31 entries (got capacity {capacity}).")
+        flat = keep.reshape(b * h * rows, cols)
+        counts = flat.sum(1, dtype=torch.int64)
+        row_ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        total = int(row_ptr[-1]) if capacity is None or not keep.is_cuda else capacity
+        if capacity is not None and total > capacity:
+            raise ValueError(f"The map keeps {total} blocks, more than the capacity of {capacity}.")
+        ids = _compact(flat, row_ptr, total if capacity is None else capacity)
+        order = counts.argsort(descending=True, stable=True)
+        return cls(
+            row_ptr.int(), ids, order.int(), (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the lists on their device."""
+        return sum(t.numel() * t.element_size() for t in (self.row_ptr, self.ids, self.order))
+
+
+def _compact(flat: torch.Tensor, row_ptr: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Column numbers of the kept entries of bool [rows, cols], row after row, int32 [capacity]; no device sync."""
+    cols = flat.shape[1]
+    place = flat.cumsum(1, dtype=torch.int64) - 1 + row_ptr[:-1, None]
+    # dropped entries (and any beyond the capacity) go to one extra slot that is cut off
+    place = torch.where(flat, place, capacity).clamp_(max=capacity)
+    column = torch.arange(cols, dtype=torch.int32, device=flat.device).expand_as(flat)
+    ids = torch.zeros(capacity + 1, dtype=torch.int32, device=flat.device)
+    return ids.scatter_(0, place.flatten(), column.reshape(-1))[:capacity]

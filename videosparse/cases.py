@@ -1,0 +1,105 @@
+"""Real models and the token grids they run on: what tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from videosparse.layout import TokenLayout, VideoGrid
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The numbers of a published model that decide the shape of its self-attention.
+
+    Args:
+        name: how the command line calls it.
+        family: "wan", "hunyuan_video" or "mochi".
+        layers, heads, head_dim: of the transformer's self-attention.
+        stride: (time, space) compression of the VAE.
+        text: text tokens inside self-attention (0 for Wan).
+        patch: spatial patch size.
+    """
+
+    name: str
+    family: str
+    layers: int
+    heads: int
+    head_dim: int
+    stride: tuple[int, int]
+    text: int = 0
+    patch: int = 2
+
+    def grid(self, num_frames: int, height: int, width: int) -> VideoGrid:
+        """The token grid of a video of `num_frames` pixel frames and height x width pixels.
+
+        Raises:
+            ValueError: a size that the model cannot take, with the nearest that it can.
+        """
+        time, space = self.stride
+        if num_frames < 1 or (num_frames - 1) % time:
+            low = max(0, (num_frames - 1) // time) * time + 1
+            near = " or ".join(str(n) for n in dict.fromkeys((low, max(1, low + (time if num_frames >= 1 else 0)))))
+            raise ValueError(f"num_frames must be {time}k+1 for {self.name} (got {num_frames}); use {near}.")
+        step = space * self.patch
+        for label, size in (("height", height), ("width", width)):
+            if size < step or size % step:
+                low = max(step, size // step * step)
+                near = " or ".join(str(n) for n in dict.fromkeys((low, low + step if size > step else low)))
+                raise ValueError(f"{label} must be a multiple of {step} for {self.name} (got {size}); use {near}.")
+        return VideoGrid((num_frames - 1) // time + 1, height // step, width // step)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one size: `layout()` is the sequence its self-attention sees."""
+
+    model: ModelSpec
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name} {self.height}x{self.width}x{self.num_frames}"
+
+    @property
+    def grid(self) -> VideoGrid:
+        return self.model.grid(self.num_frames, self.height, self.width)
+
+    def layout(self) -> TokenLayout:
+        return TokenLayout(self.grid, self.model.text)
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec("wan2.1-1.3b", "wan", 30, 12, 128, (4, 8)),
+        ModelSpec("wan2.1-14b", "wan", 40, 40, 128, (4, 8)),
+        ModelSpec("wan2.2-a14b", "wan", 40, 40, 128, (4, 8)),
+        ModelSpec("wan2.2-5b", "wan", 30, 24, 128, (4, 16)),
+        ModelSpec("hunyuan-video", "hunyuan_video", 60, 24, 128, (4, 8), text=256),
+        ModelSpec("mochi", "mochi", 48, 24, 128, (6, 8), text=256),
+        ModelSpec("tiny-wan", "wan", 8, 4, 64, (4, 4)),
+    )
+}
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case(MODELS["wan2.1-1.3b"], 81, 480, 832),
+        Case(MODELS["wan2.1-14b"], 81, 480, 832),
+        Case(MODELS["wan2.1-14b"], 69, 768, 1280),
+        Case(MODELS["wan2.1-14b"], 81, 720, 1280),
+        Case(MODELS["wan2.1-14b"], 161, 720, 1280),
+        Case(MODELS["wan2.1-14b"], 321, 720, 1280),
+        Case(MODELS["wan2.2-a14b"], 81, 720, 1280),
+        Case(MODELS["wan2.2-5b"], 121, 704, 1280),
+        Case(MODELS["hunyuan-video"], 129, 720, 1280),
+        Case(MODELS["hunyuan-video"], 509, 720, 1280),
+        Case(MODELS["mochi"], 163, 480, 848),
+        Case(MODELS["tiny-wan"], 33, 128, 128),
+        Case(MODELS["tiny-wan"], 81, 128, 128),
+        Case(MODELS["tiny-wan"], 321, 128, 128),
+        Case(MODELS["tiny-wan"], 81, 120, 136),
+    )
+}

@@ -1,0 +1,34 @@
+"""How attention kernels run: the fields that every caller may set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Options of `attend` and `block_sums`.
+
+    Args:
+        backend: "auto" takes the fastest that runs here and logs once which and why; "triton" and "torch" raise when
+            they cannot run.
+        quant: integer attention ("int8", "int8-fp8"); not built yet, so anything but None raises.
+        logit: a change of the scores before the softmax; not built yet, so anything but None raises.
+
+    Raises:
+        ValueError: an unknown backend.
+        NotImplementedError: quant or logit is set.
+    """
+
+    backend: str = "auto"
+    quant: str | None = None
+    logit: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
+        for name in ("quant", "logit"):
+            if getattr(self, name) is not None:
+                raise NotImplementedError(f"KernelOptions.{name} is not available yet (got {getattr(self, name)!r}).")

@@ -1,0 +1,162 @@
+"""What a sparse-attention method is (`SparsityPolicy`), and what it decides for one layer at one step (`LayerPlan`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from videosparse.blocks import BlockIndex
+from videosparse.kernels import KernelOptions
+from videosparse.layout import TokenLayout
+from videosparse.ordering import TokenOrder
+
+
+class Mode(StrEnum):
+    """What one attention call does; the only Python constant that a compiled block reads from its plan."""
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+    SEARCH = "search"
+    REFRESH = "refresh"
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """When we are.
+
+    Args:
+        context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step).
+        index: denoising step, from 0.
+        total: denoising steps of this run, None when nobody said.
+    """
+
+    context: str
+    index: int
+    total: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What one layer does now.
+
+    Args:
+        mode: see `Mode`.
+        layout: the sequence of this call; in sparse modes text starts on a fresh block.
+        index: lists of kept blocks; None in dense mode.
+        order: token order; None is raster order.
+        lse: fp32 [B, H, L] kept from the last dense step, for refresh.
+        options: how kernels run.
+    """
+
+    mode: Mode
+    layout: TokenLayout
+    index: BlockIndex | None = None
+    order: TokenOrder | None = None
+    lse: torch.Tensor | None = None
+    options: KernelOptions = KernelOptions()
+
+
+LayerState = MutableMapping[str, torch.Tensor]
+"""What a method keeps for one (context, layer) between the steps of one run; the tracker owns and frees it."""
+
+
+class SparsityPolicy(ABC):
+    """A method and its configuration: a frozen dataclass that turns a layout and a moment into a plan.
+
+    A policy knows no model and no step counter of its own. `pure` policies depend on the layout alone, so they also
+    work in training, where forward runs again under gradient checkpointing.
+    """
+
+    name: str
+    pure: bool
+    block: tuple[int, int]
+
+    @abstractmethod
+    def plan(
+        self, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, *, device: torch.device
+    ) -> LayerPlan:
+        """What layer `layer` does at `run`. Called outside any graph, once per layer and forward."""
+
+    def select(self, sums: torch.Tensor, layout: TokenLayout) -> BlockIndex:
+        """Choose blocks from their attention mass fp32 [B, H, Mq, Nk]: pure tensor code, for methods that search."""
+        raise NotImplementedError(f"{type(self).__name__} has static maps: it selects nothing at run time.")
+
+
+def _count(name: str, value: int | float, total: int | None, unit: str) -> int:
+    """Resolve an int or a fraction of `total`, rounding halves up."""
+    if isinstance(value, int):
+        return value
+    if total is None:
+        raise ValueError(
+            f"{name}={value} is a fraction of the run, whose number of steps is unknown without a pipeline; "
+            f"pass num_steps= to the processor, or give {name} as an int of {unit}."
+        )
+    return int(value * total + 0.5)
+
+
+@dataclass(frozen=True)
+class DenseSchedule:
+    """Where attention stays dense, around any policy.
+
+    Args:
+        first_steps, last_steps: denoising steps at either end of the run; an int counts steps, a float in [0, 1] is a
+            fraction of the run, so that 4-, 8- and 50-step runs all work. Dense last steps remove flicker.
+        first_layers, last_layers: layers at either end of the depth, ints.
+
+    Raises:
+        TypeError, ValueError: a negative number, a fraction above 1, or layers that are no ints.
+    """
+
+    first_steps: int | float = 0
+    last_steps: int | float = 0
+    first_layers: int = 0
+    last_layers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("first_steps", "last_steps", "first_layers", "last_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number (got {value!r}).")
+            if value < 0 or (isinstance(value, float) and not value <= 1):
+                raise ValueError(f"{name} must be an int >= 0 or a fraction 0..1 (got {value}).")
+            if name.endswith("layers") and not isinstance(value, int):
+                raise TypeError(f"{name} must be an int of layers (got {value!r}).")
+
+    def check_layers(self, layers: int) -> None:
+        """Raise ValueError when more layers are to be dense than the model has."""
+        wanted = self.first_layers + self.last_layers
+        if wanted > layers:
+            raise ValueError(
+                f"first_layers + last_layers asks for {wanted} dense layers, the model has {layers}; lower them, "
+                "or use DenseProcessor() for all."
+            )
+
+    def dense_steps(self, total: int | None) -> tuple[int, int]:
+        """(first, last) dense steps of a run of `total` steps.
+
+        Raises:
+            ValueError: a fraction, or last steps, with `total` unknown.
+        """
+        first = _count("first_steps", self.first_steps, total, "steps")
+        last = _count("last_steps", self.last_steps, total, "steps")
+        if last and total is None:
+            raise ValueError("last_steps needs the number of steps of the run; pass num_steps= to the processor.")
+        return first, last
+
+    def is_dense(self, run: RunStep, layer: int, layers: int) -> bool:
+        """Whether `layer` of `layers` is dense at `run`."""
+        if layer < self.first_layers or layer >= layers - self.last_layers:
+            return True
+        first, last = self.dense_steps(run.total)
+        return run.index < first or (run.total is not None and run.index >= run.total - last)
+
+    def average_density(self, density: float, total: int, layers: int) -> float:
+        """Attention work of a whole run relative to dense, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""
+        dense_steps = min(total, sum(self.dense_steps(total)))
+        dense_layers = min(layers, self.first_layers + self.last_layers)
+        sparse_step = (dense_layers + (layers - dense_layers) * density) / layers
+        return (dense_steps + (total - dense_steps) * sparse_step) / total
