@@ -54,9 +54,9 @@ class Speed:
 
 # Within 33 frames at 16 per second (2 s) the slow ones still show: more than half a turn, one bounce, three turns.
 SPEEDS: dict[str, Speed] = {
-    "slow": Speed(linear=0.36, orbit=0.32, gravity=0.77, zigzag=0.85, travel=0.28),
-    "medium": Speed(linear=0.54, orbit=0.50, gravity=1.02, zigzag=1.15, travel=0.38),
-    "fast": Speed(linear=0.80, orbit=0.76, gravity=1.36, zigzag=1.55, travel=0.50),
+    "slow": Speed(linear=0.36, orbit=0.32, gravity=0.72, zigzag=0.85, travel=0.28),
+    "medium": Speed(linear=0.54, orbit=0.50, gravity=0.90, zigzag=1.15, travel=0.38),
+    "fast": Speed(linear=0.80, orbit=0.76, gravity=1.12, zigzag=1.55, travel=0.50),
 }
 SPEED_JITTER = 0.08
 
@@ -256,7 +256,7 @@ def _sample_path(
         x, y = rng.uniform(left + a, right - a), rng.uniform(top + a, bottom - a)
         return {"x": x, "y": y, "amplitude": a, "rate": sign * speed.orbit * jitter, "phase": phase}
     if motion == "gravity":
-        height = rng.uniform(0.36, min(0.58, bottom - top))
+        height = rng.uniform(0.34, min(0.50, bottom - top))
         drift = sign * rng.uniform(0.06, 0.26)
         rate = speed.gravity * jitter
         return {"x": x, "y": bottom, "vx": drift, "amplitude": height, "rate": rate, "phase": phase}
