@@ -1,4 +1,4 @@
-"""Which key blocks each query block reads: as a picture (`BlockMap`) and as the lists that kernels walk (`BlockIndex`)."""
+"""Which key blocks each query block reads: as a picture (`BlockMap`), as the lists that kernels walk (`BlockIndex`)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class BlockMap:
         expected = (ceil_div(self.q_len, self.block[0]), ceil_div(self.kv_len, self.block[1]))
         if self.keep.dim() != 4 or tuple(self.keep.shape[2:]) != expected:
             raise ValueError(
-                f"BlockMap.keep must be [B, H, {expected[0]}, {expected[1]}] for {self.q_len} x {self.kv_len} tokens in "
-                f"blocks of {self.block} (got {list(self.keep.shape)})."
+                f"BlockMap.keep must be [B, H, {expected[0]}, {expected[1]}] for {self.q_len} x {self.kv_len} tokens "
+                f"in blocks of {self.block} (got {list(self.keep.shape)})."
             )
 
     @classmethod
@@ -95,7 +95,9 @@ class BlockMap:
         return (flat * weight).sum(1, dtype=torch.uint8)
 
     @classmethod
-    def unpack(cls, bits: torch.Tensor, like: tuple[int, int], block: tuple[int, int], q_len: int, kv_len: int) -> BlockMap:
+    def unpack(
+        cls, bits: torch.Tensor, like: tuple[int, int], block: tuple[int, int], q_len: int, kv_len: int
+    ) -> BlockMap:
         """The map whose `packed()` is `bits`; `like` = (B or 1, H or 1)."""
         check_block(block)
         shape = (*like, ceil_div(q_len, block[0]), ceil_div(kv_len, block[1]))
@@ -119,12 +121,13 @@ class BlockMap:
         return "\n".join("".join(_SHADES[v] for v in line) for line in level.tolist())
 
     def save_png(self, path: str | Path, size: int = 1024) -> None:
-        """Draw the map of the first sample and head: kept blocks dark, at least one pixel a block up to `size` pixels."""
+        """Draw the map of the first sample and head, kept blocks dark, at most `size` pixels a side."""
         from PIL import Image
 
         keep = self.keep[0, 0].float().cpu()
         if max(keep.shape) > size:
-            keep = torch.nn.functional.adaptive_avg_pool2d(keep[None], tuple(min(n, size) for n in keep.shape))[0]
+            rows, cols = (min(n, size) for n in keep.shape)
+            keep = torch.nn.functional.adaptive_avg_pool2d(keep[None], (rows, cols))[0]
         gray = (255 - 225 * keep).to(torch.uint8)
         zoom = max(1, size // max(gray.shape))
         gray = gray.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
@@ -133,8 +136,8 @@ class BlockMap:
     def __str__(self) -> str:
         b, h, rows, cols = self.keep.shape
         shared = f"{b if b > 1 else 'all'} samples, {h if h > 1 else 'all'} heads"
-        head = f"BlockMap {rows} x {cols} blocks of {self.block[0]} x {self.block[1]}, {shared}, density {self.density:.3f}"
-        return f"{head}\n{self.picture()}"
+        size = f"{rows} x {cols} blocks of {self.block[0]} x {self.block[1]}"
+        return f"BlockMap {size}, {shared}, density {self.density:.3f}\n{self.picture()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,7 @@ class BlockIndex:
         """Lists of a map; see `BlockMap.index`."""
         keep = block_map.keep
         b, h, rows, cols = (int(n) for n in keep.shape)
-        if capacity is not None and capacity >= 2**31 or b * h * rows >= 2**31:
+        if (capacity is not None and capacity >= 2**31) or b * h * rows >= 2**31:
             raise ValueError(f"A block index holds fewer than 2^31 entries (got capacity {capacity}).")
         flat = keep.reshape(b * h * rows, cols)
         counts = flat.sum(1, dtype=torch.int64)

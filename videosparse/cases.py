@@ -60,13 +60,16 @@ class Case:
 
     @property
     def name(self) -> str:
+        """Model and pixel size."""
         return f"{self.model.name} {self.height}x{self.width}x{self.num_frames}"
 
     @property
     def grid(self) -> VideoGrid:
+        """The token grid."""
         return self.model.grid(self.num_frames, self.height, self.width)
 
     def layout(self) -> TokenLayout:
+        """The sequence of self-attention, every text token valid."""
         return TokenLayout(self.grid, self.model.text)
 
 

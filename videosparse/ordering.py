@@ -31,7 +31,9 @@ class TokenOrder:
     def __post_init__(self) -> None:
         bad = [c for c in self.codes if not 0 <= c < len(AXIS_ORDERS)]
         if bad or not self.codes:
-            raise ValueError(f"TokenOrder.codes must be indices 0..5 into {AXIS_ORDERS}, one per head (got {self.codes}).")
+            raise ValueError(
+                f"TokenOrder.codes must be indices 0..5 into {AXIS_ORDERS}, one per head (got {self.codes})."
+            )
 
     @classmethod
     def from_names(cls, grid: VideoGrid, names: Sequence[str]) -> TokenOrder:

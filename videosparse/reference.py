@@ -29,7 +29,7 @@ def attention_reference(
         out [B, L, H, D] in the dtype of q, and lse [B, H, L] (natural log; float64 for float64 inputs, else float32).
         A row that reads no key, and a row that is no valid token, gives 0 and -inf.
     """
-    batch, rows, heads, _ = q.shape
+    batch, rows = q.shape[:2]
     allowed = torch.ones(batch, 1, rows, k.shape[1], dtype=torch.bool, device=q.device)
     if layout is not None:
         valid = layout.key_mask(batch, q.device)

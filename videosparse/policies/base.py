@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 
@@ -57,7 +58,7 @@ class LayerPlan:
     index: BlockIndex | None = None
     order: TokenOrder | None = None
     lse: torch.Tensor | None = None
-    options: KernelOptions = KernelOptions()
+    options: KernelOptions = field(default_factory=KernelOptions)
 
 
 LayerState = MutableMapping[str, torch.Tensor]
@@ -71,8 +72,8 @@ class SparsityPolicy(ABC):
     work in training, where forward runs again under gradient checkpointing.
     """
 
-    name: str
-    pure: bool
+    name: ClassVar[str]
+    pure: ClassVar[bool]
     block: tuple[int, int]
 
     @abstractmethod
@@ -155,7 +156,7 @@ class DenseSchedule:
         return run.index < first or (run.total is not None and run.index >= run.total - last)
 
     def average_density(self, density: float, total: int, layers: int) -> float:
-        """Attention work of a whole run relative to dense, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""
+        """Attention work of a run over that of a dense one, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""
         dense_steps = min(total, sum(self.dense_steps(total)))
         dense_layers = min(layers, self.first_layers + self.last_layers)
         sparse_step = (dense_layers + (layers - dense_layers) * density) / layers

@@ -1,0 +1,107 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from videosparse.blocks import BlockMap
+from videosparse.layout import TokenLayout, VideoGrid
+
+
+def random_map(b=2, h=3, rows=5, cols=9, block=(128, 64)):
+    keep = torch.rand(b, h, rows, cols) > 0.6
+    keep[0, 0, 2] = False
+    return BlockMap(keep, block, rows * block[0] - 5, cols * block[1] - 63)
+
+
+def rows_of(index):
+    pointers = index.row_ptr.tolist()
+    return [index.ids[a:b].tolist() for a, b in pairwise(pointers)]
+
+
+def test_index_lists_the_kept_blocks_in_order():
+    block_map = random_map()
+    index = block_map.index()
+    expected = [row.nonzero().flatten().tolist() for row in block_map.keep.flatten(0, 2)]
+    assert rows_of(index) == expected
+    counts = [len(row) for row in expected]
+    assert [counts[r] for r in index.order.tolist()] == sorted(counts, reverse=True)
+    assert index.order.sort().values.tolist() == list(range(len(counts)))
+
+
+def test_index_with_a_capacity_holds_the_same_rows():
+    block_map = random_map()
+    index = block_map.index(capacity=2 * 3 * 5 * 9)
+    assert index.ids.numel() == 270
+    assert rows_of(index) == rows_of(block_map.index())
+
+
+def test_index_refuses_a_capacity_that_is_too_small():
+    with pytest.raises(ValueError, match="more than the capacity of 3"):
+        random_map().index(capacity=3)
+
+
+def test_a_shared_map_is_indexed_once():
+    assert random_map(b=1, h=1).index().shape == (1, 1, 5, 9)
+    assert random_map(b=1, h=1).index().row_ptr.numel() == 6
+
+
+def test_transpose_is_the_key_major_map():
+    block_map = random_map()
+    turned = block_map.transpose()
+    assert turned.block == (64, 128)
+    assert (turned.q_len, turned.kv_len) == (block_map.kv_len, block_map.q_len)
+    assert torch.equal(turned.to_tokens(), block_map.to_tokens().transpose(2, 3))
+
+
+def test_bits_round_trip():
+    block_map = random_map()
+    bits = block_map.packed()
+    assert bits.numel() == -(-270 // 8)
+    again = BlockMap.unpack(bits, (2, 3), block_map.block, block_map.q_len, block_map.kv_len)
+    assert torch.equal(again.keep, block_map.keep)
+    with pytest.raises(ValueError, match="34 bytes"):
+        BlockMap.unpack(bits[:-1], (2, 3), block_map.block, block_map.q_len, block_map.kv_len)
+
+
+def test_densities():
+    layout = TokenLayout(VideoGrid(2, 8, 16), text=64)
+    keep = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    keep[..., :4, :4] = torch.eye(4, dtype=torch.bool)
+    block_map = BlockMap(keep, (64, 64), layout.length, layout.length)
+    assert block_map.density == pytest.approx(13 / 25)
+    assert block_map.video_density(layout) == pytest.approx(0.25)
+    assert BlockMap.full(layout, (64, 64)).density == 1
+
+
+def test_prints_itself_as_a_picture_and_saves_a_png(tmp_path):
+    from PIL import Image
+
+    keep = torch.eye(40, dtype=torch.bool)[None, None]
+    block_map = BlockMap(keep, (64, 64), 40 * 64, 40 * 64)
+    head, *picture = str(block_map).splitlines()
+    assert head == "BlockMap 40 x 40 blocks of 64 x 64, all samples, all heads, density 0.025"
+    assert len(picture) == 20
+    assert all(len(line) == 40 for line in picture)
+    assert picture[0][0] != " "
+    assert picture[0][-1] == " "
+    block_map.save_png(tmp_path / "map.png", size=80)
+    image = Image.open(tmp_path / "map.png")
+    assert image.size == (80, 80)
+    assert image.getpixel((0, 0)) < 64
+    assert image.getpixel((79, 0)) == 255
+    block_map.save_png(tmp_path / "small.png", size=20)
+    assert Image.open(tmp_path / "small.png").size == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("keep", "block", "error", "message"),
+    [
+        (torch.ones(1, 1, 2, 2), (64, 64), TypeError, "must be bool"),
+        (torch.ones(1, 1, 2, 3, dtype=torch.bool), (64, 64), ValueError, r"\[B, H, 2, 2\]"),
+        (torch.ones(2, 2, dtype=torch.bool), (64, 64), ValueError, r"\[B, H, 2, 2\]"),
+        (torch.ones(1, 1, 2, 2, dtype=torch.bool), (64, 32), ValueError, "each 64 or 128"),
+    ],
+)
+def test_refuses_what_does_not_fit(keep, block, error, message):
+    with pytest.raises(error, match=message):
+        BlockMap(keep, block, 128, 100)

@@ -1,0 +1,217 @@
+"""Radial Attention (arXiv 2506.19852): static maps whose width shrinks with distance in time, O(n log n) work.
+
+Two tokens of latent frames i and j attend when their raster positions inside the frame are close enough: the further
+apart the frames, the narrower the band, and far frames are read only every so often. This file turns that rule on
+tokens into blocks in closed form, block by block, so that nothing of size (tokens per frame)^2 or tokens^2 exists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from videosparse.blocks import BlockIndex, BlockMap, check_block
+from videosparse.kernels import KernelOptions
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
+
+COVERAGES = ("majority", "any")
+NEIGHBOURS = ("full", "half")
+
+# The published constants: bands narrower than this many tokens are thinned out instead (whatever the block is), and a
+# block is kept when more than .6 of its touched columns have more than a third of their rows inside the band.
+_THIN_BELOW = 128
+
+# Work is cut into slabs of this many block pairs, so that temporaries stay near 100 MB at any length.
+_SLAB = 2**22
+
+
+@dataclass(frozen=True)
+class RadialPolicy(SparsityPolicy):
+    """Radial Attention.
+
+    Args:
+        decay: factor on the band width of frame pairs two or more apart, > 0; larger is denser. Published: 0.2 (Wan
+            2.1), 0.8 (Wan 2.2), 0.95 (HunyuanVideo), 1 (with a length-extension LoRA).
+        block: (query rows, key rows) of a block, each 64 or 128.
+        coverage: when a block counts as inside a band. "majority" is the rule of the authors' code; "any" keeps a
+            block as soon as one of its token pairs is inside, which is symmetric in time and never loses a pair.
+        sink: every query reads all of latent frame 0 (published for Wan, not for HunyuanVideo).
+        first_neighbour: "full" lets adjacent frames attend fully; "half" keeps half a frame, as the authors' code did
+            for Wan until late 2025.
+
+    Raises:
+        ValueError: decay not positive and finite, or an unknown block, coverage or first_neighbour.
+
+    Source: section 4 of the paper, and the band, decimation and block rules of the authors' code, whose tables are
+    the published ones. Differs from the code in: text starts on a fresh block, so no video block is dense because text
+    shares it; `block[0] != block[1]` is allowed, the larger one then bounds the band from below.
+    """
+
+    decay: float = 1.0
+    block: tuple[int, int] = (128, 128)
+    coverage: str = "majority"
+    sink: bool = True
+    first_neighbour: str = "full"
+
+    name: ClassVar[str] = "radial"
+    pure: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
+            raise TypeError(f"decay must be a number (got {self.decay!r}).")
+        if not (self.decay > 0 and math.isfinite(self.decay)):
+            raise ValueError(f"decay must be positive and finite (got {self.decay}); published values lie in 0.2..1.")
+        if self.coverage not in COVERAGES:
+            raise ValueError(f"coverage must be one of {', '.join(COVERAGES)} (got {self.coverage!r}).")
+        if self.first_neighbour not in NEIGHBOURS:
+            raise ValueError(f"first_neighbour must be one of {', '.join(NEIGHBOURS)} (got {self.first_neighbour!r}).")
+
+    def plan(
+        self, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, *, device: torch.device
+    ) -> LayerPlan:
+        """Sparse, on the one map of this layout: nothing depends on step, layer or data."""
+        aligned = layout.aligned(self.block)
+        return LayerPlan(Mode.SPARSE, aligned, self.block_index(layout, device), options=KernelOptions())
+
+    def block_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap:
+        """The map of a layout, bool [1, 1, Mq, Nk] for all samples and heads; text rows and columns are kept.
+
+        Covers `layout.aligned(block)`: ceil(video / block) + ceil(text / block) blocks a side. Built on `device`
+        without any token-by-token tensor, and cached.
+
+        Raises:
+            ValueError: "majority" would leave a query block without keys (frames much smaller than a block).
+        """
+        return _cached(self, layout.grid, layout.text, torch.device(device))[0]
+
+    def block_index(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockIndex:
+        """The query-major lists of `block_map`, cached with it."""
+        return _cached(self, layout.grid, layout.text, torch.device(device))[1]
+
+    def band(self, grid: VideoGrid) -> list[int]:
+        """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped."""
+        tokens, narrowest = grid.frame_tokens, max(self.block)
+        power = 1 << tokens.bit_length()
+        widths = []
+        for distance in range(grid.frames):
+            reach = power / (1 << distance.bit_length())
+            dropped = reach < _THIN_BELOW and distance % int(_THIN_BELOW / reach) != 0
+            widths.append(-1 if dropped else int(max(narrowest, reach * self.decay)))
+        for distance in range(min(2, grid.frames)):
+            widths[distance] = tokens
+        if self.first_neighbour == "half" and grid.frames > 1:
+            widths[1] = tokens // 2
+        return widths
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Parts of blocks that lie inside one frame, at most one per block: tensors int32 [n] on the device."""
+
+    number: torch.Tensor  # of the block
+    frame: torch.Tensor
+    start: torch.Tensor  # first raster position inside the frame
+    stop: torch.Tensor  # one past the last
+
+
+def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> list[_Pieces]:
+    """Each block's part in the first frame that it touches, then in its second, and so on.
+
+    With `cut`, only the first ceil(tokens / block) blocks that a frame touches see it, as in the authors' code: the
+    block at its end may lose the rest of that frame.
+    """
+    tokens = grid.frame_tokens
+    ranks: list[list[tuple[int, int, int, int]]] = []
+    seen: dict[int, int] = {}
+    for frame in range(grid.frames):
+        first, offset = divmod(frame * tokens, block)
+        last = (frame * tokens + tokens - 1) // block
+        for number in range(first, min(last + 1, first + ceil_div(tokens, block)) if cut else last + 1):
+            start = (number - first) * block - offset
+            rank = seen.get(number, 0)
+            seen[number] = rank + 1
+            if rank == len(ranks):
+                ranks.append([])
+            ranks[rank].append((number, frame, max(0, start), min(tokens, start + block)))
+    columns = [torch.tensor(rank, dtype=torch.int32).t().contiguous().to(device) for rank in ranks]
+    return [_Pieces(*column) for column in columns]
+
+
+def _inside_any(row: _Pieces, col: _Pieces, width: torch.Tensor) -> torch.Tensor:
+    """Whether any token pair of two pieces is within `width`; broadcasts to [rows, columns]."""
+    right = col.start - (row.stop[:, None] - 1)
+    left = row.start[:, None] - (col.stop - 1)
+    return torch.maximum(right, left).clamp_(min=0) <= width
+
+
+def _inside_majority(row: _Pieces, col: _Pieces, width: torch.Tensor, block_rows: int) -> torch.Tensor:
+    """The authors' rule: of the columns the band touches, more than .6 have over a third of their rows inside it.
+
+    A column x holds min(stop, x + w + 1) - max(start, x - w) rows of the band, a trapezoid in x; so the columns that
+    hold at least `enough` rows are an interval, and so are those that hold any.
+    """
+    start, stop = row.start[:, None], row.stop[:, None]
+    enough = block_rows // 3 + 1
+    touched = torch.minimum(col.stop, stop + width) - torch.maximum(col.start, start - width)
+    filled = torch.minimum(col.stop, stop - enough + width + 1) - torch.maximum(col.start, start + enough - 1 - width)
+    possible = (stop - start >= enough) & (2 * width + 1 >= enough)
+    return possible & (5 * filled > 3 * touched) & (filled > 0)
+
+
+def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> torch.Tensor:
+    """bool [ceil(V / rows), ceil(V / columns)] of a video."""
+    (block_q, block_k), majority = policy.block, policy.coverage == "majority"
+    keep = torch.zeros(ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k), dtype=torch.bool, device=device)
+    bands = torch.tensor(policy.band(grid), dtype=torch.int32, device=device)
+    column_ranks = _pieces(grid, block_k, majority, device)
+    for rows in _pieces(grid, block_q, majority, device):
+        for row in _slabs(rows, keep.shape[1]):
+            for col in column_ranks:
+                width = bands[(row.frame[:, None] - col.frame).abs()]
+                if policy.sink:
+                    width = torch.where(col.frame == 0, grid.frame_tokens, width)
+                inside = _inside_majority(row, col, width, block_q) if majority else _inside_any(row, col, width)
+                # the numbers of one rank are distinct, so this reads and writes each block once
+                where = row.number.long()[:, None], col.number.long()
+                keep[where] = keep[where] | (inside & (width >= 0))
+    if majority:
+        _keep_partial(keep, grid.tokens, policy)
+    return keep
+
+
+def _slabs(rows: _Pieces, columns: int) -> list[_Pieces]:
+    size = max(1, _SLAB // columns)
+    parts = (torch.split(t, size) for t in (rows.number, rows.frame, rows.start, rows.stop))
+    return [_Pieces(*part) for part in zip(*parts, strict=True)]
+
+
+def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None:
+    """Keep the partial last row and column, as the authors' padded runs do; then no row may be empty."""
+    if tokens % policy.block[0]:
+        keep[-1] = True
+    if tokens % policy.block[1]:
+        keep[:, -1] = True
+    if not bool(keep.any(1).all()):
+        raise ValueError(
+            "coverage='majority' leaves query blocks without any key on this grid: its frames are much smaller than a "
+            f"block of {policy.block}; use coverage='any', or block=(64, 64)."
+        )
+
+
+@lru_cache(maxsize=16)
+def _cached(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.device) -> tuple[BlockMap, BlockIndex]:
+    """Map and lists by everything they depend on."""
+    # plain tensors also when the caller is in inference mode: the next caller may be training
+    with torch.inference_mode(False):
+        layout = TokenLayout(grid, text).aligned(policy.block)
+        video = _video_map(policy, grid, device)
+        more = [ceil_div(layout.text, b) for b in policy.block]
+        keep = torch.nn.functional.pad(video, (0, more[1], 0, more[0]), value=True)
+        block_map = BlockMap(keep[None, None], policy.block, layout.length, layout.length)
+        return block_map, block_map.index()
