@@ -156,7 +156,7 @@ class DenseSchedule:
         return run.index < first or (run.total is not None and run.index >= run.total - last)
 
     def average_density(self, density: float, total: int, layers: int) -> float:
-        """Attention work of a run over that of a dense one, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""
+        """Attention work of a run over a dense one, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""
         dense_steps = min(total, sum(self.dense_steps(total)))
         dense_layers = min(layers, self.first_layers + self.last_layers)
         sparse_step = (dense_layers + (layers - dense_layers) * density) / layers

@@ -1,0 +1,55 @@
+"""What every method owes on every real model grid. A new line in POLICIES is tested by being there."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from videosparse.cases import CASES
+from videosparse.layout import ceil_div
+from videosparse.policies import POLICIES, LayerPlan, Mode, RunStep
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=POLICIES, ids=str)
+def policy(request):
+    return POLICIES[request.param]()
+
+
+@pytest.fixture(params=CASES, ids=str)
+def layout(request):
+    return CASES[request.param].layout()
+
+
+def test_policy_is_frozen_named_and_hashable(policy):
+    assert dataclasses.is_dataclass(policy)
+    assert POLICIES[policy.name] is type(policy)
+    assert hash(policy) == hash(type(policy)())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.block = (64, 64)
+
+
+def test_plan_fits_the_layout(policy, layout):
+    plan = policy.plan(layout, RunStep("cond", 20, 50), 3, {}, device=CPU)
+    assert isinstance(plan, LayerPlan)
+    assert plan.layout == layout.aligned(policy.block)
+    if plan.mode is Mode.SPARSE:
+        index = plan.index
+        rows, cols = (ceil_div(plan.layout.length, b) for b in policy.block)
+        assert index.block == policy.block
+        assert index.shape[2:] == (rows, cols)
+        assert (index.q_len, index.kv_len) == (plan.layout.length, plan.layout.length)
+        counts = index.row_ptr.diff()
+        assert counts.min() > 0, "a query block without keys"
+        text_rows = ceil_div(layout.text, policy.block[0])
+        assert not text_rows or (counts.view(-1, rows)[:, -text_rows:] == cols).all(), "text rows are not dense"
+
+
+def test_pure_policies_depend_on_the_layout_alone(policy, layout):
+    if not policy.pure:
+        pytest.skip("stateful")
+    first = policy.plan(layout, RunStep("cond", 0, 50), 0, {}, device=CPU)
+    later = policy.plan(layout, RunStep("uncond", 49, 50), 7, {}, device=CPU)
+    assert torch.equal(first.index.ids, later.index.ids)
+    assert torch.equal(first.index.row_ptr, later.index.row_ptr)
