@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from .scene import Background, Scene, SceneObject
+from videosparse.synthetic.scene import Background, Scene, SceneObject
 
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "circle", "ball", "disc"),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .scene import MOTIONS, OUTLINES, SceneObject, free_area
+from videosparse.synthetic.scene import MOTIONS, OUTLINES, SceneObject, free_area
 
 PATH_COLUMNS = ("x", "y", "vx", "vy", "amplitude", "rate", "phase")
 

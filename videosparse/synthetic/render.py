@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .motion import centres, path_table
-from .scene import BACKGROUNDS, COLOURS, OUTLINES, Outline, Scene, SceneObject
+from videosparse.synthetic.motion import centres, path_table
+from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, OUTLINES, Outline, Scene, SceneObject
 
 # Bounds the temporaries of one pass, about a dozen float32 images: within a CPU's cache, large enough for a GPU.
 PIXELS_PER_PASS = {"cpu": 1 << 19, "cuda": 1 << 26}

@@ -329,7 +329,7 @@ def sample_pair(rng: random.Random, choices: tuple[tuple[str, str, str], ...]) -
 
     They are small or medium, because two large ones would hide each other most of the time.
     """
-    from .motion import overlap_shares
+    from videosparse.synthetic.motion import overlap_shares
 
     first = rng.choice(choices)
     second = rng.choice([c for c in choices if c[1] != first[1]])
