@@ -1,0 +1,60 @@
+"""Mochi: video and text attend together, padded text neither reads nor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from videosparse.models.base import ModelFamily, Rotary, SelfAttention, join, rotate, split, split_heads, valid_text
+from videosparse.policies.base import LayerPlan
+
+
+class MochiFamily(ModelFamily):
+    """Text-to-video. Negative and positive prompt share a batch, and the negative one may have no valid text at all."""
+
+    name = "mochi"
+    transformers = ("MochiTransformer3DModel",)
+    stock = ("MochiAttnProcessor2_0",)
+    variants = ("mochi",)
+    joint = True
+
+    def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(1, 2, 2) in the published model."""
+        return 1, config["patch_size"], config["patch_size"]
+
+    def text(self, inputs: Mapping[str, Any]) -> tuple[int, torch.Tensor | None]:
+        """As given: nothing changes the number of text tokens before the blocks."""
+        return valid_text(inputs)
+
+    def attentions(self, transformer: Any) -> list[SelfAttention]:
+        """`transformer_blocks.*.attn1`."""
+        blocks = enumerate(transformer.transformer_blocks)
+        return [SelfAttention(f"transformer_blocks.{i}.attn1", block.attn1, i) for i, block in blocks]
+
+    def project(
+        self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """RMS norm per head; rotary [S, H, D/2] is learned per head and turns video only."""
+        q, k, v = (split_heads(f(video), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        eq, ek, ev = (split_heads(f(text), attn.heads) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        eq = eq if attn.norm_added_q is None else attn.norm_added_q(eq)
+        ek = ek if attn.norm_added_k is None else attn.norm_added_k(ek)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return join(q, eq, plan.layout), join(k, ek, plan.layout), join(v, ev, plan.layout)
+
+    def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """(video [B, V, C], text [B, T, C']). Padded text is 0 before its projection, as in the stock processor."""
+        layout = plan.layout
+        video, text = split(out, layout)
+        if layout.seq_lens is not None:
+            position = torch.arange(layout.text_start, layout.text_start + layout.text, device=out.device)
+            padded = position >= layout.seq_lens.to(out.device)[:, None]
+            text = text.masked_fill(padded[:, :, None, None], 0)
+        video, text = attn.to_out[1](attn.to_out[0](video.flatten(2, 3))), text.flatten(2, 3)
+        # the last block drops its text
+        return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text

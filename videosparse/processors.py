@@ -1,0 +1,386 @@
+"""What a user hands to `set_attn_processor`, and what then sits in every self-attention."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from videosparse._diffusers import HostProcessor
+from videosparse.blocks import BlockIndex
+from videosparse.cases import ModelSpec
+from videosparse.kernels import KernelOptions, attend
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.models import ModelFamily, model_variant
+from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
+from videosparse.policies.radial import RadialPolicy
+
+# Below this many tokens a frame, blocks of 128 hold so many rows of a video that a map of them is nearly full.
+SMALL_FRAME = 512
+
+
+class LayerProcessor(HostProcessor):
+    """The processor of one self-attention: does what its current plan says.
+
+    Args:
+        family: how the model projects and finishes.
+        stock: the processor it stands in for.
+
+    Attributes:
+        plan: what to do in the next call; set before every forward of the transformer, from outside any graph.
+    """
+
+    def __init__(self, family: ModelFamily, stock: Any) -> None:
+        super().__init__(stock)
+        self.family = family
+        self.plan: LayerPlan | None = None
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Self-attention from hidden states to hidden states.
+
+        Diffusers passes only parameters that are named here: Wan calls its rotary embedding `rotary_emb`, the others
+        `image_rotary_emb`. `attention_mask` is not read: the plan's layout knows which text is padding.
+
+        Raises:
+            RuntimeError: called before the transformer's own forward has made a plan.
+        """
+        plan = self.plan
+        if plan is None:
+            raise RuntimeError("There is no plan yet: call the transformer itself, not one of its blocks.")
+        rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
+        q, k, v = self.family.project(attn, hidden_states, encoder_hidden_states, rotary, plan)
+        out = self.core(q, k, v, plan)
+        return self.family.finish(attn, out.to(q.dtype), plan)
+
+    def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+        """Attention output [B, L, H, D] of q, k, v [B, L, H, D], L = plan.layout.length.
+
+        Raises:
+            NotImplementedError: a mode that searches.
+        """
+        layout = plan.layout
+        if plan.mode is Mode.DENSE:
+            return self.dense(q, k, v, None if layout.seq_lens is None else layout.key_mask(q.shape[0], q.device))
+        if plan.mode is not Mode.SPARSE:
+            raise NotImplementedError(f"Attention cannot run in mode {plan.mode!s} yet.")
+        return self.gathered(q, k, v, partial(_sparse, plan))
+
+
+def _sparse(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = attend(q, k, v, layout=plan.layout, index=plan.index, options=plan.options)
+    return out
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did.
+
+    Args:
+        grid: token grid of the video.
+        tokens: video and text tokens that attend to each other, padding included.
+        steps: denoising steps seen.
+        video_density: kept / all blocks where both sides are video, mean over sparse calls; 1 when there were none.
+        density: the same, text and forced blocks included.
+        average_density: mean over all calls, dense ones counting 1: attention work relative to dense.
+        dense_calls, sparse_calls: attention calls planned, layers x branches x steps. A step cache that skips layers
+            skips some of them.
+        backend: kernel of the sparse calls, "triton" or "torch"; "none" for a dense processor.
+    """
+
+    grid: VideoGrid
+    tokens: int
+    steps: int
+    video_density: float
+    density: float
+    average_density: float
+    dense_calls: int
+    sparse_calls: int
+    backend: str
+
+
+@dataclass(eq=False)
+class RunRecord:
+    """Counts of a run in progress. Densities wait for `report`: reading one from the device would stall the run."""
+
+    layout: TokenLayout
+    backend: str
+    steps: int = 0
+    dense_calls: int = 0
+    sparse: dict[BlockIndex, tuple[TokenLayout, int]] = field(default_factory=dict)
+
+    def add(self, plan: LayerPlan) -> None:
+        """Count one planned call."""
+        if plan.index is None:
+            self.dense_calls += 1
+        else:
+            _, count = self.sparse.get(plan.index, (plan.layout, 0))
+            self.sparse[plan.index] = plan.layout, count + 1
+
+    def report(self) -> RunReport:
+        """The figures; waits for the device once per map."""
+        calls = sum(count for _, count in self.sparse.values())
+        density = video = 0.0
+        for index, (layout, count) in self.sparse.items():
+            both = densities(index, layout)
+            density, video = density + both[0] * count, video + both[1] * count
+        return RunReport(
+            grid=self.layout.grid,
+            tokens=self.layout.video + self.layout.text,
+            steps=self.steps,
+            video_density=video / calls if calls else 1.0,
+            density=density / calls if calls else 1.0,
+            average_density=(self.dense_calls + density) / max(1, self.dense_calls + calls),
+            dense_calls=self.dense_calls,
+            sparse_calls=calls,
+            backend=self.backend,
+        )
+
+
+def densities(index: BlockIndex, layout: TokenLayout) -> tuple[float, float]:
+    """(kept / all blocks, the same among blocks whose both sides are video) of a map."""
+    samples, heads, rows, columns = index.shape
+    counts = index.row_ptr.diff().long()
+    row = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts) % rows
+    video_rows, video_columns = (ceil_div(layout.video, b) for b in index.block)
+    inside = (row < video_rows) & (index.ids[: row.numel()] < video_columns)
+    total = samples * heads
+    return row.numel() / (total * rows * columns), int(inside.sum()) / (total * video_rows * video_columns)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A processor's choices for one model.
+
+    Args:
+        variant: which published model's settings were taken, e.g. "wan2.1".
+        policy: the method; None is dense everywhere.
+        schedule: where attention stays dense nevertheless.
+        options: how kernels run.
+    """
+
+    variant: str
+    policy: SparsityPolicy | None
+    schedule: DenseSchedule
+    options: KernelOptions
+
+
+@dataclass(eq=False)
+class _Binding:
+    """What a processor remembers of the pipeline that it is bound to."""
+
+    transformers: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)
+    model: str = ""
+    resolved: Resolved | None = None
+    record: RunRecord | None = None
+
+    def alive(self) -> list[torch.nn.Module]:
+        return [t for t in (ref() for ref in self.transformers) if t is not None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Processor(ABC):
+    """A method with its schedule and options, for all self-attentions of one pipeline.
+
+    Hand it to `pipe.set_attn_processor` or `videosparse.sparsify`. One object serves one pipeline at a time; both
+    transformers of Wan2.2-A14B count as one.
+    """
+
+    binding: _Binding = field(default_factory=_Binding, init=False)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Denoising steps of a run as told by the user, None to ask the pipeline."""
+        return None
+
+    @abstractmethod
+    def resolve(
+        self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
+    ) -> Resolved:
+        """The choices for a model: what was asked, and defaults for the rest. Needs no weights.
+
+        Args:
+            model: a `ModelSpec`, or a transformer's configuration with its `_class_name`.
+            experts: transformers that share a run: 2 for Wan2.2-A14B.
+            grid: token grid of the video, where known: small frames default to smaller blocks.
+
+        Raises:
+            ValueError: the configuration is of an unknown transformer.
+        """
+
+    def report(self) -> RunReport:
+        """What the last run did, or the current one has done so far.
+
+        Raises:
+            RuntimeError: nothing has run with this processor yet.
+        """
+        if self.binding.record is None:
+            raise RuntimeError(f"{type(self).__name__} has no run to report on: bind it to a pipeline and generate.")
+        return self.binding.record.report()
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Always raises RuntimeError: reached only when a transformer was given this object directly."""
+        name = type(self).__name__
+        raise RuntimeError(
+            f"This {name} sits in a transformer but is bound to no pipeline: transformer.set_attn_processor puts one "
+            "object on every attention, cross-attention included. Call pipe.set_attn_processor(...), or "
+            f"videosparse.sparsify(pipe_or_transformer, {name}(...)), instead; either repairs this transformer too."
+        )
+
+    def _given(self) -> dict[str, object]:
+        """The arguments that differ from their defaults."""
+        named = ((f, getattr(self, f.name)) for f in fields(self) if f.init)
+        return {f.name: value for f, value in named if value != f.default}
+
+    def _resolved(self, resolved: Resolved) -> dict[str, object]:
+        """The arguments as resolved for a model."""
+        parts = (resolved.policy, resolved.schedule)
+        values = {f.name: getattr(p, f.name) for p in parts if p is not None for f in fields(p)}  # type: ignore[arg-type]
+        return {**self._given(), **values} if resolved.policy is not None else self._given()
+
+    def __repr__(self) -> str:
+        resolved = self.binding.resolved
+        values = self._given() if resolved is None else self._resolved(resolved)
+        text = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+        return text if resolved is None else f"{text} on {resolved.variant} ({self.binding.model})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseProcessor(Processor):
+    """Dense attention everywhere, on the same path: the baseline of a comparison, with the same report."""
+
+    def resolve(
+        self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
+    ) -> Resolved:
+        """Nothing to choose."""
+        return Resolved(model_variant(model, experts=experts), None, DenseSchedule(), KernelOptions())
+
+
+@dataclass(frozen=True)
+class RadialDefaults:
+    """Radial Attention's settings for a model; see `RadialPolicy` and `DenseSchedule` for the fields."""
+
+    decay: float
+    sink: bool
+    first_steps: float
+    first_layers: int
+    block: tuple[int, int] = (128, 128)
+
+
+# As published with the method (arXiv 2506.19852 and its code): 12 of 50 steps is 0.24, 11 of 40 is 0.275. Of the rest,
+# TI2V-5B takes after its sibling A14B, and Mochi after HunyuanVideo, with which it shares the joint sequence.
+_RADIAL: dict[str, RadialDefaults] = {
+    "wan2.1": RadialDefaults(decay=0.2, sink=True, first_steps=0.24, first_layers=1),
+    "wan2.2-a14b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(64, 64)),
+    "wan2.2-5b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(64, 64)),
+    "hunyuan-video": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
+    "mochi": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
+}
+
+
+def radial_defaults(
+    model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
+) -> RadialDefaults:
+    """The settings of Radial Attention that suit a model; the arguments are those of `Processor.resolve`.
+
+    Raises:
+        ValueError: the configuration is of an unknown transformer.
+    """
+    found = _RADIAL[model_variant(model, experts=experts)]
+    if grid is None or grid.frame_tokens >= SMALL_FRAME:
+        return found
+    return RadialDefaults(found.decay, found.sink, found.first_steps, found.first_layers, block=(64, 64))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RadialProcessor(Processor):
+    """Radial Attention (arXiv 2506.19852): static block maps that thin out with distance in time.
+
+    Every argument that is None takes the value published for the model it gets bound to, or the nearest there is:
+    see `radial_defaults`. `repr` shows what was taken.
+
+    Args:
+        decay: width of the bands, > 0; larger is denser.
+        block: rows of a block, 64 or 128, or (query rows, key rows). Frames of fewer than 512 tokens default to 64.
+        coverage: "majority" or "any": when a block counts as inside a band.
+        sink: whether all read the whole first latent frame.
+        first_neighbour: "full" or "half": how much adjacent frames see of each other.
+        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a fraction of the run as a
+            float. Dense last steps remove flicker.
+        first_layers, last_layers: dense layers at either end of the depth.
+        num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
+        backend: "auto", "triton" or "torch": kernel of the sparse calls.
+
+    Raises:
+        TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has, or a
+            fraction of steps without a pipeline or `num_steps`.
+    """
+
+    decay: float | None = None
+    block: int | tuple[int, int] | None = None
+    coverage: str | None = None
+    sink: bool | None = None
+    first_neighbour: str | None = None
+    first_steps: int | float | None = None
+    last_steps: int | float | None = None
+    first_layers: int | None = None
+    last_layers: int | None = None
+    num_steps: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.block, int):
+            object.__setattr__(self, "block", (self.block, self.block))
+        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
+            raise ValueError(f"num_steps must be an int of at least 1 (got {self.num_steps!r}).")
+        # what was given is checked here, where the mistake is, not at the first forward
+        self._policy(RadialDefaults(1.0, True, 0, 0))
+        self._schedule(RadialDefaults(1.0, True, 0, 0))
+        KernelOptions(backend=self.backend)
+
+    def resolve(
+        self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
+    ) -> Resolved:
+        """The given arguments, and `radial_defaults` for the others."""
+        defaults = radial_defaults(model, experts=experts, grid=grid)
+        return Resolved(
+            model_variant(model, experts=experts),
+            self._policy(defaults),
+            self._schedule(defaults),
+            KernelOptions(backend=self.backend),
+        )
+
+    def _policy(self, defaults: RadialDefaults) -> RadialPolicy:
+        values = {"decay": defaults.decay, "block": defaults.block, "sink": defaults.sink}
+        for name in ("decay", "block", "coverage", "sink", "first_neighbour"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
+        return RadialPolicy(**values)  # type: ignore[arg-type]  # checked by the policy itself
+
+    def _schedule(self, defaults: RadialDefaults) -> DenseSchedule:
+        return DenseSchedule(
+            first_steps=defaults.first_steps if self.first_steps is None else self.first_steps,
+            last_steps=0 if self.last_steps is None else self.last_steps,
+            first_layers=defaults.first_layers if self.first_layers is None else self.first_layers,
+            last_layers=0 if self.last_layers is None else self.last_layers,
+        )
