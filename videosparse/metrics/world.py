@@ -186,18 +186,26 @@ def _split(
     distance = np.linalg.norm(lab[:, None, :] - _palette().numpy()[None], axis=-1).reshape(*mask.shape, -1)
     voters = mask & inner if (mask & inner).sum() >= 4 else mask
     votes = np.bincount(distance[voters].argmin(axis=1), minlength=len(NAMES))
-    present = np.flatnonzero(votes >= max(0.12 * votes.sum(), 0.4 * smallest))
+    present = np.flatnonzero(votes >= max(0.05 * votes.sum(), 0.4 * smallest))
     if len(present) < 2:
         return [_blob(pixels, mask, voters, int(votes.argmax()), frame, box)]
     nearest = present[distance[..., present].argmin(axis=-1)]
     blobs = []
     for colour in present:
-        parts, count = ndimage.label(mask & (nearest == colour), structure=np.ones((3, 3)))
-        for part in range(1, count + 1):
-            own = parts == part
-            if own.sum() >= smallest and (own & voters).any():
-                blobs.append(_blob(pixels, own, own & voters, int(colour), frame, box))
+        # What lies in pieces on both sides of an object in front of it is still one object.
+        own = _thick_pieces(mask & (nearest == colour), smallest)
+        if (own & voters).any():
+            blobs.append(_blob(pixels, own, own & voters, int(colour), frame, box))
     return blobs
+
+
+def _thick_pieces(mask: Bools, smallest: float) -> Bools:
+    """The pieces of a mask that are large enough and no seam of mixed colour between two objects."""
+    ndimage, _ = _scipy()
+    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    core = ndimage.binary_erosion(mask, structure=np.ones((3, 3)))
+    kept = [p for p in range(1, count + 1) if (parts == p).sum() >= smallest and (core & (parts == p)).sum() >= 4]
+    return np.isin(parts, kept)
 
 
 def _blob(pixels: _Pixels, mask: Bools, voters: Bools, colour: int, frame: int, box: tuple[slice, slice]) -> Blob:

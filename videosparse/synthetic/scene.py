@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 RGB = tuple[float, float, float]
+# Shape, colour and motion of one object.
+Triple = tuple[str, str, str]
 
 SHAPES = ("circle", "square", "triangle", "star")
 MOTIONS = ("static", "linear", "orbit", "gravity", "zigzag")
@@ -199,7 +202,7 @@ def free_area(shape: str, radius: float) -> tuple[float, float, float, float]:
 
 
 @cache
-def heldout_triples() -> frozenset[tuple[str, str, str]]:
+def heldout_triples() -> frozenset[Triple]:
     """The 10 % of (shape, colour, motion) triples that training never shows: two a colour, four a shape."""
     colours = list(COLOURS)
     return frozenset(
@@ -210,7 +213,7 @@ def heldout_triples() -> frozenset[tuple[str, str, str]]:
 
 
 @cache
-def triples(split: str) -> tuple[tuple[str, str, str], ...]:
+def triples(split: str) -> tuple[Triple, ...]:
     """The (shape, colour, motion) triples of a split, in a fixed order.
 
     Raises:
@@ -313,34 +316,48 @@ def sample_scene(rng: random.Random, *, split: str = "train", objects: int | Non
     if objects not in (None, 1, 2):
         raise ValueError(f"objects must be 1 or 2 (got {objects}); None draws the number.")
     count = objects or (2 if rng.random() < 0.25 else 1)
-    members = (sample_pair if count == 2 else _sample_single)(rng, triples(split))
+    members = (_sample_pair if count == 2 else _sample_single)(rng, triples(split))
     background = sample_background(rng)
     moving = all(member.motion != "static" for member in members)
     hidden = count == 1 and moving and rng.random() < 0.07
     return Scene(members, background, _sample_occluder(rng, background) if hidden else None)
 
 
-def _sample_single(rng: random.Random, choices: tuple[tuple[str, str, str], ...]) -> tuple[SceneObject, ...]:
+def _sample_single(rng: random.Random, choices: tuple[Triple, ...]) -> tuple[SceneObject, ...]:
     return (sample_object(rng, *rng.choice(choices)),)
 
 
-def sample_pair(rng: random.Random, choices: tuple[tuple[str, str, str], ...]) -> tuple[SceneObject, ...]:
-    """Draw two objects of different colours that are apart most of the time.
+def _sample_pair(rng: random.Random, choices: tuple[Triple, ...]) -> tuple[SceneObject, ...]:
+    first = rng.choice(choices)
+    return arrange_pair(rng, first, rng.choice([c for c in choices if c[1] != first[1]]))
+
+
+def arrange_pair(rng: random.Random, first: Triple, second: Triple) -> tuple[SceneObject, ...]:
+    """Draw paths on which two given objects are apart most of the time.
 
     They are small or medium, because two large ones would hide each other most of the time.
     """
     from videosparse.synthetic.motion import overlap_shares
 
-    first = rng.choice(choices)
-    second = rng.choice([c for c in choices if c[1] != first[1]])
-
-    def draw(triple: tuple[str, str, str]) -> SceneObject:
+    def draw(triple: Triple) -> SceneObject:
         return sample_object(rng, *triple, size=rng.choice(("small", "medium")))
 
     pairs = [(draw(first), draw(second)) for _ in range(10)]
     shares = overlap_shares(pairs)
     apart = [i for i, share in enumerate(shares) if share <= 0.15]
     return pairs[apart[0] if apart else shares.index(min(shares))]
+
+
+def arrange_scene(rng: random.Random, objects: Sequence[Triple], background: str) -> Scene:
+    """Draw a scene of one or two given (shape, colour, motion) triples before a given kind of background.
+
+    Raises:
+        ValueError: if there are neither 1 nor 2 triples.
+    """
+    if len(objects) not in (1, 2):
+        raise ValueError(f"a scene has 1 or 2 objects (got {len(objects)}).")
+    members = (sample_object(rng, *objects[0]),) if len(objects) == 1 else arrange_pair(rng, *objects)
+    return Scene(members, sample_background(rng, background))
 
 
 def _sample_occluder(rng: random.Random, background: Background) -> Occluder:

@@ -1,0 +1,455 @@
+"""Score videos of the synthetic world: what the prompt promised against what is there.
+
+Generate the 64 fixed prompts with a pipeline, score them, write one row per video:
+
+    python eval/score_world.py --model assets/tiny-wan --prompts eval/prompts/world64.json --frames 33 --steps 20 \\
+        --guidance 5 --height 128 --width 128 --method dense --batch 16 --device auto --output dense.csv
+
+The same with block-sparse attention, and the ceiling: the rendered truth of the same prompts through the model's VAE:
+
+    python eval/score_world.py --model assets/tiny-wan --method radial --set radial.decay=0.5 --output radial.csv
+    python eval/score_world.py --model assets/tiny-wan --through-vae --output ceiling.csv
+
+Check the detectors themselves on rendered truth, sharp and degraded as by a VAE at 32 dB, with one and two objects:
+
+    python eval/score_world.py --validate 400
+
+Write the prompt lists again (the same seed gives the same files):
+
+    python eval/score_world.py --make-prompts
+
+`--seed-shift 1000` draws other noise for the same prompts: the spread of one method. `--save FOLDER` keeps the videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+from torch import Tensor
+
+from videosparse.metrics.world import Score, WorldReport, analyse, centre_error, score
+from videosparse.synthetic.captions import Expected, ExpectedObject, caption, parse_caption
+from videosparse.synthetic.render import render, states
+from videosparse.synthetic.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    arrange_scene,
+    sample_scene,
+    triples,
+)
+
+FPS = 16.0
+PROMPTS = Path(__file__).parent / "prompts"
+QUESTIONS = ("colour", "shape", "motion", "count", "background", "all_right")
+Triple = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One entry of a prompt list: its text, the seed of its noise and of its scene, and what it promises."""
+
+    prompt: str
+    seed: int
+    objects: tuple[Triple, ...]
+    background: str
+
+    def expected(self) -> Expected:
+        """What to score: the text says it all."""
+        return parse_caption(self.prompt)
+
+    def scene(self) -> Scene:
+        """A true scene of this prompt."""
+        return arrange_scene(random.Random(self.seed), self.objects, self.background)
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """Read a prompt list.
+
+    Raises:
+        ValueError: if an entry's text does not say what its attributes say.
+    """
+    prompts = []
+    for entry in json.loads(path.read_text())["prompts"]:
+        objects = tuple((o["shape"], o["colour"], o["motion"]) for o in entry["objects"])
+        prompt = Prompt(entry["prompt"], entry["seed"], objects, entry["background"])
+        told = {(o.shape, o.colour, o.motion) for o in prompt.expected().objects}
+        if told != set(objects) or prompt.expected().background != prompt.background:
+            raise ValueError(f"{path}: {entry['prompt']!r} does not say {entry}; run --make-prompts again.")
+        prompts.append(prompt)
+    return prompts
+
+
+# Prompt lists
+
+
+def balanced(choices: Sequence[Triple], count: int, rng: random.Random) -> list[Triple]:
+    """Choose triples so that every shape, colour and motion comes up equally often; repeats once all are used."""
+    used: Counter[Any] = Counter()
+    for _ in range(count):
+
+        def load(triple: Triple) -> tuple[float, float]:
+            shape, colour, motion = triple
+            parts = used[shape] / 8 + used[colour] / 4 + used[motion] / 6.4
+            return used[triple] * 100 + parts, rng.random()
+
+        triple = min(choices, key=load)
+        used.update([*triple, triple])
+    return [t for t in choices for _ in range(used[t])]
+
+
+def write_prompt(objects: tuple[Triple, ...], background: str, seed: int) -> dict[str, Any]:
+    """One entry, whose caption names motion and background."""
+    prompt = Prompt("", seed, objects, background)
+    rng = random.Random(seed + 1)
+    text = caption(prompt.scene(), rng)
+    while parse_caption(text).background is None:
+        text = caption(prompt.scene(), rng)
+    listed = [{"shape": shape, "colour": colour, "motion": motion} for shape, colour, motion in objects]
+    return {"prompt": text, "seed": seed, "objects": listed, "background": background}
+
+
+def make_list(groups: Iterable[tuple[Triple, ...]], first_seed: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Entries for the given objects, over backgrounds in turn."""
+    shuffled = list(groups)
+    rng.shuffle(shuffled)
+    return [
+        write_prompt(group, BACKGROUNDS[i % len(BACKGROUNDS)], first_seed + 10 * i) for i, group in enumerate(shuffled)
+    ]
+
+
+def make_prompts() -> None:
+    rng = random.Random(20)
+    singles = make_list([(t,) for t in balanced(triples("train"), 64, rng)], 10_000, rng)
+    save_list(PROMPTS / "world64.json", "one object, from the training triples", singles)
+    hidden = triples("heldout")
+    alone = make_list([(t,) for t in balanced(hidden, 96, rng)], 20_000, rng)
+    firsts = balanced(hidden, 32, rng)
+    pairs = make_list([(t, rng.choice([o for o in hidden if o[1] != t[1]])) for t in firsts], 30_000, rng)
+    save_list(PROMPTS / "world128_heldout.json", "96 of one object and 32 of two, from held-out triples", alone + pairs)
+
+
+def save_list(path: Path, about: str, prompts: list[dict[str, Any]]) -> None:
+    rows = ",\n".join("  " + json.dumps(p) for p in prompts)
+    write_atomically(path, f'{{"about": {json.dumps(about)}, "prompts": [\n{rows}\n]}}\n')
+    print(f"{path}: {len(prompts)} prompts, {about}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+# Validation of the detectors
+
+
+def degrade(video: Tensor, *, blur: float = 0.7, noise: float = 0.02, seed: int = 0) -> Tensor:
+    """Blur and noise of about 32 dB, as a small VAE adds. ``video`` is [3, F, H, W]; ``blur`` is in pixels."""
+    taps = torch.exp(-(torch.arange(-3.0, 4.0) ** 2) / (2 * blur**2))
+    kernel = taps / taps.sum()
+    x = video.flatten(0, 1)[:, None]
+    x = torch.nn.functional.pad(x, (3, 3, 3, 3), mode="replicate")
+    x = torch.nn.functional.conv2d(x, kernel.reshape(1, 1, 1, 7))
+    x = torch.nn.functional.conv2d(x, kernel.reshape(1, 1, 7, 1)).reshape(video.shape)
+    return (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+
+
+def check_scene(seed: int, *, objects: int, rough: bool, frames: int, size: int) -> dict[str, float]:
+    """Render one scene without occluder, look at it, and say what was found right.
+
+    Permanence is right if every object was seen in as many frames as it is visible, give or take two.
+    """
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    drawn = sample_scene(rng, split="any", objects=objects)
+    scene = Scene(drawn.objects, drawn.background)
+    start = rng.uniform(0, 20)
+    video = render([scene], frames, size, size, start=start)[0]
+    truth = states(scene, frames, start=start)
+    result = score(analyse(degrade(video, seed=seed) if rough else video), expected_of(scene), frames=frames)
+    answers = {question: float(bool(getattr(result, question))) for question in QUESTIONS}
+    errors = [centre_error(d, truth, i) for i, d in enumerate(result.detected) if d]
+    visible = [float(np.mean([frame[i].visible for frame in truth])) for i in range(objects)]
+    alive = [d.alive if d else 0.0 for d in result.detected]
+    answers["permanence"] = float(all(abs(a - v) <= 2.01 / frames for a, v in zip(alive, visible, strict=True)))
+    answers["no switch"] = float(result.switches == 0)
+    return answers | {"centre error, pixels": float(np.mean(errors)) * size if errors else math.nan}
+
+
+def expected_of(scene: Scene) -> Expected:
+    """All that a scene shows, as if its caption said it."""
+    objects = tuple(ExpectedObject(o.shape, o.colour, o.motion) for o in scene.objects)
+    return Expected(objects, scene.background.kind)
+
+
+def validate(args: argparse.Namespace) -> None:
+    table = Table("objects", "video", *QUESTIONS, "permanence", "no switch", "centre, px")
+    with workers(args.workers) as submit:
+        for objects in (1, 2):
+            for rough in (False, True):
+                look = partial(check_scene, objects=objects, rough=rough, frames=args.frames, size=args.height)
+                pending = [submit(look, seed) for seed in range(args.validate)]
+                label = f"{objects} object(s), {'degraded' if rough else 'sharp'}"
+                answers = [p.result() for p in track(pending, label)]
+                shares = [f"{100 * np.mean([a[q] for a in answers]):.1f} %" for q in list(answers[0])[:-1]]
+                off = np.nanmean([a["centre error, pixels"] for a in answers])
+                table.add_row(str(objects), "degraded" if rough else "sharp", *shares, f"{off:.2f}")
+    Console(width=160).print(table)
+
+
+# Generation
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
+    """A function that runs another in a process of a pool; at once and here if ``count`` is 0."""
+    if count == 0:
+        yield run_here
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool.submit
+
+
+def run_here(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(function(*args))
+    return done
+
+
+def look_at(video: Tensor) -> WorldReport:
+    """What one video shows; runs in a worker, which must not take every core."""
+    torch.set_num_threads(1)
+    return analyse(video, fps=FPS)
+
+
+def pick_device(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def load_pipeline(args: argparse.Namespace) -> Any:
+    """The pipeline on its device, with the method's attention."""
+    from diffusers import DiffusionPipeline
+
+    device = pick_device(args.device)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if args.method != "dense":
+        from videosparse.generation.methods import make_processor, parse_overrides
+
+        pipe.set_attn_processor(make_processor(args.method, parse_overrides(args.set).get(args.method)))
+    return pipe
+
+
+@torch.inference_mode()
+def generate(pipe: Any, prompts: Sequence[Prompt], args: argparse.Namespace) -> Tensor:
+    """Videos of a batch of prompts, float32 [B, 3, F, H, W] on the CPU."""
+    frames: Tensor = pipe(
+        prompt=[p.prompt for p in prompts],
+        num_frames=args.frames,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        max_sequence_length=args.text_length,
+        generator=[torch.Generator("cpu").manual_seed(p.seed + args.seed_shift) for p in prompts],
+        output_type="pt",
+    ).frames
+    return frames.transpose(1, 2).float().cpu()
+
+
+@torch.inference_mode()
+def through_vae(pipe: Any, prompts: Sequence[Prompt], args: argparse.Namespace) -> Tensor:
+    """The truth of a batch of prompts, encoded and decoded, float32 [B, 3, F, H, W] on the CPU."""
+    vae = pipe.vae
+    truth = render([p.scene() for p in prompts], args.frames, args.height, args.width, device=vae.device)
+    latents = vae.encode((truth * 2 - 1).to(vae.dtype)).latent_dist.mode()
+    decoded: Tensor = vae.decode(latents).sample
+    return (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def row_of(prompt: Prompt, result: Score, report: WorldReport, args: argparse.Namespace) -> dict[str, Any]:
+    """One row of the CSV."""
+    expected = prompt.expected()
+    seen = [d for d in result.detected if d]
+    row: dict[str, Any] = {
+        "prompt": prompt.prompt,
+        "seed": prompt.seed + args.seed_shift,
+        "method": "truth through VAE" if args.through_vae else args.method,
+        "settings": " ".join(args.set),
+        "frames": args.frames,
+        "height": args.height,
+        "width": args.width,
+        "steps": args.steps,
+        "guidance": args.guidance,
+    }
+    for name in ("colour", "shape", "motion"):
+        row[f"{name}_expected"] = "+".join(str(getattr(e, name)) for e in expected.objects)
+        row[f"{name}_detected"] = "+".join(getattr(d, name) if d else "none" for d in result.detected)
+        row[f"{name}_right"] = int(bool(getattr(result, name)))
+    row |= {"count_expected": expected.count, "count_detected": report.count, "count_right": int(result.count)}
+    row |= {
+        "background_expected": prompt.background,
+        "background_detected": report.background,
+        "background_right": int(bool(result.background)),
+        "all_right_right": int(result.all_right),
+        "permanence": f"{result.permanence:.4f}",
+        "longest_gap": result.longest_gap,
+        "switches": result.switches,
+        "frozen": f"{report.frozen:.4f}",
+    }
+    for name in ("overlap", "residual", "colour_error", "jerk", "speed_variation", "radius"):
+        row[name] = f"{np.mean([getattr(d, name) for d in seen]):.5f}" if seen else ""
+    return row
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the whole table again, so that the file is always complete and readable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(draft, path)
+
+
+def save_videos(folder: Path, prompts: Sequence[Prompt], videos: Tensor) -> None:
+    from diffusers.utils import export_to_video
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for prompt, video in zip(prompts, videos, strict=True):
+        name = "".join(c if c.isalnum() else "-" for c in prompt.prompt.lower())[:80].strip("-")
+        frames = list(video.permute(1, 2, 3, 0).numpy())
+        export_to_video(frames, str(folder / f"{prompt.seed}-{name}.mp4"), fps=int(FPS))
+
+
+def score_model(args: argparse.Namespace) -> None:
+    prompts = load_prompts(args.prompts)[: args.limit]
+    pipe = load_pipeline(args)
+    make = through_vae if args.through_vae else generate
+    rows: list[dict[str, Any]] = []
+    pending: list[tuple[Prompt, Future[WorldReport]]] = []
+    with workers(args.workers) as submit:
+        with Progress() as progress:
+            bar = progress.add_task("generate", total=len(prompts))
+            for at in range(0, len(prompts), args.batch):
+                batch = prompts[at : at + args.batch]
+                videos = make(pipe, batch, args)
+                if args.save:
+                    save_videos(args.save, batch, videos)
+                pending += [(p, submit(look_at, video.clone())) for p, video in zip(batch, videos, strict=True)]
+                progress.advance(bar, len(batch))
+        for prompt, future in track(pending, "score"):
+            report = future.result()
+            rows.append(row_of(prompt, score(report, prompt.expected(), frames=args.frames), report, args))
+            write_rows(args.output, rows)
+    summarise(rows)
+    print(f"{args.output}: {len(rows)} videos")
+
+
+# Summary
+
+
+def interval(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean."""
+    data = np.asarray(values, dtype=float)
+    means = np.random.default_rng(0).choice(data, (draws, len(data))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the shares of right answers, overall with intervals and by class."""
+    console = Console()
+    overall = Table("question", "right", "95 % interval", title=f"{len(rows)} videos")
+    for question in QUESTIONS:
+        values = [row[f"{question}_right"] for row in rows]
+        low, high = interval(values)
+        name = "all of these" if question == "all_right" else question
+        overall.add_row(name, f"{100 * np.mean(values):.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %")
+    permanence = [float(row["permanence"]) for row in rows]
+    low, high = interval(permanence)
+    overall.add_row("permanence", f"{100 * np.mean(permanence):.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %")
+    console.print(overall)
+    classes = Table("class", "videos", "colour", "shape", "motion", title="by class that the prompt names")
+    for label, members in by_class(rows).items():
+        shares = [f"{100 * np.mean([m[f'{q}_right'] for m in members]):.0f} %" for q in ("colour", "shape", "motion")]
+        classes.add_row(label, str(len(members)), *shares)
+    console.print(classes)
+
+
+def by_class(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by every colour, shape, motion and background that their prompts name, in a fixed order."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for question, names in (("colour", COLOURS), ("shape", SHAPES), ("motion", MOTIONS), ("background", BACKGROUNDS)):
+        for name in names:
+            for row in rows:
+                if name in row[f"{question}_expected"].split("+"):
+                    groups[f"{question} {name}"].append(row)
+    return groups
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--validate", type=int, metavar="N", help="check the detectors on N scenes of each kind")
+    parser.add_argument("--make-prompts", action="store_true", help="write eval/prompts/world*.json")
+    parser.add_argument("--model", help="folder or name of the pipeline")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS / "world64.json")
+    parser.add_argument("--limit", type=int, help="only the first prompts")
+    parser.add_argument("--frames", type=int, default=33)
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--text-length", type=int, default=48, help="max_sequence_length; as the model was trained")
+    parser.add_argument("--method", default="dense", help="a method of `videosparse`, or dense for no processor at all")
+    parser.add_argument("--set", action="append", default=[], metavar="METHOD.OPTION=VALUE")
+    parser.add_argument("--seed-shift", type=int, default=0, help="added to every seed of noise")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--through-vae", action="store_true", help="score the truth through the model's VAE instead")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the videos as mp4")
+    parser.add_argument("--output", type=Path, metavar="CSV")
+    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that score")
+    args = parser.parse_args()
+    if args.validate is None and not args.make_prompts and not (args.model and args.output):
+        parser.error("give --model and --output, or --validate N, or --make-prompts")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.make_prompts:
+        make_prompts()
+    if args.validate:
+        validate(args)
+    if args.model:
+        score_model(args)
+
+
+if __name__ == "__main__":
+    main()
