@@ -1,5 +1,167 @@
-"""The only door to attention kernels: `attend`."""
+"""The only door to attention kernels: `attend`, and `block_sums` for methods that search.
 
+Importing this package needs neither Triton nor a GPU: Triton is imported when a call first takes its backend.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from videosparse.blocks import BlockIndex, check_block
+from videosparse.kernels import checks, ops
+from videosparse.kernels.backend import describe_backend
 from videosparse.kernels.options import KernelOptions
+from videosparse.layout import TokenLayout
+from videosparse.ordering import TokenOrder
 
-__all__ = ["KernelOptions"]
+__all__ = ["KernelOptions", "attend", "block_sums", "describe_backend"]
+
+
+@overload
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: TokenLayout,
+    index: BlockIndex | None = None,
+    order: TokenOrder | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    options: KernelOptions = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: TokenLayout,
+    index: BlockIndex | None = None,
+    order: TokenOrder | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    options: KernelOptions = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: TokenLayout,
+    index: BlockIndex | None = None,
+    order: TokenOrder | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Self-attention over a video sequence, reading only the key blocks that `index` lists.
+
+    Keys count when they are valid tokens: every video token, and text before the sample's `layout.seq_lens`. What lies
+    in the gap or in padding is never read, so it may hold anything. A row that is no valid token, or that reads no
+    key, gives 0. Calls compile to one node (`torch.compile(fullgraph=True)`).
+
+    The Triton backend takes float16, bfloat16 and float32 and never waits for the device. The torch backend also takes
+    float64, runs anywhere, and waits for the device to read the lists. The backward pass of both runs in torch for
+    now: correct, proportional to the kept blocks, and slow on a GPU.
+
+    Args:
+        q, k, v: [B, L, H, D] with L = layout.length and D 8..128; any strides, contiguous along D.
+        layout: which positions are video, gap, text and padding.
+        index: block lists for all or some samples and heads ([B or 1] x [H or 1]); None reads every valid key.
+        order: a token order to read q, k and v in; not built yet, so anything but None raises.
+        scale: factor of the scores; default D ** -0.5.
+        return_lse: also return the log-sum-exp of each row's scaled scores.
+        options: backend and variants; see `KernelOptions`.
+
+    Returns:
+        out [B, L, H, D], contiguous, in the dtype of q. With `return_lse` also lse [B, H, L], float32 (float64 for
+        float64 inputs), natural log, -inf where out is 0 for want of keys.
+
+    Raises:
+        ValueError: shapes, devices or strides that do not fit one another, the layout or the index.
+        TypeError: dtypes that differ or are not supported.
+        NotImplementedError: order is given.
+        RuntimeError: options.backend is "triton", which cannot run here.
+    """
+    if order is not None:
+        raise NotImplementedError("attend(order=...) is not available yet; apply TokenOrder to q, k and v instead.")
+    checks.check_tensors({"q": q, "k": k, "v": v}, layout)
+    if index is not None:
+        checks.check_index(q, index)
+    rows, cols = (0, 0) if index is None else index.block
+    samples, heads = (1, 1) if index is None else index.shape[:2]
+    out, lse = ops.attend_forward(
+        q,
+        k,
+        v,
+        None if index is None else index.row_ptr,
+        None if index is None else index.ids,
+        None if index is None else index.order,
+        layout.seq_lens if layout.text else None,
+        layout.video,
+        layout.text_start if layout.text else layout.video,
+        rows,
+        cols,
+        samples,
+        heads,
+        q.shape[3] ** -0.5 if scale is None else float(scale),
+        return_lse,
+        options.backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def block_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    layout: TokenLayout,
+    block: tuple[int, int],
+    scale: float | None = None,
+    options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
+) -> torch.Tensor:
+    """The exact attention mass of every block: sum of exp(score - lse) over its valid rows and keys.
+
+    With the lse of the same q and k, a block row sums to its number of valid query tokens; with an older lse
+    (AdaSpa, arXiv 2502.21079, refreshes that way) it is an estimate. Scores are fp32. It runs in torch, a strip of
+    rows at a time, on every device; a Triton kernel is not built yet. No gradient.
+
+    Args:
+        q, k: [B, L, H, D] as in `attend`.
+        lse: float32 [B, H, L], natural log, as `attend(return_lse=True)` gives it; rows of -inf count nothing.
+        layout: which positions are valid.
+        block: (query rows, key rows) of a block, each 64 or 128.
+        scale: factor of the scores; default D ** -0.5.
+        options: backend "auto" or "torch".
+
+    Returns:
+        float32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
+
+    Raises:
+        ValueError, TypeError: as `attend`, and for an lse of another shape or dtype.
+        NotImplementedError: options.backend is "triton".
+    """
+    check_block(block)
+    checks.check_tensors({"q": q, "k": k}, layout)
+    checks.check_lse(q, lse)
+    if options.backend == "triton":
+        raise NotImplementedError('block_sums has no Triton kernel yet; use backend="auto" or "torch".')
+    sums: torch.Tensor = ops.block_sums(
+        q,
+        k,
+        lse,
+        layout.seq_lens if layout.text else None,
+        layout.video,
+        layout.text_start if layout.text else layout.video,
+        *block,
+        q.shape[3] ** -0.5 if scale is None else float(scale),
+    )
+    return sums

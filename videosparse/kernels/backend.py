@@ -1,0 +1,87 @@
+"""Which backend runs: what each one needs, and what is said about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+
+logger = logging.getLogger("videosparse")
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1): slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _triton_missing(device: torch.device) -> str | None:
+    """What keeps Triton kernels from running on a device; None when nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed (pip install triton; triton-windows on Windows)"
+    if device.type != "cuda":
+        return f"it needs CUDA or ROCm tensors (got {device.type})"
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm GPU is available"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer (got {major}.{minor})"
+    return None
+
+
+def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the Triton kernels from running on tensors of this device and dtype; None when nothing does."""
+    if dtype not in TRITON_DTYPES:
+        return f"it takes float16, bfloat16 and float32 (got {dtype})"
+    return _triton_missing(device)
+
+
+def _device_name(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return f"ROCm on {torch.cuda.get_device_name(device)}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def describe_backend(device: torch.device | str) -> tuple[str, str]:
+    """What backend="auto" takes for 16- and 32-bit tensors on a device.
+
+    Args:
+        device: such as "cuda", "cuda:1" or "cpu". A GPU is asked for its capability, which initialises CUDA.
+
+    Returns:
+        ("triton" or "torch", why): one line each, for people.
+    """
+    device = torch.device(device)
+    reason = _triton_missing(device)
+    return ("triton", _device_name(device)) if reason is None else ("torch", f"no Triton: {reason}")
+
+
+@cache
+def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" means for a device and dtype; cached, so that it is logged once."""
+    reason = missing(device, dtype)
+    name, why = ("triton", _device_name(device)) if reason is None else ("torch", f"no Triton: {reason}")
+    logger.info("attend takes the %s backend for %s on %s: %s.", name, dtype, device, why)
+    return name
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs a call: "triton" or "torch".
+
+    Raises:
+        RuntimeError: backend is "triton" and cannot run; the message says what is missing.
+    """
+    if backend == "auto":
+        return _take_automatically(device, dtype)
+    if backend == "triton" and not (interpreted() and device.type == "cpu"):
+        reason = missing(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f'backend="triton" cannot run here: {reason}. Use backend="auto" or "torch".')
+    return backend

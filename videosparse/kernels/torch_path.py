@@ -1,0 +1,256 @@
+"""Block-sparse attention in plain torch: exact, on any device, and proportional to the kept blocks.
+
+Shapes: q, k, v [B, L, H, D]; inside, one sample is head-major, [H, L, D]. A *task* is a set of query tokens that read
+the same key tokens: one row of the block lists, or several consecutive rows whose lists agree. Each task gathers its
+keys once for all heads that share the map, so dropped blocks cost nothing. Reading the lists waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.layout import ceil_div
+
+SCORE_ENTRIES = 2**22
+"""Scores held at a time where they are held at all (lse, backward, block sums): 16 MB of fp32 for each copy."""
+
+Span = tuple[int, int]
+Keys = slice | torch.Tensor
+"""Key tokens: a slice where they are one run, else int64 positions."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    heads: slice
+    queries: list[Span]
+    keys: Keys
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one call.
+
+    Returns:
+        out [B, L, H, D] contiguous in the dtype of q, and lse [B, H, L] (fp32, fp64 for fp64 inputs; natural log),
+        empty unless `need_lse`. Scores are only held when lse is asked for.
+    """
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = _lse_like(q, need_lse)
+    for sample, tasks in enumerate(_tasks(q, call)):
+        qs, ks, vs = (x[sample].transpose(0, 1).contiguous() for x in (q, k, v))
+        outs = out[sample].transpose(0, 1)
+        for task in tasks:
+            key, value = _take(ks, task), _take(vs, task)
+            for start, stop in task.queries:
+                rows = qs[task.heads, start:stop]
+                if need_lse:
+                    lse_rows = lse[sample, task.heads, start:stop]
+                    _attend_with_lse(rows, key, value, call.scale, outs[task.heads, start:stop], lse_rows)
+                else:
+                    found = F.scaled_dot_product_attention(rows[None], key[None], value[None], scale=call.scale)
+                    outs[task.heads, start:stop] = found[0]
+    return out, lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: AttentionCall,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `forward`, by computing the scores again, a few rows at a time.
+
+    Args:
+        grad_out: [B, L, H, D].
+        grad_lse: [B, H, L], or None when lse took no part.
+
+    Returns:
+        Gradients of q, k and v, [B, L, H, D] contiguous in their dtype. Sums are kept in fp32 (fp64 for fp64).
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for sample, tasks in enumerate(_tasks(q, call)):
+        qs, ks, vs, gs = (x[sample].transpose(0, 1).to(wide) for x in (q, k, v, grad_out))
+        dq, dk, dv = (x[sample].transpose(0, 1) for x in grads)
+        for task in tasks:
+            key, value = _take(ks, task), _take(vs, task)
+            for start, stop in _chunks(task.queries, key.shape[0] * key.shape[1]):
+                rows, grad = qs[task.heads, start:stop], gs[task.heads, start:stop]
+                p = torch.softmax(rows @ key.transpose(1, 2) * call.scale, -1)
+                dp = grad @ value.transpose(1, 2)
+                shift = -(p * dp).sum(-1, keepdim=True)
+                if grad_lse is not None:
+                    shift = shift + grad_lse[sample, task.heads, start:stop, None]
+                ds = p * (dp + shift) * call.scale
+                dq[task.heads, start:stop] = ds @ key
+                _add(dk, task, ds.transpose(1, 2) @ rows)
+                _add(dv, task, p.transpose(1, 2) @ grad)
+    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+def block_sums(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: AttentionCall, block: tuple[int, int]
+) -> torch.Tensor:
+    """Attention mass of every block, fp32 [B, H, ceil(L / block[0]), ceil(L / block[1])]; see `kernels.block_sums`."""
+    batch, length, heads, _ = q.shape
+    rows, cols = ceil_div(length, block[0]), ceil_div(length, block[1])
+    sums = torch.zeros(batch, heads, rows, cols, dtype=torch.float32, device=q.device)
+    step = max(1, SCORE_ENTRIES // (block[0] * cols * block[1])) * block[0]
+    for sample, end in enumerate(_ends(call, batch, length)):
+        valid = _valid(call, end, length, cols * block[1], q.device)
+        for head in range(heads):
+            keys = k[sample, :, head].float()
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                level = lse[sample, head, start:stop].float()
+                level = torch.where(valid[start:stop], level, -torch.inf)
+                scores = q[sample, start:stop, head].float() @ keys.T * call.scale
+                mass = _mass(scores, level, valid[:length])
+                mass = F.pad(mass, (0, cols * block[1] - length, 0, -(stop - start) % block[0]))
+                found = mass.view(-1, block[0], cols, block[1]).sum((1, 3))
+                sums[sample, head, start // block[0] : start // block[0] + found.shape[0]] = found
+    return sums
+
+
+def _mass(scores: torch.Tensor, level: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """exp(scores - level) of valid keys; 0 for the other keys, and for rows whose level is -inf."""
+    empty = level == -torch.inf
+    scores = scores.sub_(level.masked_fill(empty, 0.0)[:, None])
+    # masked after the product, so that NaN in padding does not survive
+    return scores.masked_fill_(~valid | empty[:, None], -torch.inf).exp_()
+
+
+def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, length, heads, _ = q.shape
+    shape = (batch, heads, length) if need_lse else (0,)
+    return torch.full(shape, -torch.inf, dtype=dtype, device=q.device)
+
+
+def _attend_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Write the attention of q [H, M, D] over k, v [H, N, D] to out [H, M, D] and lse [H, M]."""
+    k, v = k.to(lse.dtype), v.to(lse.dtype)
+    for start, stop in _chunks([(0, q.shape[1])], k.shape[0] * k.shape[1]):
+        scores = q[:, start:stop].to(lse.dtype) @ k.transpose(1, 2) * scale
+        level = torch.logsumexp(scores, -1)
+        out[:, start:stop] = (scores.sub_(level[..., None]).exp_() @ v).to(out.dtype)
+        lse[:, start:stop] = level
+
+
+def _chunks(spans: list[Span], width: int) -> Iterator[Span]:
+    """Cut spans of rows so that rows x width stays near SCORE_ENTRIES."""
+    step = max(16, SCORE_ENTRIES // width)
+    for start, stop in spans:
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+
+def _take(x: torch.Tensor, task: _Task) -> torch.Tensor:
+    """The key tokens of a task: [H, L, D] -> [heads, keys, D]."""
+    if isinstance(task.keys, slice):
+        return x[task.heads, task.keys]
+    return x[task.heads].index_select(1, task.keys)
+
+
+def _add(x: torch.Tensor, task: _Task, update: torch.Tensor) -> None:
+    """Add [heads, keys, D] to the key tokens of x [H, L, D]."""
+    if isinstance(task.keys, slice):
+        x[task.heads, task.keys] += update
+    else:
+        x[task.heads].index_add_(1, task.keys, update)
+
+
+def _ends(call: AttentionCall, batch: int, length: int) -> list[int]:
+    """Where the text of each sample ends."""
+    if call.seq_lens is None:
+        return [length] * batch
+    return [min(int(n), length) for n in call.seq_lens.tolist()]
+
+
+def _spans(call: AttentionCall, end: int, length: int) -> list[Span]:
+    """The valid tokens of a sample as one or two runs."""
+    video = min(call.video, length)
+    if end <= call.text_start:
+        return [(0, video)]
+    return [(0, end)] if call.text_start == video else [(0, video), (call.text_start, end)]
+
+
+def _valid(call: AttentionCall, end: int, length: int, size: int, device: torch.device) -> torch.Tensor:
+    """Bool [size]: True at the valid tokens of a sample."""
+    valid = torch.zeros(size, dtype=torch.bool, device=device)
+    for start, stop in _spans(call, end, length):
+        valid[start:stop] = True
+    return valid
+
+
+def _clip(spans: list[Span], start: int, stop: int) -> list[Span]:
+    """What of the spans lies in [start, stop)."""
+    cut = [(max(a, start), min(b, stop)) for a, b in spans]
+    return [(a, b) for a, b in cut if a < b]
+
+
+def _tasks(q: torch.Tensor, call: AttentionCall) -> Iterator[Iterator[_Task]]:
+    """The tasks of each sample."""
+    batch, length = q.shape[:2]
+    lists = call.lists
+    host = None if lists is None else (lists.row_ptr.tolist(), lists.ids.cpu())
+    for sample, end in enumerate(_ends(call, batch, length)):
+        spans = _spans(call, end, length)
+        if lists is None or host is None:
+            yield iter([_Task(slice(None), spans, _join(spans, q.device))])
+        else:
+            yield _sparse_tasks(lists, host[0], host[1], sample, spans, length)
+
+
+def _sparse_tasks(
+    lists: Lists, row_ptr: list[int], ids: torch.Tensor, sample: int, spans: list[Span], length: int
+) -> Iterator[_Task]:
+    """The tasks of one sample: runs of rows with the same list. Empty rows and rows without a valid token have none."""
+    rows = ceil_div(length, lists.block[0])
+    valid = torch.zeros(ceil_div(length, lists.block[1]) * lists.block[1], dtype=torch.bool)
+    for start, stop in spans:
+        valid[start:stop] = True
+    for head in range(lists.heads):
+        heads = slice(None) if lists.heads == 1 else slice(head, head + 1)
+        base = ((sample if lists.samples > 1 else 0) * lists.heads + head) * rows
+        own = [ids[row_ptr[base + r] : row_ptr[base + r + 1]] for r in range(rows)]
+        first = 0
+        while first < rows:
+            last = first + 1
+            while last < rows and torch.equal(own[first], own[last]):
+                last += 1
+            queries = _clip(spans, first * lists.block[0], last * lists.block[0])
+            if queries and own[first].numel():
+                keys = _keys(own[first], lists.block[1], spans, valid, lists.ids.device)
+                if keys is not None:
+                    yield _Task(heads, queries, keys)
+            first = last
+
+
+def _keys(ids: torch.Tensor, block: int, spans: list[Span], valid: torch.Tensor, device: torch.device) -> Keys | None:
+    """The valid key tokens of the blocks `ids` (ascending, on the CPU); None when there are none."""
+    first, last = int(ids[0]), int(ids[-1]) + 1
+    if last - first == ids.numel():
+        run = _clip(spans, first * block, last * block)
+        return _join(run, device) if run else None
+    tokens = (ids.long()[:, None] * block + torch.arange(block)).flatten()
+    tokens = tokens[valid[tokens]]
+    return tokens.to(device) if tokens.numel() else None
+
+
+def _join(spans: list[Span], device: torch.device) -> Keys:
+    """Spans as one slice if they are one, else as positions."""
+    if len(spans) == 1:
+        return slice(*spans[0])
+    return torch.cat([torch.arange(*span, device=device) for span in spans])
