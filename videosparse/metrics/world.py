@@ -123,19 +123,25 @@ class _Pixels:
     coloured: Bools
 
 
+@cache
+def _needed_chroma() -> Tensor:
+    """From which chroma a pixel of each hue, in whole degrees, belongs to an object: float32 [360]."""
+    hues = torch.atan2(_palette()[:, 2], _palette()[:, 1])
+    apart = torch.cos(torch.arange(360)[:, None] * (math.pi / 180) - hues)
+    return CHROMA_SHARE * _palette()[:, 1:].norm(dim=1)[apart.argmax(dim=1)]
+
+
 def _measure(video: Tensor) -> _Pixels:
     """Where a clip is colourful; in chunks, because a long video has millions of pixels."""
-    palette = _palette().to(video.device)
-    hues = palette[:, 1:] / palette[:, 1:].norm(dim=1, keepdim=True)
-    needed = CHROMA_SHARE * palette[:, 1:].norm(dim=1)
+    needed = _needed_chroma().to(video.device)
     labs, chromas, masks = [], [], []
     for part in torch.split(video, 32, dim=1):
         lab = to_lab(part)
         chroma = torch.hypot(lab[1], lab[2])
-        nearest = torch.tensordot(hues, lab[1:], dims=1).argmax(dim=0)
+        hue = (torch.atan2(lab[2], lab[1]) * (180 / math.pi)).round().long() % 360
         labs.append(lab.cpu())
         chromas.append(chroma.cpu())
-        masks.append((chroma >= needed[nearest]).cpu())
+        masks.append((chroma >= needed[hue]).cpu())
     return _Pixels(torch.cat(labs, 1).numpy(), torch.cat(chromas).numpy(), torch.cat(masks).numpy())
 
 
@@ -181,7 +187,6 @@ def _split(
     pixels: _Pixels, mask: Bools, inner: Bools, frame: int, box: tuple[slice, slice], smallest: float
 ) -> list[Blob]:
     """The blobs of one connected part: one per colour that a good share of its inner pixels votes for."""
-    ndimage, _ = _scipy()
     lab = pixels.lab[:, frame, box[0], box[1]].reshape(3, -1).T
     distance = np.linalg.norm(lab[:, None, :] - _palette().numpy()[None], axis=-1).reshape(*mask.shape, -1)
     voters = mask & inner if (mask & inner).sum() >= 4 else mask
