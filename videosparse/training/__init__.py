@@ -1,0 +1,1 @@
+"""Training: the parts that the training programs in `lora/` and `eval/` are made of."""
