@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -46,6 +47,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 from torch import Tensor
 
+from videosparse.generation.video import write_mp4
 from videosparse.metrics.world import Score, WorldReport, analyse, centre_error, score
 from videosparse.synthetic.captions import Expected, ExpectedObject, caption, parse_caption
 from videosparse.synthetic.render import render, states
@@ -338,13 +340,11 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_videos(folder: Path, prompts: Sequence[Prompt], videos: Tensor) -> None:
-    from diffusers.utils import export_to_video
-
+    """Write one mp4 per video, named by seed and prompt."""
     folder.mkdir(parents=True, exist_ok=True)
     for prompt, video in zip(prompts, videos, strict=True):
-        name = "".join(c if c.isalnum() else "-" for c in prompt.prompt.lower())[:80].strip("-")
-        frames = list(video.permute(1, 2, 3, 0).numpy())
-        export_to_video(frames, str(folder / f"{prompt.seed}-{name}.mp4"), fps=int(FPS))
+        words = "-".join(re.findall(r"[a-z0-9]+", prompt.prompt.lower()))
+        write_mp4(folder / f"{prompt.seed}-{words}.mp4", video.transpose(0, 1), FPS)
 
 
 def score_model(args: argparse.Namespace) -> None:

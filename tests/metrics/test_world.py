@@ -154,6 +154,11 @@ def test_a_path_of_no_family_is_called_other():
     assert all(seen.motion == "other" for seen in report.objects)
 
 
+def test_a_few_frames_show_no_motion():
+    (seen,) = analyse(render([Scene((still(),), GREY)], 7, 64, 64)[0]).objects
+    assert seen.motion == "other"
+
+
 def test_permanence_counts_the_frames_without_the_object():
     there = render([Scene((still(),), GREY)], 20, 64, 64)[0]
     there[:, 8:13] = 0.5

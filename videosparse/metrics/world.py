@@ -46,6 +46,8 @@ MAX_RESIDUAL = 0.05
 # A window whose positions spread less than this (root mean square) shows an object at rest.
 STILL_SPREAD = 0.02
 WINDOW_SECONDS = 2.0625
+# Any path fits fewer points.
+MIN_POINTS = 8
 # An object counts if it is there in this share of the frames.
 MIN_ALIVE = 0.25
 
@@ -128,7 +130,8 @@ def _needed_chroma() -> Tensor:
     """From which chroma a pixel of each hue, in whole degrees, belongs to an object: float32 [360]."""
     hues = torch.atan2(_palette()[:, 2], _palette()[:, 1])
     apart = torch.cos(torch.arange(360)[:, None] * (math.pi / 180) - hues)
-    return CHROMA_SHARE * _palette()[:, 1:].norm(dim=1)[apart.argmax(dim=1)]
+    chroma = torch.hypot(_palette()[:, 1], _palette()[:, 2])
+    return CHROMA_SHARE * chroma[apart.argmax(dim=1)]
 
 
 def _measure(video: Tensor) -> _Pixels:
@@ -312,7 +315,7 @@ def _whole(blobs: Sequence[Blob]) -> list[Blob]:
     """The blobs that nothing seems to cover, by their area; all if that leaves too few to see a motion."""
     usual = float(np.percentile([b.area for b in blobs], 75))
     whole = [b for b in blobs if 0.85 * usual <= b.area <= 1.2 * usual]
-    return whole if len(whole) >= min(len(blobs), 8) else list(blobs)
+    return whole if len(whole) >= min(len(blobs), MIN_POINTS) else list(blobs)
 
 
 def classify_shape(blobs: Sequence[Blob], *, samples: int = 9) -> tuple[str, float]:
@@ -439,7 +442,8 @@ def classify_motion(
         fps: frames per second.
 
     Returns:
-        The motion ("other" if no residual is below ``MAX_RESIDUAL``) and the mean residual of each motion.
+        The motion and the mean residual of each motion. The motion is "other" if no residual is below
+        ``MAX_RESIDUAL`` or the object was seen in fewer than ``MIN_POINTS`` frames.
     """
     whole = _whole(blobs)
     t = np.array([b.frame / fps for b in whole])
@@ -447,6 +451,8 @@ def classify_motion(
     area = free_area(shape if shape in SHAPES else "circle", min(radius, 0.3))
     residuals = [motion_residuals(t[w], x[w], y[w], area) for w in _windows(t)]
     mean = {motion: float(np.mean([r[motion] for r in residuals])) for motion in MOTIONS}
+    if len(whole) < MIN_POINTS:
+        return OTHER, mean
     if mean["static"] < STILL_SPREAD:
         return "static", mean
     best = min(MOTIONS, key=lambda motion: mean[motion])
@@ -457,7 +463,7 @@ def _windows(t: Floats) -> list[NDArray[np.int64]]:
     """Indices of half-overlapping windows of two seconds with enough points in each; all points if there is none."""
     starts = np.arange(t[0], max(t[-1] - 0.75 * WINDOW_SECONDS, t[0]) + 1e-9, WINDOW_SECONDS / 2)
     windows = [np.flatnonzero((t >= s - 1e-9) & (t < s + WINDOW_SECONDS)) for s in starts]
-    return [w for w in windows if len(w) >= 8] or [np.arange(len(t))]
+    return [w for w in windows if len(w) >= MIN_POINTS] or [np.arange(len(t))]
 
 
 @dataclass(frozen=True)
