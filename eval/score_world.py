@@ -47,7 +47,6 @@ from rich.progress import Progress, track
 from rich.table import Table
 from torch import Tensor
 
-from videosparse.generation.video import write_mp4
 from videosparse.metrics.world import Score, WorldReport, analyse, centre_error, score
 from videosparse.synthetic.captions import Expected, ExpectedObject, caption, parse_caption
 from videosparse.synthetic.render import render, states
@@ -341,6 +340,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def save_videos(folder: Path, prompts: Sequence[Prompt], videos: Tensor) -> None:
     """Write one mp4 per video, named by seed and prompt."""
+    from videosparse.generation.video import write_mp4
+
     folder.mkdir(parents=True, exist_ok=True)
     for prompt, video in zip(prompts, videos, strict=True):
         words = "-".join(re.findall(r"[a-z0-9]+", prompt.prompt.lower()))

@@ -1,0 +1,92 @@
+"""The prompt lists of `eval/score_world.py`: balanced, from their split, and true to their attributes."""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, heldout_triples, triples
+
+PROGRAM = Path(__file__).parents[2] / "eval" / "score_world.py"
+
+
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("score_world", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["score_world"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["score_world"]
+
+
+@pytest.fixture(scope="module")
+def trained(program):
+    return program.load_prompts(program.PROMPTS / "world64.json")
+
+
+@pytest.fixture(scope="module")
+def held_out(program):
+    return program.load_prompts(program.PROMPTS / "world128_heldout.json")
+
+
+def test_the_training_list_is_balanced_and_holds_nothing_held_out(trained):
+    assert len(trained) == 64
+    objects = [o for prompt in trained for o in prompt.objects]
+    assert len(objects) == len(set(objects)) == 64
+    assert set(objects) <= set(triples("train"))
+    for position, names in enumerate((SHAPES, tuple(COLOURS), MOTIONS)):
+        counts = Counter(o[position] for o in objects)
+        assert set(counts) == set(names)
+        assert max(counts.values()) - min(counts.values()) <= 2
+    assert Counter(p.background for p in trained) == dict.fromkeys(BACKGROUNDS, 16)
+
+
+def test_the_other_list_holds_only_what_is_held_out(held_out):
+    assert Counter(len(p.objects) for p in held_out) == {1: 96, 2: 32}
+    assert {o for prompt in held_out for o in prompt.objects} == heldout_triples()
+    assert all(p.objects[0][1] != p.objects[1][1] for p in held_out if len(p.objects) == 2)
+
+
+def test_every_prompt_has_its_own_text_and_seed(trained, held_out):
+    for prompts in (trained, held_out):
+        assert len({p.prompt for p in prompts}) == len(prompts)
+        assert len({p.seed for p in prompts}) == len(prompts)
+
+
+def test_the_scene_of_a_prompt_shows_what_the_prompt_says(trained, held_out):
+    for prompt in trained + held_out:
+        scene, expected = prompt.scene(), prompt.expected()
+        by_colour = {o.colour: o for o in scene.objects}
+        assert scene.background.kind == expected.background
+        for said in expected.objects:
+            drawn = by_colour[said.colour]
+            assert (said.shape, said.motion) == (drawn.shape, drawn.motion)
+            assert said.size in (None, drawn.size)
+            assert said.speed in (None, drawn.speed)
+
+
+def test_a_list_can_be_written_again(program, trained):
+    for prompt in trained[:5]:
+        again = program.write_prompt(prompt.objects, prompt.background, prompt.seed)
+        assert again["prompt"] == prompt.prompt
+
+
+def test_a_text_that_says_something_else_is_an_error(program, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(
+        '{"prompts": [{"prompt": "a red circle rests on a plain background", "seed": 1, "background": "flat",'
+        ' "objects": [{"shape": "circle", "colour": "red", "motion": "orbit"}]}]}'
+    )
+    with pytest.raises(ValueError, match="does not say"):
+        program.load_prompts(path)
+
+
+def test_the_interval_of_a_mean_holds_the_mean(program):
+    low, high = program.interval([1] * 60 + [0] * 4)
+    assert low < 60 / 64 < high <= 1
+    assert program.interval([1, 1, 1]) == (1, 1)
