@@ -260,7 +260,7 @@ def hunyuan_i2v() -> Any:
         image_size=28, patch_size=14,
     )  # fmt: skip
     config = LlavaConfig(
-        vision, llama_config(), pad_token_id=3, image_token_index=999, image_token_id=999, image_seq_length=4
+        vision_config=vision, text_config=llama_config(), pad_token_id=3, image_token_index=999, image_seq_length=4
     )
     processor = CLIPImageProcessor(
         crop_size=28, do_center_crop=True, do_normalize=True, do_resize=True, resample=3, size=28
@@ -275,7 +275,7 @@ def mochi(**more: Any) -> Any:
 
     transformer = mochi_transformer(**more)
     torch.manual_seed(0)
-    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    widths = {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4}
     vae = AutoencoderKLMochi(latent_channels=12, out_channels=3, **widths, layers_per_block=(1, 1, 1, 1, 1)).eval()
     return MochiPipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **_wan_text())
 
@@ -363,3 +363,61 @@ PIPES: dict[str, Pipe] = {
     ),
     "mochi": Pipe(mochi, lambda: {**_CFG, "negative_prompt": "", "num_frames": 7}, calls=1),
 }  # fmt: skip
+
+
+def _wan_inputs(grid: tuple[int, int, int], batch: int, text: list[int]) -> dict[str, torch.Tensor]:
+    return {**_latents(16, grid, batch), "encoder_hidden_states": torch.randn(batch, 12, 32)}
+
+
+def _vace_inputs(grid: tuple[int, int, int], batch: int, text: list[int]) -> dict[str, torch.Tensor]:
+    return {**_wan_inputs(grid, batch, text), "control_hidden_states": _latents(96, grid, batch)["hidden_states"]}
+
+
+def _latents(channels: int, grid: tuple[int, int, int], batch: int) -> dict[str, torch.Tensor]:
+    frames, rows, columns = grid
+    latents = torch.randn(batch, channels, frames, 2 * rows, 2 * columns)
+    return {"hidden_states": latents, "timestep": torch.full((batch,), 500.0)}
+
+
+def _joint_text(width: int, text: list[int]) -> dict[str, torch.Tensor]:
+    mask = torch.zeros(len(text), 12, dtype=torch.int64)
+    for row, valid in zip(mask, text, strict=True):
+        row[:valid] = 1
+    return {"encoder_hidden_states": torch.randn(len(text), 12, width), "encoder_attention_mask": mask}
+
+
+def _hunyuan_inputs(grid: tuple[int, int, int], batch: int, text: list[int]) -> dict[str, torch.Tensor]:
+    more = {"pooled_projections": torch.randn(batch, 8), "guidance": torch.full((batch,), 6000.0)}
+    return {**_latents(4, grid, batch), **_joint_text(16, text), **more}
+
+
+def _mochi_inputs(grid: tuple[int, int, int], batch: int, text: list[int]) -> dict[str, torch.Tensor]:
+    return {**_latents(12, grid, batch), **_joint_text(32, text)}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny transformer of a family.
+
+    `inputs(grid, batch, text)` makes a forward's arguments for a token grid and valid text lengths up to 12.
+    """
+
+    family: str
+    build: Callable[..., Any]
+    inputs: Callable[[tuple[int, int, int], int, list[int]], dict[str, torch.Tensor]]
+
+    def forward(
+        self, model: Any, grid: tuple[int, int, int] = (5, 16, 24), text: tuple[int, ...] = (12, 7)
+    ) -> torch.Tensor:
+        """The output for inputs that are the same every time."""
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return model(**self.inputs(grid, len(text), list(text)), return_dict=False)[0]
+
+
+TINY: dict[str, Tiny] = {
+    "wan": Tiny("wan", wan_transformer, _wan_inputs),
+    "wan_vace": Tiny("wan", vace_transformer, _vace_inputs),
+    "hunyuan_video": Tiny("hunyuan_video", hunyuan_transformer, _hunyuan_inputs),
+    "mochi": Tiny("mochi", mochi_transformer, _mochi_inputs),
+}

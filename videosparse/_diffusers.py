@@ -21,17 +21,21 @@ class HostProcessor:
     """The side of an attention processor that Diffusers sees and sets, from `set_attention_backend` and the like.
 
     Args:
-        stock: the processor that this one replaces, whose backend and parallel config it takes over: replacing one
-            after `enable_parallelism` would otherwise silently attend to one shard of the video.
+        replaced: the processor that this one replaces, stock or another of ours, whose backend and parallel config it
+            takes over: replacing one after `enable_parallelism` would otherwise silently attend to one shard.
+
+    Attributes:
+        stock: the processor to give back.
     """
 
+    stock: Any
     _attention_backend: Any
     _parallel_config: Any
 
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
-        self._attention_backend = getattr(stock, "_attention_backend", None)
-        self._parallel_config = getattr(stock, "_parallel_config", None)
+    def __init__(self, replaced: Any) -> None:
+        self.stock = replaced.stock if isinstance(replaced, HostProcessor) else replaced
+        self._attention_backend = getattr(replaced, "_attention_backend", None)
+        self._parallel_config = getattr(replaced, "_parallel_config", None)
 
     def give_back(self) -> Any:
         """The stock processor, with the backend and parallel config that were chosen in the meantime."""
@@ -63,20 +67,25 @@ class HostProcessor:
         )
         return out
 
-    def check_parallel(self, joint: bool) -> None:
-        """Raise NotImplementedError for kinds of parallelism in which block maps do not fit the shards."""
+    def check_parallel(self, *, joint: bool, sparse: bool) -> None:
+        """Raise NotImplementedError for context parallelism whose shards do not fit.
+
+        Args:
+            joint: text is part of the sequence.
+            sparse: some calls read block maps.
+        """
         config = getattr(self._parallel_config, "context_parallel_config", None)
         if config is None:
             return
-        if config.ring_degree > 1:
+        if sparse and config.ring_degree > 1:
             raise NotImplementedError(
                 f"Sparse attention does not work with ring attention (ring_degree={config.ring_degree}): a rank never "
                 "sees all keys. Use ContextParallelConfig(ulysses_degree=...), or DenseProcessor()."
             )
         if joint:
             raise NotImplementedError(
-                "Sparse attention under Ulysses is available for Wan only: with text in the sequence, gathered shards "
-                "come in another order. Use one GPU, or DenseProcessor()."
+                "Context parallelism is available for Wan only: where text is part of the sequence, gathered shards "
+                "come in another order than video, text. Use one GPU, or videosparse.restore(...)."
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from videosparse._diffusers import RunEvents, default_processor
+from videosparse._diffusers import HostProcessor, RunEvents, default_processor
 from videosparse.kernels import describe_backend
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, SelfAttention, family_of
@@ -43,6 +43,7 @@ class Clock:
         self._mark: float | None = None
         self._timeline: object = None
         self._rising: bool | None = None
+        self._total: int | None = None
         self.run = 0
         self.index = 0
 
@@ -54,18 +55,30 @@ class Clock:
         """Bring `run` and `index` up to date for a forward; `timestep` is the transformer's input, of any shape."""
         scheduler = self._scheduler()
         if scheduler is not None:
-            self._follow(scheduler)
+            self._follow(scheduler, timestep)
         else:
             self._watch(None if timestep is None else float(timestep.max()))
+            self._total = getattr(self._alive(), "num_timesteps", None)
 
     def total(self) -> int | None:
         """Steps of this run, None when nobody says."""
         if self._num_steps is not None:
             return self._num_steps
-        pipeline, scheduler = self._alive(), self._scheduler()
-        timesteps = getattr(scheduler or getattr(pipeline, "scheduler", None), "timesteps", None)
-        known = getattr(pipeline, "num_timesteps", None)
-        return known if known is not None or timesteps is None else len(timesteps)
+        return self._total
+
+    def _count(self, timesteps: torch.Tensor, first: torch.Tensor | None) -> int | None:
+        """Steps of a run that walks `timesteps` from `first` on: video-to-video starts late.
+
+        The pipeline's own number is exact, but stale when another pipeline of the same components is the one that
+        runs. So it only decides where `first` was rounded (to bfloat16) on its way to the transformer.
+        """
+        known: int | None = getattr(self._alive(), "num_timesteps", None)
+        if first is None:
+            return known
+        distance = (timesteps.detach().cpu().float() - float(first.max())).abs()
+        left = len(timesteps) - int(distance.argmin())
+        rounded = float(distance.min()) > 0
+        return known if known is not None and rounded and abs(known - left) <= 1 else left
 
     def _alive(self) -> object | None:
         return None if self._pipeline is None else self._pipeline()
@@ -74,12 +87,13 @@ class Clock:
         scheduler = getattr(self._alive(), "scheduler", None)
         return scheduler if hasattr(scheduler, "step_index") else None
 
-    def _follow(self, scheduler: Any) -> None:
+    def _follow(self, scheduler: Any, timestep: torch.Tensor | None) -> None:
         mark, timeline = scheduler.step_index, scheduler.timesteps
         # set_timesteps makes a new tensor: that also tells a new run from one that failed in its first step
         fresh = self._ended or timeline is not self._timeline
         if fresh or (self._mark is not None and (mark is None or mark < self._mark)):
             self._begin()
+            self._total = self._count(timeline, timestep)
         elif mark != self._mark:
             self.index += 1
         self._mark, self._timeline = mark, timeline
@@ -133,9 +147,14 @@ class RunTracker:
         self._handle: Any = None
 
     def attach(self, transformer: torch.nn.Module, attentions: list[SelfAttention]) -> None:
-        """Put a `LayerProcessor` on every attention and start following."""
-        for attention in attentions:
-            layer = LayerProcessor(self.family, attention.module.processor)
+        """Put a `LayerProcessor` on every attention and start following, in place of what followed before."""
+        before = [attention.module.processor for attention in attentions]
+        restore(transformer)
+        for attention, current in zip(attentions, before, strict=True):
+            # not every stock processor can hold the backend that was chosen while ours was there
+            layer = LayerProcessor(
+                self.family, current if isinstance(current, LayerProcessor) else attention.module.processor
+            )
             attention.module.processor = layer  # type: ignore[assignment]  # a plain attribute, no submodule
             self.layers.append((attention.depth, layer))
         self.events.install(transformer)
@@ -171,8 +190,7 @@ class RunTracker:
                 f"{type(resolved.policy).__name__} keeps state between steps and cannot be trained with: gradient "
                 "checkpointing runs a forward twice. Use RadialProcessor, or call transformer.eval() to generate."
             )
-        if resolved.policy is not None:
-            self.layers[0][1].check_parallel(self.family.joint)
+        self.layers[0][1].check_parallel(joint=self.family.joint, sparse=resolved.policy is not None)
         device = inputs["hidden_states"].device
         run = RunStep("training", 0) if training else self._now(layout, inputs.get("timestep"), device)
         # in training there is no run: only the layers' part of the schedule has a meaning
@@ -280,11 +298,10 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
         resolved.schedule.check_layers(1 + max(a.depth for a in found))
         if pipeline is None:
             resolved.schedule.dense_steps(processor.num_steps)
-        if resolved.policy is not None:
-            LayerProcessor(tracker.family, _stock_of(found[0])).check_parallel(tracker.family.joint)
+        current = HostProcessor(found[0].module.processor)
+        current.check_parallel(joint=tracker.family.joint, sparse=resolved.policy is not None)
 
     for transformer, tracker, found in zip(transformers, trackers, attentions, strict=True):
-        restore(transformer)
         tracker.attach(transformer, found)
     binding = processor.binding
     binding.transformers = [weakref.ref(t) for t in transformers]

@@ -29,14 +29,14 @@ class LayerProcessor(HostProcessor):
 
     Args:
         family: how the model projects and finishes.
-        stock: the processor it stands in for.
+        replaced: the processor it stands in for.
 
     Attributes:
         plan: what to do in the next call; set before every forward of the transformer, from outside any graph.
     """
 
-    def __init__(self, family: ModelFamily, stock: Any) -> None:
-        super().__init__(stock)
+    def __init__(self, family: ModelFamily, replaced: Any) -> None:
+        super().__init__(replaced)
         self.family = family
         self.plan: LayerPlan | None = None
 

@@ -1,0 +1,198 @@
+"""Wrong use says what is wrong, and what to do."""
+
+import re
+from pipes import PIPES, TINY, cogvideox
+from types import SimpleNamespace
+
+import pytest
+import torch
+from probes import FullMap, Probe
+
+import videosparse
+from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
+from videosparse.processors import LayerProcessor
+
+
+@pytest.mark.parametrize("name", [n for n in TINY if n != "mochi"])
+def test_a_processor_given_to_a_transformer_says_whom_to_call(name):
+    """Diffusers then puts it on every attention, cross-attention included; binding afterwards repairs that."""
+    model = TINY[name].build()
+    stock = TINY[name].forward(model, (3, 4, 5))
+    model.set_attn_processor(RadialProcessor())
+    with pytest.raises(RuntimeError, match=r"bound to no pipeline.*Call pipe\.set_attn_processor\(\.\.\.\)"):
+        TINY[name].forward(model, (3, 4, 5))
+    sparsify(model, DenseProcessor())
+    torch.testing.assert_close(TINY[name].forward(model, (3, 4, 5)), stock, rtol=0, atol=1e-5)
+    restore(model)
+    assert torch.equal(TINY[name].forward(model, (3, 4, 5)), stock)
+
+
+def test_unknown_transformers():
+    pipe = cogvideox()
+    with pytest.raises(TypeError, match=r"CogVideoXTransformer3DModel is not supported; .*Wan.*HunyuanVideo.*Mochi"):
+        pipe.set_attn_processor(RadialProcessor())
+    with pytest.raises(TypeError, match="CogVideoXTransformer3DModel is not supported"):
+        restore(pipe)
+    with pytest.raises(TypeError, match=r"Expected a Diffusers pipeline with a transformer.*got dict"):
+        sparsify({}, RadialProcessor())
+
+
+def test_not_a_processor(pipe_of):
+    with pytest.raises(TypeError, match=r"processor must be a RadialProcessor\(\.\.\.\)"):
+        sparsify(pipe_of("wan"), RadialProcessor)
+
+
+def test_a_custom_processor_is_not_thrown_away():
+    model = TINY["wan"].build()
+
+    class Custom:
+        pass
+
+    model.blocks[1].attn1.processor = Custom()
+    with pytest.raises(TypeError, match=r"blocks\.1\.attn1 has a Custom; only the stock WanAttnProcessor"):
+        sparsify(model, RadialProcessor(first_steps=0))
+    assert not isinstance(model.blocks[0].attn1.processor, LayerProcessor), "nothing may be half attached"
+
+
+def parallel(**degrees):
+    config = SimpleNamespace(**{"ring_degree": 1, "ulysses_degree": 1, "ring_anything": False, **degrees})
+    return SimpleNamespace(context_parallel_config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "message"),
+    [
+        ("wan", {"ring_degree": 2}, r"ring attention \(ring_degree=2\)"),
+        ("mochi", {"ring_degree": 2}, "ring attention"),
+        ("hunyuan_video", {"ulysses_degree": 2}, "Context parallelism is available for Wan only"),
+    ],
+)
+def test_parallelism_that_does_not_fit(name, degrees, message):
+    model = TINY[name].build()
+    # switched on after attaching, as enable_parallelism does: it sets the config of every processor
+    sparsify(model, RadialProcessor(first_steps=0))
+    for module in model.modules():
+        if isinstance(getattr(module, "processor", None), LayerProcessor):
+            module.processor._parallel_config = parallel(**degrees)
+    with pytest.raises(NotImplementedError, match=message):
+        TINY[name].forward(model, (3, 4, 5))
+    with pytest.raises(NotImplementedError, match=message):
+        sparsify(model, RadialProcessor(first_steps=0))
+
+
+def test_training_with_a_method_that_keeps_state():
+    model = TINY["wan"].build().train()
+    sparsify(model, Probe(FullMap(pure=False)))
+    with pytest.raises(RuntimeError, match="FullMap keeps state between steps and cannot be trained with"):
+        model(**TINY["wan"].inputs((1, 4, 4), 1, []))
+    TINY["wan"].forward(model, (1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": -1.0}, r"decay must be positive and finite \(got -1"),
+        ({"block": 96}, "block must be .* each 64 or 128"),
+        ({"block": (64, 32)}, "block must be .* each 64 or 128"),
+        ({"coverage": "all"}, "coverage must be one of majority, any"),
+        ({"first_neighbour": "none"}, "first_neighbour must be one of"),
+        ({"first_steps": 1.5}, r"first_steps must be an int >= 0 or a fraction 0\.\.1"),
+        ({"first_steps": -1}, "first_steps must be"),
+        ({"num_steps": 0}, "num_steps must be an int of at least 1"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RadialProcessor(**arguments)
+
+
+def test_processors_do_not_change():
+    with pytest.raises(AttributeError, match="cannot assign to field 'decay'"):
+        RadialProcessor().decay = 0.5
+
+
+def test_more_dense_layers_than_layers(pipe_of):
+    with pytest.raises(ValueError, match="asks for 3 dense layers, the model has 2"):
+        sparsify(pipe_of("wan"), RadialProcessor(first_layers=2, last_layers=1))
+
+
+def test_fractions_without_a_pipeline(tiny_of):
+    with pytest.raises(ValueError, match=r"first_steps=0\.24 is a fraction .* pass num_steps="):
+        sparsify(tiny_of("wan"), RadialProcessor())
+    with pytest.raises(ValueError, match="last_steps needs the number of steps"):
+        sparsify(tiny_of("wan"), RadialProcessor(first_steps=0, last_steps=1))
+    sparsify(tiny_of("wan"), RadialProcessor(num_steps=10))
+    sparsify(tiny_of("wan"), RadialProcessor(first_steps=2))
+
+
+def test_one_processor_for_two_pipelines(pipe_of):
+    first, second = pipe_of("wan"), pipe_of("wan_v2v")
+    processor = RadialProcessor()
+    sparsify(first, processor)
+    with pytest.raises(ValueError, match="is bound to another WanTransformer3DModel; make a second one"):
+        sparsify(second, processor)
+    restore(first)
+    sparsify(second, processor)
+    assert "wan2.1" in repr(processor)
+
+
+def test_a_report_before_any_run(pipe_of):
+    processor = RadialProcessor()
+    with pytest.raises(RuntimeError, match="RadialProcessor has no run to report on"):
+        processor.report()
+    sparsify(pipe_of("wan"), processor)
+    with pytest.raises(RuntimeError, match="no run to report on"):
+        processor.report()
+
+
+def test_a_block_without_its_transformer():
+    model = TINY["wan"].build()
+    sparsify(model, DenseProcessor())
+    with pytest.raises(RuntimeError, match="call the transformer itself"):
+        model.blocks[0].attn1(torch.zeros(1, 4, 24))
+
+
+def test_image_latents_instead_of_video(tiny_of):
+    model = tiny_of("wan")
+    sparsify(model, DenseProcessor())
+    with pytest.raises(ValueError, match=r"hidden_states must be \[batch, channels, frames, height, width\]"):
+        model(torch.zeros(1, 16, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32))
+
+
+def test_modes_that_are_not_built(tiny_of):
+    from videosparse.policies.base import LayerPlan, Mode
+
+    layer = LayerProcessor(None, None)
+    with pytest.raises(NotImplementedError, match="mode search"):
+        layer.core(None, None, None, LayerPlan(Mode.SEARCH, videosparse.TokenLayout(videosparse.VideoGrid(1, 1, 1))))
+
+
+def test_stock_processors_pass_through(pipe_of):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    pipe, kind = PIPES["wan"].build(), PIPES["wan"]
+    stock = kind.run(pipe)
+    pipe.set_attn_processor(RadialProcessor())
+    pipe.set_attn_processor(WanAttnProcessor())
+    assert not pipe.transformer._forward_pre_hooks
+    assert torch.equal(kind.run(pipe), stock)
+    pipe.set_attn_processor(RadialProcessor())
+    named = {f"blocks.{i}.attn{n}.processor": WanAttnProcessor() for i in range(2) for n in (1, 2)}
+    pipe.set_attn_processor(named)
+    assert len(named) == 4
+    assert pipe.transformer.blocks[1].attn1.processor is named["blocks.1.attn1.processor"]
+    with pytest.raises(TypeError, match="takes no stock processors"):
+        pipe_of("mochi").set_attn_processor(WanAttnProcessor())
+
+
+def test_what_repr_shows(pipe_of):
+    processor = RadialProcessor(decay=0.5)
+    assert repr(processor) == "RadialProcessor(decay=0.5)"
+    sparsify(pipe_of("wan"), processor)
+    shown = repr(processor)
+    assert re.search(r"decay=0\.5, .*block=\(128, 128\).*first_steps=0\.24.*first_layers=1", shown)
+    assert shown.endswith(" on wan2.1 (WanTransformer3DModel, 2 layers)")
+    restore(pipe_of("wan"))
+    assert repr(processor) == "RadialProcessor(decay=0.5)"
+    assert repr(DenseProcessor()) == "DenseProcessor()"
