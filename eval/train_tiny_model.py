@@ -30,14 +30,11 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-START = time.monotonic()
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import Tensor
@@ -47,6 +44,7 @@ from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import Scene, sample_scene
 from videosparse.training import tiny
 
+START = time.monotonic()
 STOP = threading.Event()
 VARIANTS = 4
 VAE_VARIANTS = ("first-fused", "last-fused", "first-eager", "last-eager")
@@ -324,9 +322,8 @@ class VaeStep:
     def _compute(self) -> None:
         with self.run.autocast(cache=False):
             loss = tiny.vae_loss(self.model, to_video(self.clips), self.noise, self.run.args.kl)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        if self.parameters[0].grad is not None:
+            torch._foreach_zero_([parameter.grad for parameter in self.parameters])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
@@ -554,9 +551,10 @@ def submit_pools(run: Run) -> None:
 def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
     """bf16 [N, C, T, h, w] posterior means. The chunk is halved if the device runs out of memory."""
     chunk, parts, at = pool.chunk, [], 0
-    render_seconds = 0.0
+    render_seconds = last_chunk = 0.0
     while at < len(scenes):
         try:
+            began = time.perf_counter()
             begin = time.perf_counter()
             video = render(scenes[at : at + chunk], pool.frames, pool.size, pool.size, device=run.device)
             render_seconds += time.perf_counter() - begin
@@ -565,6 +563,9 @@ def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
             with run.autocast():
                 parts.append(run.parallel.encode(video)[0].bfloat16())
             at += chunk
+            if run.args.smoke and run.device.type == "cuda":
+                torch.cuda.synchronize()
+                last_chunk = (time.perf_counter() - began) / chunk
         except torch.cuda.OutOfMemoryError:
             if chunk == 1:
                 raise
@@ -574,6 +575,8 @@ def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
             log(f"encode {pool.name}: out of memory, chunk {chunk}")
     latents = torch.cat(parts).contiguous()
     log(f"encode {pool.name}: {tuple(latents.shape)}; host time of rendering {render_seconds:.1f} s")
+    if last_chunk:
+        log(f"TIMING encode {pool.name}, warm: {1e3 * last_chunk:.2f} ms a clip")
     return latents
 
 
@@ -652,7 +655,12 @@ class Dit:
         ]
         self.modules = [self.transformer.train(), self.text.train()]
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
-        self.optimizer = tiny.adamw(self.modules, run.args.lr)
+        self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        cuda = device.type == "cuda"
+        self.optimizer = tiny.adamw(
+            self.modules, torch.tensor(run.args.lr, device=device) if cuda else run.args.lr, capturable=cuda
+        )
+        self.loss = torch.zeros((), device=device)
         self.mean = torch.tensor(run.meta["latents_mean"], device=device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(run.meta["latents_std"], device=device).view(1, -1, 1, 1, 1)
         self.empty = tiny.tokenize(run.tokenizer, [""]).to(device)
@@ -666,7 +674,8 @@ class Dit:
         self.compiled = True
 
     def uncompile(self) -> None:
-        """Back to eager blocks."""
+        """Back to eager blocks, and to the most tested attention."""
+        torch.backends.cuda.enable_cudnn_sdp(False)
         for block in self.transformer.blocks:
             block._compiled_call_impl = None
         torch._dynamo.reset()
@@ -678,6 +687,40 @@ class Dit:
 
     def step(self, shape: Shape, learn: bool = True) -> Tensor:
         """One optimiser step, or only its gradients; returns the loss on the device, without waiting for it."""
+        if learn and shape in self.graphs:
+            self.graphs[shape].replay()
+        else:
+            self._compute(shape, learn)
+        if learn:
+            for ema in self.emas:
+                ema.update()
+        return self.loss
+
+    def capture(self, shapes: Sequence[Shape]) -> None:
+        """Record the step of every shape as a CUDA graph: the host issues kernels slower than the device runs them.
+
+        Random numbers come from the device's default generator, which graphs advance at each replay. The steps that
+        warm up run at a rate of 0, so they change no weight.
+        """
+        set_lr(self.optimizer, 0.0)
+        stream, pool = torch.cuda.Stream(), None
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for shape in shapes:
+                for _ in range(2):
+                    self._compute(shape, True)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for shape in shapes:
+            graph = torch.cuda.CUDAGraph()
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._compute(shape, True)
+            pool = graph.pool()
+            self.graphs[shape] = graph
+        torch.cuda.synchronize()
+
+    def _compute(self, shape: Shape, learn: bool) -> None:
         latents, ids = self.run.pools[shape.pool]
         device, batch = latents.device, shape.batch
         index = torch.randint(len(latents) - self.held, (batch,), device=device)
@@ -686,20 +729,19 @@ class Dit:
         drop = torch.rand(batch, 1, device=device) < 0.1
         words = torch.where(drop, self.empty, words)
         sigma = tiny.sample_sigmas(batch, device)
-        with self.run.autocast():
+        # no cache of cast weights: it would hold tensors of one graph that another one reads
+        with self.run.autocast(cache=False):
             text = tiny.embed_text(self.text, words)
             loss = tiny.flow_loss(self.transformer, text, x0, torch.randn_like(x0), sigma).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.loss.copy_(loss.detach())
         if not learn:
-            return loss.detach()
+            return
         # A step whose gradient is not finite is skipped on the device itself.
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.step()
-        for ema in self.emas:
-            ema.update()
-        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:
@@ -800,11 +842,28 @@ def first_steps(run: Run, dit: Dit) -> None:
             dit.uncompile()
             loss = dit.step(shape, learn=False).item()
         log(f"dit: {shape} first step {time.monotonic() - begin:.1f} s, loss {loss:.4f}")
-        if run.args.smoke:
-            seconds = timed(run, lambda shape=shape: dit.step(shape), 8 if run.device.type == "cuda" else 1)
-            log(f"TIMING dit {shape.pool} T={shape.latent_frames} batch {shape.batch}: {1e3 * seconds:.1f} ms a step")
+    capture_steps(run, dit, list(shapes.values()))
+    set_lr(dit.optimizer, 0.0)
+    for shape in shapes.values() if run.device.type == "cuda" or run.args.smoke else ():
+        seconds = timed(run, lambda shape=shape: dit.step(shape), 8 if run.device.type == "cuda" else 1)
+        log(f"TIMING dit {shape.pool} T={shape.latent_frames} batch {shape.batch}: {1e3 * seconds:.1f} ms a step")
     if run.device.type == "cuda":
         log(f"dit: peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def capture_steps(run: Run, dit: Dit, shapes: list[Shape]) -> None:
+    """CUDA graphs of all steps; without graphs if that fails."""
+    if run.device.type != "cuda" or run.args.no_graph:
+        return
+    begin = time.monotonic()
+    try:
+        dit.capture(shapes)
+        log(f"dit: CUDA graphs of {len(shapes)} shapes captured in {time.monotonic() - begin:.1f} s")
+    except Exception as error:
+        log(f"dit: graph capture failed, going on without: {type(error).__name__}: {str(error)[:400]}")
+        dit.graphs.clear()
+        dit.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
 
 
 def train_dit(run: Run, minutes: float) -> bool:
@@ -866,10 +925,13 @@ def dit_loop(run: Run, dit: Dit, progress: tiny.Progress) -> None:
         shapes = plan.stages[stage][1]
         shape = rng.choices(shapes, [s.weight for s in shapes])[0]
         loss = dit.step(shape)
-        average = loss if average is None else average.lerp(loss, 0.02)
+        average = loss.clone() if average is None else average.lerp(loss, 0.02)
         counts[str(stage)] = counts.get(str(stage), 0) + 1
         progress.advance()
         tick(average, lr, f"stage {stage}")
+        # As in the VAE's loop: the host must not run far ahead of the device, or the clock means nothing.
+        if progress.step % 10 == 0 and run.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         if time.monotonic() - checked > args.check_seconds:
             log(f"dit step {progress.step} held-out loss (sigma .3 .6 .8 .95) {dit.evaluate()}")
             checked = time.monotonic()
@@ -1044,6 +1106,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument("--vae-variant", choices=("auto", *VAE_VARIANTS), default="auto")
     knobs.add_argument("--no-graph", action="store_true", help="no CUDA graph of the VAE step")
     knobs.add_argument("--lean", action="store_true", help="no 1- and 17-frame batches at 128 pixels: less to compile")
+    knobs.add_argument("--pool-scale", type=float, default=1.0, help="more or fewer clips in every pool of latents")
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
     out = parser.add_argument_group("export")
     out.add_argument("--out", default="assets/tiny-wan")
@@ -1069,12 +1132,16 @@ def make_run(args: argparse.Namespace) -> Run:
     count = args.workers or max(1, min(12, (os.cpu_count() or 2) - 2))
     workers = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=worker_init)
     workers.submit(sample_captions, 0, 1).result()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(args.seed)
     if cuda:
         set_up_cuda()
     plan = smoke_plan(cuda) if args.smoke else Plan()
+    if args.pool_scale != 1.0:
+        pools = (replace(p, count=max(2, round(args.pool_scale * p.count / p.chunk)) * p.chunk) for p in plan.pools)
+        plan = replace(plan, pools=tuple(pools))
     run = Run(args, lean(plan) if args.lean else plan, device, workers)
     if args.resume or args.command in ("encode", "dit", "export"):
         run.load()
@@ -1095,7 +1162,6 @@ def set_up_cuda() -> None:
 
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = True
     # One block is compiled for each batch shape, and the VAE's norm for each width: more than the default allows.
     dynamo.config.recompile_limit = 64
     dynamo.config.accumulated_recompile_limit = 1024

@@ -107,7 +107,8 @@ def test_tokenizer_reads_back_and_has_bytes_for_any_text(tokenizer):
 def test_sigmas_are_shifted_and_inside(program):
     torch.manual_seed(0)
     sigma = tiny.sample_sigmas(4096, torch.device("cpu"), uniform_share=0.0)
-    assert 0 < sigma.min() and sigma.max() < 1
+    assert sigma.min() > 0
+    assert sigma.max() < 1
     # The median of the logit-normal is 1/2, which a shift of 3 moves to 3/4.
     assert sigma.median().item() == pytest.approx(0.75, abs=0.01)
 
@@ -118,9 +119,13 @@ def test_progress_ends_by_steps_or_minutes():
     while progress.fraction < 1:
         rates.append(progress.lr_factor())
         progress.advance()
-    assert len(rates) == 4 and rates == sorted(rates, reverse=True) and progress.ended_by == "steps"
+    assert len(rates) == 4
+    assert rates == sorted(rates, reverse=True)
+    assert progress.ended_by == "steps"
     late = tiny.Progress(steps=1000, minutes=1.0, step=3, before=61.0)
-    assert late.fraction == 1.0 and late.ended_by == "minutes" and late.lr_factor() == pytest.approx(0, abs=1e-9)
+    assert late.fraction == 1.0
+    assert late.ended_by == "minutes"
+    assert late.lr_factor() == pytest.approx(0, abs=1e-9)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -145,7 +150,8 @@ def test_backup_files_are_small_and_read_back(tmp_path):
     tiny.write_backup(tmp_path, tensors, {"phase": "vae"}, limit=40_000)
     assert all(path.stat().st_size < 42_000 for path in tmp_path.glob("*.safetensors"))
     again, meta = tiny.read_backup(tmp_path)
-    assert meta == {"phase": "vae"} and all(torch.equal(again[k], v) for k, v in tensors.items())
+    assert meta == {"phase": "vae"}
+    assert all(torch.equal(again[k], v) for k, v in tensors.items())
 
 
 def test_published_size_fits():
@@ -160,7 +166,8 @@ def test_published_size_fits():
 def test_card_numbers_are_filled_again_and_again(program):
     text = "PSNR <!-- n:vae_psnr.128 -->old<!-- /n --> dB, <!-- n:none -->x<!-- /n -->"
     once = program.fill_card(text, {"vae_psnr": {"128": 35.1}})
-    assert "35.1" in once and "not measured" in once
+    assert "35.1" in once
+    assert "not measured" in once
     assert program.fill_card(once, {"vae_psnr": {"128": 36.2}}).count("36.2") == 1
 
 
@@ -181,11 +188,13 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
     program.main(["all", *common])
     assert program.STOP.is_set()
     first = tiny.read_backup(backup)[1]
-    assert first["vae"]["finished"] and not first["dit"]["finished"]
+    assert first["vae"]["finished"]
+    assert not first["dit"]["finished"]
     program.STOP.clear()
     program.main(["all", "--resume", *common])
     tensors, meta = tiny.read_backup(backup)
-    assert meta["dit"]["finished"] and meta["dit"]["step"] == 12
+    assert meta["dit"]["finished"]
+    assert meta["dit"]["step"] == 12
     assert any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert {path.name for path in backup.iterdir()} == {"weights-0.safetensors", "state.json", "samples.png"}
 
