@@ -1,0 +1,83 @@
+"""Inputs of the kernel tests: layouts, maps, and tensors whose invalid tokens hold NaN."""
+
+import torch
+
+from videosparse.blocks import BlockMap
+from videosparse.kernels import KernelOptions
+from videosparse.kernels.accuracy import measure
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+
+TORCH = KernelOptions(backend="torch")
+TRITON = KernelOptions(backend="triton")
+BLOCKS = [(128, 128), (128, 64), (64, 64), (64, 128)]
+MAP_SHARES = ["shared", "per head", "per sample", "per sample and head"]
+
+
+GRID = VideoGrid(3, 9, 10)  # 270 tokens: no block size divides them
+
+
+def make_layout(kind: str, device="cpu", grid=GRID) -> TokenLayout:
+    """A layout for two samples; the kinds are `LAYOUTS`."""
+    if kind == "video":
+        return TokenLayout(grid)
+    lens = {"text": None, "ragged text": [7, 40], "no text in one": [0, 33], "no text at all": [0, 0]}[kind]
+    if lens is not None:
+        lens = torch.tensor(lens, dtype=torch.int32, device=device) + grid.tokens
+    return TokenLayout(grid, 40, seq_lens=lens)
+
+
+LAYOUTS = ["video", "text", "ragged text", "no text in one", "no text at all"]
+
+
+def make_map(layout, block, share="shared", samples=2, heads=3, density=0.5, device="cpu") -> BlockMap:
+    """A random map whose second block row is empty and whose last is full."""
+    keep = torch.rand(
+        samples if "sample" in share else 1,
+        heads if "head" in share else 1,
+        ceil_div(layout.length, block[0]),
+        ceil_div(layout.length, block[1]),
+        device=device,
+    )
+    keep = keep < density
+    keep[:, :, 1] = False
+    keep[:, :, -1] = True
+    return BlockMap(keep, block, layout.length, layout.length)
+
+
+def poison(x, layout):
+    """Put NaN where no valid token is."""
+    return x.masked_fill(~layout.key_mask(x.shape[0], x.device)[:, :, None, None], float("nan"))
+
+
+def make_qkv(layout, dtype, *, batch=2, heads=3, dim=64, device="cpu", view="contiguous"):
+    """q, k, v [B, L, H, D], NaN in the gap and in padding.
+
+    view: "contiguous", "fused" (three slices of one projection) or "head-major" ([B, H, L, D] transposed).
+    """
+    if view == "head-major":
+        return [
+            poison(torch.randn(batch, layout.length, heads, dim, device=device), layout)
+            .to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+            for _ in range(3)
+        ]  # fmt: skip
+    fused = torch.randn(batch, layout.length, 3, heads, dim, device=device)
+    fused = poison(fused.flatten(2, 3), layout).to(dtype).unflatten(2, (3, heads))
+    return [x.contiguous() if view == "contiguous" else x for x in fused.unbind(2)]
+
+
+def assert_accurate(out, lse, q, k, v, **kwargs):
+    found = measure(out, lse, q, k, v, **kwargs)
+    assert found.ok, found
+
+
+class PoisonedEmpty:
+    """A stand-in for torch.empty that fills floats with NaN, so that an unwritten element shows."""
+
+    def __init__(self):
+        self.calls = 0
+        self.empty = torch.empty
+
+    def __call__(self, *size, **kwargs):
+        self.calls += 1
+        x = self.empty(*size, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x

@@ -1,0 +1,118 @@
+"""The Triton kernel under Triton's interpreter, which must be on before Triton is imported: see test_interpreter.py.
+
+float16 and float32 only: the interpreter computes bfloat16 wrongly. Sequences are short, since a tile takes 10 ms.
+"""
+
+import pytest
+import torch
+from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, assert_accurate, make_layout, make_map, make_qkv
+
+from videosparse.blocks import BlockMap
+from videosparse.kernels import attend
+from videosparse.layout import TokenLayout, VideoGrid
+
+SMALL = VideoGrid(2, 7, 10)
+
+
+def run_and_check(layout, block_map, q, k, v, **kwargs):
+    index = None if block_map is None else block_map.index()
+    out, lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=TRITON, **kwargs)
+    assert_accurate(out, lse, q, k, v, layout=layout, block_map=block_map, **kwargs)
+    assert out.is_contiguous()
+    assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_elements_are_nan(monkeypatch):
+    monkeypatch.setattr(torch, "empty", PoisonedEmpty())
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_layouts(kind, sparse):
+    layout = make_layout(kind, grid=SMALL).aligned((64, 64))
+    block_map = make_map(layout, (64, 64), heads=2) if sparse else None
+    run_and_check(layout, block_map, *make_qkv(layout, torch.float32, heads=2, dim=16))
+
+
+@pytest.mark.parametrize("kind", ["text", "ragged text"])
+def test_dense_without_a_gap(kind):
+    layout = make_layout(kind, grid=SMALL)
+    run_and_check(layout, None, *make_qkv(layout, torch.float16, heads=1, dim=16))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_blocks_and_dtypes(block, dtype):
+    layout = make_layout("ragged text", grid=SMALL).aligned(block)
+    run_and_check(layout, make_map(layout, block, heads=1), *make_qkv(layout, dtype, heads=1))
+
+
+@pytest.mark.parametrize("share", MAP_SHARES)
+@pytest.mark.parametrize("view", ["fused", "head-major"])
+def test_shared_maps_and_strides(share, view):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    block_map = make_map(layout, (64, 64), share, heads=2)
+    run_and_check(layout, block_map, *make_qkv(layout, torch.float16, heads=2, dim=16, view=view))
+
+
+@pytest.mark.parametrize("dim", [8, 12, 80, 128])
+def test_head_dims(dim):
+    layout = make_layout("video", grid=SMALL)
+    run_and_check(layout, make_map(layout, (64, 64), heads=1), *make_qkv(layout, torch.float16, heads=1, dim=dim))
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.25, 0.0])
+def test_scale(scale):
+    layout = make_layout("video", grid=VideoGrid(1, 7, 10))
+    run_and_check(layout, None, *make_qkv(layout, torch.float32, batch=1, heads=1, dim=16), scale=scale)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    layout = make_layout("video", grid=VideoGrid(1, 7, 10))
+    q, k, v = make_qkv(layout, torch.float32, batch=1, heads=1, dim=16)
+    for factor in (1e3, -1e3):
+        run_and_check(layout, None, q * factor, k, v)
+    # all scores of a row far below 0
+    run_and_check(layout, None, q.abs() * 1e3, -k.abs(), v)
+
+
+def test_order_is_only_an_order():
+    layout = make_layout("video", grid=SMALL)
+    q, k, v = make_qkv(layout, torch.float16, heads=2, dim=16)
+    index = make_map(layout, (64, 64), "per head", heads=2).index()
+    out = attend(q, k, v, layout=layout, index=index, options=TRITON)
+    index.order.copy_(index.order.flip(0))
+    assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=TRITON))
+
+
+@pytest.mark.parametrize("dimension", ["sample", "token", "head"])
+def test_offsets_beyond_32_bits(dimension):
+    """Strides so large that the last offset passes 2^31 elements; only the touched pages of the storage exist."""
+    layout = TokenLayout(VideoGrid(1, 1, 70))
+    batch, heads, dim = 2, 2, 16
+    far = 2**31 + 64
+    strides = {
+        "sample": (far, heads * dim, dim, 1),
+        "token": (heads * dim, far // 64, dim, 1),
+        "head": (70 * dim, dim, far, 1),
+    }[dimension]
+    size = 1 + sum((n - 1) * s for n, s in zip((batch, 70, heads, dim), strides, strict=True))
+    assert size > 2**31
+    storage = torch.empty.empty(size + 3 * 4096, dtype=torch.float16)
+    small = make_qkv(layout, torch.float16, heads=heads, dim=dim)
+    views = [storage.as_strided(x.shape, strides, i * 4096).copy_(x) for i, x in enumerate(small)]
+    for index in (None, BlockMap.full(layout, (64, 64)).index()):
+        out = attend(*views, layout=layout, index=index, options=TRITON)
+        assert_accurate(out, None, *small, layout=layout)
+
+
+def test_gradients_come_from_torch():
+    layout = make_layout("video", grid=VideoGrid(1, 7, 10))
+    q, k, v = (x.requires_grad_() for x in make_qkv(layout, torch.float32, batch=1, heads=1, dim=16))
+    grads = [
+        torch.autograd.grad(attend(q, k, v, layout=layout, options=options).square().sum(), (q, k, v))
+        for options in (TRITON, type(TRITON)(backend="torch"))
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)

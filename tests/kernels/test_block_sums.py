@@ -1,0 +1,72 @@
+"""block_sums: the mass of every block, against the whole probability matrix."""
+
+import pytest
+import torch
+from inputs import BLOCKS, LAYOUTS, make_layout, make_map, make_qkv
+
+from videosparse.blocks import BlockMap
+from videosparse.kernels import attend, block_sums, torch_path
+from videosparse.layout import ceil_div
+
+
+def expected_sums(q, k, lse, layout, block, dtype):
+    """Block sums of probabilities [B, H, L, L], in a given precision."""
+    valid = layout.key_mask(q.shape[0], q.device)
+    q, k = (x.masked_fill(~valid[:, :, None, None], 0).to(dtype) for x in (q, k))
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[3] ** -0.5
+    p = torch.exp(scores - lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf)[..., None])
+    p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
+    rows, cols = (ceil_div(layout.length, b) for b in block)
+    p = torch.nn.functional.pad(p, (0, cols * block[1] - layout.length, 0, rows * block[0] - layout.length))
+    return p.unflatten(3, (cols, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_sums_are_exact(kind, block, monkeypatch):
+    monkeypatch.setattr(torch_path, "SCORE_ENTRIES", 60_000)  # several strips of rows
+    layout = make_layout(kind).aligned(block)
+    q, k, v = make_qkv(layout, torch.float32, dim=16)
+    _, lse = attend(q, k, v, layout=layout, return_lse=True)
+    found = block_sums(q, k, lse, layout=layout, block=block)
+    truth = expected_sums(q, k, lse, layout, block, torch.float64)
+    plain = expected_sums(q, k, lse, layout, block, torch.float32)
+    allowed = 2 * torch.maximum((plain - truth).abs().max(), (truth.float() - truth).abs().max())
+    assert (found - truth).abs().max() <= allowed
+
+
+def test_rows_sum_to_their_tokens():
+    layout = make_layout("ragged text").aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.bfloat16)
+    _, lse = attend(q, k, v, layout=layout, return_lse=True)
+    tokens = torch.nn.functional.pad(layout.key_mask(2, "cpu").float(), (0, -layout.length % 64))
+    tokens = tokens.view(2, 1, -1, 64).sum(3).expand(-1, 3, -1)
+    sums = block_sums(q, k, lse, layout=layout, block=(64, 64)).sum(3)
+    torch.testing.assert_close(sums, tokens)
+
+
+def test_rows_without_keys_count_nothing():
+    layout = make_layout("video")
+    q, k, v = make_qkv(layout, torch.float32)
+    block_map = make_map(layout, (64, 64))
+    _, lse = attend(q, k, v, layout=layout, index=block_map.index(), return_lse=True)
+    sums = block_sums(q, k, lse, layout=layout, block=(64, 64))
+    assert (sums[:, :, 1] == 0).all()
+    # what the map kept has all the mass that its lse saw
+    kept = (sums * block_map.keep).sum(3)[:, :, [0, 2, 3]]
+    torch.testing.assert_close(kept, torch.full_like(kept, 64.0))
+
+
+def test_scale_is_respected():
+    layout = make_layout("video")
+    q, k, v = make_qkv(layout, torch.float32)
+    _, lse = attend(q, k, v, layout=layout, return_lse=True, scale=0.3)
+    sums = block_sums(q, k, lse, layout=layout, block=(64, 64), scale=0.3)
+    torch.testing.assert_close(sums.sum(3)[:, :, :4], torch.full((2, 3, 4), 64.0))
+
+
+def test_full_map_of_sums_is_not_empty():
+    layout = make_layout("video")
+    q, k, v = make_qkv(layout, torch.float32)
+    _, lse = attend(q, k, v, layout=layout, index=BlockMap.full(layout, (64, 64)).index(), return_lse=True)
+    assert (block_sums(q, k, lse, layout=layout, block=(64, 64)) > 0).all()

@@ -1,0 +1,111 @@
+"""The Triton kernel compiled for GPUs that are not there: tensor cores, no spills, shared memory, aligned loads."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from videosparse.kernels.triton_forward import choose_tiles, forward_kernel, head_pad  # noqa: E402
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_KB = {80: 163, 86: 99, 90: 227}
+TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=True, lse=True):
+    """The kernel for one card, with all strides and pointers aligned as in a real call."""
+    rows = block[0] if sparse else 128
+    tiles = choose_tiles(head_dim, DTYPES[dtype], rows, SHARED_KB[capability])
+    if not sparse:
+        block = (tiles.rows, tiles.keys)
+    constants = {
+        "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "BLOCK_ROWS": block[0], "BLOCK_COLS": block[1],
+        "TILE_M": tiles.rows, "TILE_N": tiles.keys, "SPARSE": sparse, "HAS_LENS": lens, "NEED_LSE": lse,
+        "STAGES": tiles.stages,
+    }  # fmt: skip
+    if not sparse:
+        constants |= {"row_ptr": None, "ids_ptr": None, "order_ptr": None}
+    if not lens:
+        constants |= {"lens_ptr": None}
+    signature, attributes = {}, {}
+    for i, name in enumerate(forward_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr"):
+            signature[name] = "*fp32" if name == "lse_ptr" else f"*{dtype}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name.startswith("stride"):
+            signature[name] = "i64"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale_log2" else "*i32" if "ptr" in name else "i32"
+    source = ASTSource(forward_kernel, signature, constants, attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled, tmp_path):
+    """Registers, spilled bytes and the like of a compiled kernel, as cuobjdump names them."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    command = [BINARIES / "cuobjdump", "-res-usage", path]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", found.stdout)}
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize(("head_dim", "block"), [(128, (128, 128)), (64, (128, 64)), (128, (64, 64))])
+def test_half_precision_uses_tensor_cores_within_the_card(capability, head_dim, block, tmp_path):
+    compiled = compile_forward(capability, "bf16", head_dim, block)
+    assert TENSOR_CORES[capability] in compiled.asm["ptx"]
+    assert "cp.async" in compiled.asm["ptx"]
+    assert "ld.global.b16" not in compiled.asm["ptx"]  # element by element
+    assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_single_precision_fits(capability, head_dim, tmp_path):
+    compiled = compile_forward(capability, "fp32", head_dim, (128, 128))
+    assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert "tf32" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dense_fits(head_dim, tmp_path):
+    for capability in (86, 90):
+        compiled = compile_forward(capability, "fp16", head_dim, (128, 128), sparse=False, lens=False, lse=False)
+        assert TENSOR_CORES[capability] in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
+        used = resources(compiled, tmp_path)
+        assert used["STACK"] == used["LOCAL"] == 0, used
+
+
+@pytest.mark.parametrize("head_dim", [12, 96])
+def test_padded_heads_compile(head_dim, tmp_path):
+    compiled = compile_forward(86, "bf16", head_dim, (64, 128))
+    assert compiled.metadata.shared <= SHARED_KB[86] * 1024
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+
+
+def test_offsets_are_64_bit():
+    ttir = compile_forward(80, "bf16", 128, (128, 128)).asm["ttir"]
+    kinds = {k for k in re.findall(r"arith\.muli %\w+, %stride_\w+ : (\S+)", ttir)}
+    assert kinds == {"i64"}
+    # rows of tokens times their stride: [rows, 1] products are all 64-bit
+    columns = re.findall(r"arith\.muli .* : (tensor<\d+x1x\w+>)", ttir)
+    assert columns
+    assert all(kind.endswith("xi64>") for kind in columns)
