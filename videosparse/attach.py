@@ -14,8 +14,8 @@ import torch
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
 from videosparse.kernels import describe_backend
 from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.models import ModelFamily, SelfAttention, family_of
-from videosparse.policies.base import DenseSchedule, LayerPlan, LayerState, Mode, RunStep
+from videosparse.models import ModelFamily, family_of
+from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep
 from videosparse.processors import LayerProcessor, Processor, Resolved, RunRecord
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,11 @@ class Clock:
         self._total: int | None = None
         self.run = 0
         self.index = 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether a scheduler tells the step."""
+        return self._scheduler() is not None
 
     def end(self) -> None:
         """The run is over: whatever comes next belongs to another."""
@@ -123,6 +128,13 @@ class _Session:
     processor: Processor
     clock: Clock
     experts: int
+    grid: VideoGrid | None = None
+
+    def enter(self, grid: VideoGrid) -> None:
+        """Another grid is another run."""
+        if self.grid is not None and grid != self.grid:
+            self.clock.end()
+        self.grid = grid
 
 
 class RunTracker:
@@ -146,15 +158,15 @@ class RunTracker:
         self._warned = False
         self._handle: Any = None
 
-    def attach(self, transformer: torch.nn.Module, attentions: list[SelfAttention]) -> None:
-        """Put a `LayerProcessor` on every attention and start following, in place of what followed before."""
+    def attach(self, transformer: torch.nn.Module) -> None:
+        """Put a `LayerProcessor` on every self-attention and start following, in place of what followed before."""
+        attentions = self.family.attentions(transformer)
         before = [attention.module.processor for attention in attentions]
         restore(transformer)
         for attention, current in zip(attentions, before, strict=True):
             # not every stock processor can hold the backend that was chosen while ours was there
-            layer = LayerProcessor(
-                self.family, current if isinstance(current, LayerProcessor) else attention.module.processor
-            )
+            replaced = current if isinstance(current, LayerProcessor) else attention.module.processor
+            layer = LayerProcessor(self.family, replaced)
             attention.module.processor = layer  # type: ignore[assignment]  # a plain attribute, no submodule
             self.layers.append((attention.depth, layer))
         self.events.install(transformer)
@@ -192,10 +204,17 @@ class RunTracker:
             )
         self.layers[0][1].check_parallel(joint=self.family.joint, sparse=resolved.policy is not None)
         device = inputs["hidden_states"].device
-        run = RunStep("training", 0) if training else self._now(layout, inputs.get("timestep"), device)
-        # in training there is no run: only the layers' part of the schedule has a meaning
-        schedule = replace(resolved.schedule, first_steps=0, last_steps=0) if training else resolved.schedule
-        self._plan(layout, run, resolved, schedule, device)
+        if training:
+            # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
+            schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
+            self._plan(layout, RunStep("training", 0), replace(resolved, schedule=schedule), device)
+            return
+        run = self._now(layout, inputs.get("timestep"), device)
+        self._plan(layout, run, resolved, device)
+        record = self.session.processor.binding.record
+        for _, layer in self.layers:
+            if record is not None and layer.plan is not None:
+                record.add(layer.plan)
 
     def _resolve(self, grid: VideoGrid) -> Resolved:
         """The processor's choices for this grid."""
@@ -203,8 +222,6 @@ class RunTracker:
             session = self.session
             self._resolved = session.processor.resolve(self.config, experts=session.experts, grid=grid)
             session.processor.binding.resolved = self._resolved
-            if self._grid is not None:
-                self.end_run()
             self._grid = grid
         return self._resolved
 
@@ -212,6 +229,7 @@ class RunTracker:
         """When this forward happens; starts a record when it is the first of a run."""
         clock, processor = self.session.clock, self.session.processor
         record, before = processor.binding.record, clock.run
+        self.session.enter(layout.grid)
         clock.tick(timestep)
         if clock.run != before or record is None:
             assert self._resolved is not None
@@ -229,7 +247,7 @@ class RunTracker:
         calls = self._calls[name] = self._calls.get(name, 0) + 1
         if name is None:
             return str(calls - 1)
-        if calls > 1 and not self._warned:
+        if calls > 1 and self.session.clock.follows and not self._warned:
             self._warned = True
             logger.warning(
                 "The same guidance branch ran twice in one denoising step: the scheduler of the pipeline that "
@@ -237,22 +255,17 @@ class RunTracker:
             )
         return name
 
-    def _plan(
-        self, layout: TokenLayout, run: RunStep, resolved: Resolved, schedule: DenseSchedule, device: torch.device
-    ) -> None:
+    def _plan(self, layout: TokenLayout, run: RunStep, resolved: Resolved, device: torch.device) -> None:
+        """Give every layer its plan; dense layers share one."""
         depths = 1 + max(depth for depth, _ in self.layers)
         dense = LayerPlan(Mode.DENSE, layout)
-        record = self.session.processor.binding.record
         for number, (depth, layer) in enumerate(self.layers):
-            policy = resolved.policy
-            if policy is None or schedule.is_dense(run, depth, depths):
+            if resolved.policy is None or resolved.schedule.is_dense(run, depth, depths):
                 layer.plan = dense
-            else:
-                state = self.states.setdefault((run.context, number), {})
-                plan = policy.plan(layout, run, number, state, device=device)
-                layer.plan = replace(plan, options=resolved.options)
-            if record is not None:
-                record.add(layer.plan)
+                continue
+            state = self.states.setdefault((run.context, number), {})
+            plan = resolved.policy.plan(layout, run, number, state, device=device)
+            layer.plan = replace(plan, options=resolved.options)
 
 
 def _backend(resolved: Resolved, device: torch.device) -> str:
@@ -286,28 +299,19 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
             "processors go to transformer.set_attn_processor."
         )
     pipeline, transformers = _targets(pipe_or_transformer)
-    families = [family_of(t) for t in transformers]
     _check_free(processor, transformers)
-    experts = _experts(pipeline)
-    session = _Session(processor, Clock(pipeline, processor.num_steps), experts)
-    trackers = [RunTracker(t, family, session) for t, family in zip(transformers, families, strict=True)]
-    attentions = [family.attentions(t) for t, family in zip(transformers, families, strict=True)]
-    for tracker, found in zip(trackers, attentions, strict=True):
-        _check_stock(found, tracker.family)
-        resolved = processor.resolve(tracker.config, experts=experts)
-        resolved.schedule.check_layers(1 + max(a.depth for a in found))
-        if pipeline is None:
-            resolved.schedule.dense_steps(processor.num_steps)
-        current = HostProcessor(found[0].module.processor)
-        current.check_parallel(joint=tracker.family.joint, sparse=resolved.policy is not None)
-
-    for transformer, tracker, found in zip(transformers, trackers, attentions, strict=True):
-        tracker.attach(transformer, found)
-    binding = processor.binding
-    binding.transformers = [weakref.ref(t) for t in transformers]
-    binding.resolved, binding.record = resolved, None
-    described = zip(transformers, attentions, strict=True)
-    binding.model = " + ".join(f"{type(t).__name__}, {len(found)} layers" for t, found in described)
+    session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
+    trackers = [RunTracker(t, family_of(t), session) for t in transformers]
+    # everything that can be wrong is found out before anything changes
+    resolved = [
+        _check_model(t, tracker, alone=pipeline is None) for t, tracker in zip(transformers, trackers, strict=True)
+    ]
+    for transformer, tracker in zip(transformers, trackers, strict=True):
+        tracker.attach(transformer)
+    sizes = (
+        f"{type(t).__name__}, {len(tracker.layers)} layers" for t, tracker in zip(transformers, trackers, strict=True)
+    )
+    processor.binding.bind(transformers, " + ".join(sizes), resolved[0])
 
 
 def restore(pipe_or_transformer: object) -> None:
@@ -321,9 +325,7 @@ def restore(pipe_or_transformer: object) -> None:
         tracker = vars(transformer).get(_TRACKER)
         if tracker is not None:
             tracker.detach(transformer)
-            binding = tracker.session.processor.binding
-            binding.transformers = [ref for ref in binding.transformers if ref() not in (None, transformer)]
-            binding.resolved = binding.resolved if binding.transformers else None
+            tracker.session.processor.binding.release(transformer)
         ours = {id(attention.module) for attention in family.attentions(transformer)}
         for module in transformer.modules():
             current = getattr(module, "processor", None)
@@ -397,16 +399,22 @@ def _check_free(processor: Processor, transformers: list[torch.nn.Module]) -> No
         )
 
 
-def _stock_of(attention: SelfAttention) -> Any:
-    current = attention.module.processor
-    return current.stock if isinstance(current, LayerProcessor) else current
-
-
-def _check_stock(attentions: list[SelfAttention], family: ModelFamily) -> None:
+def _check_model(transformer: torch.nn.Module, tracker: RunTracker, *, alone: bool) -> Resolved:
+    """What the processor chooses for a transformer; raises where the two do not go together."""
+    family, session = tracker.family, tracker.session
+    attentions = family.attentions(transformer)
     for attention in attentions:
-        stock = _stock_of(attention)
+        current = attention.module.processor
+        stock = current.stock if isinstance(current, LayerProcessor) else current
         if type(stock).__name__ not in family.stock and not isinstance(stock, Processor):
             raise TypeError(
                 f"{attention.name} has a {type(stock).__name__}; only the stock {family.stock[0]} can be replaced "
                 "without losing what it does. Give the attention its stock processor first."
             )
+    resolved = session.processor.resolve(tracker.config, experts=session.experts)
+    resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
+    if alone:
+        resolved.schedule.dense_steps(session.processor.num_steps)
+    host = HostProcessor(attentions[0].module.processor)
+    host.check_parallel(joint=family.joint, sparse=resolved.policy is not None)
+    return resolved

@@ -189,6 +189,15 @@ class _Binding:
     def alive(self) -> list[torch.nn.Module]:
         return [t for t in (ref() for ref in self.transformers) if t is not None]
 
+    def bind(self, transformers: list[torch.nn.Module], model: str, resolved: Resolved) -> None:
+        self.transformers = [weakref.ref(t) for t in transformers]
+        self.model, self.resolved, self.record = model, resolved, None
+
+    def release(self, transformer: torch.nn.Module) -> None:
+        """Unbind one; the report of the last run stays."""
+        self.transformers = [weakref.ref(t) for t in self.alive() if t is not transformer]
+        self.resolved = self.resolved if self.transformers else None
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Processor(ABC):

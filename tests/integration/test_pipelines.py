@@ -132,6 +132,16 @@ def test_another_resolution_gets_another_map(pipe_of):
     assert torch.equal(kind.run(pipe, height=192, width=128), other)
 
 
+def test_another_resolution_is_one_new_run_for_both_experts(pipe_of):
+    pipe, kind = pipe_of("wan22"), PIPES["wan22"]
+    probe = Probe()
+    sparsify(pipe, probe)
+    for size in (32, 64):
+        probe.policy.log.clear()
+        kind.run(pipe, height=size, width=size)
+        assert [index for _, index, _ in probe.steps()] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 class Broken(Exception):
     pass
 
