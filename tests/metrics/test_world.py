@@ -62,13 +62,14 @@ def sample(seed):
 @pytest.mark.parametrize("rough", [False, True], ids=["sharp", "degraded"])
 def test_single_objects_are_recognised(rough):
     wrong = []
-    for i, (scene, start) in enumerate(sample(7 + rough)):
+    scenes = list(sample(7 + rough))
+    for i, (scene, start) in enumerate(scenes[::3] if rough else scenes):
         video = render([scene], 33, 128, 128, start=start)[0]
         result = score(analyse(degraded(video, i) if rough else video), truth_of(scene), frames=33)
         if not (result.all_right and result.permanence == 1 and result.switches == 0):
             wrong.append((scene, result))
-    # 40 scenes cannot tell 98 % from 100 %: one wrong is 97.5 %.
-    assert len(wrong) <= rough, wrong
+    # So few scenes cannot tell 98 % from 100 %; `eval/score_world.py --validate` takes hundreds.
+    assert not wrong
 
 
 def test_single_objects_are_recognised_at_64_pixels():
