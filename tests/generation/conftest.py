@@ -1,0 +1,41 @@
+"""Small model folders, saved once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import folders  # noqa: E402  found through the path above
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline():
+    """No test may reach the hub, even by a name that looks like a hub id."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A random-weight WanPipeline folder; see `folders.save_wan`."""
+    return folders.save_wan(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def ask(model_folder):
+    """`ask(prompt=..., **fields)`: a request that runs in a fraction of a second."""
+    from videosparse.generation import GenerationRequest
+
+    def make(prompt=folders.PROMPT, **fields):
+        small = {"num_frames": 9, "height": 64, "width": 64, "steps": 2, "device": "cpu", "model": str(model_folder)}
+        return GenerationRequest(prompt, **{**small, **fields})
+
+    return make

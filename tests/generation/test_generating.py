@@ -1,0 +1,185 @@
+"""Requests that run: results, files, times, densities, and what they leave behind."""
+
+import json
+import math
+
+import folders
+import pytest
+import torch
+
+from videosparse.generation import GenerationError, GenerationRequest, compare, generate, running
+from videosparse.generation.running import load_pipeline, run_method
+from videosparse.generation.video import DIVIDER, read_mp4
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder):
+    request = GenerationRequest("x", str(model_folder), num_frames=9, height=64, width=64, device="cpu")
+    return load_pipeline(request.resolve())[0]
+
+
+def stock(pipe):
+    return {type(block.attn1.processor).__name__ for block in pipe.transformer.blocks} == {"WanAttnProcessor"}
+
+
+def test_generate_and_save(ask, tmp_path):
+    result = generate(ask(fps=8, options={"radial": {"decay": 0.5, "first_steps": 1}}))
+    assert list(result.frames.shape) == [9, 3, 64, 64]
+    assert result.frames.dtype == torch.float32
+    assert 0 <= float(result.frames.min()) <= float(result.frames.max()) <= 1
+    paths = result.save(tmp_path / "a.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    assert len(read_mp4(paths[".mp4"])) == 9
+    record = json.loads(paths[".json"].read_text())
+    assert (record["prompt"], record["seed"], record["video"]["fps"]) == (folders.PROMPT, 0, 8)
+    assert record["settings"]["steps"] == 2
+    assert record["settings"]["max_sequence_length"] == 48
+    assert record["method"]["set"] == {"decay": 0.5, "first_steps": 1}
+    assert record["method"]["options"]["block"] == [64, 64]
+    attention = record["attention"]
+    assert (attention["grid"], attention["tokens"], attention["backend"]) == ([3, 8, 8], 192, "torch")
+    # 2 layers x 2 branches; the first step and the first layer are dense
+    assert (attention["dense_calls"], attention["sparse_calls"]) == (6, 2)
+    assert attention["average_density"] == pytest.approx((6 + 2 * attention["density"]) / 8)
+    assert len(record["seconds"]["steps"]) == 2
+    assert record["seconds"]["denoise"] == pytest.approx(sum(record["seconds"]["steps"]))
+    assert all(record["seconds"][phase] > 0 for phase in ("load", "prompt", "denoise", "decode"))
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_the_same_seed_gives_the_same_video(ask, pipe, tmp_path):
+    first, second = (generate(ask(seed=3), pipe=pipe) for _ in range(2))
+    assert torch.equal(first.frames, second.frames)
+    files = [result.save(f"{tmp_path}/{i}.mp4")[".mp4"].read_bytes() for i, result in enumerate((first, second))]
+    assert files[0] == files[1]
+    assert not torch.equal(first.frames, generate(ask(seed=4), pipe=pipe).frames)
+
+
+def test_a_full_map_is_dense_attention(ask, pipe):
+    """Two latent frames are neighbours, which attend to each other fully."""
+    dense = generate(ask(num_frames=5, method="dense"), pipe=pipe).run
+    assert (dense.report.density, dense.report.sparse_calls, dense.options) == (1.0, 0, {})
+    full = generate(ask(num_frames=5, options={"radial": {"first_steps": 0, "first_layers": 0}}), pipe=pipe).run
+    assert (full.report.density, full.report.dense_calls, full.report.sparse_calls) == (1.0, 0, 8)
+    torch.testing.assert_close(full.frames, dense.frames, atol=1e-4, rtol=0)
+
+
+def test_the_pipeline_gets_its_attention_back(ask, pipe):
+    hooks = len(pipe.transformer._forward_pre_hooks)
+    generate(ask(), pipe=pipe)
+    assert stock(pipe)
+    settings = ask().resolve()
+    with pytest.raises(GenerationError, match="majority"):
+        run_method(pipe, settings, "radial", {"coverage": "majorities"})
+    assert stock(pipe)
+    assert len(pipe.transformer._forward_pre_hooks) == hooks
+
+
+def test_an_interrupted_run_leaves_a_clean_pipeline(ask, pipe):
+    def stop(phase, done, total):
+        if (phase, done) == ("denoise", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(ask(), pipe=pipe, progress=stop)
+    assert stock(pipe)
+    generate(ask(), pipe=pipe)
+
+
+def test_progress_tells_every_phase(ask):
+    told = []
+    generate(ask(), progress=lambda *event: told.append(event))
+    assert told == [
+        ("load", 0, 1), ("load", 1, 1), ("prompt", 0, 1), ("denoise", 1, 2), ("denoise", 2, 2), ("decode", 0, 1),
+        ("decode", 1, 1),
+    ]  # fmt: skip
+
+
+def test_compare(ask, pipe, tmp_path):
+    told = []
+    result = compare(ask(num_frames=17), pipe=pipe, progress=lambda phase, *_: told.append(phase))
+    assert {phase.split(" ")[0] for phase in told} == {"radial", "dense"}
+    paths = result.save(tmp_path)
+    stem = "a-red-circle-bounces-0-radial"
+    assert {path.name for path in paths.values()} == {
+        f"{stem}.mp4", f"{stem}-dense.mp4", f"{stem}-compare.mp4", f"{stem}.json",
+    }  # fmt: skip
+    assert list(read_mp4(paths["-compare.mp4"]).shape) == [17, 3, 64, 128 + DIVIDER]
+    assert len(read_mp4(paths["-dense.mp4"])) == 17
+    record = json.loads(paths[".json"].read_text())["comparison"]
+    assert [row["metric"] for row in record["fidelity"]] == ["psnr", "ssim"]
+    assert {row["convention"] for row in record["fidelity"]} == {"videosparse"}
+    assert record["denoise_speedup"] == pytest.approx(result.speedup)
+    assert "no warm-up" in record["measured"]
+    assert result.dense.report.density == 1.0
+    assert result.sparse.report.density < 1.0
+
+
+def test_compare_refuses_dense(ask):
+    with pytest.raises(GenerationError, match="sets a sparse method against dense"):
+        compare(ask(method="dense"))
+
+
+def test_equal_videos_still_make_strict_json(ask, pipe, tmp_path):
+    result = compare(ask(options={"radial": {"first_steps": 1.0}}), pipe=pipe)
+    assert result.fidelity[0].value == math.inf
+    json.loads(result.save(tmp_path / "a.mp4")[".json"].read_text(), parse_constant=pytest.fail)
+
+
+def test_missing_weights_are_one_clear_error(ask, model_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(GenerationError, match="Cannot load"):
+        generate(ask(model=str(folder)))
+
+
+def test_frames_that_are_not_finite_are_refused(ask, pipe, monkeypatch):
+    monkeypatch.setattr(pipe.video_processor, "postprocess_video", lambda video, output_type: video * math.nan)
+    with pytest.raises(GenerationError, match="not finite in fp32"):
+        generate(ask(), pipe=pipe)
+
+
+def test_a_full_gpu_says_what_to_do():
+    with pytest.raises(GenerationError, match=r"too little memory.*--offload model"), running._memory_errors():
+        raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "  "}, "The prompt is empty"),
+        ({"method": "sparse"}, "Unknown method 'sparse'"),
+        ({"steps": -1}, r"steps must be at least 1 \(got -1\)"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"guidance": math.nan}, "guidance must be a number"),
+        ({"fps": 0}, "fps must be a number of at least 1"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"num_frames": 10}, "use 9 or 13"),
+        ({"height": 60}, "use 56 or 64"),
+        ({"dtype": "fp16"}, "fp16 is slow and inexact on a CPU"),
+        ({"dtype": "int8"}, "Unknown dtype 'int8'"),
+        ({"device": "gpu"}, "Unknown device 'gpu'"),
+        ({"device": "meta"}, "Unsupported device 'meta'"),
+        ({"offload": "disk"}, "Unknown offload 'disk'"),
+        ({"offload": "model"}, "frees GPU memory, and this run is on cpu"),
+        ({"options": {"dense": {}}}, "this run uses radial"),
+        ({"options": {"radial": {"decay": 0}}}, "decay must be positive"),
+        ({"options": {"radial": {"first_layers": 3}}}, "the model has 2"),
+        ({"options": {"radial": {"backend": "triton"}}}, "backend=triton cannot run on cpu"),
+    ],
+)
+def test_requests_that_cannot_be_carried_out(ask, fields, message):
+    with pytest.raises(GenerationError, match=message):
+        ask(**fields).resolve()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(ask):
+    with pytest.raises(GenerationError, match=r"device cuda needs an NVIDIA GPU.*--device cpu"):
+        ask(device="cuda").resolve()
+
+
+def test_a_long_prompt_is_fine(ask, pipe):
+    assert generate(ask(prompt="red circle " * 200, steps=1), pipe=pipe).frames.shape[0] == 9

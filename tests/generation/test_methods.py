@@ -1,0 +1,111 @@
+"""Options as users write them."""
+
+import pytest
+import torch
+
+from videosparse.generation import GenerationError
+from videosparse.generation.methods import (
+    check_method,
+    check_method_fits,
+    check_options_used,
+    make_processor,
+    option_names,
+    parse_overrides,
+    resolve_method,
+    resolved_options,
+)
+from videosparse.generation.sources import find_spec
+from videosparse.layout import VideoGrid
+
+WAN = find_spec("wan2.1-14b")
+GRID = WAN.grid(81, 480, 832)
+
+
+def test_values_are_read_as_what_they_look_like():
+    parsed = parse_overrides(
+        [
+            "radial.decay=0.5", "radial.first_steps=2", "radial.sink=false", "radial.coverage=any",
+            "radial.block=(64, 128)", "radial.last_steps = none",
+        ]
+    )  # fmt: skip
+    assert parsed == {
+        "radial": {
+            "decay": 0.5, "first_steps": 2, "sink": False, "coverage": "any", "block": (64, 128), "last_steps": None,
+        }
+    }  # fmt: skip
+
+
+def test_the_last_of_two_wins():
+    assert parse_overrides(["radial.decay=1", "radial.decay=0.2"]) == {"radial": {"decay": 0.2}}
+
+
+@pytest.mark.parametrize("text", ["radial.decay", "decay=1", "=1", "radial.=1", "radial.decay="])
+def test_what_is_no_assignment(text):
+    with pytest.raises(GenerationError, match=r"expects method\.option=value"):
+        parse_overrides([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("radial.dekay=1", r"no option 'dekay'; it has decay.*Did you mean 'decay'\?"),
+        ("radial.num_steps=9", "no option 'num_steps'"),
+        ("radail.decay=1", r"Unknown method 'radail'.*Did you mean 'radial'\?"),
+        ("dense.decay=1", "Method dense has no options"),
+    ],
+)
+def test_unknown_names(text, message):
+    with pytest.raises(GenerationError, match=message):
+        parse_overrides([text])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": "wide"}, "decay must be a number"),
+        ({"decay": -1}, "decay must be positive"),
+        ({"block": 32}, "block must be"),
+        ({"coverage": "some"}, "coverage must be one of"),
+        ({"first_steps": -1}, "first_steps must be"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"dekay": 1}, "no option 'dekay'"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(GenerationError, match=message):
+        make_processor("radial", options)
+
+
+def test_method_names():
+    check_method("dense")
+    assert "decay" in option_names("radial")
+    with pytest.raises(GenerationError, match=r"Unknown method 'sparse'; use radial or dense"):
+        check_method("sparse")
+
+
+def test_options_of_a_method_that_does_not_run():
+    check_options_used({"radial": {"decay": 1}}, "radial")
+    with pytest.raises(GenerationError, match="this run uses dense"):
+        check_options_used({"radial": {"decay": 1}}, "dense")
+
+
+def test_resolved_options_are_the_models_with_what_was_given():
+    options = resolved_options(resolve_method(WAN, GRID, "radial", {"first_steps": 2}))
+    assert (options["decay"], options["first_steps"], options["sink"]) == (0.2, 2, True)
+    assert resolved_options(resolve_method(WAN, GRID, "dense", None)) == {}
+
+
+def test_more_dense_layers_than_the_model_has():
+    with pytest.raises(GenerationError, match="the model has 40"):
+        resolve_method(WAN, GRID, "radial", {"first_layers": 50})
+
+
+def test_a_grid_that_the_method_refuses():
+    tiny = VideoGrid(64, 4, 4)
+    with pytest.raises(GenerationError, match=r"coverage='majority' leaves query blocks"):
+        check_method_fits(WAN, tiny, "radial", {"block": 128}, torch.device("cpu"))
+
+
+def test_a_backend_that_cannot_run():
+    with pytest.raises(GenerationError, match=r"backend=triton cannot run on cpu.*use backend=auto"):
+        check_method_fits(WAN, GRID, "radial", {"backend": "triton"}, torch.device("cpu"))

@@ -1,0 +1,26 @@
+"""From a prompt to a video file: the parts that `videosparse generate` is made of.
+
+```python
+from videosparse.generation import GenerationRequest, generate
+
+generate(GenerationRequest("a red circle bounces", method="radial")).save("circle.mp4")
+```
+"""
+
+from videosparse.generation.errors import GenerationError
+from videosparse.generation.generating import Comparison, Generation, compare, generate, output_place
+from videosparse.generation.request import GenerationRequest, Settings
+from videosparse.generation.sources import embedded_model_path, find_model
+
+__all__ = [
+    "Comparison",
+    "Generation",
+    "GenerationError",
+    "GenerationRequest",
+    "Settings",
+    "compare",
+    "embedded_model_path",
+    "find_model",
+    "generate",
+    "output_place",
+]

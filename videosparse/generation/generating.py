@@ -1,0 +1,186 @@
+"""From a request to a video: once (`generate`), or with a method and dense side by side (`compare`), and to files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videosparse.generation.errors import GenerationError
+from videosparse.generation.methods import Options, option_names
+from videosparse.generation.output import Destination, Writer, destination, slug
+from videosparse.generation.request import GenerationRequest, Settings
+from videosparse.generation.running import Progress, Run, load_pipeline, quiet, run_method
+from videosparse.generation.sidecar import comparison_record, record, write_json
+from videosparse.generation.video import side_by_side, write_mp4
+from videosparse.metrics.fidelity import FidelityRow, fidelity
+
+ENDINGS = (".mp4", ".json")
+COMPARE_ENDINGS = (".mp4", "-dense.mp4", "-compare.mp4", ".json")
+
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A generated video and how it was made.
+
+    Args:
+        settings: what it was asked to be.
+        run: the frames, times and densities.
+        load_seconds: wall seconds of loading the pipeline; None when it was given.
+    """
+
+    settings: Settings
+    run: Run
+    load_seconds: float | None
+
+    @property
+    def frames(self) -> torch.Tensor:
+        """fp32 [frames, 3, height, width] in [0, 1]."""
+        return self.run.frames
+
+    def save(self, place: Destination | str | Path | None = None, overwrite: bool = False) -> dict[str, Path]:
+        """Write the mp4 and its JSON record; returns the path of each ending.
+
+        Raises:
+            GenerationError: see `destination` and `Destination.publish`.
+        """
+        if not isinstance(place, Destination):
+            place = output_place(self.settings.request, place, overwrite=overwrite)
+        data = record(self.settings, self.run, self.load_seconds)
+        writers: dict[str, Writer] = {
+            ".mp4": lambda path: write_mp4(path, self.frames, self.settings.fps),
+            ".json": lambda path: write_json(path, data),
+        }
+        return place.publish(writers)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A method and dense attention on the same model, prompt, seed and noise.
+
+    Args:
+        settings: of both.
+        sparse, dense: the two runs.
+        fidelity: PSNR and SSIM of sparse against dense.
+        load_seconds: wall seconds of loading the pipeline; None when it was given.
+        warmed_up: whether a short untimed run of each came before, so that kernels were compiled.
+    """
+
+    settings: Settings
+    sparse: Run
+    dense: Run
+    fidelity: tuple[FidelityRow, ...]
+    load_seconds: float | None
+    warmed_up: bool
+
+    @property
+    def speedup(self) -> float:
+        """Denoising time of dense over that of sparse."""
+        return self.dense.timings.denoise / self.sparse.timings.denoise
+
+    @property
+    def measured(self) -> str:
+        """What the times are, in one sentence."""
+        how = "after a warm-up of each" if self.warmed_up else "one run of each, no warm-up"
+        return f"denoising loop only, {how}, {self.sparse.method} first"
+
+    def save(self, place: Destination | str | Path | None = None, overwrite: bool = False) -> dict[str, Path]:
+        """Write both videos, the side-by-side video (dense left) and the JSON record; returns the path of each ending.
+
+        Raises:
+            GenerationError: see `destination` and `Destination.publish`.
+        """
+        if not isinstance(place, Destination):
+            place = output_place(self.settings.request, place, overwrite=overwrite, compare=True)
+        data = record(self.settings, self.sparse, self.load_seconds)
+        data["comparison"] = comparison_record(self.dense, self.fidelity, self.speedup, self.measured)
+        both = side_by_side(self.dense.frames, self.sparse.frames)
+        videos = {".mp4": self.sparse.frames, "-dense.mp4": self.dense.frames, "-compare.mp4": both}
+        writers: dict[str, Writer] = {
+            ending: lambda path, video=video: write_mp4(path, video, self.settings.fps)  # type: ignore[misc]
+            for ending, video in videos.items()
+        }
+        writers[".json"] = lambda path: write_json(path, data)
+        return place.publish(writers)
+
+
+def output_place(
+    request: GenerationRequest, output: str | Path | None = None, *, overwrite: bool = False, compare: bool = False
+) -> Destination:
+    """Where the files of a request go; call it before `generate` to learn early that they cannot.
+
+    Raises:
+        GenerationError: see `destination`.
+    """
+    stem = f"{slug(request.prompt)}-{request.seed}-{request.method}"
+    return destination(output, stem, COMPARE_ENDINGS if compare else ENDINGS, overwrite)
+
+
+def generate(request: GenerationRequest | Settings, *, pipe: Any = None, progress: Progress = quiet) -> Generation:
+    """Make a video.
+
+    Args:
+        request: what to make; resolved here unless it is already.
+        pipe: a pipeline of the request's model, loaded and placed; None loads it.
+        progress: told about every phase; `compare` puts the method before its name ("dense denoise").
+
+    Raises:
+        GenerationError: anything about the request that cannot be carried out.
+    """
+    settings = request.resolve() if isinstance(request, GenerationRequest) else request
+    load_seconds = None
+    if pipe is None:
+        pipe, load_seconds = load_pipeline(settings, progress)
+    method = settings.request.method
+    run = run_method(pipe, settings, method, settings.request.options.get(method, {}), progress)
+    return Generation(settings, run, load_seconds)
+
+
+def compare(request: GenerationRequest | Settings, *, pipe: Any = None, progress: Progress = quiet) -> Comparison:
+    """Make a video with the request's method and again with dense attention from the same noise; see `generate`.
+
+    On a GPU a two-step run of each comes first, in which kernels are compiled and chosen; on a CPU nothing is compiled.
+
+    Raises:
+        GenerationError: as `generate`, or the method is dense.
+    """
+    settings = request.resolve() if isinstance(request, GenerationRequest) else request
+    method = settings.request.method
+    check_comparable(method)
+    load_seconds = None
+    if pipe is None:
+        pipe, load_seconds = load_pipeline(settings, progress)
+    options = settings.request.options.get(method, {})
+    warm_up = settings.device.type == "cuda"
+    if warm_up:
+        _warm_up(pipe, settings, {method: options, "dense": {}}, progress)
+    sparse = run_method(pipe, settings, method, options, _labelled(progress, method))
+    dense = run_method(pipe, settings, "dense", {}, _labelled(progress, "dense"))
+    rows = fidelity(sparse.frames, dense.frames)
+    return Comparison(settings, sparse, dense, rows, load_seconds, warm_up)
+
+
+def check_comparable(method: str) -> None:
+    """Raise GenerationError when a comparison with dense would compare dense with itself."""
+    if method == "dense":
+        raise GenerationError("--compare sets a sparse method against dense; choose --method radial.")
+
+
+def _warm_up(pipe: Any, settings: Settings, runs: Mapping[str, Options], progress: Progress) -> None:
+    """Run each method for two steps with nothing dense by schedule, so that every kernel is used once."""
+    short = replace(settings, steps=_WARM_UP_STEPS)
+    for method, options in runs.items():
+        sparse_at_once: dict[str, object] = {
+            name: 0 for name in ("first_steps", "last_steps") if name in option_names(method)
+        }
+        run_method(pipe, short, method, {**options, **sparse_at_once}, _labelled(progress, f"warm-up {method}"))
+
+
+def _labelled(progress: Progress, run: str) -> Progress:
+    """Tell which run a phase belongs to: "dense denoise"."""
+    return lambda phase, done, total: progress(f"{run} {phase}", done, total)

@@ -1,0 +1,184 @@
+"""Where results go: names that overwrite nothing by accident, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from videosparse.generation.errors import GenerationError, one_line
+
+DEFAULT_FOLDER = "outputs"
+
+Writer = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Names of the files of one run: they share a stem and differ in the ending.
+
+    Args:
+        folder: where they go; made when the files are.
+        stem: name without ending.
+        endings: of the files, such as (".mp4", ".json").
+        number: whether a taken stem is numbered ("x-2.mp4") or refused.
+        overwrite: whether existing files may be replaced.
+    """
+
+    folder: Path
+    stem: str
+    endings: tuple[str, ...]
+    number: bool = False
+    overwrite: bool = False
+
+    def publish(self, writers: Mapping[str, Writer]) -> dict[str, Path]:
+        """Write all files under temporary names in the same folder, then give them their names.
+
+        Args:
+            writers: for each ending a function that writes the file at the path it is given.
+
+        Returns:
+            The final path of each ending.
+
+        Raises:
+            GenerationError: a name is taken, or the folder cannot be written. No file is left behind then, nor after
+                any other error or Ctrl-C.
+        """
+        parts: dict[str, Path] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for ending, write in writers.items():
+                parts[ending] = self.folder / f".{secrets.token_hex(6)}.part{ending}"
+                write(parts[ending])
+            return self._name(parts)
+        except OSError as error:
+            raise GenerationError(f"Cannot write to {self.folder}: {one_line(error)}") from error
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+    def taken(self, stem: str) -> list[Path]:
+        """Existing files of that stem."""
+        return [path for ending in self.endings if os.path.lexists(path := self.folder / f"{stem}{ending}")]
+
+    def _name(self, parts: Mapping[str, Path]) -> dict[str, Path]:
+        """Move the finished files; another run may have taken the name meanwhile."""
+        attempt = 1
+        while True:
+            stem = self.stem if attempt == 1 else f"{self.stem}-{attempt}"
+            finals = {ending: self.folder / f"{stem}{ending}" for ending in parts}
+            if self.overwrite:
+                for ending, part in parts.items():
+                    part.replace(finals[ending])
+                return finals
+            if not self.taken(stem) and _link_all([(parts[e], finals[e]) for e in parts]):
+                return finals
+            if not self.number:
+                raise _exists(self.taken(stem) or list(finals.values()))
+            attempt += 1
+
+
+def destination(
+    output: str | Path | None, default_stem: str, endings: tuple[str, ...] = (".mp4", ".json"), overwrite: bool = False
+) -> Destination:
+    """Decide where results go, before anything expensive runs.
+
+    Args:
+        output: an .mp4 file, a folder (exists, or ends in a slash), or None for outputs/.
+        default_stem: file name where `output` gives none; numbered when it is taken.
+
+    Raises:
+        GenerationError: another ending, a name that is taken and not to be overwritten, or a folder that cannot be
+            written.
+    """
+    text = "" if output is None else str(output)
+    is_folder = output is None or text.endswith(("/", os.sep)) or Path(text).is_dir()
+    if is_folder:
+        place = Destination(
+            Path(text or DEFAULT_FOLDER), default_stem, endings, number=not overwrite, overwrite=overwrite
+        )
+    else:
+        path = Path(text)
+        if path.suffix != ".mp4":
+            raise GenerationError(f"--output must end in .mp4, or be a folder (got {text!r}); use {path.stem}.mp4.")
+        place = Destination(path.parent, path.stem, endings, overwrite=overwrite)
+        if not overwrite and (found := place.taken(path.stem)):
+            raise _exists(found)
+    _check_writable(place.folder)
+    return place
+
+
+def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
+    """Where one .png goes; decided before anything runs, as for `destination`.
+
+    Raises:
+        GenerationError: see `destination`.
+    """
+    path = Path(output)
+    if path.suffix != ".png":
+        raise GenerationError(f"A picture must end in .png (got {str(output)!r}); use {path.stem}.png.")
+    place = Destination(path.parent, path.stem, (".png",), overwrite=overwrite)
+    if not overwrite and (found := place.taken(path.stem)):
+        raise _exists(found)
+    _check_writable(place.folder)
+    return place
+
+
+def slug(text: str, limit: int = 40) -> str:
+    """A file name from a prompt: lower-case words joined by dashes, cut between words; "video" when nothing is left."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    name = ""
+    for word in words:
+        longer = f"{name}-{word}" if name else word[:limit]
+        if len(longer) > limit:
+            break
+        name = longer
+    return name or "video"
+
+
+def _link_all(moves: list[tuple[Path, Path]]) -> bool:
+    """Give every file its final name without replacing any; False, and nothing done, when one is taken."""
+    done: list[Path] = []
+    try:
+        for part, final in moves:
+            _link(part, final)
+            done.append(final)
+    except BaseException as error:
+        for final in done:
+            final.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def _link(part: Path, final: Path) -> None:
+    """A hard link fails when the name exists, which a rename does not; some file systems have no links."""
+    try:
+        os.link(part, final)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EMLINK):
+            raise
+        if os.path.lexists(final):
+            raise FileExistsError(final) from None
+        part.rename(final)
+
+
+def _exists(paths: list[Path]) -> GenerationError:
+    return GenerationError(f"{paths[0]} exists; choose another name, or pass --overwrite.")
+
+
+def _check_writable(folder: Path) -> None:
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise GenerationError(f"Cannot write to {folder}: {existing} is not a folder; choose another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise GenerationError(f"Cannot write to {folder}: no permission in {existing}; choose another folder.")

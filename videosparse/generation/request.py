@@ -1,0 +1,163 @@
+"""What a user asks for (`GenerationRequest`), and the same with gaps filled and values checked (`Settings`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from videosparse.generation.environment import choose_device, choose_dtype
+from videosparse.generation.errors import GenerationError, nearest
+from videosparse.generation.methods import (
+    Options,
+    check_method,
+    check_method_fits,
+    check_options_used,
+    make_processor,
+)
+from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
+from videosparse.layout import VideoGrid
+
+OFFLOADS = ("none", "model")
+
+_SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A video to make. What is None is taken from the model's defaults.
+
+    Args:
+        prompt: what the video shows; longer than the model reads is cut by its pipeline.
+        model: Diffusers folder, hub id or a name from `videosparse.cases.MODELS`; None is the embedded model.
+        method: "radial" or "dense".
+        options: of each method by name, such as {"radial": {"decay": 0.5}}.
+        num_frames: pixel frames.
+        height, width: pixels.
+        steps: denoising steps.
+        guidance: guidance scale; at most 1 turns classifier-free guidance off.
+        negative_prompt: what the video should not show.
+        seed: of the noise, 0 or more; the noise is drawn on the CPU, so it is the same on every device.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "auto", "fp32", "bf16" or "fp16".
+        fps: frames a second of the file.
+        offload: "model" keeps only the part in use on the GPU.
+    """
+
+    prompt: str
+    model: str | None = None
+    method: str = "radial"
+    options: Mapping[str, Options] = field(default_factory=dict)
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str = ""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    fps: float | None = None
+    offload: str = "none"
+
+    def resolve(self) -> Settings:
+        """Fill the gaps and check everything that can be checked without loading weights.
+
+        Raises:
+            GenerationError: the first thing that is wrong.
+        """
+        self._check_words()
+        source = find_model(self.model)
+        check_text_to_video(source)
+        if self.negative_prompt and source.spec.family == "hunyuan_video":
+            raise GenerationError(
+                "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
+            )
+        defaults = source.defaults
+        num_frames, height, width = (
+            default if asked is None else asked
+            for asked, default in (
+                (self.num_frames, defaults.num_frames),
+                (self.height, defaults.height),
+                (self.width, defaults.width),
+            )
+        )
+        device = choose_device(self.device)
+        if self.offload != "none" and device.type != "cuda":
+            raise GenerationError(f"offload={self.offload!r} frees GPU memory, and this run is on {device}; drop it.")
+        dtype = choose_dtype(self.dtype, device)
+        grid = source.grid(num_frames, height, width)
+        check_method_fits(source, grid, self.method, self.options.get(self.method), device)
+        return Settings(
+            request=self,
+            source=source,
+            grid=grid,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            steps=_at_least("steps", defaults.steps if self.steps is None else self.steps, _least_steps(source)),
+            guidance=_number("guidance", defaults.guidance if self.guidance is None else self.guidance, 0),
+            guidance_2=defaults.guidance_2 if self.guidance is None else None,
+            fps=_number("fps", defaults.fps if self.fps is None else self.fps, 1),
+            device=device,
+            dtype=dtype,
+        )
+
+    def _check_words(self) -> None:
+        if not self.prompt.strip():
+            raise GenerationError("The prompt is empty; describe the video in a few words.")
+        check_method(self.method)
+        check_options_used(self.options, self.method)
+        # bad options should be told before anything about the model
+        make_processor(self.method, self.options.get(self.method))
+        if self.offload not in OFFLOADS:
+            raise GenerationError(
+                f"Unknown offload {self.offload!r}; use {' or '.join(OFFLOADS)}.{nearest(self.offload, OFFLOADS)}"
+            )
+        if not 0 <= self.seed < _SEED_LIMIT:
+            raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}).")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A request with every gap filled; fields as in `GenerationRequest`.
+
+    Args:
+        request: what was asked.
+        source: the model that was found.
+        grid: the token grid that attention will see.
+        guidance_2: guidance scale of a second expert, None for the same.
+        dtype: "fp32", "bf16" or "fp16".
+    """
+
+    request: GenerationRequest
+    source: ModelSource
+    grid: VideoGrid
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    guidance_2: float | None
+    fps: float
+    device: torch.device
+    dtype: str
+
+
+def _least_steps(source: ModelSource) -> int:
+    """Mochi's scheduler divides by the number of steps after the first."""
+    return 2 if source.spec.family == "mochi" else 1
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if value < least:
+        raise GenerationError(f"{name} must be at least {least} (got {value}).")
+    return value
+
+
+def _number(name: str, value: float, least: float) -> float:
+    if not (math.isfinite(value) and value >= least):
+        raise GenerationError(f"{name} must be a number of at least {least} (got {value}).")
+    return value

@@ -1,0 +1,208 @@
+"""Loading a pipeline and running it once with a method, timed by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from videosparse.attach import restore, sparsify
+from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
+from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.methods import Options, make_processor, resolved_options
+from videosparse.generation.request import Settings
+from videosparse.kernels import describe_backend
+from videosparse.processors import RunReport
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """A `Progress` that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall seconds of the phases of one run; the device is waited for at every border.
+
+    Args:
+        prompt: from the call to the first forward of the transformer: text encoding, noise.
+        denoise: from there to the end of the last step; maps are built and kernels compiled inside it.
+        decode: from there to the frames: VAE, post-processing.
+        steps: of the denoising, each one's share as the host saw it (a GPU may run behind).
+    """
+
+    prompt: float
+    denoise: float
+    decode: float
+    steps: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run.
+
+    Args:
+        method: its name.
+        given: the options that the user set.
+        options: all options in force.
+        report: what attention did.
+        frames: fp32 [frames, 3, height, width] in [0, 1] on the CPU.
+        timings: wall seconds.
+        peak_bytes: see `environment.peak_memory`.
+    """
+
+    method: str
+    given: Options
+    options: Options
+    report: RunReport
+    frames: torch.Tensor
+    timings: Timings
+    peak_bytes: int | None
+
+
+def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, float]:
+    """The pipeline on its device, and the seconds that took.
+
+    Raises:
+        GenerationError: weights are missing or damaged, or do not fit.
+    """
+    from diffusers import DiffusionPipeline
+
+    progress("load", 0, 1)
+    start = time.perf_counter()
+    dtypes = {"default": DTYPES[settings.dtype]}
+    if settings.source.spec.family == "wan":
+        dtypes["vae"] = torch.float32  # Wan's VAE is small and loses detail below fp32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(settings.source.location, torch_dtype=dtypes)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise GenerationError(f"Cannot load {settings.source.location}: {one_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if settings.source.spec.family != "wan":
+        pipe.vae.enable_tiling()  # whole videos do not fit through these VAEs
+    with _memory_errors():
+        if settings.request.offload == "model":
+            pipe.enable_model_cpu_offload(device=settings.device)
+        else:
+            pipe.to(settings.device)
+    seconds = now(settings.device) - start
+    progress("load", 1, 1)
+    return pipe, seconds
+
+
+def run_method(pipe: Any, settings: Settings, method: str, options: Options, progress: Progress = quiet) -> Run:
+    """Make the video with a method; the pipeline has its own attention back afterwards, whatever happens.
+
+    Raises:
+        GenerationError: options or sizes that the method or the pipeline refuses, too little memory, or frames that
+            are not finite.
+    """
+    processor = make_processor(method, options)
+    try:
+        sparsify(pipe, processor)
+        reset_peak_memory(settings.device)
+        with _memory_errors():
+            frames, timings = _call(pipe, settings, progress)
+        resolved = processor.binding.resolved
+        assert resolved is not None  # the tracker sets it at the first forward
+        report = _named_backend(processor.report(), settings.device)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, GenerationError):
+            raise
+        raise GenerationError(one_line(error)) from error
+    finally:
+        restore(pipe)
+    return Run(method, dict(options), resolved_options(resolved), report, frames, timings, peak_memory(settings.device))
+
+
+def _named_backend(report: RunReport, device: torch.device) -> RunReport:
+    """The report with the kernel that "auto" stood for."""
+    return replace(report, backend=describe_backend(device)[0]) if report.backend == "auto" else report
+
+
+@dataclass
+class _Phases:
+    """Marks the borders between the phases of one pipeline call."""
+
+    device: torch.device
+    progress: Progress
+    borders: dict[str, float] = field(default_factory=dict)
+    ends: list[float] = field(default_factory=list)
+
+    def forward_begins(self, *_: Any) -> None:
+        """Forward pre-hook of the transformers: the first call ends the prompt phase."""
+        if "denoise" not in self.borders:
+            self.borders["denoise"] = now(self.device)
+
+    def step_ends(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Step callback of the pipeline; changes nothing."""
+        total = pipe.num_timesteps
+        last = index + 1 == total
+        self.ends.append(now(self.device) if last else time.perf_counter())
+        self.progress("denoise", index + 1, total)
+        if last:
+            self.progress("decode", 0, 1)
+        return {}
+
+
+def _call(pipe: Any, settings: Settings, progress: Progress) -> tuple[torch.Tensor, Timings]:
+    phases = _Phases(settings.device, progress)
+    roots = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    # before the tracker's hook, so that building maps counts as denoising
+    hooks = [root.register_forward_pre_hook(phases.forward_begins, prepend=True) for root in roots if root is not None]
+    progress("prompt", 0, 1)
+    begin = now(settings.device)
+    try:
+        video = pipe(**_arguments(settings), callback_on_step_end=phases.step_ends).frames[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    end = now(settings.device)
+    progress("decode", 1, 1)
+    frames = video.float().cpu()
+    if not bool(frames.isfinite().all()):
+        raise GenerationError(
+            f"The model made frames that are not finite in {settings.dtype}; try --dtype "
+            f"{'fp32' if settings.dtype != 'fp32' else 'bf16, or check its weights'}."
+        )
+    started, ends = phases.borders["denoise"], phases.ends
+    steps = tuple(b - a for a, b in zip([started, *ends], ends, strict=False))
+    return frames, Timings(started - begin, ends[-1] - started, end - ends[-1], steps)
+
+
+def _arguments(settings: Settings) -> dict[str, Any]:
+    """What the pipeline is called with."""
+    request = settings.request
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "num_frames": settings.num_frames,
+        "height": settings.height,
+        "width": settings.width,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "max_sequence_length": settings.source.defaults.max_sequence_length,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "pt",
+    }
+    if settings.source.spec.family != "hunyuan_video":
+        arguments["negative_prompt"] = request.negative_prompt
+    if settings.guidance_2 is not None:
+        arguments["guidance_scale_2"] = settings.guidance_2
+    return arguments
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Say what to do about a full GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GenerationError(
+            "The GPU has too little memory for this video; use --offload model, fewer frames or a smaller size."
+        ) from error

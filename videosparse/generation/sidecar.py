@@ -1,0 +1,97 @@
+"""The JSON record next to a video: everything needed to make it again, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from videosparse.generation.environment import device_name, versions
+from videosparse.generation.request import Settings
+from videosparse.generation.running import Run
+from videosparse.metrics.fidelity import FidelityRow
+
+FORMAT = "videosparse-generation-1"
+
+
+def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str, Any]:
+    """What made a video, as plain JSON values."""
+    request, source = settings.request, settings.source
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "model": {
+            "name": source.name,
+            "asked": request.model,
+            "location": source.location,
+            "pipeline": source.pipeline_class,
+        },
+        "video": {
+            "num_frames": settings.num_frames,
+            "height": settings.height,
+            "width": settings.width,
+            "fps": settings.fps,
+        },
+        "settings": {
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "guidance_2": settings.guidance_2,
+            "max_sequence_length": source.defaults.max_sequence_length,
+            "dtype": settings.dtype,
+            "device": str(settings.device),
+            "device_name": device_name(settings.device),
+            "offload": request.offload,
+        },
+        "method": {"name": run.method, "set": dict(run.given), "options": dict(run.options)},
+        "attention": _attention(run),
+        "seconds": {"load": load_seconds, **_seconds(run)},
+        "peak_memory_bytes": run.peak_bytes,
+        "versions": versions(),
+    }
+
+
+def comparison_record(dense: Run, rows: Iterable[FidelityRow], speedup: float, measured: str) -> dict[str, Any]:
+    """The part of a record that is about the dense twin."""
+    return {
+        "layout": "dense left, method right",
+        "dense_seconds": _seconds(dense),
+        "dense_peak_memory_bytes": dense.peak_bytes,
+        "denoise_speedup": speedup,
+        "measured": measured,
+        "fidelity": [row.as_json() for row in rows],
+    }
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a record, readable by people and by strict parsers (no NaN, no Infinity)."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _attention(run: Run) -> dict[str, Any]:
+    report = run.report
+    return {
+        "grid": [report.grid.frames, report.grid.height, report.grid.width],
+        "tokens": report.tokens,
+        "video_density": report.video_density,
+        "density": report.density,
+        "average_density": report.average_density,
+        "dense_calls": report.dense_calls,
+        "sparse_calls": report.sparse_calls,
+        "backend": report.backend,
+    }
+
+
+def _seconds(run: Run) -> dict[str, Any]:
+    timings = run.timings
+    return {
+        "prompt": timings.prompt,
+        "denoise": timings.denoise,
+        "decode": timings.decode,
+        "steps": list(timings.steps),
+    }

@@ -1,0 +1,318 @@
+"""Where a model is and what it can take, read from its small config files: nothing here loads weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from videosparse.cases import MODELS, ModelSpec
+from videosparse.generation.errors import GenerationError, nearest, one_line
+from videosparse.layout import VideoGrid
+
+EMBEDDED = "tiny-wan"
+
+TINY_STEPS = 20
+"""Denoising steps of the embedded model when nobody says otherwise."""
+
+HUB_IDS = {
+    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.2-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "hunyuan-video": "hunyuanvideo-community/HunyuanVideo",
+    "mochi": "genmo/mochi-1-preview",
+}
+
+TEXT_TO_VIDEO = {"WanPipeline": "wan", "HunyuanVideoPipeline": "hunyuan_video", "MochiPipeline": "mochi"}
+_NEEDS_MORE = {
+    "WanImageToVideoPipeline": "an image",
+    "WanVideoToVideoPipeline": "a video",
+    "WanVACEPipeline": "a video or masks",
+    "WanAnimatePipeline": "a driving video",
+    "HunyuanVideoImageToVideoPipeline": "an image",
+}
+_FAMILIES = {
+    **TEXT_TO_VIDEO,
+    **{name: "wan" if name.startswith("Wan") else "hunyuan_video" for name in _NEEDS_MORE},
+}
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What a model is run with when the user does not say.
+
+    Args:
+        num_frames: pixel frames.
+        height, width: pixels.
+        steps: denoising steps.
+        guidance: guidance scale.
+        max_sequence_length: text tokens that the pipeline pads or cuts the prompt to.
+        fps: frames a second.
+        guidance_2: guidance scale of a second expert, None where there is none or it uses the same.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    max_sequence_length: int
+    fps: int
+    guidance_2: float | None = None
+
+
+DEFAULTS = {
+    EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 5.0, 48, 16),
+    "wan2.1-1.3b": ModelDefaults(81, 480, 832, 50, 5.0, 512, 16),
+    "wan2.1-14b": ModelDefaults(81, 480, 832, 50, 5.0, 512, 16),
+    "wan2.2-a14b": ModelDefaults(81, 720, 1280, 40, 4.0, 512, 16, guidance_2=3.0),
+    "wan2.2-5b": ModelDefaults(121, 704, 1280, 50, 5.0, 512, 24),
+    "hunyuan-video": ModelDefaults(129, 720, 1280, 50, 6.0, 256, 24),
+    "mochi": ModelDefaults(163, 480, 848, 64, 4.5, 256, 30),
+}
+_FAMILY_DEFAULTS = {"wan": "wan2.1-1.3b", "hunyuan_video": "hunyuan-video", "mochi": "mochi"}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found but not loaded.
+
+    Args:
+        name: how messages and files call it.
+        location: folder or hub id for `from_pretrained`; None when only the numbers are known.
+        pipeline_class: name of the Diffusers class in model_index.json, "" when only the numbers are known.
+        spec: the shape of its self-attention.
+        defaults: how it is run when the user does not say.
+        longest_axis: the most tokens the rotary table has along any axis, None for no limit.
+    """
+
+    name: str
+    location: str | None
+    pipeline_class: str
+    spec: ModelSpec
+    defaults: ModelDefaults
+    longest_axis: int | None = None
+
+    def grid(self, num_frames: int, height: int, width: int) -> VideoGrid:
+        """The token grid of a video; see `ModelSpec.grid`.
+
+        Raises:
+            GenerationError: a size that the model cannot take, with the nearest that it can.
+        """
+        try:
+            grid = self.spec.grid(num_frames, height, width)
+        except ValueError as error:
+            raise GenerationError(str(error)) from None
+        limit = self.longest_axis
+        if limit is not None:
+            time, space = self.spec.stride
+            step = space * self.spec.patch
+            for label, got, tokens, most in (
+                ("num_frames", num_frames, grid.frames, (limit - 1) * time + 1),
+                ("height", height, grid.height, limit * step),
+                ("width", width, grid.width, limit * step),
+            ):
+                if tokens > limit:
+                    raise GenerationError(f"{label} must be at most {most} for {self.name} (got {got}); use {most}.")
+        return grid
+
+
+def embedded_model_path() -> Path:
+    """The folder of the embedded model: in a checkout, in an installed wheel, or below the current folder.
+
+    Raises:
+        GenerationError: it is in none of them; says where to get it.
+    """
+    looked = list(_embedded_candidates())
+    for folder in looked:
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise GenerationError(
+        f"The embedded model {EMBEDDED} was not found (looked in {', '.join(map(str, looked))}); clone the repository "
+        "and run from its root, reinstall the videosparse wheel, or pass --model with a Diffusers folder."
+    )
+
+
+def _embedded_candidates() -> Iterator[Path]:
+    yield Path(__file__).resolve().parents[2] / "assets" / EMBEDDED
+    yield from _installed_data()
+    yield Path(sysconfig.get_path("data")) / "share" / "videosparse" / EMBEDDED
+    yield Path.cwd() / "assets" / EMBEDDED
+
+
+def _installed_data() -> Iterator[Path]:
+    """Where the installer recorded the model's files: right for every scheme (venv, --user, --target, --prefix)."""
+    try:
+        files = importlib.metadata.files("videosparse") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.as_posix().endswith(f"share/videosparse/{EMBEDDED}/model_index.json"):
+            yield Path(str(file.locate())).resolve().parent
+
+
+def find_model(name: str | None = None) -> ModelSource:
+    """Find a model and read its config files.
+
+    Args:
+        name: a Diffusers folder, a hub id ("org/name"), a name from `videosparse.cases.MODELS`, or None for the
+            embedded model.
+
+    Raises:
+        GenerationError: no such folder or hub model, a folder that holds no Diffusers pipeline, or a pipeline class
+            that is not supported.
+    """
+    location = _locate(name)
+    index = _read_config(location, "model_index.json")
+    pipeline_class = index.get("_class_name")
+    if not isinstance(pipeline_class, str) or pipeline_class not in _FAMILIES:
+        raise GenerationError(
+            f"{location} is a {pipeline_class or 'folder without a pipeline class'}, which videosparse does not know; "
+            f"supported: {', '.join(_FAMILIES)}."
+        )
+    transformer = _read_config(location, "transformer/config.json")
+    vae = _read_config(location, "vae/config.json")
+    spec = _spec(location, pipeline_class, index, transformer, vae)
+    # Wan's rotary table is built once; the others compute theirs for any length
+    longest = transformer.get("rope_max_seq_len", 1024) if spec.family == "wan" else None
+    defaults = _defaults(spec)
+    text = int(min(defaults.max_sequence_length, _tokenizer_length(location)))
+    return ModelSource(spec.name, location, pipeline_class, spec, replace(defaults, max_sequence_length=text), longest)
+
+
+def find_spec(name: str | None = None) -> ModelSource:
+    """As `find_model`, but a name from `MODELS` needs no files: only its numbers are known then."""
+    if name is not None and name.lower() in MODELS:
+        spec = MODELS[name.lower()]
+        return ModelSource(spec.name, None, "", spec, _defaults(spec))
+    return find_model(name)
+
+
+def check_text_to_video(source: ModelSource) -> None:
+    """Raise GenerationError unless the pipeline makes a video from a prompt alone."""
+    if source.pipeline_class not in TEXT_TO_VIDEO:
+        needs = _NEEDS_MORE.get(source.pipeline_class, "more than a prompt")
+        raise GenerationError(
+            f"{source.name} is a {source.pipeline_class}, which needs {needs} besides the prompt; generate takes "
+            f"{', '.join(TEXT_TO_VIDEO)}. Use videosparse.sparsify(pipe, ...) in Python for the others."
+        )
+
+
+def _locate(name: str | None) -> str:
+    """A folder, or a hub id."""
+    if name is None:
+        return str(embedded_model_path())
+    if not name.strip():
+        raise GenerationError("--model must not be empty; give a folder, a hub id, or leave it out.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise GenerationError(f"--model must be a folder (got the file {name}); give the one with model_index.json.")
+    if name.rstrip("/") in (EMBEDDED, f"assets/{EMBEDDED}"):
+        return str(embedded_model_path())
+    if name.lower() in HUB_IDS:
+        return HUB_IDS[name.lower()]
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return name
+    known = [EMBEDDED, *HUB_IDS]
+    raise GenerationError(f"No model folder at {name}, and no model of that name.{nearest(name, known)}")
+
+
+def _read_config(location: str, file: str) -> dict[str, Any]:
+    """One JSON file of a folder or hub model.
+
+    Raises:
+        GenerationError: it is missing, or no JSON object.
+    """
+    path = Path(location) / file if Path(location).is_dir() else _download(location, file)
+    if not path.is_file():
+        if file == "model_index.json" and (path.parent / "config.json").is_file():
+            raise GenerationError(
+                f"{location} is one part of a model, not a pipeline: give the folder above, the one with "
+                "model_index.json."
+            )
+        hint = "is no Diffusers pipeline" if file == "model_index.json" else "is incomplete"
+        raise GenerationError(f"{location} {hint}: it has no {file}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"Cannot read {path}: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise GenerationError(f"Cannot read {path}: expected a JSON object (got {type(value).__name__}).")
+    return value
+
+
+def _tokenizer_length(location: str) -> float:
+    """The longest text that a local model's tokenizer was made for; inf where nobody says."""
+    if not (Path(location) / "tokenizer" / "tokenizer_config.json").is_file():
+        return math.inf
+    length = _read_config(location, "tokenizer/tokenizer_config.json").get("model_max_length")
+    return length if isinstance(length, int) and length > 0 else math.inf
+
+
+def _download(repo: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file))
+    except Exception as error:  # the hub client raises its own, the network library's and OSError
+        raise GenerationError(
+            f"There is no folder {repo}, and {file} of the hub model {repo} cannot be fetched "
+            f"({type(error).__name__}); check the name, the network (HF_HUB_OFFLINE?) and your access."
+        ) from error
+
+
+def _stride(family: str, vae: dict[str, Any]) -> tuple[int, int]:
+    if family == "wan":
+        return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    if family == "hunyuan_video":
+        return vae.get("temporal_compression_ratio", 4), vae.get("spatial_compression_ratio", 8)
+    return 6, 8
+
+
+def _spec(
+    location: str, pipeline_class: str, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]
+) -> ModelSpec:
+    family = _FAMILIES[pipeline_class]
+    layers = transformer.get("num_layers", 0)
+    if family == "hunyuan_video":
+        layers += transformer.get("num_single_layers", 0)
+    patch = transformer.get("patch_size", 2)
+    try:
+        spec = ModelSpec(
+            name=Path(location).name or location,
+            family=family,
+            layers=int(layers),
+            heads=int(transformer["num_attention_heads"]),
+            head_dim=int(transformer["attention_head_dim"]),
+            stride=_stride(family, vae),
+            text=0 if family == "wan" else 256,
+            patch=int(patch[-1] if isinstance(patch, list) else patch),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise GenerationError(f"Cannot read {location}/transformer/config.json: {error!r}") from error
+    return _named(spec, two_experts=bool(index.get("transformer_2", [None])[0]))
+
+
+def _named(spec: ModelSpec, two_experts: bool) -> ModelSpec:
+    """The published model that this is, else the same numbers under the folder's name."""
+    for known in MODELS.values():
+        if two_experts != (known.name == "wan2.2-a14b"):
+            continue
+        # the embedded model keeps its name at any depth: its width and strides are unlike any other's
+        layers = spec.layers if known.name == EMBEDDED else known.layers
+        if replace(spec, name=known.name) == replace(known, layers=layers):
+            return replace(spec, name=known.name)
+    return spec
+
+
+def _defaults(spec: ModelSpec) -> ModelDefaults:
+    return DEFAULTS.get(spec.name) or DEFAULTS[_FAMILY_DEFAULTS[spec.family]]
