@@ -1,0 +1,233 @@
+"""The command line: what it prints, writes, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+
+import folders
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from videosparse.cli import app
+from videosparse.generation.video import read_mp4
+
+SMALL = ["--frames", "9", "--height", "64", "--width", "64", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, model_folder):
+    """`run("generate", ...)`: the result of a command in an empty folder; the model folder is called `small`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VIDEOSPARSE_DEBUG", raising=False)
+    os.symlink(model_folder, tmp_path / "small")
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    return invoke
+
+
+def make(run, *arguments):
+    return run("generate", folders.PROMPT, "--model", "small", *SMALL, *arguments)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "small" not in path.parts)
+
+
+def test_generate(run, tmp_path):
+    result = make(run)
+    assert result.exit_code == 0, result.output
+    for word in ("small", "9 frames of 64x64", "grid 3x8x8, 192 tokens", "decay=0.2", "video-video", "denoising"):
+        assert word in result.stdout
+    assert "outputs/a-red-circle-bounces-0-radial.mp4" in result.stdout
+    assert "nan" not in result.stdout
+    assert len(read_mp4(tmp_path / "outputs" / "a-red-circle-bounces-0-radial.mp4")) == 9
+
+
+def test_a_second_run_gets_a_number(run, tmp_path):
+    for _ in range(2):
+        assert make(run, "--method", "dense", "--seed", 7).exit_code == 0
+    assert files(tmp_path / "outputs") == [
+        "a-red-circle-bounces-7-dense-2.json", "a-red-circle-bounces-7-dense-2.mp4",
+        "a-red-circle-bounces-7-dense.json", "a-red-circle-bounces-7-dense.mp4",
+    ]  # fmt: skip
+
+
+def test_compare(run, tmp_path):
+    result = make(run, "--compare", "-o", "a.mp4", "--set", "radial.decay=0.5", "--set", "radial.first_steps=0")
+    assert result.exit_code == 0, result.output
+    for word in ("PSNR", "SSIM", "convention videosparse", " dense, ", " radial: ", "no warm-up"):
+        assert word in result.stdout
+    assert files(tmp_path) == ["a-compare.mp4", "a-dense.mp4", "a.json", "a.mp4"]
+    assert read_mp4(tmp_path / "a-compare.mp4").shape[0] == 9
+    assert json.loads((tmp_path / "a.json").read_text())["method"]["set"] == {"decay": 0.5, "first_steps": 0}
+
+
+def test_demo(run, tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr("videosparse.generation.sources._embedded_candidates", lambda: iter([model_folder]))
+    monkeypatch.setattr("videosparse.generation.sources._FAMILY_DEFAULTS", {"wan": "tiny-wan"})
+    result = run("demo", "--frames", 9, "--steps", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "PSNR" in result.stdout
+    assert "128x128" in result.stdout
+    assert len(files(tmp_path / "outputs")) == 4
+
+
+def test_overwrite(run, tmp_path):
+    (tmp_path / "a.mp4").write_text("mine")
+    result = make(run, "-o", "a.mp4")
+    assert result.exit_code == 2
+    assert "a.mp4 exists" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert (tmp_path / "a.mp4").read_text() == "mine"
+    assert make(run, "-o", "a.mp4", "--overwrite").exit_code == 0
+    assert len(read_mp4(tmp_path / "a.mp4")) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "10"], "num_frames must be 4k+1 for small (got 10); use 9 or 13."),
+        (["--height", "60"], "height must be a multiple of 8 for small (got 60); use 56 or 64."),
+        (["--model", "/no/such/folder"], "No model folder at /no/such/folder"),
+        (["--model", "outputs-folder"], "is no Diffusers pipeline"),
+        (["--output", "file/a.mp4"], "is not a folder"),
+        (["--output", "a.gif"], "must end in .mp4"),
+        (["--dtype", "fp16"], "fp16 is slow and inexact on a CPU"),
+        (["--steps", "-3"], "steps must be at least 1 (got -3)."),
+        (["--method", "radail"], "Unknown method 'radail'; use radial or dense. Did you mean 'radial'?"),
+        (["--set", "radial.dekay=1"], "Did you mean 'decay'?"),
+        (["--set", "radial.decay=x"], "decay must be a number (got 'x')"),
+        (["--set", "radial.decay"], "expects method.option=value"),
+        (["--method", "dense", "--compare"], "sets a sparse method against dense"),
+        (["--device", "gpu"], "Unknown device 'gpu'"),
+        (["--offload", "model"], "this run is on cpu"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+    (tmp_path / "outputs-folder").mkdir()
+    (tmp_path / "file").touch()
+    result = make(run, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert files(tmp_path) == ["file", "outputs-folder"]
+
+
+def test_empty_prompt(run):
+    result = run("generate", " ", "--model", "small")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "The prompt is empty" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(run):
+    result = make(run, "--device", "cuda")
+    assert result.exit_code == 2
+    assert "needs an NVIDIA GPU" in result.stderr
+
+
+def test_unsupported_pipeline(run, tmp_path, model_folder):
+    folder = tmp_path / "i2v"
+    for file in ("transformer/config.json", "vae/config.json"):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text((model_folder / file).read_text())
+    (folder / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
+    result = make(run, "--model", "i2v")
+    assert result.exit_code == 2
+    assert "needs an image besides the prompt" in result.stderr
+
+
+def test_debug_shows_where(run):
+    result = make(run, "--steps", "0", "--debug")
+    assert type(result.exception).__name__ == "GenerationError"
+
+
+def test_an_unexpected_error_is_one_line_and_exit_code_1(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("what\nis this")
+
+    monkeypatch.setattr("videosparse.generation.generate", fail)
+    result = make(run)
+    assert result.exit_code == 1
+    assert result.stderr == "Unexpected RuntimeError: what is this (--debug shows where)\n"
+
+
+def test_ctrl_c(run, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videosparse.generation.generating.write_json", stop)
+    result = make(run, "-o", "a.mp4")
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted; nothing was written.\n"
+    assert files(tmp_path) == []
+
+
+def test_plan_needs_no_weights(run, tmp_path):
+    size = ["--height", "720", "--width", "1280", "--frames", "161", "--steps", "50"]
+    result = run("plan", "--model", "wan2.1-14b", *size, "--png", "map.png")
+    assert result.exit_code == 0, result.output
+    for word in (
+        "41x45x80",
+        "147600 tokens",
+        "1154 x 1154 of 128 x 128",
+        "12 of 50 steps",
+        "PFLOP",
+        "attention at most",
+    ):
+        assert word in result.stdout
+    assert "█" in result.stdout
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert run("plan", "--model", "wan2.1-14b", "--png", "map.png").exit_code == 2
+
+
+def test_plan_of_a_folder_and_of_dense(run):
+    result = run("plan", "--model", "small", "--frames", "17", "--height", "64", "--width", "64", "--method", "dense")
+    assert result.exit_code == 0, result.output
+    assert "5x8x8" in result.stdout
+    assert "MFLOP" in result.stdout or "GFLOP" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "wan2.1-14b", "--frames", "80"], "use 77 or 81"),
+        (["--model", "wan2.1-14b", "--set", "dense.x=1"], "Method dense has no options"),
+        (["--model", "wan2.1-14b", "--method", "dense", "--set", "radial.decay=1"], "this run uses dense"),
+        (["--model", "wan2.1-14b", "--png", "map.jpg"], "must end in .png"),
+        (["--model", "mochi", "--method", "dense", "--png", "map.png"], "no block map to draw"),
+        (["--model", "wan9"], "No model folder at wan9"),
+    ],
+)
+def test_bad_plans(run, tmp_path, arguments, message):
+    result = run("plan", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert files(tmp_path) == []
+
+
+def test_doctor(run):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("python", "torch", "triton", "diffusers", "cpu", "backend auto takes", "tiny-wan"):
+        assert word in result.stdout
+
+
+def test_help_and_version(run):
+    from importlib.metadata import version
+
+    assert "generate" in run("--help").stdout
+    assert "--compare" in run("generate", "--help").stdout.replace("\x1b", "")
+    assert run("--version").stdout == f"videosparse {version('videosparse')}\n"
+
+
+def test_python_dash_m():
+    code = [sys.executable, "-m", "videosparse", "--version"]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "videosparse")

@@ -1,0 +1,108 @@
+"""`videosparse plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from videosparse.cli.console import Debug, flops, guard, memory, rows, seconds
+from videosparse.cli.generation import Set, density_text, method_text
+
+if TYPE_CHECKING:
+    from videosparse.generation.planning import GenerationPlan
+
+
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name (wan2.1-14b, ...), Diffusers folder or hub id.", show_default="the embedded model"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Attention: radial or dense.")] = "radial",
+    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    options: Set = None,
+    png: Annotated[str | None, typer.Option(help="Also draw the block map to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a run will cost, without weights: tokens, densities, attention work, and the block map."""
+    with guard(debug):
+        from videosparse.generation.methods import check_method, check_options_used, parse_overrides
+        from videosparse.generation.output import picture_place
+        from videosparse.generation.planning import plan_run
+        from videosparse.generation.sources import find_spec
+
+        given = parse_overrides(options or ())
+        check_method(method)
+        check_options_used(given, method)
+        place = None if png is None else picture_place(png, overwrite)
+        result = plan_run(
+            find_spec(model),
+            num_frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            method=method,
+            options=given.get(method),
+        )
+        _show(result, method)
+        if place is not None:
+            written = place.publish({".png": result.save_png})
+            rows([("Picture", str(written[".png"]))])
+
+
+def _show(result: GenerationPlan, method: str) -> None:
+    spec, grid = result.source.spec, result.grid
+    text = f" + {result.layout.text} text" if result.layout.text else ""
+    first, last = result.schedule.dense_steps(result.steps)
+    rows(
+        [
+            ("Model", f"{result.source.name}: {spec.layers} layers, {spec.heads} heads of {spec.head_dim}"),
+            ("Grid", f"{grid} latent frames x rows x columns, {grid.tokens}{text} tokens"),
+            ("Method", method_text(method, result.method)),
+        ]
+    )
+    if result.block_map is not None:
+        count = " x ".join(str(n) for n in result.block_map.keep.shape[2:])
+        size = " x ".join(str(n) for n in result.block_map.block)
+        rows(
+            [
+                ("Blocks", f"{count} of {size} tokens"),
+                ("Density", density_text(result.video_density, result.density, result.average_density)),
+                ("Dense", f"{min(result.steps, first + last)} of {result.steps} steps, {_layers(result)} layers"),
+            ]
+        )
+    step = f"{flops(result.dense_flops)} dense"
+    run = f"{flops(result.dense_run_flops)} dense"
+    if result.block_map is not None:
+        step += f", {flops(result.sparse_flops)} sparse"
+        run += f", {flops(result.run_flops)} with this method"
+    rows(
+        [
+            ("A step", f"{step} (self-attention, {result.branches} forward{'s' if result.branches > 1 else ''})"),
+            ("A run", f"{run} ({result.steps} steps)"),
+        ]
+    )
+    if result.block_map is None:
+        return
+    rows(
+        [
+            ("Bound", f"attention at most {result.attention_bound:.2f}x faster over the run; the rest gains nothing"),
+            (
+                "Memory",
+                f"map {memory(result.map_bytes)}, lists {memory(result.index_bytes)}; one for all heads and layers",
+            ),
+            ("Built in", f"{seconds(result.build_seconds)} on this CPU"),
+        ]
+    )
+    typer.echo(f"\n{result.block_map.picture()}")
+
+
+def _layers(result: GenerationPlan) -> str:
+    layers = result.source.spec.layers
+    return f"{result.schedule.first_layers + result.schedule.last_layers} of {layers}"
