@@ -72,7 +72,8 @@ class Shape:
     pool: str
     latent_frames: int
     batch: int
-    weight: float
+    # how often it is drawn is no part of what it is: two stages share the compiled step of a shape
+    weight: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,19 @@ class Run:
             log("nothing to resume: starting from the beginning")
             return
         self.meta["spent_before"] = self.meta.pop("spent", 0.0)
+        if self.args.again:
+            self.again()
         self.plan = replace(self.plan, sizes=tiny.sizes_of(self.meta))
         log(f"resumed: {self.meta.get('phase')}, {self.meta['spent_before']:.2f} min spent before")
+
+
+    def again(self) -> None:
+        """Keep all weights, and start every schedule and the statistics of the latents anew."""
+        for phase in ("vae", "dit"):
+            if phase in self.meta:
+                self.meta[phase] = {"step": 0, "elapsed": 0.0, "finished": False}
+        for key in ("latents_mean", "latents_std"):
+            self.meta.pop(key, None)
 
 
 def log(text: str) -> None:
@@ -511,8 +523,8 @@ def vae_loop(run: Run, model, optimizer, progress: tiny.Progress, steps, pools, 
     while progress.fraction < 1.0 and not run.must_stop():
         lr = run.args.vae_lr * progress.lr_factor()
         set_lr(optimizer, lr)
-        # Small frames are four times cheaper, and all the detail of the large ones is there.
-        size = rng.choice(sizes)
+        # Small frames are cheaper, large ones are what the model is used at.
+        size = rng.choices(sizes, sizes)[0]
         loss = steps[size](pools[size])
         progress.advance()
         tick(loss, lr, f"({size}px)")
@@ -830,8 +842,8 @@ def keep_dit(run: Run, dit: Dit, progress: tiny.Progress) -> None:
 
 def first_steps(run: Run, dit: Dit) -> None:
     """Compute the gradients of every batch shape once, so that compilation and any failure come first."""
-    shapes = {(s.pool, s.latent_frames, s.batch): s for _, shapes in run.plan.stages for s in shapes}
-    for shape in shapes.values():
+    shapes = list(dict.fromkeys(shape for _, shapes in run.plan.stages for shape in shapes))
+    for shape in shapes:
         begin = time.monotonic()
         try:
             loss = dit.step(shape, learn=False).item()
@@ -842,9 +854,9 @@ def first_steps(run: Run, dit: Dit) -> None:
             dit.uncompile()
             loss = dit.step(shape, learn=False).item()
         log(f"dit: {shape} first step {time.monotonic() - begin:.1f} s, loss {loss:.4f}")
-    capture_steps(run, dit, list(shapes.values()))
+    capture_steps(run, dit, shapes)
     set_lr(dit.optimizer, 0.0)
-    for shape in shapes.values() if run.device.type == "cuda" or run.args.smoke else ():
+    for shape in shapes if run.device.type == "cuda" or run.args.smoke else ():
         seconds = timed(run, lambda shape=shape: dit.step(shape), 8 if run.device.type == "cuda" else 1)
         log(f"TIMING dit {shape.pool} T={shape.latent_frames} batch {shape.batch}: {1e3 * seconds:.1f} ms a step")
     if run.device.type == "cuda":
@@ -1099,13 +1111,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--save-seconds", type=float, default=150.0)
     knobs = parser.add_argument_group("training")
     knobs.add_argument("--lr", type=float, default=6e-4)
-    knobs.add_argument("--vae-lr", type=float, default=6e-4)
+    knobs.add_argument("--vae-lr", type=float, default=2e-4)
     knobs.add_argument("--kl", type=float, default=1e-5, help="weight of the KL term, mean over latent elements")
     knobs.add_argument("--ema", type=float, default=0.999)
     knobs.add_argument("--attention", choices=("auto", "default"), default="auto")
     knobs.add_argument("--vae-variant", choices=("auto", *VAE_VARIANTS), default="auto")
     knobs.add_argument("--no-graph", action="store_true", help="no CUDA graph of the VAE step")
-    knobs.add_argument("--lean", action="store_true", help="no 1- and 17-frame batches at 128 pixels: less to compile")
+    knobs.add_argument("--again", action="store_true", help="a second round: keep the weights, restart all schedules")
+    knobs.add_argument("--large", action="store_true", help="no stage of 64 pixels and no 17-frame batches")
     knobs.add_argument("--pool-scale", type=float, default=1.0, help="more or fewer clips in every pool of latents")
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
     out = parser.add_argument_group("export")
@@ -1142,7 +1155,7 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.pool_scale != 1.0:
         pools = (replace(p, count=max(2, round(args.pool_scale * p.count / p.chunk)) * p.chunk) for p in plan.pools)
         plan = replace(plan, pools=tuple(pools))
-    run = Run(args, lean(plan) if args.lean else plan, device, workers)
+    run = Run(args, large(plan) if args.large else plan, device, workers)
     if args.resume or args.command in ("encode", "dit", "export"):
         run.load()
     else:
@@ -1151,10 +1164,11 @@ def make_run(args: argparse.Namespace) -> Run:
     return run
 
 
-def lean(plan: Plan) -> Plan:
-    """The plan with only the longest batches in its second stage."""
-    first, (end, shapes), last = plan.stages
-    return replace(plan, stages=(first, (end, shapes[:1]), last))
+def large(plan: Plan) -> Plan:
+    """The plan for weights that have seen 64 pixels: 128 pixels only, in two stages of fewer shapes."""
+    _, (_, shapes), (_, last) = plan.stages
+    stages = ((0.82, (replace(shapes[0], weight=0.75), replace(shapes[-1], weight=0.25))), (1.0, last))
+    return replace(plan, pools=plan.pools[1:], stages=stages)
 
 
 def set_up_cuda() -> None:

@@ -1,0 +1,130 @@
+"""Write the tables of README.md (and the model card) from the rows in `assets/results`.
+
+    python eval/readme_tables.py            rewrite what stands between the marks
+    python eval/readme_tables.py --check    exit with 1 if a table is out of date (the test suite does this)
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; its rows come from the function of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "assets/results"
+PAGES = ("README.md", "assets/tiny-wan/README.md")
+
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def densities() -> str:
+    """Radial maps with the defaults of each model."""
+    head = [
+        "model", "size (HxWxframes)", "tokens", "block", "decay", "video density", "with text",
+        "averaged over 50 steps", "attention at most",
+    ]  # fmt: skip
+    rows = [
+        [
+            r["model"], r["pixels"], f"{int(r['tokens']):,}", r["block"], r["decay"], r["video_density"], r["density"],
+            r["average_density"], f"{r['attention_bound']}x faster",
+        ]
+        for r in read("radial_density")
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def accuracy() -> str:
+    """Share of right videos of the embedded model, with 95 % intervals."""
+    head = ["setting", "videos", "colour", "shape", "motion"]
+    rows = [
+        [
+            r["setting"],
+            r["videos"],
+            *(f"{r[k]} ({r[k + '_low']}-{r[k + '_high']})" for k in ("colour", "shape", "motion")),
+        ]
+        for r in read("tiny_wan_accuracy")
+    ]
+    return markdown(head, rows)
+
+
+def coverage() -> str:
+    """Radial's two block rules against dense, on the embedded model."""
+    head = [
+        "size (frames x H x W)",
+        "block rule",
+        "decay",
+        "video density",
+        "PSNR against dense, dB (95 %)",
+        "latent L1",
+    ]
+    rows = [
+        [
+            r["size"], r["coverage"], r["decay"] or "-", r["density"],
+            f"{float(r['psnr_db']):.2f} ({float(r['psnr_low']):.2f}-{float(r['psnr_high']):.2f})",
+            f"{float(r['latent_l1']):.3f}",
+        ]
+        for r in read("radial_coverage")
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def cpu() -> str:
+    """Attention on two CPU cores: dense and sparse."""
+    head = ["tokens", "density", "dense, ms", "sparse, ms", "speed-up", "relative error"]
+    rows = [
+        [r["tokens"], r["density"], r["dense_ms"], r["sparse_ms"], f"{r['speedup']}x", r["error"]]
+        for r in read("cpu_attention")
+    ]
+    return markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (densities, accuracy, coverage, cpu)}
+
+
+def fill(text: str) -> str:
+    """The page with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise SystemExit(f"Unknown table {name!r}; there are {', '.join(TABLES)}.")
+        return f"<!-- table:{name} -->\n{TABLES[name]()}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table -->", table, text, flags=re.S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = []
+    for page in (ROOT / name for name in PAGES):
+        old = page.read_text()
+        new = fill(old)
+        if new != old:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(new)
+    if args.check and stale:
+        print(f"Out of date: {', '.join(stale)}; run python eval/readme_tables.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
