@@ -25,7 +25,9 @@ def test_model_cpu_offload(first):
     if first == "sparsify":
         sparsify(pipe, processor)
     pipe.enable_model_cpu_offload(device="cpu")
+    forward = vars(pipe.transformer)["forward"]
     sparsify(pipe, processor)
+    assert vars(pipe.transformer)["forward"] is forward, "forward belongs to offloading"
     reports = []
     videos = []
     for _ in range(3):

@@ -150,7 +150,7 @@ class Broken(Exception):
 def test_a_run_after_a_broken_one(where, pipe_of):
     """An exception in the middle leaves nothing behind: neither the step count nor a state."""
     pipe, kind = pipe_of("wan_v2v"), PIPES["wan_v2v"]
-    probe = Probe(FullMap(pure=False), DenseSchedule(first_steps=1))
+    probe = Probe(FullMap(pure=False), DenseSchedule(last_steps=1))
     sparsify(pipe, probe)
     good = kind.run(pipe)
     expected = [(run, layer, calls) for run, layer, calls in probe.policy.log]

@@ -48,13 +48,10 @@ class MochiFamily(ModelFamily):
         return join(q, eq, plan.layout), join(k, ek, plan.layout), join(v, ev, plan.layout)
 
     def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """(video [B, V, C], text [B, T, C']). Padded text is 0 before its projection, as in the stock processor."""
-        layout = plan.layout
-        video, text = split(out, layout)
-        if layout.seq_lens is not None:
-            position = torch.arange(layout.text_start, layout.text_start + layout.text, device=out.device)
-            padded = position >= layout.seq_lens.to(out.device)[:, None]
-            text = text.masked_fill(padded[:, :, None, None], 0)
-        video, text = attn.to_out[1](attn.to_out[0](video.flatten(2, 3))), text.flatten(2, 3)
-        # the last block drops its text
+        """(video [B, V, C], text [B, T, C']); the last block drops its text.
+
+        Differs from the stock processor in that padded text need not come out as 0: nobody reads it.
+        """
+        video, text = split(out.flatten(2, 3), plan.layout)
+        video = attn.to_out[1](attn.to_out[0](video))
         return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
