@@ -139,6 +139,7 @@ class _Phases:
         """Forward pre-hook of the transformers: the first call ends the prompt phase."""
         if "denoise" not in self.borders:
             self.borders["denoise"] = now(self.device)
+            self.progress("prompt", 1, 1)
 
     def step_ends(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Step callback of the pipeline; changes nothing."""
