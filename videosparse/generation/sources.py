@@ -141,14 +141,17 @@ def embedded_model_path() -> Path:
 
 
 def _embedded_candidates() -> Iterator[Path]:
-    yield Path(__file__).resolve().parents[2] / "assets" / EMBEDDED
+    beside = Path(__file__).resolve().parents[2]
+    installed = Path("share", "videosparse", EMBEDDED)
+    yield beside / "assets" / EMBEDDED
     yield from _installed_data()
-    yield Path(sysconfig.get_path("data")) / "share" / "videosparse" / EMBEDDED
+    yield Path(sysconfig.get_path("data")) / installed
+    yield beside / installed  # pip install --target
     yield Path.cwd() / "assets" / EMBEDDED
 
 
 def _installed_data() -> Iterator[Path]:
-    """Where the installer recorded the model's files: right for every scheme (venv, --user, --target, --prefix)."""
+    """Where the installer recorded the model's files: right for a venv, --user and --prefix."""
     try:
         files = importlib.metadata.files("videosparse") or []
     except importlib.metadata.PackageNotFoundError:
