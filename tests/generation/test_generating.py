@@ -90,8 +90,8 @@ def test_progress_tells_every_phase(ask):
     told = []
     generate(ask(), progress=lambda *event: told.append(event))
     assert told == [
-        ("load", 0, 1), ("load", 1, 1), ("prompt", 0, 1), ("prompt", 1, 1), ("denoise", 1, 2), ("denoise", 2, 2), ("decode", 0, 1),
-        ("decode", 1, 1),
+        ("load", 0, 1), ("load", 1, 1), ("prompt", 0, 1), ("prompt", 1, 1), ("denoise", 1, 2),
+        ("denoise", 2, 2), ("decode", 0, 1), ("decode", 1, 1),
     ]  # fmt: skip
 
 
