@@ -1,15 +1,16 @@
 """Tiny pipelines with random weights, built in memory: every published pipeline class that the package supports.
 
-Configurations follow Diffusers' own tests; tokenizers are made of a few words, so that nothing is downloaded. Import
-this file from a test with `from pipes import ...`; `tests/integration/conftest.py` puts it on the path.
+Configurations follow Diffusers' own tests; tokenizers are made of a few words, so that nothing is downloaded. The
+`conftest.py` of a folder of tests makes this file importable (`from pipes import ...`) and takes its fixtures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -421,3 +422,49 @@ TINY: dict[str, Tiny] = {
     "hunyuan_video": Tiny("hunyuan_video", hunyuan_transformer, _hunyuan_inputs),
     "mochi": Tiny("mochi", mochi_transformer, _mochi_inputs),
 }
+
+
+@pytest.fixture(scope="session")
+def built() -> dict[str, Any]:
+    """What has been built so far."""
+    return {}
+
+
+@pytest.fixture
+def pipe_of(built: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
+    """`pipe_of(name)`: a pipeline of `PIPES`, built once, with stock processors before and after the test."""
+    yield from _shared(built, {f"pipe {name}": kind.build for name, kind in PIPES.items()}, "pipe ")
+
+
+@pytest.fixture
+def tiny_of(built: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
+    """`tiny_of(name)`: a transformer of `TINY`, likewise."""
+    yield from _shared(built, {f"tiny {name}": tiny.build for name, tiny in TINY.items()}, "tiny ")
+
+
+def _shared(
+    built: dict[str, Any], builders: dict[str, Callable[[], Any]], prefix: str
+) -> Iterator[Callable[[str], Any]]:
+    from videosparse import restore
+
+    used = []
+
+    def get(name: str) -> Any:
+        key = prefix + name
+        if key not in built:
+            built[key] = builders[key]()
+        used.append(built[key])
+        return built[key]
+
+    yield get
+    for model in used:
+        restore(model)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bitwise comparisons need one way to add up; tiny models gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

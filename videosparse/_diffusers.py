@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
-from diffusers.models.attention_dispatch import _templated_context_parallel_attention, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _templated_context_parallel_attention,
+    dispatch_attention_fn,
+)
 
 _EVENTS = "videosparse"
 Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,6 +48,11 @@ class HostProcessor:
             if hasattr(self.stock, name) and getattr(self.stock, name) != getattr(self, name):
                 setattr(self.stock, name, getattr(self, name))
         return self.stock
+
+    def backend_chosen(self) -> bool:
+        """Whether the user chose a backend: for this model, by a context manager, or in the environment."""
+        active, _ = _AttentionBackendRegistry.get_active_backend()
+        return self._attention_backend is not None or active != AttentionBackendName.NATIVE
 
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """Attention through the backend that the user chose; q, k, v [B, L, H, D], key_mask bool [B, L] or None."""

@@ -259,7 +259,10 @@ class RunTracker:
         """Give every layer its plan; dense layers share one."""
         depths = 1 + max(depth for depth, _ in self.layers)
         dense = LayerPlan(Mode.DENSE, layout)
+        # the option is about sparse calls, but who asks for "torch" wants none of our kernels
+        fast = resolved.options.backend != "torch" and describe_backend(device)[0] == "triton"
         for number, (depth, layer) in enumerate(self.layers):
+            layer.own_dense = fast and not layer.backend_chosen()
             if resolved.policy is None or resolved.schedule.is_dense(run, depth, depths):
                 layer.plan = dense
                 continue

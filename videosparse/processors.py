@@ -33,12 +33,15 @@ class LayerProcessor(HostProcessor):
 
     Attributes:
         plan: what to do in the next call; set before every forward of the transformer, from outside any graph.
+        own_dense: take our kernel for dense calls with text lengths. Torch's fast kernels take no mask, and the one
+            that does is several times slower.
     """
 
     def __init__(self, family: ModelFamily, replaced: Any) -> None:
         super().__init__(replaced)
         self.family = family
         self.plan: LayerPlan | None = None
+        self.own_dense = False
 
     def __call__(
         self,
@@ -73,13 +76,17 @@ class LayerProcessor(HostProcessor):
         """
         layout = plan.layout
         if plan.mode is Mode.DENSE:
-            return self.dense(q, k, v, None if layout.seq_lens is None else layout.key_mask(q.shape[0], q.device))
+            if layout.seq_lens is None:
+                return self.dense(q, k, v, None)
+            if self.own_dense:
+                return _attend(plan, q, k, v)
+            return self.dense(q, k, v, layout.key_mask(q.shape[0], q.device))
         if plan.mode is not Mode.SPARSE:
             raise NotImplementedError(f"Attention cannot run in mode {plan.mode!s} yet.")
-        return self.gathered(q, k, v, partial(_sparse, plan))
+        return self.gathered(q, k, v, partial(_attend, plan))
 
 
-def _sparse(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = attend(q, k, v, layout=plan.layout, index=plan.index, options=plan.options)
     return out
 
@@ -276,7 +283,11 @@ class Processor(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DenseProcessor(Processor):
-    """Dense attention everywhere, on the same path: the baseline of a comparison, with the same report."""
+    """Dense attention everywhere, on the same path: the baseline of a comparison, with the same report.
+
+    Through the backend that was chosen with `set_attention_backend`; else through the fastest there is, which on GPUs
+    is our own kernel where text is part of the sequence (HunyuanVideo, Mochi).
+    """
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None

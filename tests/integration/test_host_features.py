@@ -203,6 +203,31 @@ def test_the_chosen_backend_serves_dense_calls(name, monkeypatch):
     assert not any("_attention_backend" in vars(a.module.processor) for a in attentions) or own
 
 
+@pytest.mark.parametrize("name", ["hunyuan_video", "mochi", "wan"])
+@pytest.mark.usefixtures("_default_backend")
+def test_dense_calls_with_text_take_our_kernel_on_a_gpu(name, monkeypatch):
+    """Unless a backend was chosen; Wan, without a mask, keeps the host's."""
+    from videosparse import processors
+
+    calls = []
+    attend = processors.attend
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs["index"])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr("videosparse.processors.attend", spy)
+    monkeypatch.setattr("videosparse.attach.describe_backend", lambda device: ("triton", ""))
+    model = TINY[name].build()
+    stock = TINY[name].forward(model, (3, 4, 5))
+    sparsify(model, DenseProcessor())
+    torch.testing.assert_close(TINY[name].forward(model, (3, 4, 5)), stock, rtol=0, atol=1e-5)
+    assert calls == ([] if name == "wan" else [None, None])
+    model.set_attention_backend("native")
+    TINY[name].forward(model, (3, 4, 5))
+    assert len(calls) == (0 if name == "wan" else 2)
+
+
 @EVERY
 def test_regional_compile_makes_one_graph_per_mode(name):
     """Six steps of two branches, dense and sparse ones: as many graphs as stock needs, once per mode, no break."""
