@@ -88,20 +88,20 @@ def test_order_is_only_an_order():
 
 @pytest.mark.parametrize("dimension", ["sample", "token", "head"])
 def test_offsets_beyond_32_bits(dimension):
-    """Strides so large that the last offset passes 2^31 elements; only the touched pages of the storage exist."""
+    """Strides below 2^31 whose last multiple is above; only the touched pages of the storage exist."""
     layout = TokenLayout(VideoGrid(1, 1, 70))
-    batch, heads, dim = 2, 2, 16
-    far = 2**31 + 64
+    batch = heads = 3
+    dim = 16
     strides = {
-        "sample": (far, heads * dim, dim, 1),
-        "token": (heads * dim, far // 64, dim, 1),
-        "head": (70 * dim, dim, far, 1),
+        "sample": (2**30 + 64, heads * dim, dim, 1),
+        "token": (heads * dim, 2**25 + 64, dim, 1),
+        "head": (70 * dim, dim, 2**30 + 64, 1),
     }[dimension]
     size = 1 + sum((n - 1) * s for n, s in zip((batch, 70, heads, dim), strides, strict=True))
     assert size > 2**31
-    storage = torch.empty.empty(size + 3 * 4096, dtype=torch.float16)
-    small = make_qkv(layout, torch.float16, heads=heads, dim=dim)
-    views = [storage.as_strided(x.shape, strides, i * 4096).copy_(x) for i, x in enumerate(small)]
+    storage = torch.empty.empty(size + 3 * 8192, dtype=torch.float16)
+    small = make_qkv(layout, torch.float16, batch=batch, heads=heads, dim=dim)
+    views = [storage.as_strided(x.shape, strides, i * 8192).copy_(x) for i, x in enumerate(small)]
     for index in (None, BlockMap.full(layout, (64, 64)).index()):
         out = attend(*views, layout=layout, index=index, options=TRITON)
         assert_accurate(out, None, *small, layout=layout)

@@ -6,6 +6,7 @@ from inputs import BLOCKS, LAYOUTS, make_layout, make_map, make_qkv
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend, block_sums, torch_path
+from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import ceil_div
 
 
@@ -31,8 +32,13 @@ def test_block_sums_are_exact(kind, block, monkeypatch):
     found = block_sums(q, k, lse, layout=layout, block=block)
     truth = expected_sums(q, k, lse, layout, block, torch.float64)
     plain = expected_sums(q, k, lse, layout, block, torch.float32)
-    allowed = 2 * torch.maximum((plain - truth).abs().max(), (truth.float() - truth).abs().max())
-    assert (found - truth).abs().max() <= allowed
+    assert worst_row(found, truth) <= allowed_error(truth, plain)
+
+
+def assert_tokens(sums, tokens, lse):
+    """Sums are as exact as the fp32 lse that every term repeats: a few units in its last place."""
+    unit = torch.finfo(torch.float32).eps * lse[lse.isfinite()].abs().max()
+    torch.testing.assert_close(sums, tokens, rtol=4 * unit.item(), atol=0)
 
 
 def test_rows_sum_to_their_tokens():
@@ -42,19 +48,20 @@ def test_rows_sum_to_their_tokens():
     tokens = torch.nn.functional.pad(layout.key_mask(2, "cpu").float(), (0, -layout.length % 64))
     tokens = tokens.view(2, 1, -1, 64).sum(3).expand(-1, 3, -1)
     sums = block_sums(q, k, lse, layout=layout, block=(64, 64)).sum(3)
-    torch.testing.assert_close(sums, tokens)
+    assert_tokens(sums, tokens, lse)
 
 
 def test_rows_without_keys_count_nothing():
     layout = make_layout("video")
     q, k, v = make_qkv(layout, torch.float32)
     block_map = make_map(layout, (64, 64))
+    block_map.keep[:, :, [0, 2, 3], 0] = True
     _, lse = attend(q, k, v, layout=layout, index=block_map.index(), return_lse=True)
     sums = block_sums(q, k, lse, layout=layout, block=(64, 64))
     assert (sums[:, :, 1] == 0).all()
     # what the map kept has all the mass that its lse saw
     kept = (sums * block_map.keep).sum(3)[:, :, [0, 2, 3]]
-    torch.testing.assert_close(kept, torch.full_like(kept, 64.0))
+    assert_tokens(kept, torch.full_like(kept, 64.0), lse)
 
 
 def test_scale_is_respected():
@@ -62,7 +69,7 @@ def test_scale_is_respected():
     q, k, v = make_qkv(layout, torch.float32)
     _, lse = attend(q, k, v, layout=layout, return_lse=True, scale=0.3)
     sums = block_sums(q, k, lse, layout=layout, block=(64, 64), scale=0.3)
-    torch.testing.assert_close(sums.sum(3)[:, :, :4], torch.full((2, 3, 4), 64.0))
+    assert_tokens(sums.sum(3)[:, :, :4], torch.full((2, 3, 4), 64.0), lse)
 
 
 def test_full_map_of_sums_is_not_empty():

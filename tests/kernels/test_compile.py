@@ -94,11 +94,10 @@ def test_dense_fits(head_dim, tmp_path):
 
 
 @pytest.mark.parametrize("head_dim", [12, 96])
-def test_padded_heads_compile(head_dim, tmp_path):
+def test_padded_heads_fit(head_dim):
     compiled = compile_forward(86, "bf16", head_dim, (64, 128))
+    assert TENSOR_CORES[86] in compiled.asm["ptx"]
     assert compiled.metadata.shared <= SHARED_KB[86] * 1024
-    used = resources(compiled, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0, used
 
 
 def test_offsets_are_64_bit():

@@ -14,6 +14,7 @@ from inputs import make_qkv as make_qkv_on
 from videosparse.blocks import BlockMap
 from videosparse.cases import CASES
 from videosparse.kernels import attend, block_sums, describe_backend, ops
+from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -106,13 +107,13 @@ def test_full_map_is_dense_and_sdpa():
     q, k, v = make_qkv(layout, torch.bfloat16, dim=128)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v))).transpose(1, 2)
     eager = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    allowed = 2 * (eager - expected).abs().max()
+    allowed = allowed_error(expected, eager)
     for block in BLOCKS:
         index = BlockMap.full(layout, block, "cuda").index()
         out, _ = attend(q, k, v, layout=layout, index=index, return_lse=True, options=TRITON)
-        assert (out - expected).abs().max() <= allowed
+        assert worst_row(out, expected) <= allowed
     out, _ = attend(q, k, v, layout=layout, return_lse=True, options=TRITON)
-    assert (out - expected).abs().max() <= allowed
+    assert worst_row(out, expected) <= allowed
 
 
 def test_disjoint_maps_merged_by_lse_are_one_call():
@@ -267,10 +268,8 @@ def test_gradients_are_as_accurate_as_on_the_cpu():
     inputs = make_qkv(layout, torch.float32)
     index = make_map(layout, (64, 64), "per head", device="cuda").index()
     tensors = {name: getattr(index, name).cpu() for name in ("row_ptr", "ids", "order")}
-    cpu_layout, cpu_index = (
-        dataclasses.replace(layout, seq_lens=layout.seq_lens.cpu()),
-        dataclasses.replace(index, **tensors),
-    )
+    cpu_layout = dataclasses.replace(layout, seq_lens=layout.seq_lens.cpu())
+    cpu_index = dataclasses.replace(index, **tensors)
 
     def gradients(device, dtype):
         options, where, lists = (TRITON, layout, index) if device == "cuda" else (TORCH, cpu_layout, cpu_index)
@@ -280,7 +279,7 @@ def test_gradients_are_as_accurate_as_on_the_cpu():
 
     runs = gradients("cuda", torch.float32), gradients("cpu", torch.float32), gradients("cpu", torch.float64)
     for ours, theirs, truth in zip(*runs, strict=True):
-        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+        assert worst_row(ours, truth) <= allowed_error(truth, theirs)
 
 
 def test_torch_backend_and_block_sums_on_the_gpu():
@@ -291,7 +290,8 @@ def test_torch_backend_and_block_sums_on_the_gpu():
     assert_accurate(out, lse, q, k, v, layout=layout, block_map=block_map)
     _, dense = attend(q, k, v, layout=layout, return_lse=True)
     sums = block_sums(q, k, dense, layout=layout, block=(64, 64)).sum(3)
-    torch.testing.assert_close(sums[:, :, :4], torch.full_like(sums[:, :, :4], 64.0))
+    unit = torch.finfo(torch.float32).eps * dense[dense.isfinite()].abs().max()
+    torch.testing.assert_close(sums[:, :, :4], torch.full_like(sums[:, :, :4], 64.0), rtol=4 * unit.item(), atol=0)
 
 
 def test_auto_takes_triton():
