@@ -17,15 +17,16 @@ import torch
 
 from videosparse.cases import CASES, Case
 from videosparse.policies import RadialPolicy
-from videosparse.processors import radial_defaults
+from videosparse.processors import RadialProcessor
 
 OUTPUT = Path(__file__).parents[1] / "assets/results/radial_density.csv"
 STEPS = 50
 
 
 def row_of(case: Case) -> dict[str, object]:
-    defaults = radial_defaults(case.model)
-    policy, schedule = defaults.policy, defaults.schedule
+    experts = 2 if case.model.name == "wan2.2-a14b" else 1
+    resolved = RadialProcessor().resolve(case.model, experts=experts, grid=case.grid)
+    policy, schedule = resolved.policy, resolved.schedule
     assert isinstance(policy, RadialPolicy)
     layout = case.layout()
     start = time.perf_counter()

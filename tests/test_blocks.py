@@ -40,6 +40,21 @@ def test_index_refuses_a_capacity_that_is_too_small():
         random_map().index(capacity=3)
 
 
+def test_index_limits(monkeypatch):
+    monkeypatch.setattr("videosparse.blocks.INDEX_LIMIT", 40)
+    with pytest.raises(ValueError, match="an index holds at most 40; use larger blocks"):
+        random_map().index()
+    with pytest.raises(ValueError, match="at most 40 rows and entries"):
+        random_map().index(capacity=41)
+
+
+def test_lists_do_not_depend_on_the_slabs_they_are_made_from(monkeypatch):
+    block_map = random_map()
+    whole = block_map.index()
+    monkeypatch.setattr("videosparse.blocks._SLAB", 20)
+    assert torch.equal(block_map.index().ids, whole.ids)
+
+
 def test_a_shared_map_is_indexed_once():
     assert random_map(b=1, h=1).index().shape == (1, 1, 5, 9)
     assert random_map(b=1, h=1).index().row_ptr.numel() == 6

@@ -12,9 +12,17 @@ from videosparse.layout import TokenLayout, ceil_div
 BLOCK_SIZES = (64, 128)
 _SHADES = " ░▒▓█"
 
+INDEX_LIMIT = 2**31 - 1
+"""Most rows, and most entries, of a `BlockIndex`: it is int32."""
+
+# Lists are made from slabs of this many blocks, so that temporaries stay near 100 MB whatever the length.
+_SLAB = 2**22
+
 
 def check_block(block: tuple[int, int]) -> None:
-    """Raise ValueError unless `block` is (query rows, key rows), each 64 or 128."""
+    """Raise TypeError or ValueError unless `block` is (query rows, key rows), each 64 or 128."""
+    if not isinstance(block, tuple):
+        raise TypeError(f"block must be a tuple (query rows, key rows) (got {block!r}).")
     if len(block) != 2 or any(b not in BLOCK_SIZES for b in block):
         raise ValueError(f"block must be (query rows, key rows), each 64 or 128 (got {block}); try (128, 128).")
 
@@ -74,7 +82,8 @@ class BlockMap:
                 nothing waits for the device. None counts them, which waits once.
 
         Raises:
-            ValueError: capacity is too small (checked on the CPU only), or the entries do not fit int32.
+            ValueError: the entries do not fit int32, or capacity is too small. On a GPU, where counting would wait, a
+                capacity that is too small is reported by the device itself, later; lists are cut, never overrun.
         """
         return BlockIndex.build(self, capacity)
 
@@ -169,15 +178,20 @@ class BlockIndex:
         """Lists of a map; see `BlockMap.index`."""
         keep = block_map.keep
         b, h, rows, cols = (int(n) for n in keep.shape)
-        if (capacity is not None and capacity >= 2**31) or b * h * rows >= 2**31:
-            raise ValueError(f"A block index holds fewer than 2^31 entries (got capacity {capacity}).")
+        if (capacity is not None and capacity > INDEX_LIMIT) or b * h * rows > INDEX_LIMIT:
+            raise ValueError(
+                f"A block index holds at most {INDEX_LIMIT} rows and entries (got {b * h * rows} rows, capacity "
+                f"{capacity}); use larger blocks, or a map shared by heads."
+            )
         flat = keep.reshape(b * h * rows, cols)
         counts = flat.sum(1, dtype=torch.int64)
         row_ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        total = int(row_ptr[-1]) if capacity is None or not keep.is_cuda else capacity
-        if capacity is not None and total > capacity:
-            raise ValueError(f"The map keeps {total} blocks, more than the capacity of {capacity}.")
-        ids = _compact(flat, row_ptr, total if capacity is None else capacity)
+        if capacity is not None and keep.is_cuda:
+            torch._assert_async(row_ptr[-1] <= capacity, f"The map keeps more blocks than the capacity of {capacity}.")
+            row_ptr.clamp_(max=capacity)
+        else:
+            capacity = _checked_capacity(int(row_ptr[-1]), capacity)
+        ids = _compact(flat, row_ptr, capacity)
         order = counts.argsort(descending=True, stable=True)
         return cls(
             row_ptr.int(), ids, order.int(), (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len
@@ -189,12 +203,27 @@ class BlockIndex:
         return sum(t.numel() * t.element_size() for t in (self.row_ptr, self.ids, self.order))
 
 
+def _checked_capacity(total: int, capacity: int | None) -> int:
+    """Entries to allocate for a map that keeps `total` blocks."""
+    if capacity is not None and total > capacity:
+        raise ValueError(f"The map keeps {total} blocks, more than the capacity of {capacity}; pass {total} or more.")
+    if total > INDEX_LIMIT:
+        raise ValueError(
+            f"The map keeps {total} blocks, an index holds at most {INDEX_LIMIT}; use larger blocks or a lower density."
+        )
+    return total if capacity is None else capacity
+
+
 def _compact(flat: torch.Tensor, row_ptr: torch.Tensor, capacity: int) -> torch.Tensor:
     """Column numbers of the kept entries of bool [rows, cols], row after row, int32 [capacity]; no device sync."""
-    cols = flat.shape[1]
-    place = flat.cumsum(1, dtype=torch.int64) - 1 + row_ptr[:-1, None]
-    # dropped entries (and any beyond the capacity) go to one extra slot that is cut off
-    place = torch.where(flat, place, capacity).clamp_(max=capacity)
-    column = torch.arange(cols, dtype=torch.int32, device=flat.device).expand_as(flat)
+    rows, cols = flat.shape
+    column = torch.arange(cols, dtype=torch.int32, device=flat.device)
     ids = torch.zeros(capacity + 1, dtype=torch.int32, device=flat.device)
-    return ids.scatter_(0, place.flatten(), column.reshape(-1))[:capacity]
+    slab = max(1, _SLAB // cols)
+    for start in range(0, rows, slab):
+        part = flat[start : start + slab]
+        place = part.cumsum(1, dtype=torch.int64) - 1 + row_ptr[start : start + part.shape[0], None]
+        # dropped entries (and any beyond the capacity) go to one extra slot that is cut off
+        place = torch.where(part, place, capacity).clamp_(max=capacity)
+        ids.scatter_(0, place.flatten(), column.expand_as(part).reshape(-1))
+    return ids[:capacity]

@@ -62,7 +62,7 @@ class TokenOrder:
         if x.shape[2] != len(self.codes) or layout.grid != self.grid:
             raise ValueError(
                 f"TokenOrder is for {len(self.codes)} heads on grid {self.grid} "
-                f"(got {x.shape[2]} heads on grid {layout.grid})."
+                f"(got {x.shape[2]} heads on grid {layout.grid}); make an order for this grid, a code per head."
             )
         index = source.t()[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3])
         return torch.cat([x[:, : layout.video].gather(1, index), x[:, layout.video :]], 1)

@@ -46,6 +46,15 @@ def test_plan_fits_the_layout(policy, layout):
         assert not text_rows or (counts.view(-1, rows)[:, -text_rows:] == cols).all(), "text rows are not dense"
 
 
+def test_a_static_map_is_what_the_plan_reads(policy, layout):
+    block_map = policy.static_map(layout)
+    if block_map is None:
+        pytest.skip("searches")
+    plan = policy.plan(layout, RunStep("cond", 20, 50), 3, {}, device=CPU)
+    assert torch.equal(block_map.index().ids, plan.index.ids)
+    assert torch.equal(block_map.index().row_ptr, plan.index.row_ptr)
+
+
 def test_pure_policies_depend_on_the_layout_alone(policy, layout):
     if not policy.pure:
         pytest.skip("stateful")

@@ -176,13 +176,18 @@ def test_plan_is_sparse_and_aligned():
         ({"decay": -1}, "decay must be positive"),
         ({"decay": float("nan")}, "decay must be positive"),
         ({"block": (100, 100)}, "each 64 or 128"),
-        ({"coverage": "most"}, "majority, any"),
-        ({"first_neighbour": "third"}, "full, half"),
+        ({"coverage": "most"}, "majority or any"),
+        ({"first_neighbour": "third"}, "full or half"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         RadialPolicy(**arguments)
+
+
+def test_sink_is_a_bool():
+    with pytest.raises(TypeError, match="must be True or False"):
+        RadialPolicy(sink="no")
 
 
 def test_majority_refuses_grids_that_would_leave_empty_rows():

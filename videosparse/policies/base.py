@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from videosparse.blocks import BlockIndex
+from videosparse.blocks import BlockIndex, BlockMap
 from videosparse.kernels import KernelOptions
 from videosparse.layout import TokenLayout
 from videosparse.ordering import TokenOrder
@@ -81,6 +81,10 @@ class SparsityPolicy(ABC):
         self, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, *, device: torch.device
     ) -> LayerPlan:
         """What layer `layer` does at `run`. Called outside any graph, once per layer and forward."""
+
+    def static_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap | None:
+        """The map that every call on this layout uses, or None for a method that searches. For plans and pictures."""
+        return None
 
     def select(self, sums: torch.Tensor, layout: TokenLayout) -> BlockIndex:
         """Choose blocks from their attention mass fp32 [B, H, Mq, Nk]: pure tensor code, for methods that search."""

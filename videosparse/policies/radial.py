@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, check_block
-from videosparse.kernels import KernelOptions
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
 
@@ -67,17 +66,22 @@ class RadialPolicy(SparsityPolicy):
             raise TypeError(f"decay must be a number (got {self.decay!r}).")
         if not (self.decay > 0 and math.isfinite(self.decay)):
             raise ValueError(f"decay must be positive and finite (got {self.decay}); published values lie in 0.2..1.")
-        if self.coverage not in COVERAGES:
-            raise ValueError(f"coverage must be one of {', '.join(COVERAGES)} (got {self.coverage!r}).")
-        if self.first_neighbour not in NEIGHBOURS:
-            raise ValueError(f"first_neighbour must be one of {', '.join(NEIGHBOURS)} (got {self.first_neighbour!r}).")
+        if not isinstance(self.sink, bool):
+            raise TypeError(f"sink must be True or False (got {self.sink!r}).")
+        for name, known in (("coverage", COVERAGES), ("first_neighbour", NEIGHBOURS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)} (got {getattr(self, name)!r}).")
 
     def plan(
         self, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, *, device: torch.device
     ) -> LayerPlan:
         """Sparse, on the one map of this layout: nothing depends on step, layer or data."""
         aligned = layout.aligned(self.block)
-        return LayerPlan(Mode.SPARSE, aligned, self.block_index(layout, device), options=KernelOptions())
+        return LayerPlan(Mode.SPARSE, aligned, self.block_index(layout, device))
+
+    def static_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap:
+        """See `block_map`."""
+        return self.block_map(layout, device)
 
     def block_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap:
         """The map of a layout, bool [1, 1, Mq, Nk] for all samples and heads; text rows and columns are kept.
@@ -88,11 +92,11 @@ class RadialPolicy(SparsityPolicy):
         Raises:
             ValueError: "majority" would leave a query block without keys (frames much smaller than a block).
         """
-        return _cached(self, layout.grid, layout.text, torch.device(device))[0]
+        return _cached_map(self, layout.grid, layout.text, _indexed(device))
 
     def block_index(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockIndex:
-        """The query-major lists of `block_map`, cached with it."""
-        return _cached(self, layout.grid, layout.text, torch.device(device))[1]
+        """The query-major lists of `block_map`, cached on their own: a run reads no map."""
+        return _cached_index(self, layout.grid, layout.text, _indexed(device))
 
     def band(self, grid: VideoGrid) -> list[int]:
         """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped."""
@@ -204,14 +208,32 @@ def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None
         )
 
 
-@lru_cache(maxsize=16)
-def _cached(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.device) -> tuple[BlockMap, BlockIndex]:
-    """Map and lists by everything they depend on."""
+def _indexed(device: torch.device | str) -> torch.device:
+    """The device with its number: "cuda" alone means another one after `torch.cuda.set_device`."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _build(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.device) -> BlockMap:
     # plain tensors also when the caller is in inference mode: the next caller may be training
     with torch.inference_mode(False):
         layout = TokenLayout(grid, text).aligned(policy.block)
         video = _video_map(policy, grid, device)
         more = [ceil_div(layout.text, b) for b in policy.block]
         keep = torch.nn.functional.pad(video, (0, more[1], 0, more[0]), value=True)
-        block_map = BlockMap(keep[None, None], policy.block, layout.length, layout.length)
-        return block_map, block_map.index()
+        return BlockMap(keep[None, None], policy.block, layout.length, layout.length)
+
+
+# By everything that a map depends on. Few maps, for pictures and reports; more lists, which are small: 6 MB for
+# 460,800 tokens.
+@lru_cache(maxsize=2)
+def _cached_map(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.device) -> BlockMap:
+    return _build(policy, grid, text, device)
+
+
+@lru_cache(maxsize=16)
+def _cached_index(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.device) -> BlockIndex:
+    with torch.inference_mode(False):
+        return _build(policy, grid, text, device).index()
