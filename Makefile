@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Where no GPU is to be used, torch's CPU wheel saves gigabytes; constraints.txt names the release either way.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_QUIET = 1
 
@@ -20,7 +19,7 @@ lint: install-dev
 	$(BIN)/mypy
 
 cpu-test: install-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
