@@ -207,8 +207,8 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, block_rows: int, shared_kb: 
     """
     if dtype == torch.float32:  # exact products without tensor cores; anything larger spills somewhere
         return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(32, 16, 8, 2)
-    # a list entry takes one stage to arrive before its keys can be asked for
-    stages = 4 if shared_kb > 99 else 3 if shared_kb > 64 else 2
+    # list entries take stages of their own: of five, two hold keys beyond those at work
+    stages = 5 if shared_kb > 99 else 3 if shared_kb > 64 else 2
     return Tiles(block_rows, 64, 8 if block_rows == 128 else 4, stages)
 
 
