@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from videosparse.layout import ceil_div
-
 
 @dataclass(frozen=True, eq=False)
 class Lists:
@@ -46,7 +44,3 @@ class AttentionCall:
     video: int
     text_start: int
     scale: float
-
-    def rows(self, length: int) -> int:
-        """Block rows of a sequence of `length` tokens."""
-        return 1 if self.lists is None else ceil_div(length, self.lists.block[0])
