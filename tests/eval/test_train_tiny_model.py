@@ -1,23 +1,25 @@
-"""The training program of the embedded model: its parts against Diffusers, and all of it in seconds."""
+"""The training program of the embedded model, all of it in seconds."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-tiny = pytest.importorskip("videosparse.training.tiny")
+
+from videosparse.training.tiny.checkpoint import read_backup
+from videosparse.training.tiny.dit import Dit
+from videosparse.training.tiny.models import SMOKE_SIZES
+from videosparse.training.tiny.state import STOP
+from videosparse.training.tiny.text import embed_text, tokenize
 
 ROOT = Path(__file__).parents[2]
-CAPTIONS = [
-    "a red circle bounces on a plain dark background",
-    "A large blue star orbits quickly over a checker background.",
-    "a green triangle and a yellow square drift",
-] * 40
 
 
 @pytest.fixture(scope="module")
@@ -29,170 +31,28 @@ def program():
     return module
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.train_tokenizer(CAPTIONS, 400)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tokenizer):
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    sizes = tiny.SMOKE_SIZES
-    torch.manual_seed(0)
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=tiny.build_text_encoder(sizes, len(tokenizer)).eval(),
-        vae=tiny.build_vae(sizes).eval(),
-        transformer=tiny.build_transformer(sizes).eval(),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=tiny.FLOW_SHIFT
-        ),
-    )
-
-
-@pytest.mark.parametrize("frames", [1, 5, 17])
-def test_parallel_vae_is_the_chunked_vae(pipeline, frames):
-    vae, parallel = pipeline.vae, tiny.ParallelVae(pipeline.vae)
-    video = torch.rand(2, 3, frames, 16, 24) * 2 - 1
-    with torch.no_grad():
-        expected = vae.encode(video).latent_dist
-        mean, logvar = parallel.encode(video)
-        torch.testing.assert_close(mean, expected.mean, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(logvar, expected.logvar, atol=1e-5, rtol=1e-4)
-        decoded = parallel.decode(mean).clamp(-1, 1)
-        torch.testing.assert_close(decoded, vae.decode(mean).sample, atol=1e-5, rtol=1e-4)
-
-
-def test_a_prefix_of_latents_is_the_latent_of_the_prefix(pipeline):
-    parallel = tiny.ParallelVae(pipeline.vae)
-    video = torch.rand(1, 3, 17, 16, 16) * 2 - 1
-    with torch.no_grad():
-        whole = parallel.encode(video)[0]
-        for frames in (1, 9):
-            short = parallel.encode(video[:, :, :frames])[0]
-            torch.testing.assert_close(whole[:, :, : short.shape[2]], short, atol=1e-5, rtol=1e-4)
-
-
-def test_text_embedding_is_the_pipelines(pipeline, tokenizer):
-    prompts = [
-        CAPTIONS[0],
-        "  A   Red\tcircle &amp; something é unseen \U0001f600 ",
-        "",
-        " ".join(["a red circle bounces"] * 40),
-    ]
-    expected, negative = pipeline.encode_prompt(prompts, max_sequence_length=tiny.TEXT_LENGTH)
-    ids = tiny.tokenize(tokenizer, prompts)
-    assert ids.shape == (4, 48)
-    assert ids[2].ne(0).sum() == 1
-    assert ids[3].ne(0).all()
-    embeds = tiny.embed_text(pipeline.text_encoder, ids)
-    # In one batch the mask of a full row takes part in the same arithmetic, so the match is exact.
-    assert torch.equal(embeds, expected)
-    alone = tiny.embed_text(pipeline.text_encoder, tiny.tokenize(tokenizer, [""])).expand_as(negative)
-    torch.testing.assert_close(alone, negative, atol=1e-6, rtol=1e-5)
-
-
-def test_tokenizer_reads_back_and_has_bytes_for_any_text(tokenizer):
-    text = "a red circle bounces"
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-    odd = "zürich \u4e16"
-    assert tokenizer.unk_token_id not in tokenizer(odd).input_ids
-    assert len(tokenizer("<0x41> </s>").input_ids) > 2
-    copy = tiny.wrap_tokenizer(tokenizer.backend_tokenizer.to_str())
-    assert copy(text).input_ids == tokenizer(text).input_ids
-    assert copy.model_max_length == 48
-
-
-def test_sigmas_are_shifted_and_inside(program):
-    torch.manual_seed(0)
-    sigma = tiny.sample_sigmas(4096, torch.device("cpu"), uniform_share=0.0)
-    assert sigma.min() > 0
-    assert sigma.max() < 1
-    # The median of the logit-normal is 1/2, which a shift of 3 moves to 3/4.
-    assert sigma.median().item() == pytest.approx(0.75, abs=0.01)
-
-
-def test_progress_ends_by_steps_or_minutes():
-    progress = tiny.Progress(steps=4, minutes=10.0, warmup=1)
-    rates = []
-    while progress.fraction < 1:
-        rates.append(progress.lr_factor())
-        progress.advance()
-    assert len(rates) == 4
-    assert rates == sorted(rates, reverse=True)
-    assert progress.ended_by == "steps"
-    late = tiny.Progress(steps=1000, minutes=1.0, step=3, before=61.0)
-    assert late.fraction == 1.0
-    assert late.ended_by == "minutes"
-    assert late.lr_factor() == pytest.approx(0, abs=1e-9)
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    layer = torch.nn.Linear(3, 3)
-    before = layer.weight.clone()
-    optimizer = tiny.adamw([layer], 0.1)
-    for parameter in layer.parameters():
-        parameter.grad = torch.full_like(parameter, torch.nan)
-    optimizer.found_inf = torch.ones(())
-    optimizer.step()
-    assert torch.equal(layer.weight, before)
-
-
-def test_ssim_of_a_video_with_itself_is_one():
-    video = torch.rand(2, 3, 2, 16, 16)
-    assert tiny.ssim(video, video).item() == pytest.approx(1.0, abs=1e-5)
-    assert tiny.ssim(video, 1 - video) < 0.2
-
-
-def test_backup_files_are_small_and_read_back(tmp_path):
-    tensors = {f"t{i}": torch.randn(64, 64) for i in range(5)}
-    tiny.write_backup(tmp_path, tensors, {"phase": "vae"}, limit=40_000)
-    assert all(path.stat().st_size < 42_000 for path in tmp_path.glob("*.safetensors"))
-    again, meta = tiny.read_backup(tmp_path)
-    assert meta == {"phase": "vae"}
-    assert all(torch.equal(again[k], v) for k, v in tensors.items())
-
-
-def test_published_size_fits():
-    sizes = tiny.TinySizes()
-    with torch.device("meta"):
-        modules = [tiny.build_vae(sizes), tiny.build_transformer(sizes)]
-    text = tiny.build_text_encoder(sizes, sizes.vocab)
-    total = 2 * sum(p.numel() for module in (*modules, text) for p in module.parameters())
-    assert total < 19.8e6
-
-
-def test_card_numbers_are_filled_again_and_again(program):
-    text = "PSNR <!-- n:vae_psnr.128 -->old<!-- /n --> dB, <!-- n:none -->x<!-- /n -->"
-    once = program.fill_card(text, {"vae_psnr": {"128": 35.1}})
-    assert "35.1" in once
-    assert "not measured" in once
-    assert program.fill_card(once, {"vae_psnr": {"128": 36.2}}).count("36.2") == 1
-
-
 def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch):
     """The whole program at small sizes, stopped once in the DiT phase and exported from the backup alone."""
     work, backup, out = tmp_path / "work", tmp_path / "backup", tmp_path / "out"
     common = ["--smoke", "--device", "cpu", "--workers", "1", "--work", str(work), "--backup", str(backup)]
     calls = iter(range(10**6))
-    step = program.Dit.step
+    step = Dit.step
 
     def stop_soon(self, shape, learn=True):
         if learn and next(calls) == 9:
-            program.STOP.set()
+            STOP.set()
         return step(self, shape, learn)
 
-    monkeypatch.setattr(program.Dit, "step", stop_soon)
-    program.STOP.clear()
+    monkeypatch.setattr(Dit, "step", stop_soon)
+    STOP.clear()
     program.main(["all", *common])
-    assert program.STOP.is_set()
-    first = tiny.read_backup(backup)[1]
+    assert STOP.is_set()
+    first = read_backup(backup)[1]
     assert first["vae"]["finished"]
     assert not first["dit"]["finished"]
-    program.STOP.clear()
+    STOP.clear()
     program.main(["all", "--resume", *common])
-    tensors, meta = tiny.read_backup(backup)
+    tensors, meta = read_backup(backup)
     assert meta["dit"]["finished"]
     assert meta["dit"]["step"] == 12
     assert any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
@@ -207,7 +67,69 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
     weight = pipe.transformer.blocks[0].attn1.to_q.weight.float()
     assert torch.equal(weight, tensors["ema.transformer.blocks.0.attn1.to_q.weight"].float())
     prompt = "a red circle bounces"
-    ids = tiny.tokenize(pipe.tokenizer, [prompt])
-    ours = tiny.embed_text(pipe.text_encoder, ids).float()
+    ids = tokenize(pipe.tokenizer, [prompt])
+    ours = embed_text(pipe.text_encoder, ids).float()
     theirs = pipe.encode_prompt(prompt, max_sequence_length=48)[0].float()
     torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+
+    begin = tmp_path / "next"
+    again = ["all", "--from-pipeline", str(out), "--resume", "--large", *common]
+    again += ["--work", str(begin), "--backup", str(begin / "backup")]
+    calls = iter(range(10**6))
+    program.main(again)
+    assert STOP.is_set()
+    half = read_backup(begin / "backup")[1]
+    assert not half["dit"]["finished"]
+    STOP.clear()
+    program.main(again)
+    later, after = read_backup(begin / "backup")
+    assert after["dit"]["finished"]
+    assert after["dit"]["step"] == 12
+    assert after["vae"] == {"step": 0, "elapsed": 0.0, "finished": True}
+    assert after["latents_mean"] == meta["latents_mean"]
+    assert after["numbers"]["vae_psnr"] == meta["numbers"]["vae_psnr"]
+    assert torch.equal(later["vae.quant_conv.weight"], tensors["vae.quant_conv.weight"].bfloat16().float())
+    program.main(["export", *common, "--work", str(begin), "--out", str(out)])
+    told = json.loads((out / "training.json").read_text())
+    assert [entry["steps"] for entry in told["rounds"]] == [
+        {"vae": meta["vae"]["step"], "dit": 12},
+        {"vae": 0, "dit": 12},
+    ]
+    assert told["steps"]["dit"] == 24
+    assert told["minutes"] == pytest.approx(sum(entry["minutes"] for entry in told["rounds"]))
+    assert "accuracy" not in told
+
+
+def test_again_restarts_a_finished_round_and_goes_on_with_an_unfinished_one(program, tmp_path):
+    common = ["--smoke", "--device", "cpu", "--workers", "1", "--work", str(tmp_path), "--backup", str(tmp_path / "b")]
+    done = {"elapsed": 1.0, "finished": True, "lr": 1e-3}
+    meta = {
+        "vae": done | {"step": 4},
+        "dit": done | {"step": 12, "what": "12 steps"},
+        "sizes": asdict(SMOKE_SIZES),
+        "device": "CPU",
+        "spent": 1.0,
+    }
+    torch.save({"meta": meta, "tensors": {}}, tmp_path / "checkpoint.pt")
+    (tmp_path / "pools.pt").touch()
+    again = program.parse(["all", "--resume", "--again", "--keep-vae", *common])
+    run = program.make_run(again)
+    run.workers.shutdown()
+    assert [entry["steps"] for entry in run.meta["rounds"]] == [{"vae": 4, "dit": 12}]
+    assert run.meta["vae"]["finished"]
+    assert run.meta["dit"] == {"step": 0, "elapsed": 0.0, "finished": False}
+    assert not (tmp_path / "pools.pt").exists()
+    run.meta["dit"]["step"] = 3
+    run.save()
+    run = program.make_run(again)
+    run.workers.shutdown()
+    assert run.meta["dit"]["step"] == 3
+    assert len(run.meta["rounds"]) == 1
+
+
+def test_what_does_not_go_together_is_refused(program, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        program.parse(["all", "--keep-vae"])
+    assert "give both, or neither" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="export needs a trained DiT"):
+        program.main(["export", "--work", str(tmp_path), "--backup", str(tmp_path), "--device", "cpu"])

@@ -1,0 +1,1 @@
+"""Parts of `eval/train_tiny_model.py`, which trains the embedded tiny Wan model."""

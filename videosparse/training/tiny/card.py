@@ -1,0 +1,88 @@
+"""The model card of an exported pipeline: a page whose numbers are filled in from `training.json`.
+
+Numbers stand between `<!-- n:key -->` and `<!-- /n -->`, the rounds between `<!-- rounds -->` and `<!-- /rounds -->`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CARD = Path("assets/tiny-wan/README.md")
+QUESTIONS = ("colour", "shape", "motion", "count", "background")
+
+
+def read_card(out: Path) -> str:
+    """The card in `out`, else the one of the repository, else nothing."""
+    path = next((path for path in (out / "README.md", CARD) if path.exists()), None)
+    return path.read_text() if path else ""
+
+
+def write_numbers(out: Path, numbers: dict[str, Any], card: str) -> None:
+    """Write `training.json`, and the card with its numbers."""
+    (out / "training.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    if card:
+        (out / "README.md").write_text(fill_card(card, numbers))
+
+
+def update_card(out: Path, rows: Path | None) -> None:
+    """Fill the card in `out` from its `training.json`, after adding the accuracy in `rows`, if given."""
+    numbers = json.loads((out / "training.json").read_text())
+    if rows:
+        numbers["accuracy"] = accuracy(rows)
+    write_numbers(out, numbers, read_card(out))
+
+
+def accuracy(path: Path) -> dict[str, Any]:
+    """Share of right videos with its 95 % bootstrap interval, for each question, from rows of `eval/score_world.py`."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    result: dict[str, Any] = {"rows": path.name, "videos": len(rows)}
+    for question in QUESTIONS:
+        values = np.array([float(row[f"{question}_right"]) for row in rows])
+        means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
+        low, high = (round(float(x), 4) for x in np.percentile(means, [2.5, 97.5]))
+        result[question] = {
+            "right": int(values.sum()),
+            "share": round(float(values.mean()), 4),
+            "low": low,
+            "high": high,
+        }
+    return result
+
+
+def fill_card(text: str, numbers: dict[str, Any]) -> str:
+    """Replace what stands between the marks by the measured numbers; `not measured` where there is none."""
+
+    def value(match: re.Match[str]) -> str:
+        found: Any = numbers
+        for key in match[1].split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        return f"<!-- n:{match[1]} -->{'not measured' if found is None else shown(found)}<!-- /n -->"
+
+    def rounds(match: re.Match[str]) -> str:
+        return f"<!-- rounds -->\n{rounds_table(numbers.get('rounds', []))}\n<!-- /rounds -->"
+
+    text = re.sub(r"<!-- rounds -->.*?<!-- /rounds -->", rounds, text, flags=re.S)
+    return re.sub(r"<!-- n:([\w.]+) -->.*?<!-- /n -->", value, text, flags=re.S)
+
+
+def shown(number: Any) -> str:
+    """A number as the card has it; a share in percent with its interval."""
+    if isinstance(number, dict):
+        share, low, high = (f"{100 * number[key]:.1f}" for key in ("share", "low", "high"))
+        return f"{share} % ({low} to {high}; {number['right']} videos)"
+    return f"{number:,}" if isinstance(number, int) else str(number)
+
+
+def rounds_table(rounds: list[dict[str, Any]]) -> str:
+    """One row a round of training."""
+    lines = ["| round | what | minutes | device |", "|---|---|---|---|"]
+    for number, entry in enumerate(rounds, 1):
+        lines.append(f"| {number} | {entry['what']} | {entry['minutes']:.2f} | {entry['device']} |")
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""The DiT with its text encoder as they are trained: weights, averages, one step, samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videosparse.training.tiny.models import build_text_encoder, build_transformer
+from videosparse.training.tiny.objectives import euler_sample, flow_loss, sample_sigmas
+from videosparse.training.tiny.optimizing import Ema, adamw, set_lr
+from videosparse.training.tiny.plan import HELD_OUT, Shape
+from videosparse.training.tiny.pools import VARIANTS
+from videosparse.training.tiny.state import Run
+from videosparse.training.tiny.text import embed_text, tokenize
+
+
+class Dit:
+    """The transformer, the text encoder, their averages, and one training step."""
+
+    def __init__(self, run: Run) -> None:
+        plan, device = run.plan, run.device
+        self.run = run
+        self.transformer = build_transformer(plan.sizes)
+        self.text = build_text_encoder(plan.sizes, len(run.tokenizer))
+        done = run.meta.get("dit")
+        if done:
+            run.load_into(self.transformer, "raw.transformer.")
+            run.load_into(self.text, "raw.text.")
+        self.ema_transformer, self.ema_text = copy.deepcopy(self.transformer), copy.deepcopy(self.text)
+        if done:
+            run.load_into(self.ema_transformer, "ema.transformer.")
+            run.load_into(self.ema_text, "ema.text.")
+        for module in (self.transformer, self.text, self.ema_transformer, self.ema_text):
+            module.to(device)
+        updates = (done or {}).get("step", 0)
+        self.emas = [
+            Ema(self.transformer, self.ema_transformer, run.args.ema, updates),
+            Ema(self.text, self.ema_text, run.args.ema, updates),
+        ]
+        self.modules = [self.transformer.train(), self.text.train()]
+        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        cuda = device.type == "cuda"
+        self.optimizer: Any = adamw(
+            self.modules, torch.tensor(run.args.lr, device=device) if cuda else run.args.lr, capturable=cuda
+        )
+        self.loss = torch.zeros((), device=device)
+        self.mean = torch.tensor(run.meta["latents_mean"], device=device).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(run.meta["latents_std"], device=device).view(1, -1, 1, 1, 1)
+        self.empty = tokenize(run.tokenizer, [""]).to(device)
+        # The last clips of each pool are never trained on, unless a pool is too small (in tests).
+        self.held = min(HELD_OUT, len(run.pools[plan.sample_pool][0]) // 3)
+        self.compiled = False
+
+    def compile(self) -> None:
+        """Compile the blocks: one small graph for all of them, per shape."""
+        self.transformer.compile_repeated_blocks(dynamic=False)
+        self.compiled = True
+
+    def uncompile(self) -> None:
+        """Back to eager blocks, and to the most tested attention."""
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        for block in self.transformer.blocks:
+            block._compiled_call_impl = None
+        torch._dynamo.reset()
+        self.compiled = False
+
+    def latents(self, pool: str, index: Tensor, frames: int) -> Tensor:
+        """Normalised fp32 latents [B, C, T, h, w]; a prefix of a causal latent is the latent of the prefix."""
+        return (self.run.pools[pool][0][index][:, :, :frames].float() - self.mean) / self.std
+
+    def step(self, shape: Shape, learn: bool = True) -> Tensor:
+        """One optimiser step, or only its gradients; returns the loss on the device, without waiting for it."""
+        if learn and shape in self.graphs:
+            self.graphs[shape].replay()
+        else:
+            self._compute(shape, learn)
+        if learn:
+            for ema in self.emas:
+                ema.update()
+        return self.loss
+
+    def capture(self, shapes: Sequence[Shape]) -> None:
+        """Record the step of every shape as a CUDA graph: the host issues kernels slower than the device runs them.
+
+        Random numbers come from the device's default generator, which graphs advance at each replay. The steps that
+        warm up run at a rate of 0, so they change no weight.
+        """
+        set_lr(self.optimizer, 0.0)
+        stream, pool = torch.cuda.Stream(), None  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for shape in shapes:
+                for _ in range(2):
+                    self._compute(shape, True)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for shape in shapes:
+            graph = torch.cuda.CUDAGraph()
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._compute(shape, True)
+            pool = graph.pool()
+            self.graphs[shape] = graph
+        torch.cuda.synchronize()
+
+    def _compute(self, shape: Shape, learn: bool) -> None:
+        latents, ids = self.run.pools[shape.pool]
+        device, batch = latents.device, shape.batch
+        index = torch.randint(len(latents) - self.held, (batch,), device=device)
+        x0 = self.latents(shape.pool, index, shape.latent_frames)
+        words = ids[index, torch.randint(VARIANTS, (batch,), device=device)]
+        drop = torch.rand(batch, 1, device=device) < 0.1
+        words = torch.where(drop, self.empty, words)
+        sigma = sample_sigmas(batch, device)
+        # no cache of cast weights: it would hold tensors of one graph that another one reads
+        with self.run.autocast(cache=False):
+            text = embed_text(self.text, words)
+            loss = flow_loss(self.transformer, text, x0, torch.randn_like(x0), sigma).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.loss.copy_(loss.detach())
+        if not learn:
+            return
+        # A step whose gradient is not finite is skipped on the device itself.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, list[float]]:
+        """Loss of the averaged weights on held-out clips at fixed noise levels, the same noise every time."""
+        result = {}
+        generator = torch.Generator(self.run.device).manual_seed(0)
+        for pool, (latents, ids) in self.run.pools.items():
+            count = min(self.run.plan.eval_batch, self.held)
+            index = torch.arange(len(latents) - count, len(latents), device=latents.device)
+            x0 = self.latents(pool, index, latents.shape[2])
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+            losses = []
+            with self.run.autocast():
+                text = embed_text(self.ema_text, ids[index, 0])
+                for level in (0.3, 0.6, 0.8, 0.95):
+                    sigma = torch.full((count,), level, device=x0.device)
+                    losses.append(flow_loss(self.ema_transformer, text, x0, noise, sigma).mean())
+            result[pool] = [round(x, 4) for x in torch.stack(losses).tolist()]
+        return result
+
+    @torch.no_grad()
+    def sample(self) -> tuple[Tensor, list[str]]:
+        """Four generated clips [4, 3, F, H, W] in [0, 1] of the averaged weights, and their prompts."""
+        prompts = [
+            "a red circle bounces on a plain dark background",
+            "a large blue star orbits on a plain grey background",
+            "a yellow square moves in a straight line on a light checker background",
+            "a green triangle zigzags on a plain light background",
+        ]
+        latents = self.run.pools[self.run.plan.sample_pool][0]
+        generator = torch.Generator(self.run.device).manual_seed(1)
+        noise = torch.randn(4, *latents.shape[1:], generator=generator, device=self.run.device)
+        with self.run.autocast():
+            words = tokenize(self.run.tokenizer, prompts).to(self.run.device)
+            text = embed_text(self.ema_text, words)
+            empty = embed_text(self.ema_text, self.empty)
+            z = euler_sample(self.ema_transformer, text, empty, noise, self.run.plan.sample_steps)
+            video = self.run.parallel.decode(z * self.std + self.mean)
+        return video.float().add(1).div(2).clamp(0, 1), prompts

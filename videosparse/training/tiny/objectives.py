@@ -1,0 +1,96 @@
+"""What is minimised and what is measured: losses of the VAE and of flow matching, PSNR, a plain sampler.
+
+Shapes: video [B, 3, F, H, W] in [-1, 1]; latents [B, C, T, h, w]; text embeddings [B, S, E].
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videosparse.training.tiny.parallel_vae import ParallelVae
+
+FLOW_SHIFT = 3.0
+
+
+def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Mean SSIM with a uniform window over frames. a, b: fp32 [B, C, F, H, W] in [0, 1]."""
+    a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))
+    maps = torch.cat([a, b, a * a, b * b, a * b], 1)
+    mu_a, mu_b, aa, bb, ab = F.avg_pool2d(maps, window, stride=1).chunk(5, 1)
+    var_a, var_b, cov = aa - mu_a * mu_a, bb - mu_b * mu_b, ab - mu_a * mu_b
+    c1, c2 = 0.01**2, 0.03**2
+    return (((2 * mu_a * mu_b + c1) * (2 * cov + c2)) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+def vae_loss(model: ParallelVae, video: Tensor, noise: Tensor, kl_weight: float, square_weight: float = 1.0) -> Tensor:
+    """L1 + 0.1 (1 - SSIM) + 0.5 temporal-difference L1 + squares + KL. video in [-1, 1]; noise like the latents.
+
+    Objects are the only saturated things in this world and cover a few percent of it, so pixels weigh up to five times
+    as much with their saturation: otherwise the patterns behind an object decide its colour. The squared error is
+    there for the start: the L1 of a small bright object is lowest for a while where the object is missing.
+    """
+    mean, logvar = model.encode(video)
+    mean, logvar = mean.float(), logvar.float()
+    decoded = model.decode(mean + noise * torch.exp(0.5 * logvar)).float()
+    target = video.float()
+    weight = 1 + 2 * (target.amax(1, keepdim=True) - target.amin(1, keepdim=True))
+    l1 = ((decoded - target).abs() * weight).mean()
+    motion = ((decoded[:, :, 1:] - decoded[:, :, :-1]) - (target[:, :, 1:] - target[:, :, :-1])).abs().mean()
+    similarity = ssim((decoded + 1) / 2, (target + 1) / 2)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    square = (decoded - target).square().mean()
+    return l1 + 0.1 * (1 - similarity) + 0.5 * motion + square_weight * square + kl_weight * kl
+
+
+def psnr(decoded: Tensor, video: Tensor) -> Tensor:
+    """Mean over clips of the PSNR in dB, of videos in [-1, 1]."""
+    error = (decoded.float().clamp(-1, 1) - video.float()).div(2).square().flatten(1).mean(1)
+    return (-10 * torch.log10(error.clamp_min(1e-10))).mean()
+
+
+def sample_sigmas(batch: int, device: torch.device, uniform_share: float = 0.1, shift: float = FLOW_SHIFT) -> Tensor:
+    """Noise levels [B] in (0, 1): logit-normal, stratified over the batch, then shifted as the scheduler does.
+
+    A share is uniform instead, so that the ends of the schedule, where sampling starts and stops, are trained.
+    """
+    quantile = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    quantile = quantile.clamp(1e-5, 1 - 1e-5)
+    normal = torch.sigmoid(math.sqrt(2.0) * torch.erfinv(2 * quantile - 1))
+    uniform = torch.rand(batch, device=device)
+    t = torch.where(torch.rand(batch, device=device) < uniform_share, uniform, normal)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_loss(transformer: nn.Module, text: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Flow-matching error per sample [B]: the network predicts noise - x0 at (1 - sigma) x0 + sigma noise."""
+    level = sigma.view(-1, 1, 1, 1, 1)
+    noisy = (1 - level) * x0 + level * noise
+    predicted = transformer(
+        hidden_states=noisy, timestep=sigma * 1000.0, encoder_hidden_states=text, return_dict=False
+    )[0]
+    error: Tensor = (predicted.float() - (noise - x0)).square().flatten(1).mean(1)
+    return error
+
+
+@torch.no_grad()
+def euler_sample(
+    transformer: nn.Module, text: Tensor, empty: Tensor, noise: Tensor, steps: int = 20, guidance: float = 4.0
+) -> Tensor:
+    """Latents of a plain Euler solver with guidance. text [B, S, E], empty [1, S, E], noise [B, C, T, h, w]."""
+    t = torch.linspace(1.0, 0.0, steps + 1)
+    sigmas = (FLOW_SHIFT * t / (1 + (FLOW_SHIFT - 1) * t)).tolist()
+    both = torch.cat([text, empty.expand_as(text)])
+    x = noise.float()
+    for now, following in itertools.pairwise(sigmas):
+        timestep = torch.full((len(both),), now * 1000.0, device=x.device)
+        out = transformer(
+            hidden_states=torch.cat([x, x]), timestep=timestep, encoder_hidden_states=both, return_dict=False
+        )[0]
+        cond, uncond = out.float().chunk(2)
+        x = x + (following - now) * (uncond + guidance * (cond - uncond))
+    return x

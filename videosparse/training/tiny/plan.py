@@ -1,0 +1,79 @@
+"""All sizes and amounts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from videosparse.training.tiny.models import SMOKE_SIZES, TinySizes
+
+# The last clips of every pool, which are never trained on.
+HELD_OUT = 64
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A pool of latents: clips of `frames` pixel frames at `size` pixels; `chunk` are rendered and encoded at once."""
+
+    name: str
+    size: int
+    frames: int
+    count: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of training batch: the first `latent_frames` of clips of a pool, drawn with a relative weight."""
+
+    pool: str
+    latent_frames: int
+    batch: int
+    # how often it is drawn is no part of what it is: two stages share the compiled step of a shape
+    weight: float = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sizes and amounts of a run."""
+
+    sizes: TinySizes = field(default_factory=TinySizes)
+    vae_clips: int = 6144
+    vae_frames: int = 17
+    vae_batches: tuple[tuple[int, int], ...] = ((64, 16), (128, 8))
+    vae_check: int = 32
+    pools: tuple[Clip, ...] = (
+        Clip("64x33", 64, 33, 30720, 256),
+        Clip("128x33", 128, 33, 20480, 64),
+        Clip("128x81", 128, 81, 4096, 16),
+    )
+    stages: tuple[tuple[float, tuple[Shape, ...]], ...] = (
+        (0.30, (Shape("64x33", 9, 128, 0.8), Shape("64x33", 1, 512, 0.2))),
+        (0.85, (Shape("128x33", 9, 48, 0.75), Shape("128x33", 5, 80, 0.13), Shape("128x33", 1, 256, 0.12))),
+        (1.00, (Shape("128x81", 21, 20, 0.6), Shape("128x33", 9, 48, 0.4))),
+    )
+    captions: int = 20000
+    sample_pool: str = "128x33"
+    sample_steps: int = 20
+    eval_batch: int = 32
+
+
+def smoke_plan(cuda: bool) -> Plan:
+    """Seconds instead of minutes: on a GPU the real shapes with few clips, on a CPU small shapes."""
+    full = Plan()
+    if cuda:
+        pools = tuple(replace(pool, count=max(2 * HELD_OUT, 2 * pool.chunk)) for pool in full.pools)
+        return replace(full, vae_clips=256, pools=pools, captions=2000)
+    pools = (Clip("64x33", 16, 9, 12, 4), Clip("128x33", 32, 9, 12, 4), Clip("128x81", 32, 13, 12, 4))
+    stages = (
+        (0.30, (Shape("64x33", 3, 4, 0.8), Shape("64x33", 1, 4, 0.2))),
+        (0.85, (Shape("128x33", 3, 2, 0.75), Shape("128x33", 2, 2, 0.13), Shape("128x33", 1, 2, 0.12))),
+        (1.00, (Shape("128x81", 4, 2, 0.6), Shape("128x33", 3, 2, 0.4))),
+    )
+    return Plan(SMOKE_SIZES, 8, 9, ((16, 2), (32, 2)), 4, pools, stages, captions=300, sample_steps=2, eval_batch=4)
+
+
+def large(plan: Plan) -> Plan:
+    """The plan for weights that have seen 64 pixels: 128 pixels only, in two stages of fewer shapes."""
+    _, (_, shapes), (_, last) = plan.stages
+    stages = ((0.82, (replace(shapes[0], weight=0.75), replace(shapes[-1], weight=0.25))), (1.0, last))
+    return replace(plan, pools=plan.pools[1:], stages=stages)

@@ -1,0 +1,185 @@
+"""Scenes and captions, drawn in other processes, and the pools of latents that the DiT is trained on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videosparse.synthetic.captions import caption
+from videosparse.synthetic.render import render
+from videosparse.synthetic.scene import Scene, sample_scene
+from videosparse.training.tiny.plan import Clip
+from videosparse.training.tiny.state import Run
+from videosparse.training.tiny.text import tokenize, train_tokenizer, wrap_tokenizer
+
+# Captions of one clip: a new one for each use.
+VARIANTS = 4
+logger = logging.getLogger(__name__)
+
+
+def worker_init() -> None:
+    """Set up a process that draws scenes."""
+    # Each worker works alone; a pool of threads inherited through the fork would never answer.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def sample_captions(seed: int, count: int) -> list[str]:
+    """Captions of scenes of the training split."""
+    rng = random.Random(seed)
+    return [caption(sample_scene(rng, split="train"), rng) for _ in range(count)]
+
+
+def draw_scenes(seed: int, count: int, tokenizer_state: str | None) -> tuple[list[Scene], Any]:
+    """Scenes, and the ids [count, 4, 48] of several captions of each, a new one for each use of a clip."""
+    rng = random.Random(seed)
+    scenes = [sample_scene(rng, split="train") for _ in range(count)]
+    if tokenizer_state is None:
+        return scenes, None
+    texts = [caption(scene, rng) for scene in scenes for _ in range(VARIANTS)]
+    ids = tokenize(wrap_tokenizer(tokenizer_state), texts)
+    # A plain array travels between processes; a tensor would need a shared-memory handle.
+    return scenes, ids.view(count, VARIANTS, -1).numpy()
+
+
+def submit(run: Run, seed: int, count: int, tokenizer_state: str | None = None) -> list[Future[Any]]:
+    """Begin to draw `count` scenes in the workers, in shares."""
+    share = 512
+    sizes = [min(share, count - at) for at in range(0, count, share)]
+    return [run.workers.submit(draw_scenes, 1_000_003 * seed + i, n, tokenizer_state) for i, n in enumerate(sizes)]
+
+
+def gather(futures: list[Future[Any]]) -> tuple[list[Scene], Tensor]:
+    """Wait for what `submit` began; without a tokenizer the ids are empty."""
+    results = [future.result() for future in futures]
+    scenes = [scene for part, _ in results for scene in part]
+    parts = [torch.from_numpy(part) for _, part in results if part is not None]
+    ids = torch.cat(parts) if parts else torch.empty(0)
+    return scenes, ids
+
+
+def prepare_tokenizer(run: Run) -> None:
+    """Set the tokenizer of the run, trained on captions the first time."""
+    if "tokenizer" not in run.meta:
+        share = max(1, run.plan.captions // 10)
+        futures = [run.workers.submit(sample_captions, 7_000_000 + i, share) for i in range(10)]
+        texts = [text for future in futures for text in future.result()]
+        tokenizer = train_tokenizer(texts, run.plan.sizes.vocab)
+        run.meta["tokenizer"] = tokenizer.backend_tokenizer.to_str()
+        longest = int(tokenize(tokenizer, texts).ne(0).sum(1).max())
+        logger.info(f"tokenizer: {len(tokenizer)} tokens, longest caption {longest}; e.g. {texts[0]!r}")
+    run.tokenizer = wrap_tokenizer(run.meta["tokenizer"])
+
+
+@torch.no_grad()
+def render_uint8(run: Run, scenes: list[Scene], frames: int, size: int, chunk: int = 128) -> Tensor:
+    """uint8 [N, 3, F, S, S] on the device."""
+    out = torch.empty(len(scenes), 3, frames, size, size, dtype=torch.uint8, device=run.device)
+    for at in range(0, len(scenes), chunk):
+        part = render(scenes[at : at + chunk], frames, size, size, device=run.device)
+        out[at : at + chunk] = part.mul_(255).round_().clamp_(0, 255)
+    return out
+
+
+def to_video(clips: Tensor) -> Tensor:
+    """uint8 -> fp32 in [-1, 1]."""
+    return clips.float().div_(127.5).sub_(1.0)
+
+
+def submit_pools(run: Run) -> None:
+    """Start drawing the scenes and captions of all pools, in the background, unless that has been done."""
+    for i, pool in enumerate(run.plan.pools):
+        if pool.name not in run.futures:
+            # other scenes in every round
+            seed = 101 + i + 1000 * len(run.meta.get("rounds", []))
+            run.futures[pool.name] = submit(run, seed, pool.count, run.meta["tokenizer"])
+
+
+@torch.no_grad()
+def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
+    """bf16 [N, C, T, h, w] posterior means. The chunk is halved if the device runs out of memory."""
+    chunk, parts, at = pool.chunk, [], 0
+    render_seconds = last_chunk = 0.0
+    while at < len(scenes):
+        try:
+            began = time.perf_counter()
+            begin = time.perf_counter()
+            video = render(scenes[at : at + chunk], pool.frames, pool.size, pool.size, device=run.device)
+            render_seconds += time.perf_counter() - begin
+            # Rounded as in VAE training, and as in a video file.
+            video = video.mul_(255).round_().clamp_(0, 255).div_(127.5).sub_(1.0)
+            with run.autocast():
+                parts.append(run.parallel.encode(video)[0].bfloat16())
+            at += chunk
+            if run.args.smoke and run.device.type == "cuda":
+                torch.cuda.synchronize()
+                last_chunk = (time.perf_counter() - began) / chunk
+        except torch.cuda.OutOfMemoryError:
+            if chunk == 1:
+                raise
+            chunk //= 2
+            video = None
+            torch.cuda.empty_cache()
+            logger.info(f"encode {pool.name}: out of memory, chunk {chunk}")
+    latents = torch.cat(parts).contiguous()
+    logger.info(f"encode {pool.name}: {tuple(latents.shape)}; host time of rendering {render_seconds:.1f} s")
+    if last_chunk:
+        logger.info(f"TIMING encode {pool.name}, warm: {1e3 * last_chunk:.2f} ms a clip")
+    return latents
+
+
+def encode(run: Run) -> None:
+    """Fill `run.pools` with (latents, caption ids), from the local folder or anew, and set the statistics."""
+    path = run.work / "pools.pt"
+    start = time.monotonic()
+    if path.exists():
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        run.pools = {name: (z.to(run.device), ids.to(run.device)) for name, (z, ids) in stored.items()}
+        logger.info(f"encode: pools read from {path} in {time.monotonic() - start:.1f} s")
+    else:
+        submit_pools(run)
+        for pool in run.plan.pools:
+            scenes, ids = gather(run.futures.pop(pool.name))
+            begin = time.monotonic()
+            latents = encode_pool(run, pool, scenes)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            run.pools[pool.name] = (latents, ids.to(run.device))
+            logger.info(f"TIMING encode {pool.name}: {1e3 * (time.monotonic() - begin) / pool.count:.2f} ms a clip")
+        store_pools(run, path)
+    if "latents_mean" not in run.meta:
+        sample = run.pools[run.plan.sample_pool][0][:2048].float()
+        run.meta["latents_mean"] = [round(x, 5) for x in sample.mean((0, 2, 3, 4)).tolist()]
+        run.meta["latents_std"] = [round(x, 5) for x in sample.std((0, 2, 3, 4)).tolist()]
+        logger.info(f"latents mean {run.meta['latents_mean']} std {run.meta['latents_std']}")
+    run.meta["phase"] = "encode"
+
+
+def store_pools(run: Run, path: Path) -> None:
+    """Write the pools for a later call, in the background: training does not wait for the disk."""
+    host = {name: (z.cpu(), ids.cpu()) for name, (z, ids) in run.pools.items()}
+
+    def write() -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(host, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            logger.info("pools stored")
+        except (OSError, RuntimeError) as error:
+            logger.info(f"pools not stored: {error}")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    run.savers.append(thread)

@@ -1,0 +1,147 @@
+"""What the phases of a run share: options, device, models, numbers, and the state that outlives a call."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
+from videosparse.training.tiny.models import TinySizes
+from videosparse.training.tiny.plan import Plan
+from videosparse.training.tiny.rounds import begin_round
+
+# The clock of this call, and the wish to end it.
+START = time.monotonic()
+STOP = threading.Event()
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What all phases share: options, device, models, and the numbers that the model card will quote.
+
+    `tensors` are weights on the host, named `vae.*`, `raw.transformer.*`, `raw.text.*` and the same with `ema.`;
+    `meta` is the rest of the state, which JSON can hold.
+    """
+
+    args: argparse.Namespace
+    plan: Plan
+    device: torch.device
+    workers: ProcessPoolExecutor
+    meta: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tokenizer: Any = None
+    vae: Any = None
+    parallel: Any = None
+    pools: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    savers: list[threading.Thread] = field(default_factory=list)
+    futures: dict[str, list[Future[Any]]] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Local folder of the checkpoint and the pools."""
+        return Path(self.args.work)
+
+    @property
+    def backup(self) -> Path:
+        """Small folder that another machine can go on from."""
+        return Path(self.args.backup)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the model card will quote."""
+        numbers: dict[str, Any] = self.meta.setdefault("numbers", {})
+        return numbers
+
+    def spent(self) -> float:
+        """Minutes of all calls of this round so far."""
+        return float(self.meta.get("spent_before", 0.0)) + (time.monotonic() - START) / 60
+
+    def must_stop(self) -> bool:
+        """Whether this call has to checkpoint now: its own limit, or a signal."""
+        return STOP.is_set() or (time.monotonic() - START) / 60 >= float(self.args.stop_after_minutes)
+
+    def autocast(self, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision in bf16 on a GPU, nothing on a CPU."""
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16, cache_enabled=cache)
+        return contextlib.nullcontext()
+
+    def set_tensors(self, prefix: str, module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        """Keep a module's weights, on the host, under `prefix`, for the next save."""
+        for name in [key for key in self.tensors if key.startswith(prefix)]:
+            del self.tensors[name]
+        for name, tensor in module.state_dict().items():
+            # A copy of its own: safetensors refuses tied weights.
+            self.tensors[prefix + name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+
+    def load_into(self, module: torch.nn.Module, prefix: str) -> None:
+        """Load the kept weights under `prefix` into a module."""
+        state = {k.removeprefix(prefix): v.float() for k, v in self.tensors.items() if k.startswith(prefix)}
+        module.load_state_dict(state, strict=True)
+
+    def save(self) -> None:
+        """Local checkpoint (fp32) and backup (moving average rounded to bf16)."""
+        self.meta["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        meta = self.meta | {"sizes": asdict(self.plan.sizes), "spent": round(self.spent(), 3)}
+        self.work.mkdir(parents=True, exist_ok=True)
+        torch.save({"meta": meta, "tensors": self.tensors}, self.work / "checkpoint.tmp")
+        (self.work / "checkpoint.tmp").replace(self.work / "checkpoint.pt")
+        small = {k: v.bfloat16() if k.startswith("ema.") else v for k, v in self.tensors.items()}
+        write_backup(self.backup, small, meta)
+        logger.info(f"saved ({self.spent():.2f} min in all)")
+
+    def load(self, resume: bool) -> None:
+        """Go on with the round in the local folder or the backup if `resume`, else begin one from other weights.
+
+        Other weights are those of `--restore` or `--from-pipeline`, or none. `--again` begins a round too, unless the
+        local folder or the backup is in the middle of one: then the same command, given again, goes on with it.
+        """
+        args, own = self.args, resume and self._load_own()
+        if not own:
+            for name in ("checkpoint.pt", "pools.pt"):
+                (self.work / name).unlink(missing_ok=True)
+            if not self._load_other():
+                logger.info("nothing to start from: starting from the beginning")
+                return
+        self.meta["spent_before"] = self.meta.pop("spent", 0.0)
+        self.plan = replace(self.plan, sizes=TinySizes(**self.meta["sizes"]))
+        if args.again and args.command != "export" and not (own and self._unfinished()):
+            if args.keep_vae and not self.meta.get("vae", {}).get("finished"):
+                raise ValueError("--keep-vae needs a finished VAE; leave it out.")
+            begin_round(self.meta, args.keep_vae)
+            # Scenes are drawn anew in every round.
+            (self.work / "pools.pt").unlink(missing_ok=True)
+        number, spent = len(self.meta.get("rounds", [])) + 1, self.meta["spent_before"]
+        logger.info(f"resumed: round {number}, {self.meta.get('phase')}, {spent:.2f} min spent before")
+
+    def _load_own(self) -> bool:
+        """State of the local checkpoint, else of the backup; false if there is none."""
+        local = self.work / "checkpoint.pt"
+        if local.exists():
+            state = torch.load(local, map_location="cpu", weights_only=True)
+            self.tensors, self.meta = state["tensors"], state["meta"]
+        elif (self.backup / "state.json").exists():
+            self.tensors, self.meta = read_backup(self.backup)
+        return bool(self.meta)
+
+    def _load_other(self) -> bool:
+        """State of another run's backup, or of an exported pipeline; false if none is named."""
+        if self.args.restore:
+            self.tensors, self.meta = read_backup(Path(self.args.restore))
+        elif self.args.from_pipeline:
+            self.tensors, self.meta = read_pipeline(Path(self.args.from_pipeline))
+        return bool(self.meta)
+
+    def _unfinished(self) -> bool:
+        return not all(self.meta[name]["finished"] for name in ("vae", "dit") if name in self.meta)

@@ -1,0 +1,256 @@
+"""First phase: train the VAE, with a CUDA graph of the whole step where there is a GPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import time
+from functools import partial
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from videosparse.training.tiny.models import build_vae
+from videosparse.training.tiny.objectives import psnr, vae_loss
+from videosparse.training.tiny.optimizing import Progress, Ticker, adamw, set_lr, timed
+from videosparse.training.tiny.parallel_vae import ParallelVae
+from videosparse.training.tiny.pools import gather, render_uint8, submit, submit_pools, to_video
+from videosparse.training.tiny.state import Run
+
+VAE_VARIANTS = ("first-fused", "last-fused", "first-eager", "last-eager")
+logger = logging.getLogger(__name__)
+
+
+def train_vae(run: Run, minutes: float) -> bool:
+    """Train the VAE; true when it is finished. Leaves `run.vae` and `run.parallel`."""
+    plan, args = run.plan, run.args
+    done = run.meta.get("vae", {})
+    run.vae = build_vae(plan.sizes).to(run.device)
+    if done:
+        run.load_into(run.vae, "vae.")
+    if done.get("finished"):
+        finish_vae(run)
+        return True
+    sizes = [size for size, _ in plan.vae_batches]
+    (run.work / "pools.pt").unlink(missing_ok=True)
+    futures = {size: submit(run, 11 + i, plan.vae_clips + plan.vae_check) for i, size in enumerate(sizes)}
+    submit_pools(run)
+    pools, held = {}, {}
+    for size in sizes:
+        clips = render_uint8(run, gather(futures[size])[0], plan.vae_frames, size)
+        held[size], pools[size] = clips[: plan.vae_check], clips[plan.vae_check :]
+    logger.info(f"vae: {plan.vae_clips} clips of each of {sizes} pixels rendered")
+    variant = choose_vae_variant(run, run.vae, pools)
+    model = vae_variant(run, run.vae, variant)
+    optimizer = make_vae_optimizer(run, run.vae)
+    progress = Progress(args.vae_steps, minutes, done.get("step", 0), done.get("elapsed", 0.0), warmup=100)
+    steps = {size: VaeStep(run, model, optimizer, size, batch) for size, batch in plan.vae_batches}
+    vae_warm_up(run, steps, pools, optimizer)
+    if args.smoke:
+        time_vae(run, steps, pools)
+    vae_loop(run, model, optimizer, progress, steps, pools, held)
+    finished = progress.fraction >= 1.0
+    run.meta["vae"] = {
+        "step": progress.step,
+        "elapsed": progress.elapsed,
+        "finished": finished,
+        "variant": variant,
+        "lr": args.vae_lr,
+    }
+    run.meta["phase"] = "vae"
+    run.set_tensors("vae.", run.vae)
+    if finished:
+        run.numbers["vae_psnr"] = vae_psnr(run, model, held)
+        logger.info(f"vae: finished by {progress.ended_by} at step {progress.step}, PSNR {run.numbers['vae_psnr']} dB")
+        finish_vae(run)
+    run.save()
+    return finished
+
+
+def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]) -> str:
+    """The fastest variant that runs, timed over five steps of the largest shape on a copy of the weights."""
+    if run.args.vae_variant != "auto" or run.device.type != "cuda":
+        return "first-eager" if run.args.vae_variant == "auto" else str(run.args.vae_variant)
+    size, batch = run.plan.vae_batches[-1]
+    times: dict[str, float] = {}
+    trial: AutoencoderKLWan | None
+    step: VaeStep | None
+    for name in ("first-fused", "last-fused", "first-eager"):
+        if name == "first-eager" and times:
+            break
+        try:
+            trial = copy.deepcopy(vae)
+            step = VaeStep(run, vae_variant(run, trial, name), make_vae_optimizer(run, trial), size, batch)
+            begin = time.perf_counter()
+            for i in range(8):
+                if i == 3:
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                step(pools[size])
+            torch.cuda.synchronize()
+            times[name] = (time.perf_counter() - start) / 5
+            logger.info(f"vae variant {name}: {1e3 * times[name]:.1f} ms a step, set up in {start - begin:.1f} s")
+        except Exception as error:
+            logger.info(f"vae variant {name} failed: {type(error).__name__}: {str(error)[:300]}")
+        trial = step = None
+        torch.cuda.empty_cache()
+    return min(times, key=times.__getitem__)
+
+
+def vae_variant(run: Run, vae: AutoencoderKLWan, name: str) -> ParallelVae:
+    """The model set up as a variant says: memory format, and whether norm and activation are one kernel."""
+    cuda = run.device.type == "cuda"
+    layout = torch.channels_last_3d if name.startswith("last") else torch.contiguous_format
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+    return ParallelVae(vae, fused=cuda and name.endswith("fused"))
+
+
+def make_vae_optimizer(run: Run, vae: AutoencoderKLWan) -> torch.optim.AdamW:
+    """AdamW whose rate is a tensor on a GPU, so that a captured graph reads it."""
+    cuda = run.device.type == "cuda"
+    lr = torch.tensor(run.args.vae_lr, device=run.device) if cuda else run.args.vae_lr
+    return adamw([vae], lr, capturable=cuda)
+
+
+class VaeStep:
+    """One optimiser step on one batch shape: eager at first, replayed as a CUDA graph after `capture`.
+
+    The batch and the posterior noise are static inputs, so no random numbers are drawn inside the graph.
+    """
+
+    def __init__(self, run: Run, model: ParallelVae, optimizer: torch.optim.Optimizer, size: int, batch: int) -> None:
+        plan, device = run.plan, run.device
+        self.run, self.model, self.optimizer = run, model, optimizer
+        self.parameters = list(model.vae.parameters())
+        self.clips = torch.zeros(batch, 3, plan.vae_frames, size, size, dtype=torch.uint8, device=device)
+        frames = 1 + (plan.vae_frames - 1) // 4
+        self.noise = torch.zeros(batch, plan.sizes.z_dim, frames, size // 4, size // 4, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _compute(self) -> None:
+        with self.run.autocast(cache=False):
+            loss = vae_loss(self.model, to_video(self.clips), self.noise, self.run.args.kl)
+        if self.parameters[0].grad is not None:
+            torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def __call__(self, pool: Tensor) -> Tensor:
+        """One step on random clips of the pool; returns the loss on the device."""
+        index = torch.randint(len(pool), (len(self.clips),), device=pool.device)
+        self.clips.copy_(pool[index])
+        self.noise.normal_()
+        if self.graph is None:
+            self._compute()
+        else:
+            self.graph.replay()
+        return self.loss
+
+    def capture(self, stream: torch.cuda.Stream) -> None:
+        """Record the step as a graph, on the stream on which it was warmed up."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._compute()
+        self.graph = graph
+
+
+def vae_warm_up(
+    run: Run, steps: dict[int, VaeStep], pools: dict[int, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """A few real steps, then graphs; without graphs if capture fails."""
+    set_lr(optimizer, run.args.vae_lr / 20)
+    if run.device.type != "cuda" or run.args.no_graph:
+        return
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(4):
+            for size, step in steps.items():
+                step(pools[size])
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    try:
+        for step in steps.values():
+            step.capture(stream)
+        for size, step in steps.items():
+            step(pools[size])
+        torch.cuda.synchronize()
+        logger.info("vae: CUDA graphs captured")
+    except Exception as error:
+        logger.info(f"vae: graph capture failed, going on eagerly: {type(error).__name__}: {str(error)[:300]}")
+        for step in steps.values():
+            step.graph = None
+        torch.cuda.synchronize()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def time_vae(run: Run, steps: dict[int, VaeStep], pools: dict[int, Tensor]) -> None:
+    """Log the time of a step of every batch shape."""
+    for size, step in steps.items():
+        seconds = timed(run.device, partial(step, pools[size]), 10)
+        mode = "graph" if step.graph is not None else "eager"
+        logger.info(f"TIMING vae {size}x{size} batch {len(step.clips)} {mode}: {1e3 * seconds:.1f} ms a step")
+
+
+def vae_loop(
+    run: Run,
+    model: ParallelVae,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    steps: dict[int, VaeStep],
+    pools: dict[int, Tensor],
+    held: dict[int, Tensor],
+) -> None:
+    """Step until the phase or the call ends."""
+    tick = Ticker("vae", progress)
+    rng = random.Random(progress.step)
+    checked = time.monotonic()
+    sizes = list(steps)
+    while progress.fraction < 1.0 and not run.must_stop():
+        lr = run.args.vae_lr * progress.lr_factor()
+        set_lr(optimizer, lr)
+        # Small frames are cheaper, large ones are what the model is used at.
+        size = rng.choices(sizes, sizes)[0]
+        loss = steps[size](pools[size])
+        progress.advance()
+        tick(loss, lr, f"({size}px)")
+        # The host runs ahead of the device; without this the clock would be read far too early.
+        if progress.step % 20 == 0 and run.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        if time.monotonic() - checked > run.args.check_seconds:
+            logger.info(f"vae step {progress.step} PSNR {vae_psnr(run, model, held)} dB")
+            checked = time.monotonic()
+            if not torch.isfinite(loss):
+                raise FloatingPointError("the VAE's loss is not finite; lower --vae-lr.")
+
+
+def vae_psnr(run: Run, model: ParallelVae, held: dict[int, Tensor]) -> dict[str, float]:
+    """PSNR in dB on held-out clips, by size, without sampling the posterior."""
+    result = {}
+    with torch.no_grad(), run.autocast():
+        for size, clips in held.items():
+            values = []
+            for part in torch.split(clips, 8):
+                video = to_video(part)
+                values.append(psnr(model.decode(model.encode(video)[0]), video))
+            result[str(size)] = round(torch.stack(values).mean().item(), 2)
+    return result
+
+
+def finish_vae(run: Run) -> None:
+    """Freeze the VAE and set it up for encoding."""
+    run.vae.requires_grad_(False).eval()
+    for parameter in run.vae.parameters():
+        parameter.grad = None
+    # Weights of an exported pipeline come without the variant that trained them.
+    name = run.meta["vae"].get("variant", run.args.vae_variant)
+    run.parallel = vae_variant(run, run.vae, "first-eager" if name == "auto" else name)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
