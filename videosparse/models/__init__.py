@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from videosparse.cases import ModelSpec
-from videosparse.models.base import ModelFamily, SelfAttention
+from videosparse.models.base import ModelFamily, Rotary, SelfAttention
 from videosparse.models.hunyuan_video import HunyuanVideoFamily
 from videosparse.models.mochi import MochiFamily
 from videosparse.models.wan import WanFamily
 
-__all__ = ["FAMILIES", "ModelFamily", "SelfAttention", "family_of", "find_family", "model_variant"]
+__all__ = ["FAMILIES", "ModelFamily", "Rotary", "SelfAttention", "family_of", "find_family", "model_variant"]
 
 FAMILIES: dict[str, ModelFamily] = {
     "wan": WanFamily(),

@@ -96,7 +96,8 @@ class ModelFamily(ABC):
         latents = inputs["hidden_states"]
         if latents.dim() != 5:
             raise ValueError(
-                f"hidden_states must be [batch, channels, frames, height, width] (got {list(latents.shape)})."
+                f"hidden_states must be [batch, channels, frames, height, width] (got {list(latents.shape)}); "
+                "latents of one image become a video of one frame by latents.unsqueeze(2)."
             )
         sizes = (int(n) // p for n, p in zip(latents.shape[2:], self.patch(config), strict=True))
         grid = VideoGrid(*sizes)

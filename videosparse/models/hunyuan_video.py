@@ -48,16 +48,18 @@ class HunyuanVideoFamily(ModelFamily):
         so that an offloaded weight travels once.
         """
         assert text is not None  # the transformer always passes it
-        if attn.add_q_proj is None:
-            single = self._heads(attn, torch.cat([video, text], 1))
-            pairs = [(x[:, : video.shape[1]], x[:, video.shape[1] :]) for x in single]
-        else:
+        single = self._heads(attn, torch.cat([video, text], 1)) if attn.add_q_proj is None else None
+        if single is None:
             pairs = list(zip(self._heads(attn, video), self._added(attn, text), strict=True))
+        else:
+            pairs = [(x[:, : video.shape[1]], x[:, video.shape[1] :]) for x in single]
         if rotary is not None:
             cos, sin = rotary[0][None, :, None, 0::2], rotary[1][None, :, None, 1::2]
             pairs[:2] = [(rotate(x, cos, sin), t) for x, t in pairs[:2]]
-        q, k, v = (join(x, t, plan.layout) for x, t in pairs)
-        return q, k, v
+        q, k = (join(x, t, plan.layout) for x, t in pairs[:2])
+        if single is not None and plan.layout.text_start == plan.layout.video:
+            return q, k, single[2]  # no gap: still the one sequence that it was projected as
+        return q, k, join(*pairs[2], plan.layout)
 
     def _heads(self, attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = (split_heads(f(x), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
