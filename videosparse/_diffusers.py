@@ -54,6 +54,12 @@ class HostProcessor:
         active, _ = _AttentionBackendRegistry.get_active_backend()
         return self._attention_backend is not None or active != AttentionBackendName.NATIVE
 
+    def backend_name(self) -> str:
+        """What runs `dense`, as Diffusers names it; its default, torch's own attention, is "native SDPA"."""
+        active, _ = _AttentionBackendRegistry.get_active_backend()
+        name = AttentionBackendName(self._attention_backend or active).value
+        return "native SDPA" if name == AttentionBackendName.NATIVE.value else str(name)
+
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """Attention through the backend that the user chose; q, k, v [B, L, H, D], key_mask bool [B, L] or None."""
         mask = None if key_mask is None else key_mask[:, None, None, :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,113 +11,21 @@ from typing import Any
 import torch
 
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
+from videosparse.clock import Clock
 from videosparse.kernels import describe_backend
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep
-from videosparse.processors import LayerProcessor, Processor, Resolved, RunRecord
+from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
+from videosparse.report import RunRecord
 
 logger = logging.getLogger(__name__)
 
 _TRACKER = "_videosparse_tracker"
 _COMPONENTS = ("transformer", "transformer_2")
 
-
-class Clock:
-    """Which denoising step of which run a pipeline is in: one for all its transformers and branches.
-
-    With a pipeline, the scheduler's `step_index` tells: a host value, None before the first step, the same for all
-    branches. Without one, or with a scheduler that lacks it, a changed timestep is a new step, and one that turns
-    around, or a run of `num_steps`, a new run; reading it waits for the device.
-
-    Args:
-        pipeline: whose `scheduler` to read, or None.
-        num_steps: steps of a run as told by the user; None asks the pipeline.
-    """
-
-    def __init__(self, pipeline: object | None, num_steps: int | None) -> None:
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._num_steps = num_steps
-        self._ended = True
-        self._mark: float | None = None
-        self._timeline: object = None
-        self._rising: bool | None = None
-        self._total: int | None = None
-        self.run = 0
-        self.index = 0
-
-    @property
-    def follows(self) -> bool:
-        """Whether a scheduler tells the step."""
-        return self._scheduler() is not None
-
-    def end(self) -> None:
-        """The run is over: whatever comes next belongs to another."""
-        self._ended = True
-
-    def tick(self, timestep: torch.Tensor | None) -> None:
-        """Bring `run` and `index` up to date for a forward; `timestep` is the transformer's input, of any shape."""
-        scheduler = self._scheduler()
-        if scheduler is not None:
-            self._follow(scheduler, timestep)
-        else:
-            self._watch(None if timestep is None else float(timestep.max()))
-            self._total = getattr(self._alive(), "num_timesteps", None)
-
-    def total(self) -> int | None:
-        """Steps of this run, None when nobody says."""
-        if self._num_steps is not None:
-            return self._num_steps
-        return self._total
-
-    def _count(self, timesteps: torch.Tensor, first: torch.Tensor | None) -> int | None:
-        """Steps of a run that walks `timesteps` from `first` on: video-to-video starts late.
-
-        The pipeline's own number is exact, but stale when another pipeline of the same components is the one that
-        runs. So it only decides where `first` was rounded (to bfloat16) on its way to the transformer.
-        """
-        known: int | None = getattr(self._alive(), "num_timesteps", None)
-        if first is None:
-            return known
-        distance = (timesteps.detach().cpu().float() - float(first.max())).abs()
-        left = len(timesteps) - int(distance.argmin())
-        rounded = float(distance.min()) > 0
-        return known if known is not None and rounded and abs(known - left) <= 1 else left
-
-    def _alive(self) -> object | None:
-        return None if self._pipeline is None else self._pipeline()
-
-    def _scheduler(self) -> Any:
-        scheduler = getattr(self._alive(), "scheduler", None)
-        return scheduler if hasattr(scheduler, "step_index") else None
-
-    def _follow(self, scheduler: Any, timestep: torch.Tensor | None) -> None:
-        mark, timeline = scheduler.step_index, scheduler.timesteps
-        # set_timesteps makes a new tensor: that also tells a new run from one that failed in its first step
-        fresh = self._ended or timeline is not self._timeline
-        if fresh or (self._mark is not None and (mark is None or mark < self._mark)):
-            self._begin()
-            self._total = self._count(timeline, timestep)
-        elif mark != self._mark:
-            self.index += 1
-        self._mark, self._timeline = mark, timeline
-
-    def _watch(self, mark: float | None) -> None:
-        if self._ended:
-            self._begin()
-        elif mark is None or self._mark is None or mark != self._mark:
-            rising = None if mark is None or self._mark is None else mark > self._mark
-            turned = rising is not None and self._rising is not None and rising != self._rising
-            full = self._num_steps is not None and self.index + 1 >= self._num_steps
-            if turned or full:
-                self._begin()
-            else:
-                self.index, self._rising = self.index + 1, rising
-        self._mark = mark
-
-    def _begin(self) -> None:
-        self.run, self.index = self.run + 1, 0
-        self._ended, self._rising = False, None
+# Share of dense steps to suggest: the published 12 of 50.
+_USUAL_SHARE = 0.24
 
 
 @dataclass(eq=False)
@@ -129,19 +36,23 @@ class _Session:
     clock: Clock
     experts: int
     grid: VideoGrid | None = None
+    active: RunTracker | None = None
 
-    def enter(self, grid: VideoGrid) -> None:
-        """Another grid is another run."""
+    def enter(self, tracker: RunTracker, grid: VideoGrid) -> None:
+        """Another grid is another run; another expert needs nothing of what the one before has kept."""
         if self.grid is not None and grid != self.grid:
             self.clock.end()
-        self.grid = grid
+        if self.active is not None and self.active is not tracker:
+            self.active.free()
+        self.grid, self.active = grid, tracker
 
 
 class RunTracker:
     """Follows the forwards of one transformer and lays out the plan of every self-attention before each.
 
     Sits on the root as a forward pre-hook, which offloading leaves alone, outside every compiled region. Owns what a
-    method keeps per (context, layer), and frees it when a run ends, another begins, or the grid changes.
+    method keeps per (context, layer), and frees it when a run ends, another begins, the grid changes, or the other
+    expert takes over.
     """
 
     def __init__(self, transformer: Any, family: ModelFamily, session: _Session) -> None:
@@ -156,7 +67,7 @@ class RunTracker:
         self._seen = (0, 0)
         self._calls: dict[str | None, int] = {}
         self._warned = False
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def attach(self, transformer: torch.nn.Module) -> None:
         """Put a `LayerProcessor` on every self-attention and start following, in place of what followed before."""
@@ -170,20 +81,30 @@ class RunTracker:
             attention.module.processor = layer  # type: ignore[assignment]  # a plain attribute, no submodule
             self.layers.append((attention.depth, layer))
         self.events.install(transformer)
-        self._handle = transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        self._handles = [
+            transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            transformer.register_forward_hook(self.after_forward),
+        ]
         setattr(transformer, _TRACKER, self)
 
     def detach(self, transformer: torch.nn.Module) -> None:
         """Stop following; the processors are given back by `restore`."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         RunEvents.remove(transformer)
         delattr(transformer, _TRACKER)
         self.end_run()
 
     def end_run(self) -> None:
-        """Free what methods keep; the next forward begins a run."""
-        self.states.clear()
+        """Free what the run has kept; the next forward begins another."""
+        self.free()
         self.session.clock.end()
+
+    def free(self) -> None:
+        """Let go of states and plans."""
+        self.states.clear()
+        for _, layer in self.layers:
+            layer.plan = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -192,29 +113,53 @@ class RunTracker:
         Raises:
             NotImplementedError: a kind of parallelism that sparse attention does not support.
             RuntimeError: training with a method that keeps state.
+            ValueError: inference with steps given as fractions, or last steps, where nobody says how many there are.
         """
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         layout = self.family.layout(self.config, inputs)
         resolved = self._resolve(layout.grid)
-        training = module.training and torch.is_grad_enabled()
+        training = _training(module)
         if training and resolved.policy is not None and not resolved.policy.pure:
             raise RuntimeError(
                 f"{type(resolved.policy).__name__} keeps state between steps and cannot be trained with: gradient "
-                "checkpointing runs a forward twice. Use RadialProcessor, or call transformer.eval() to generate."
+                "checkpointing runs a forward twice. Use RadialProcessor; to generate, call the transformer under "
+                "torch.no_grad(), as pipelines do."
             )
         self.layers[0][1].check_parallel(joint=self.family.joint, sparse=resolved.policy is not None)
         device = inputs["hidden_states"].device
+        dense = self._dense(layout, resolved, inputs["hidden_states"])
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(layout, RunStep("training", 0), replace(resolved, schedule=schedule), device)
+            self._plan(dense, RunStep("training", 0), replace(resolved, schedule=schedule), device)
             return
-        run = self._now(layout, inputs.get("timestep"), device)
-        self._plan(layout, run, resolved, device)
+        run = self._now(dense, inputs.get("timestep"), device)
+        self._plan(dense, run, resolved, device)
         record = self.session.processor.binding.record
         for _, layer in self.layers:
             if record is not None and layer.plan is not None:
                 record.add(layer.plan)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def after_forward(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Make a backward pass begin by giving every layer the plan of its forward (a torch forward hook).
+
+        Gradient checkpointing runs layers again during backward, and other forwards may have been planned since. The
+        gradient of the output comes before that of any block, and forwards go through backward one after another. This
+        serves compiled blocks, too; a loss on hidden states alone, which never gets here, is what
+        `LayerProcessor._planned` is for.
+        """
+        if not torch.is_grad_enabled():
+            return
+        plans = [(layer, layer.plan) for _, layer in self.layers]
+
+        def recall(gradient: torch.Tensor) -> None:
+            for layer, plan in plans:
+                layer.plan = plan
+
+        for tensor in output if isinstance(output, tuple) else output.values():
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(recall)  # type: ignore[no-untyped-call]
 
     def _resolve(self, grid: VideoGrid) -> Resolved:
         """The processor's choices for this grid."""
@@ -225,16 +170,18 @@ class RunTracker:
             self._grid = grid
         return self._resolved
 
-    def _now(self, layout: TokenLayout, timestep: torch.Tensor | None, device: torch.device) -> RunStep:
+    def _now(self, dense: DensePlan, timestep: torch.Tensor | None, device: torch.device) -> RunStep:
         """When this forward happens; starts a record when it is the first of a run."""
-        clock, processor = self.session.clock, self.session.processor
-        record, before = processor.binding.record, clock.run
-        self.session.enter(layout.grid)
+        clock, binding = self.session.clock, self.session.processor.binding
+        before = clock.run
+        self.session.enter(self, dense.layout.grid)
         clock.tick(timestep)
-        if clock.run != before or record is None:
+        if clock.run != before or binding.record is None:
             assert self._resolved is not None
-            record = processor.binding.record = RunRecord(layout, _backend(self._resolved, device))
-        record.steps = clock.index + 1
+            _warn_if_all_dense(self._resolved, clock.total())
+            runs_dense = "videosparse triton" if dense.own else self.layers[0][1].backend_name()
+            binding.record = RunRecord(dense.layout, _backend(self._resolved, device), runs_dense)
+        binding.record.steps = clock.index + 1
         if clock.run != self._seen[0]:
             self.states.clear()
         if (clock.run, clock.index) != self._seen:
@@ -255,20 +202,63 @@ class RunTracker:
             )
         return name
 
-    def _plan(self, layout: TokenLayout, run: RunStep, resolved: Resolved, device: torch.device) -> None:
-        """Give every layer its plan; dense layers share one."""
-        depths = 1 + max(depth for depth, _ in self.layers)
-        dense = LayerPlan(Mode.DENSE, layout)
+    def _dense(self, layout: TokenLayout, resolved: Resolved, latents: torch.Tensor) -> DensePlan:
+        """The plan of dense layers.
+
+        With text lengths, which torch's fast kernels cannot take, ours is several times faster in half precision; but
+        its backward is slow, and a backend chosen by the user is what dense calls are for.
+        """
+        if layout.seq_lens is None:
+            return DensePlan(Mode.DENSE, layout)
+        chosen = any(layer.backend_chosen() for _, layer in self.layers)
+        half = autocast(latents[:0]).dtype in (torch.float16, torch.bfloat16)
         # the option is about sparse calls, but who asks for "torch" wants none of our kernels
-        fast = resolved.options.backend != "torch" and describe_backend(device)[0] == "triton"
+        wanted = half and not chosen and not torch.is_grad_enabled() and resolved.options.backend != "torch"
+        if wanted and describe_backend(latents.device)[0] == "triton":
+            return DensePlan(Mode.DENSE, layout, own=True)
+        return DensePlan(Mode.DENSE, layout, key_mask=layout.key_mask(latents.shape[0], latents.device))
+
+    def _plan(self, dense: DensePlan, run: RunStep, resolved: Resolved, device: torch.device) -> None:
+        """Give every layer its plan; layers with the same map share one."""
+        depths = 1 + max(depth for depth, _ in self.layers)
+        shared: dict[tuple[int, int], LayerPlan] = {}
         for number, (depth, layer) in enumerate(self.layers):
-            layer.own_dense = fast and not layer.backend_chosen()
+            layer.plan = dense
             if resolved.policy is None or resolved.schedule.is_dense(run, depth, depths):
-                layer.plan = dense
                 continue
             state = self.states.setdefault((run.context, number), {})
-            plan = resolved.policy.plan(layout, run, number, state, device=device)
-            layer.plan = replace(plan, options=resolved.options)
+            plan = resolved.policy.plan(dense.layout, run, number, state, device=device)
+            if plan.mode is Mode.DENSE:
+                continue
+            # only sparse plans are alike when their maps are: the others keep what belongs to one layer
+            key = (id(plan.index), id(plan.order)) if plan.mode is Mode.SPARSE else (id(layer), 0)
+            if key not in shared:
+                shared[key] = replace(plan, options=resolved.options)
+            layer.plan = shared[key]
+
+
+def _training(transformer: torch.nn.Module) -> bool:
+    """Whether a forward serves training, which has no run: no step to be dense at, nothing to count."""
+    if not torch.is_grad_enabled():
+        return False
+    return transformer.training or any(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:
+    """Say so when the dense steps leave no sparse one."""
+    if resolved.policy is None or total is None:
+        return
+    schedule = resolved.schedule
+    if sum(schedule.dense_steps(total)) >= total:
+        logger.warning(
+            "first_steps=%s and last_steps=%s cover all %d steps of this run: every call is dense; use %d, or the "
+            "fraction %s.",
+            schedule.first_steps,
+            schedule.last_steps,
+            total,
+            int(_USUAL_SHARE * total + 0.5),
+            _USUAL_SHARE,
+        )
 
 
 def _backend(resolved: Resolved, device: torch.device) -> str:
@@ -287,14 +277,14 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
 
     Args:
         pipe_or_transformer: a Diffusers pipeline of a supported family, or its transformer. A transformer alone does
-            not know how many steps a run has: give `num_steps`, or steps as ints.
+            not know how many steps a run has: to generate with it, give `num_steps`, or steps as ints.
         processor: e.g. `RadialProcessor()`.
 
     Raises:
         TypeError: not a supported pipeline or transformer, not one of our processors, or an attention already has a
             processor that is neither stock nor ours.
         ValueError: the processor is bound to another pipeline, or asks for what this model does not have.
-        NotImplementedError: ring parallelism.
+        NotImplementedError: ring parallelism, or a transformer that `device_map` splits over several devices.
     """
     if not isinstance(processor, Processor):
         raise TypeError(
@@ -306,9 +296,7 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
     session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
     trackers = [RunTracker(t, family_of(t), session) for t in transformers]
     # everything that can be wrong is found out before anything changes
-    resolved = [
-        _check_model(t, tracker, alone=pipeline is None) for t, tracker in zip(transformers, trackers, strict=True)
-    ]
+    resolved = [_check_model(t, tracker) for t, tracker in zip(transformers, trackers, strict=True)]
     for transformer, tracker in zip(transformers, trackers, strict=True):
         tracker.attach(transformer)
     sizes = (
@@ -377,7 +365,7 @@ def _targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.
     if not transformers:
         raise TypeError(
             "Expected a Diffusers pipeline with a transformer, or a transformer "
-            f"(got {type(pipe_or_transformer).__name__})."
+            f"(got {type(pipe_or_transformer).__name__}); pass what from_pretrained returned."
         )
     return pipe_or_transformer, transformers
 
@@ -402,9 +390,22 @@ def _check_free(processor: Processor, transformers: list[torch.nn.Module]) -> No
         )
 
 
-def _check_model(transformer: torch.nn.Module, tracker: RunTracker, *, alone: bool) -> Resolved:
+def _check_one_device(transformer: torch.nn.Module) -> None:
+    """Raise NotImplementedError when a device map spreads a transformer over accelerators."""
+    placed = getattr(transformer, "hf_device_map", None) or {}
+    devices = sorted({str(device) for device in placed.values()} - {"cpu", "disk"})
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"{type(transformer).__name__} is split over devices {', '.join(devices)} by device_map, and block maps "
+            "live on one. Load it on one device; if it does not fit, use pipe.enable_model_cpu_offload() or "
+            "transformer.enable_group_offload(...)."
+        )
+
+
+def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
     """What the processor chooses for a transformer; raises where the two do not go together."""
     family, session = tracker.family, tracker.session
+    _check_one_device(transformer)
     attentions = family.attentions(transformer)
     for attention in attentions:
         current = attention.module.processor
@@ -416,8 +417,6 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker, *, alone: bo
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
-    if alone:
-        resolved.schedule.dense_steps(session.processor.num_steps)
     host = HostProcessor(attentions[0].module.processor)
     host.check_parallel(joint=family.joint, sparse=resolved.policy is not None)
     return resolved

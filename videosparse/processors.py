@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,16 +13,32 @@ from typing import Any
 import torch
 
 from videosparse._diffusers import HostProcessor
-from videosparse.blocks import BlockIndex
 from videosparse.cases import ModelSpec
 from videosparse.kernels import KernelOptions, attend
-from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.models import ModelFamily, model_variant
+from videosparse.layout import VideoGrid
+from videosparse.models import ModelFamily, Rotary, model_variant
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
 from videosparse.policies.radial import RadialPolicy
+from videosparse.report import RunRecord, RunReport
+
+# Attribute of a rotary embedding: the plans of its forward, by layer.
+_NOTED = "_videosparse_plans"
 
 # Below this many tokens a frame, blocks of 128 hold so many rows of a video that a map of them is nearly full.
 SMALL_FRAME = 512
+
+
+@dataclass(frozen=True, eq=False)
+class DensePlan(LayerPlan):
+    """A dense call, and what runs it; shared by all dense layers of a forward.
+
+    Args:
+        key_mask: bool [B, L], the valid keys for Diffusers' backend; None where all are valid.
+        own: take our kernel, which reads text lengths from the layout, instead of Diffusers' backend.
+    """
+
+    key_mask: torch.Tensor | None = None
+    own: bool = False
 
 
 class LayerProcessor(HostProcessor):
@@ -33,15 +50,12 @@ class LayerProcessor(HostProcessor):
 
     Attributes:
         plan: what to do in the next call; set before every forward of the transformer, from outside any graph.
-        own_dense: take our kernel for dense calls with text lengths. Torch's fast kernels take no mask, and the one
-            that does is several times slower.
     """
 
     def __init__(self, family: ModelFamily, replaced: Any) -> None:
         super().__init__(replaced)
         self.family = family
         self.plan: LayerPlan | None = None
-        self.own_dense = False
 
     def __call__(
         self,
@@ -60,11 +74,10 @@ class LayerProcessor(HostProcessor):
         Raises:
             RuntimeError: called before the transformer's own forward has made a plan.
         """
-        plan = self.plan
-        if plan is None:
-            raise RuntimeError("There is no plan yet: call the transformer itself, not one of its blocks.")
         rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
+        plan = self._planned(rotary)
         q, k, v = self.family.project(attn, hidden_states, encoder_hidden_states, rotary, plan)
+        q, k, v = autocast(q), autocast(k), autocast(v)
         out = self.core(q, k, v, plan)
         return self.family.finish(attn, out.to(q.dtype), plan)
 
@@ -74,97 +87,44 @@ class LayerProcessor(HostProcessor):
         Raises:
             NotImplementedError: a mode that searches.
         """
-        layout = plan.layout
-        if plan.mode is Mode.DENSE:
-            if layout.seq_lens is None:
-                return self.dense(q, k, v, None)
-            if self.own_dense:
-                return _attend(plan, q, k, v)
-            return self.dense(q, k, v, layout.key_mask(q.shape[0], q.device))
+        if isinstance(plan, DensePlan):
+            return _attend(plan, q, k, v) if plan.own else self.dense(q, k, v, plan.key_mask)
         if plan.mode is not Mode.SPARSE:
-            raise NotImplementedError(f"Attention cannot run in mode {plan.mode!s} yet.")
+            raise NotImplementedError(
+                f"Attention cannot run in mode {plan.mode!s} yet; use RadialProcessor, whose plans are dense or sparse."
+            )
         return self.gathered(q, k, v, partial(_attend, plan))
+
+    def _planned(self, rotary: Rotary | None) -> LayerPlan:
+        """The plan of the forward that this call belongs to.
+
+        Gradient checkpointing calls layers again during backward, when other forwards may have been planned in the
+        meantime. It hands them the very rotary embedding of their own forward, so plans are noted there. Where that is
+        not so (in a compiled graph, or when a wrapper copies inputs), see `RunTracker.after_forward`.
+        """
+        plan = self.plan
+        if not torch.compiler.is_compiling() and rotary is not None:
+            noted: dict[LayerProcessor, LayerPlan | None] = vars(rotary[0]).setdefault(_NOTED, {})
+            if torch._C._current_graph_task_id() != -1:  # inside backward
+                plan = noted.get(self, plan)
+            else:
+                noted[self] = plan
+        if plan is None:
+            raise RuntimeError("There is no plan yet: call the transformer itself, not one of its blocks.")
+        return plan
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """What autocast does to the inputs of an attention: norms and rotary embeddings leave q and k wider than v."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _attend(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = attend(q, k, v, layout=plan.layout, index=plan.index, options=plan.options)
+    out: torch.Tensor = attend(q, k, v, layout=plan.layout, index=plan.index, order=plan.order, options=plan.options)
     return out
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What a run did.
-
-    Args:
-        grid: token grid of the video.
-        tokens: video and text tokens that attend to each other, padding included.
-        steps: denoising steps seen.
-        video_density: kept / all blocks where both sides are video, mean over sparse calls; 1 when there were none.
-        density: the same, text and forced blocks included.
-        average_density: mean over all calls, dense ones counting 1: attention work relative to dense.
-        dense_calls, sparse_calls: attention calls planned, layers x branches x steps. A step cache that skips layers
-            skips some of them.
-        backend: kernel of the sparse calls, "triton" or "torch"; "none" for a dense processor.
-    """
-
-    grid: VideoGrid
-    tokens: int
-    steps: int
-    video_density: float
-    density: float
-    average_density: float
-    dense_calls: int
-    sparse_calls: int
-    backend: str
-
-
-@dataclass(eq=False)
-class RunRecord:
-    """Counts of a run in progress. Densities wait for `report`: reading one from the device would stall the run."""
-
-    layout: TokenLayout
-    backend: str
-    steps: int = 0
-    dense_calls: int = 0
-    sparse: dict[BlockIndex, tuple[TokenLayout, int]] = field(default_factory=dict)
-
-    def add(self, plan: LayerPlan) -> None:
-        """Count one planned call."""
-        if plan.index is None:
-            self.dense_calls += 1
-        else:
-            _, count = self.sparse.get(plan.index, (plan.layout, 0))
-            self.sparse[plan.index] = plan.layout, count + 1
-
-    def report(self) -> RunReport:
-        """The figures; waits for the device once per map."""
-        calls = sum(count for _, count in self.sparse.values())
-        density = video = 0.0
-        for index, (layout, count) in self.sparse.items():
-            both = densities(index, layout)
-            density, video = density + both[0] * count, video + both[1] * count
-        return RunReport(
-            grid=self.layout.grid,
-            tokens=self.layout.video + self.layout.text,
-            steps=self.steps,
-            video_density=video / calls if calls else 1.0,
-            density=density / calls if calls else 1.0,
-            average_density=(self.dense_calls + density) / max(1, self.dense_calls + calls),
-            dense_calls=self.dense_calls,
-            sparse_calls=calls,
-            backend=self.backend,
-        )
-
-
-def densities(index: BlockIndex, layout: TokenLayout) -> tuple[float, float]:
-    """(kept / all blocks, the same among blocks whose both sides are video) of a map."""
-    samples, heads, rows, columns = index.shape
-    counts = index.row_ptr.diff().long()
-    row = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts) % rows
-    video_rows, video_columns = (ceil_div(layout.video, b) for b in index.block)
-    inside = (row < video_rows) & (index.ids[: row.numel()] < video_columns)
-    total = samples * heads
-    return row.numel() / (total * rows * columns), int(inside.sum()) / (total * video_rows * video_columns)
 
 
 @dataclass(frozen=True)
@@ -352,8 +312,8 @@ class RadialProcessor(Processor):
         backend: "auto", "triton" or "torch": kernel of the sparse calls.
 
     Raises:
-        TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has, or a
-            fraction of steps without a pipeline or `num_steps`.
+        TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
+            first forward of a run, a fraction of steps without a pipeline or `num_steps`.
     """
 
     decay: float | None = None
@@ -369,10 +329,12 @@ class RadialProcessor(Processor):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, int):
-            object.__setattr__(self, "block", (self.block, self.block))
+        if self.block is not None:
+            object.__setattr__(self, "block", _pair(self.block))
         if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
-            raise ValueError(f"num_steps must be an int of at least 1 (got {self.num_steps!r}).")
+            raise ValueError(
+                f"num_steps must be an int of at least 1 (got {self.num_steps!r}); pass the number of denoising steps."
+            )
         # what was given is checked here, where the mistake is, not at the first forward
         self._policy(RadialDefaults(1.0, True, 0, 0))
         self._schedule(RadialDefaults(1.0, True, 0, 0))
@@ -404,3 +366,12 @@ class RadialProcessor(Processor):
             first_layers=defaults.first_layers if self.first_layers is None else self.first_layers,
             last_layers=0 if self.last_layers is None else self.last_layers,
         )
+
+
+def _pair(block: Any) -> tuple[int, int]:
+    """(query rows, key rows) from one number or any sequence of two."""
+    try:
+        rows, columns = (block, block) if isinstance(block, int) else (operator.index(rows) for rows in block)
+    except (TypeError, ValueError):
+        raise TypeError(f"block must be 64 or 128, or a pair (query rows, key rows) (got {block!r}).") from None
+    return rows, columns

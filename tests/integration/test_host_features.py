@@ -203,10 +203,21 @@ def test_the_chosen_backend_serves_dense_calls(name, monkeypatch):
     assert not any("_attention_backend" in vars(a.module.processor) for a in attentions) or own
 
 
+@pytest.fixture
+def _fake_gpu(monkeypatch):
+    monkeypatch.setattr("videosparse.attach.describe_backend", lambda device: ("triton", ""))
+
+
+def bfloat16_inputs(name, grid=(3, 4, 5)):
+    torch.manual_seed(1)
+    inputs = TINY[name].inputs(grid, 2, [12, 7])
+    return {k: v.bfloat16() if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
+
+
 @pytest.mark.parametrize("name", ["hunyuan_video", "mochi", "wan"])
-@pytest.mark.usefixtures("_default_backend")
+@pytest.mark.usefixtures("_default_backend", "_fake_gpu")
 def test_dense_calls_with_text_take_our_kernel_on_a_gpu(name, monkeypatch):
-    """Unless a backend was chosen; Wan, without a mask, keeps the host's."""
+    """In half precision, when generating, and unless a backend was chosen; Wan, without a mask, keeps the host's."""
     from videosparse import processors
 
     calls = []
@@ -217,15 +228,29 @@ def test_dense_calls_with_text_take_our_kernel_on_a_gpu(name, monkeypatch):
         return attend(*args, **kwargs)
 
     monkeypatch.setattr("videosparse.processors.attend", spy)
-    monkeypatch.setattr("videosparse.attach.describe_backend", lambda device: ("triton", ""))
-    model = TINY[name].build()
-    stock = TINY[name].forward(model, (3, 4, 5))
-    sparsify(model, DenseProcessor())
-    torch.testing.assert_close(TINY[name].forward(model, (3, 4, 5)), stock, rtol=0, atol=1e-5)
-    assert calls == ([] if name == "wan" else [None, None])
+    model, processor = TINY[name].build().to(torch.bfloat16), DenseProcessor()
+    inputs = bfloat16_inputs(name)
+    sparsify(model, processor)
+    ours = "native SDPA" if name == "wan" else "videosparse triton"
+
+    def run(grad=False):
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            model(**inputs)
+        return len(calls), None if grad else processor.report().dense_backend
+
+    assert run() == (0 if name == "wan" else 2, ours)
+    assert run(grad=True)[0] == 0, "the backward of our kernel is slow"
+    model.set_attention_backend("_native_math")
+    sparsify(model, processor)
+    assert run() == (0, "_native_math")
     model.set_attention_backend("native")
+    sparsify(model, processor)
+    assert run() == (0, "native SDPA")
+    model = TINY[name].build()
+    sparsify(model, DenseProcessor())
     TINY[name].forward(model, (3, 4, 5))
-    assert len(calls) == (0 if name == "wan" else 2)
+    assert not calls, "fp32 is for who wants torch's own rounding"
 
 
 @EVERY

@@ -1,13 +1,16 @@
 """Whole pipelines, every class that is supported: parity, restoring, determinism, and the clock of their runs."""
 
-from pipes import PIPES
+import copy
+import gc
+import weakref
+from pipes import PIPES, TINY
 
 import pytest
 import torch
 from probes import FullMap, Probe
 
 from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
-from videosparse.attach import Clock
+from videosparse.clock import Clock
 from videosparse.policies.base import DenseSchedule
 from videosparse.processors import LayerProcessor
 
@@ -231,8 +234,6 @@ def test_a_pipeline_of_the_same_components(pipe_of):
 
 
 def test_a_scheduler_that_stands_still_is_reported(pipe_of, caplog):
-    import copy
-
     pipe = pipe_of("wan")
     sparsify(pipe, DenseProcessor())
     scheduler = pipe.scheduler
@@ -242,8 +243,6 @@ def test_a_scheduler_that_stands_still_is_reported(pipe_of, caplog):
 
 
 def test_a_transformer_alone_counts_changed_timesteps(tiny_of):
-    from pipes import TINY
-
     model, probe = tiny_of("wan"), Probe()
     sparsify(model, probe)
     inputs = TINY["wan"].inputs((1, 4, 4), 1, [])
@@ -254,8 +253,6 @@ def test_a_transformer_alone_counts_changed_timesteps(tiny_of):
 
 
 def test_a_transformer_alone_with_num_steps(tiny_of):
-    from pipes import TINY
-
     model = tiny_of("mochi")
     processor = RadialProcessor(first_steps=0.5, last_steps=1, num_steps=4, block=64)
     sparsify(model, processor)
@@ -269,10 +266,104 @@ def test_a_transformer_alone_with_num_steps(tiny_of):
     assert (reports[-1].dense_calls, reports[-1].sparse_calls) == (6, 2)
 
 
-def test_a_clock_whose_pipeline_is_gone_reads_timesteps():
+def test_a_pipeline_that_outlives_the_one_that_was_bound():
+    """The scheduler is shared, and tells the step also when the first pipeline is gone."""
+    pipe, kind = PIPES["wan"].build(), PIPES["wan_v2v"]
+    from diffusers import WanVideoToVideoPipeline
+
+    probe = Probe()
+    sparsify(pipe, probe)
+    names = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+    other = WanVideoToVideoPipeline(**{name: pipe.components[name] for name in names})
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    kind.run(other)
+    assert probe.steps() == [(branch, index, 3) for index in range(3) for branch in ("0", "1")]
+
+
+def test_an_exchanged_scheduler_is_followed(pipe_of):
+    from diffusers import UniPCMultistepScheduler
+
+    pipe, kind, probe = pipe_of("wan"), PIPES["wan"], Probe()
+    before = pipe.scheduler
+    sparsify(pipe, probe)
+    try:
+        pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        kind.run(pipe)
+    finally:
+        pipe.scheduler = before
+    assert [index for _, index, _ in probe.steps()] == [0, 0, 1, 1]
+
+
+def test_a_clock_of_a_scheduler_without_a_step_reads_timesteps():
     class Pipe:
         scheduler = None
 
     clock = Clock(Pipe(), None)
     clock.tick(torch.tensor([[0.0, 7.0]]))
     assert (clock.run, clock.index, clock.total()) == (1, 0, None)
+
+
+def test_copies_of_a_clock_follow_the_same_scheduler(pipe_of):
+    pipe = pipe_of("wan")
+    clock = copy.deepcopy(Clock(pipe, None))
+    assert clock._scheduler() is pipe.scheduler
+
+
+def test_dense_steps_that_cover_the_run_are_reported(pipe_of, caplog):
+    pipe, kind = pipe_of("wan"), PIPES["wan"]
+    sparsify(pipe, RadialProcessor(first_steps=12))
+    for runs in (1, 2):
+        kind.run(pipe, num_inference_steps=8, negative_prompt=None, guidance_scale=1.0)
+        assert caplog.text.count("WARNING") == runs, "once per run"
+    assert (
+        "first_steps=12 and last_steps=0 cover all 8 steps of this run: every call is dense; use 2, or the fraction "
+        "0.24." in caplog.text
+    )
+    caplog.clear()
+    for processor in (RadialProcessor(first_steps=1), RadialProcessor(), DenseProcessor()):
+        sparsify(pipe, processor)
+        kind.run(pipe)
+    assert not caplog.text
+
+
+def test_the_end_of_a_run_frees_plans(pipe_of):
+    pipe, kind = pipe_of("wan"), PIPES["wan"]
+    sparsify(pipe, RadialProcessor(first_steps=0))
+    kind.run(pipe)
+    layers = layers_of(pipe)
+    assert [layer.plan for layer in layers] == [None, None]
+    with torch.no_grad():
+        pipe.transformer(**TINY["wan"].inputs((1, 4, 4), 1, []))
+    assert all(layer.plan is not None for layer in layers)
+    restore(pipe)
+    assert [layer.plan for layer in layers] == [None, None]
+    assert not pipe.transformer._forward_hooks
+
+
+def test_the_second_expert_frees_what_the_first_has_kept(pipe_of):
+    pipe, kind = pipe_of("wan22"), PIPES["wan22"]
+    sparsify(pipe, Probe(FullMap(pure=False)))
+    trackers = [vars(t)["_videosparse_tracker"] for t in (pipe.transformer, pipe.transformer_2)]
+    kept = []
+
+    def look(pipe, index, timestep, kwargs):
+        kept.append([(bool(t.states), any(layer.plan is not None for _, layer in t.layers)) for t in trackers])
+        return kwargs
+
+    kind.run(pipe, callback_on_step_end=look)
+    assert kept[0] == [(True, True), (False, False)]
+    assert kept[-1] == [(False, False), (True, True)]
+
+
+def test_layers_share_plans(tiny_of):
+    """One dense plan, one for each map: what a forward costs does not grow with its depth."""
+    model = TINY["hunyuan_video"].build(num_layers=3, num_single_layers=3)
+    sparsify(model, RadialProcessor(first_steps=0, first_layers=2))
+    TINY["hunyuan_video"].forward(model)
+    plans = [layer.plan for _, layer in vars(model)["_videosparse_tracker"].layers]
+    assert len({id(plan) for plan in plans[:2]}) == 1
+    assert len({id(plan) for plan in plans[2:]}) == 1
+    assert plans[0].key_mask.shape == (2, 5 * 15 * 25 + 12)

@@ -61,7 +61,7 @@ def test_sparse_equals_the_reference_with_the_block_map(name, tiny_of, monkeypat
     assert report.video_density <= report.density
     assert (sparse - stock).abs().max() > 1e-4
 
-    def reference(q, k, v, *, layout, index, options):
+    def reference(q, k, v, *, layout, index, order, options):
         block_map = policy.block_map(videosparse.TokenLayout(layout.grid, layout.text))
         return attention_reference(q, k, v, layout=layout, block_map=block_map)[0]
 

@@ -1,0 +1,115 @@
+"""Which denoising step of which run a pipeline is in: `Clock`."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Which denoising step of which run a pipeline is in: one for all its transformers and branches.
+
+    With a pipeline, the scheduler's `step_index` tells: a host value, None before the first step, the same for all
+    branches. Pipelines made of the same components share the scheduler, so it also tells when another of them runs, and
+    when the first is gone. Without one, or with a scheduler that lacks it, a changed timestep is a new step, and one
+    that turns around, or a run of `num_steps`, a new run; reading it waits for the device.
+
+    Args:
+        pipeline: whose `scheduler` to read, or None.
+        num_steps: steps of a run as told by the user; None asks the pipeline.
+    """
+
+    def __init__(self, pipeline: object | None, num_steps: int | None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._shared = getattr(pipeline, "scheduler", None)
+        self._num_steps = num_steps
+        self._ended = True
+        self._mark: float | None = None
+        self._timeline: object = None
+        self._rising: bool | None = None
+        self._total: int | None = None
+        self.run = 0
+        self.index = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Clock:
+        # the copy of a transformer serves the same pipeline, whose scheduler is not copied
+        return copy.copy(self)
+
+    @property
+    def follows(self) -> bool:
+        """Whether a scheduler tells the step."""
+        return self._scheduler() is not None
+
+    def end(self) -> None:
+        """The run is over: whatever comes next belongs to another."""
+        self._ended = True
+
+    def tick(self, timestep: torch.Tensor | None) -> None:
+        """Bring `run` and `index` up to date for a forward; `timestep` is the transformer's input, of any shape."""
+        scheduler = self._scheduler()
+        if scheduler is not None:
+            self._follow(scheduler, timestep)
+        else:
+            self._watch(None if timestep is None else float(timestep.max()))
+            self._total = getattr(self._alive(), "num_timesteps", None)
+
+    def total(self) -> int | None:
+        """Steps of this run, None when nobody says."""
+        if self._num_steps is not None:
+            return self._num_steps
+        return self._total
+
+    def _count(self, timesteps: torch.Tensor, first: torch.Tensor | None) -> int | None:
+        """Steps of a run that walks `timesteps` from `first` on: video-to-video starts late.
+
+        The pipeline's own number is exact, but stale when another pipeline of the same components is the one that
+        runs. So it only decides where `first` was rounded (to bfloat16) on its way to the transformer.
+        """
+        known: int | None = getattr(self._alive(), "num_timesteps", None)
+        if first is None:
+            return known
+        distance = (timesteps.detach().cpu().float() - float(first.max())).abs()
+        left = len(timesteps) - int(distance.argmin())
+        rounded = float(distance.min()) > 0
+        return known if known is not None and rounded and abs(known - left) <= 1 else left
+
+    def _alive(self) -> object | None:
+        return None if self._pipeline is None else self._pipeline()
+
+    def _scheduler(self) -> Any:
+        """The scheduler of the pipeline, which its user may have exchanged; the last one known once it is gone."""
+        alive = self._alive()
+        if alive is not None:
+            self._shared = getattr(alive, "scheduler", None)
+        return self._shared if hasattr(self._shared, "step_index") else None
+
+    def _follow(self, scheduler: Any, timestep: torch.Tensor | None) -> None:
+        mark, timeline = scheduler.step_index, scheduler.timesteps
+        # set_timesteps makes a new tensor: that also tells a new run from one that failed in its first step
+        fresh = self._ended or timeline is not self._timeline
+        if fresh or (self._mark is not None and (mark is None or mark < self._mark)):
+            self._begin()
+            self._total = self._count(timeline, timestep)
+        elif mark != self._mark:
+            self.index += 1
+        self._mark, self._timeline = mark, timeline
+
+    def _watch(self, mark: float | None) -> None:
+        if self._ended:
+            self._begin()
+        elif mark is None or self._mark is None or mark != self._mark:
+            rising = None if mark is None or self._mark is None else mark > self._mark
+            turned = rising is not None and self._rising is not None and rising != self._rising
+            full = self._num_steps is not None and self.index + 1 >= self._num_steps
+            if turned or full:
+                self._begin()
+            else:
+                self.index, self._rising = self.index + 1, rising
+        self._mark = mark
+
+    def _begin(self) -> None:
+        self.run, self.index = self.run + 1, 0
+        self._ended, self._rising = False, None
