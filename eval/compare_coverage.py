@@ -32,14 +32,14 @@ from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import sample_scene
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/radial_coverage.csv"
-DECAYS = (0.2, 0.5, 1.0, 2.0)
-SIZES = ("81x128x128", "81x120x136", "81x168x184")
+DECAYS = (0.5, 1.0, 2.0, 4.0)
+SIZES = ("81x128x128", "81x120x136")
 SIGMAS = (0.9, 0.6, 0.3)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=6, help="rendered clips a size")
+    parser.add_argument("--clips", type=int, default=4, help="rendered clips a size")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="framesxheightxwidth in pixels")
     parser.add_argument("--decays", nargs="+", type=float, default=DECAYS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,7 @@
 """Options as users write them."""
 
+import re
+
 import pytest
 import torch
 
@@ -33,6 +35,48 @@ def test_values_are_read_as_what_they_look_like():
             "decay": 0.5, "first_steps": 2, "sink": False, "coverage": "any", "block": (64, 128), "last_steps": None,
         }
     }  # fmt: skip
+    assert type(parsed["radial"]["first_steps"]) is int
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((f"sink={word}", True) for word in ("yes", "on", "true", "YES", "True")),
+        *((f"sink={word}", False) for word in ("no", "off", "false", "No")),
+        ("sink=none", None), ("decay=1", 1.0), ("decay=2e-1", 0.2), ("first_steps=0.25", 0.25), ("first_steps=3", 3),
+        ("first_layers=2", 2), ("backend=torch", "torch"),
+        ("block=64", (64, 64)), ("block=128x64", (128, 64)), ("block=128,64", (128, 64)), ("block=(64, 64)", (64, 64)),
+        ("block=64 X 128", (64, 128)),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_the_type_of_the_option(text, value):
+    option = text.partition("=")[0]
+    read = parse_overrides([f"radial.{text}"])["radial"][option]
+    assert (read, type(read)) == (value, type(value))
+    make_processor("radial", {option: read})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sink=maybe", "radial.sink must be yes or no (got 'maybe')."),
+        ("sink=1", "radial.sink must be yes or no"),
+        ("decay=wide", "radial.decay must be a number, such as 0.5 (got 'wide')."),
+        ("decay=nan", "radial.decay must be a number"),
+        ("decay=1e999", "radial.decay must be a number"),
+        ("decay=yes", "radial.decay must be a number"),
+        ("first_steps=few", "radial.first_steps must be a number"),
+        ("first_layers=1.5", "radial.first_layers must be a whole number, such as 2 (got '1.5')."),
+        ("first_layers=" + "9" * 5000, "radial.first_layers must be a whole number"),
+        ("block=64x", "radial.block must be one size or two, such as 64 or 64x128 (got '64x')."),
+        ("block=64x64x64", "radial.block must be"),
+        ("block=(64", "radial.block must be"),
+        ("block=big", "radial.block must be"),
+    ],
+)
+def test_values_of_another_type(text, message):
+    with pytest.raises(GenerationError, match=re.escape(message)):
+        parse_overrides([f"radial.{text}"])
 
 
 def test_the_last_of_two_wins():
@@ -65,7 +109,8 @@ def test_unknown_names(text, message):
         ({"decay": "wide"}, "decay must be a number"),
         ({"decay": -1}, "decay must be positive"),
         ({"block": 32}, "block must be"),
-        ({"coverage": "some"}, "coverage must be one of"),
+        ({"coverage": "some"}, "coverage must be"),
+        ({"sink": "no"}, "sink must be True or False"),
         ({"first_steps": -1}, "first_steps must be"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"dekay": 1}, "no option 'dekay'"),
@@ -103,7 +148,7 @@ def test_more_dense_layers_than_the_model_has():
 def test_a_grid_that_the_method_refuses():
     tiny = VideoGrid(64, 4, 4)
     with pytest.raises(GenerationError, match=r"coverage='majority' leaves query blocks"):
-        check_method_fits(WAN, tiny, "radial", {"block": 128}, torch.device("cpu"))
+        check_method_fits(WAN, tiny, "radial", {"block": 128, "coverage": "majority"}, torch.device("cpu"))
 
 
 def test_a_backend_that_cannot_run():

@@ -90,12 +90,12 @@ def test_equals_the_literal_rule(grid, block, decay, sink, neighbour):
 @pytest.mark.parametrize(
     ("size", "policy", "dropped_full", "dropped_padded"),
     [
-        ((720, 960, 81), RadialPolicy(decay=0.2, first_neighbour="half"), 0.7385, 0.7352),
-        ((768, 1280, 69), RadialPolicy(decay=0.2), 0.7129, None),
-        ((768, 1280, 69), RadialPolicy(decay=0.2, first_neighbour="half"), 0.7366, None),
-        ((768, 1280, 117), RadialPolicy(decay=0.95, sink=False), 0.7254, None),
-        ((720, 1280, 509), RadialPolicy(decay=1.0, sink=False), 0.8912, None),
-        ((720, 1280, 161), RadialPolicy(decay=1.0), 0.7401, 0.7388),
+        ((720, 960, 81), RadialPolicy(coverage="majority", decay=0.2, first_neighbour="half"), 0.7385, 0.7352),
+        ((768, 1280, 69), RadialPolicy(coverage="majority", decay=0.2), 0.7129, None),
+        ((768, 1280, 69), RadialPolicy(coverage="majority", decay=0.2, first_neighbour="half"), 0.7366, None),
+        ((768, 1280, 117), RadialPolicy(coverage="majority", decay=0.95, sink=False), 0.7254, None),
+        ((720, 1280, 509), RadialPolicy(coverage="majority", decay=1.0, sink=False), 0.8912, None),
+        ((720, 1280, 161), RadialPolicy(coverage="majority", decay=1.0), 0.7401, 0.7388),
     ],
 )
 def test_golden_densities(size, policy, dropped_full, dropped_padded):
@@ -192,5 +192,5 @@ def test_sink_is_a_bool():
 
 def test_majority_refuses_grids_that_would_leave_empty_rows():
     with pytest.raises(ValueError, match="without any key"):
-        RadialPolicy(sink=False).block_map(TokenLayout(VideoGrid(64, 5, 6)))
+        RadialPolicy(sink=False, coverage="majority").block_map(TokenLayout(VideoGrid(64, 5, 6)))
     assert RadialPolicy(sink=False, coverage="any").block_map(TokenLayout(VideoGrid(64, 5, 6))).keep.any(-1).all()
