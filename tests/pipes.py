@@ -424,6 +424,19 @@ TINY: dict[str, Tiny] = {
 }
 
 
+def assert_as_accurate(ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor) -> None:
+    """A transformer's output [B, C, ...] is at most twice as far from the truth as the stock processors'.
+
+    The judge of the kernels, on whole models; see `videosparse/kernels/accuracy.py`.
+    """
+    from videosparse.kernels.accuracy import allowed_error, worst_row
+
+    ours, stock, truth = (x.detach().movedim(1, -1) for x in (ours, stock, truth))
+    assert ours.dtype == stock.dtype
+    error, allowed = worst_row(ours, truth), allowed_error(truth.double(), stock)
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
 @pytest.fixture(scope="session")
 def built() -> dict[str, Any]:
     """What has been built so far."""

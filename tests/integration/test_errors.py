@@ -208,6 +208,19 @@ def test_modes_that_are_not_built(tiny_of):
         layer.core(None, None, None, LayerPlan(Mode.SEARCH, videosparse.TokenLayout(videosparse.VideoGrid(1, 1, 1))))
 
 
+def test_a_token_order_is_not_ignored(tiny_of, monkeypatch):
+    from dataclasses import replace
+
+    from videosparse.policies.radial import RadialPolicy
+
+    plan = RadialPolicy.plan
+    order = object()
+    monkeypatch.setattr(RadialPolicy, "plan", lambda *a, **k: replace(plan(*a, **k), order=order))
+    sparsify(tiny_of("wan"), RadialProcessor(first_steps=0, first_layers=0))
+    with pytest.raises(NotImplementedError, match=r"attend\(order=\.\.\.\) is not available"):
+        TINY["wan"].forward(tiny_of("wan"))
+
+
 def test_stock_processors_pass_through(pipe_of):
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
