@@ -157,7 +157,7 @@ class RunTracker:
             for layer, plan in plans:
                 layer.plan = plan
 
-        for tensor in output if isinstance(output, tuple) else output.values():
+        for tensor in output.values() if isinstance(output, Mapping) else output:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(recall)  # type: ignore[no-untyped-call]
 

@@ -245,8 +245,9 @@ class Processor(ABC):
 class DenseProcessor(Processor):
     """Dense attention everywhere, on the same path: the baseline of a comparison, with the same report.
 
-    Through the backend that was chosen with `set_attention_backend`; else through the fastest there is, which on GPUs
-    is our own kernel where text is part of the sequence (HunyuanVideo, Mochi).
+    Through the backend that was chosen with `set_attention_backend`; else through the fastest there is, which for
+    generation in half precision on a GPU is our own kernel where text is part of the sequence (HunyuanVideo, Mochi).
+    `report().dense_backend` names it.
     """
 
     def resolve(

@@ -167,6 +167,19 @@ def test_hunyuan_single_blocks_follow_the_dual_ones():
     assert names[1:3] == ["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"]
 
 
+def test_values_of_single_blocks_are_not_copied_without_a_gap(tiny_of, monkeypatch):
+    model = tiny_of("hunyuan_video")
+    sparsify(model, DenseProcessor())
+    attention = model.single_transformer_blocks[0].attn
+    made, used = [], []
+    handle = attention.to_v.register_forward_hook(lambda *a: made.append(a[2]))
+    core = attention.processor.core
+    monkeypatch.setattr(attention.processor, "core", lambda q, k, v, plan: used.append(v) or core(q, k, v, plan))
+    TINY["hunyuan_video"].forward(model, (3, 4, 5))
+    handle.remove()
+    assert used[0].data_ptr() == made[0].data_ptr()
+
+
 @EVERY
 def test_layout_from_the_roots_inputs(name, tiny_of):
     model, tiny = tiny_of(name), TINY[name]

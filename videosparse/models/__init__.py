@@ -35,7 +35,9 @@ def family_of(transformer: object) -> ModelFamily:
     found = next((family for family in families if family is not None), None)
     if found is None:
         known = ", ".join(name for family in FAMILIES.values() for name in family.transformers)
-        raise TypeError(f"{type(transformer).__name__} is not supported; supported transformers: {known}.")
+        raise TypeError(
+            f"{type(transformer).__name__} is not supported; supported transformers: {known}. Load one of them."
+        )
     return found
 
 
@@ -56,5 +58,8 @@ def model_variant(model: ModelSpec | Mapping[str, Any], *, experts: int = 1) -> 
     found = find_family(name)
     if found is None:
         known = ", ".join(n for family in FAMILIES.values() for n in family.transformers)
-        raise ValueError(f"The configuration is of {name}, which is not supported; supported transformers: {known}.")
+        raise ValueError(
+            f"The configuration is of {name}, which is not supported; supported transformers: {known}. Load one of "
+            "them."
+        )
     return found.variant(model, experts)
