@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from videosparse.layout import TokenLayout, VideoGrid
@@ -14,6 +15,7 @@ class ModelSpec:
     Args:
         name: how the command line calls it.
         family: "wan", "hunyuan_video" or "mochi".
+        variant: whose settings suit it: one of the `variants` of its family.
         layers, heads, head_dim: of the transformer's self-attention.
         stride: (time, space) compression of the VAE.
         text: text tokens inside self-attention (0 for Wan).
@@ -22,6 +24,7 @@ class ModelSpec:
 
     name: str
     family: str
+    variant: str
     layers: int
     heads: int
     head_dim: int
@@ -29,8 +32,12 @@ class ModelSpec:
     text: int = 0
     patch: int = 2
 
-    def grid(self, num_frames: int, height: int, width: int) -> VideoGrid:
+    def grid(self, num_frames: int, height: int, width: int, multiple: int = 1) -> VideoGrid:
         """The token grid of a video of `num_frames` pixel frames and height x width pixels.
+
+        Args:
+            num_frames, height, width: in pixels.
+            multiple: what height and width have to be a multiple of beside the model's own step.
 
         Raises:
             ValueError: a size that the model cannot take, with the nearest that it can.
@@ -40,13 +47,14 @@ class ModelSpec:
             low = max(0, (num_frames - 1) // time) * time + 1
             near = " or ".join(str(n) for n in dict.fromkeys((low, max(1, low + (time if num_frames >= 1 else 0)))))
             raise ValueError(f"num_frames must be {time}k+1 for {self.name} (got {num_frames}); use {near}.")
-        step = space * self.patch
+        step = math.lcm(space * self.patch, multiple)
         for label, size in (("height", height), ("width", width)):
             if size < step or size % step:
                 low = max(step, size // step * step)
                 near = " or ".join(str(n) for n in dict.fromkeys((low, low + step if size > step else low)))
                 raise ValueError(f"{label} must be a multiple of {step} for {self.name} (got {size}); use {near}.")
-        return VideoGrid((num_frames - 1) // time + 1, height // step, width // step)
+        token = space * self.patch
+        return VideoGrid((num_frames - 1) // time + 1, height // token, width // token)
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,13 @@ class Case:
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("wan2.1-1.3b", "wan", 30, 12, 128, (4, 8)),
-        ModelSpec("wan2.1-14b", "wan", 40, 40, 128, (4, 8)),
-        ModelSpec("wan2.2-a14b", "wan", 40, 40, 128, (4, 8)),
-        ModelSpec("wan2.2-5b", "wan", 30, 24, 128, (4, 16)),
-        ModelSpec("hunyuan-video", "hunyuan_video", 60, 24, 128, (4, 8), text=256),
-        ModelSpec("mochi", "mochi", 48, 24, 128, (6, 8), text=256),
-        ModelSpec("tiny-wan", "wan", 8, 4, 64, (4, 4)),
+        ModelSpec("wan2.1-1.3b", "wan", "wan2.1", 30, 12, 128, (4, 8)),
+        ModelSpec("wan2.1-14b", "wan", "wan2.1", 40, 40, 128, (4, 8)),
+        ModelSpec("wan2.2-a14b", "wan", "wan2.2-a14b", 40, 40, 128, (4, 8)),
+        ModelSpec("wan2.2-5b", "wan", "wan2.2-5b", 30, 24, 128, (4, 16)),
+        ModelSpec("hunyuan-video", "hunyuan_video", "hunyuan-video", 60, 24, 128, (4, 8), text=256),
+        ModelSpec("mochi", "mochi", "mochi", 48, 24, 128, (6, 8), text=256),
+        ModelSpec("tiny-wan", "wan", "wan2.1", 8, 4, 64, (4, 4)),
     )
 }
 

@@ -2,12 +2,16 @@
 
 import json
 import math
+import re
+import shutil
+from dataclasses import replace
 
 import folders
 import pytest
 import torch
 
 from videosparse.generation import GenerationError, GenerationRequest, compare, generate, running
+from videosparse.generation.errors import memory_errors
 from videosparse.generation.running import load_pipeline, run_method
 from videosparse.generation.video import DIVIDER, read_mp4
 
@@ -115,6 +119,46 @@ def test_compare(ask, pipe, tmp_path):
     assert result.sparse.report.density < 1.0
 
 
+def test_the_baseline_of_a_comparison_is_named(ask, pipe, tmp_path):
+    result = compare(ask(), pipe=pipe)
+    assert result.dense_backend == "native SDPA"
+    record = json.loads(result.save(tmp_path / "a.mp4")[".json"].read_text())
+    assert record["comparison"]["dense_backend"] == "native SDPA"
+
+
+def test_a_comparison_that_gains_nothing_says_why(ask, pipe):
+    result = compare(ask(num_frames=17), pipe=pipe)
+    sparse, dense = result.sparse, result.dense
+    slow, fast = (
+        replace(result, dense=replace(dense, timings=replace(dense.timings, denoise=times * sparse.timings.denoise)))
+        for times in (0.9, 2.0)
+    )
+    assert f"{sparse.report.density:.0%} of the blocks" in slow.explanation
+    assert "Longer videos gain more" in slow.explanation
+    assert fast.explanation == ""
+
+
+@pytest.mark.parametrize("warm_up", [True, False, None])
+def test_warm_up_uses_every_kernel_once_and_is_not_timed(ask, pipe, monkeypatch, warm_up):
+    seen = []
+
+    def run(pipe, settings, method, options, progress):
+        seen.append((method, settings.steps, dict(options)))
+        return run_method(pipe, settings, method, options, progress)
+
+    monkeypatch.setattr("videosparse.generation.generating.run_method", run)
+    told = []
+    request = ask(steps=3, options={"radial": {"decay": 0.5, "first_steps": 1}})
+    result = compare(request, pipe=pipe, warm_up=warm_up, progress=lambda phase, *_: told.append(phase))
+    timed = [("radial", 3, {"decay": 0.5, "first_steps": 1}), ("dense", 3, {})]
+    first = [("radial", 2, {"decay": 0.5, "first_steps": 0, "last_steps": 0}), ("dense", 2, {})]
+    assert seen == (first if warm_up else []) + timed
+    assert result.warmed_up == bool(warm_up)
+    assert ("no warm-up" in result.measured) == (not warm_up)
+    assert ("warm-up radial denoise" in told) == bool(warm_up)
+    assert len(result.sparse.timings.steps) == 3
+
+
 def test_compare_refuses_dense(ask):
     with pytest.raises(GenerationError, match="sets a sparse method against dense"):
         compare(ask(method="dense"))
@@ -127,11 +171,28 @@ def test_equal_videos_still_make_strict_json(ask, pipe, tmp_path):
 
 
 def test_missing_weights_are_one_clear_error(ask, model_folder, tmp_path):
-    import shutil
-
     folder = shutil.copytree(model_folder, tmp_path / "model")
     next((folder / "transformer").glob("*.safetensors")).unlink()
-    with pytest.raises(GenerationError, match="Cannot load"):
+    with pytest.raises(GenerationError, match=r"Cannot load.*download the model again"):
+        generate(ask(model=str(folder)))
+
+
+def test_a_file_that_lacks_a_weight_is_one_clear_error(ask, model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    path = next((folder / "transformer").glob("*.safetensors"))
+    weights = load_file(path)
+    del weights["proj_out.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(GenerationError, match="weights of its transformer are missing"):
+        generate(ask(model=str(folder)))
+
+
+def test_damaged_weights_are_one_clear_error(ask, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    next((folder / "vae").glob("*.safetensors")).write_bytes(b"\xff" * 100)
+    with pytest.raises(GenerationError, match=r"Cannot load.*download the model again"):
         generate(ask(model=str(folder)))
 
 
@@ -141,23 +202,55 @@ def test_frames_that_are_not_finite_are_refused(ask, pipe, monkeypatch):
         generate(ask(), pipe=pipe)
 
 
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_what_goes_wrong_inside_the_pipeline_is_no_error_of_the_request(ask, pipe, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("a bug")
+
+    monkeypatch.setattr(pipe.video_processor, "postprocess_video", fail)
+    with pytest.raises(error, match="a bug") as caught:
+        generate(ask(), pipe=pipe)
+    assert not isinstance(caught.value, GenerationError)
+    assert stock(pipe)
+
+
+def test_what_sparsify_refuses_is_an_error_of_the_request(ask, pipe, monkeypatch):
+    def refuse(*_):
+        raise TypeError("blocks.0.attn1 has a FancyProcessor")
+
+    monkeypatch.setattr(running, "sparsify", refuse)
+    with pytest.raises(GenerationError, match="FancyProcessor"):
+        generate(ask(), pipe=pipe)
+
+
 def test_a_full_gpu_says_what_to_do():
-    with pytest.raises(GenerationError, match=r"too little memory.*--offload model"), running._memory_errors():
+    with pytest.raises(GenerationError, match=r"too little memory.*--offload model"), memory_errors():
         raise torch.OutOfMemoryError
+
+
+def test_a_full_machine_says_what_to_do():
+    with pytest.raises(GenerationError, match=r"too little memory.*fewer frames"), memory_errors():
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="other"), memory_errors():
+        raise RuntimeError("other")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"prompt": "  "}, "The prompt is empty"),
+        ({"prompt": "\udcff"}, "The prompt is no valid UTF-8"),
+        ({"negative_prompt": "\udcff"}, "The negative prompt is no valid UTF-8"),
         ({"method": "sparse"}, "Unknown method 'sparse'"),
-        ({"steps": -1}, r"steps must be at least 1 \(got -1\)"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"guidance": math.nan}, "guidance must be a number"),
-        ({"fps": 0}, "fps must be a number of at least 1"),
+        ({"steps": -1}, r"steps must be 1 to 1000 \(got -1\); the model's is 50"),
+        ({"steps": 10**9}, "steps must be 1 to 1000"),
+        ({"guidance": math.nan}, r"guidance must be 0 to 100 \(got nan\); the model's is 5"),
+        ({"guidance": 1e30}, "guidance must be 0 to 100"),
+        ({"fps": 0}, r"fps must be 1 to 240 \(got 0\)"),
+        ({"fps": math.inf}, "fps must be 1 to 240"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"num_frames": 10}, "use 9 or 13"),
-        ({"height": 60}, "use 56 or 64"),
+        ({"height": 60}, "use 48 or 64"),
         ({"dtype": "fp16"}, "fp16 is slow and inexact on a CPU"),
         ({"dtype": "int8"}, "Unknown dtype 'int8'"),
         ({"device": "gpu"}, "Unknown device 'gpu'"),
@@ -181,5 +274,19 @@ def test_no_gpu(ask):
         ask(device="cuda").resolve()
 
 
-def test_a_long_prompt_is_fine(ask, pipe):
-    assert generate(ask(prompt="red circle " * 200, steps=1), pipe=pipe).frames.shape[0] == 9
+def test_a_prompt_that_is_cut_is_noticed(ask, pipe, tmp_path):
+    result = generate(ask(prompt="red circle " * 200, negative_prompt="x" * 60, steps=1), pipe=pipe)
+    assert result.frames.shape[0] == 9
+    prompt, negative = result.run.notices
+    assert re.fullmatch(r"The prompt has \d+ tokens and the model reads 48: its end was cut off\.", prompt)
+    assert negative.startswith("The negative prompt has")
+    assert json.loads(result.save(tmp_path / "a.mp4")[".json"].read_text())["notices"] == [prompt, negative]
+
+
+def test_a_prompt_that_just_fits_is_not_noticed(ask, pipe):
+    def length(text):
+        return len(pipe.tokenizer(text).input_ids)
+
+    text = next("a" * n for n in range(1, 99) if length("a" * n) == 48)
+    assert generate(ask(prompt=text, steps=1), pipe=pipe).run.notices == ()
+    assert len(generate(ask(prompt=text + "a", steps=1), pipe=pipe).run.notices) == 1

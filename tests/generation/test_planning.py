@@ -1,10 +1,17 @@
 """Numbers of a run, without weights."""
 
-import pytest
+from dataclasses import dataclass
 
-from videosparse.generation import GenerationError
+import pytest
+import torch
+
+from videosparse.blocks import BlockMap
+from videosparse.generation import GenerationError, methods
 from videosparse.generation.planning import plan_run
 from videosparse.generation.sources import find_spec
+from videosparse.kernels import KernelOptions
+from videosparse.policies.base import DenseSchedule, SparsityPolicy
+from videosparse.processors import Processor, Resolved
 
 
 def test_wan_14b_at_720p():
@@ -35,13 +42,49 @@ def test_dense():
         plan.save_png("unused.png")
 
 
+def test_a_new_static_method_is_planned_and_one_that_searches_is_refused(monkeypatch):
+    @dataclass(frozen=True)
+    class Banded(SparsityPolicy):
+        searches: bool = False
+
+        name = "banded"
+        pure = True
+        block = (64, 64)
+
+        def plan(self, *_, **__):
+            raise NotImplementedError
+
+        def static_map(self, layout, device="cpu"):
+            return None if self.searches else BlockMap.full(layout, self.block, device)
+
+    @dataclass(frozen=True, eq=False, repr=False)
+    class BandedProcessor(Processor):
+        searches: bool = False
+
+        def resolve(self, model, *, experts=1, grid=None):
+            return Resolved("wan2.1", Banded(self.searches), DenseSchedule(), KernelOptions())
+
+    monkeypatch.setitem(methods.METHODS, "banded", BandedProcessor)
+    source = find_spec("tiny-wan")
+    plan = plan_run(source, method="banded")
+    assert (plan.density, plan.block_map.block, plan.method["searches"]) == (1.0, (64, 64), False)
+    with pytest.raises(GenerationError, match=r"banded chooses blocks while it runs.*generate --compare"):
+        plan_run(source, method="banded", options={"searches": True})
+    methods.check_method_fits(source, plan.grid, "banded", {"searches": True}, torch.device("cpu"))
+
+
 def test_no_guidance_is_one_branch():
     assert plan_run(find_spec("wan2.1-1.3b"), guidance=1.0).branches == 1
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"steps": 0}, "steps must be"), ({"num_frames": 80}, "use 77 or 81"), ({"method": "x"}, "Unknown method")],
+    [
+        ({"steps": 0}, r"steps must be 1 to 1000 \(got 0\); the model's is 50"),
+        ({"guidance": -1.0}, "guidance must be 0 to 100"),
+        ({"num_frames": 80}, "use 77 or 81"),
+        ({"method": "x"}, "Unknown method"),
+    ],
 )
 def test_errors(fields, message):
     with pytest.raises(GenerationError, match=message):

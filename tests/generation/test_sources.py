@@ -7,7 +7,16 @@ import folders
 import pytest
 
 from videosparse.cases import MODELS
-from videosparse.generation import GenerationError, embedded_model_path, find_model, sources
+from videosparse.generation import (
+    GenerationError,
+    GenerationRequest,
+    embedded_model_path,
+    find_model,
+    generate,
+    sources,
+)
+from videosparse.generation.methods import resolve_method
+from videosparse.generation.planning import plan_run
 from videosparse.generation.sources import DEFAULTS, HUB_IDS, check_text_to_video, find_spec
 
 
@@ -44,7 +53,7 @@ def test_the_embedded_model_is_known_at_any_depth(folder, layers):
     assert source.name == "tiny-wan"
     assert source.spec.layers == layers
     assert (source.defaults.num_frames, source.defaults.height, source.defaults.steps) == (33, 128, 20)
-    assert (source.defaults.guidance, source.defaults.max_sequence_length, source.defaults.fps) == (5.0, 48, 16)
+    assert (source.defaults.guidance, source.defaults.max_sequence_length, source.defaults.fps) == (4.0, 48, 16)
 
 
 @pytest.mark.parametrize(("experts", "name"), [(False, "wan2.1-14b"), (True, "wan2.2-a14b")])
@@ -56,11 +65,42 @@ def test_published_models_are_known_by_their_numbers(folder, experts, name):
     assert find_model(str(folder)).spec == MODELS[name]
 
 
+@pytest.mark.parametrize("name", ["small", "wan2.2-5b-mine", "wan2.2-a14b"])
+@pytest.mark.parametrize(
+    ("changes", "index", "variant"),
+    [
+        ({}, {}, "wan2.1"),
+        ({"in_channels": 48}, {}, "wan2.2-5b"),
+        ({}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "wan2.2-a14b"),
+        ({}, {"transformer_2": [None, None], "boundary_ratio": 0.9}, "wan2.2-a14b"),
+    ],
+)
+def test_the_configuration_decides_the_variant_whatever_the_folder_is_called(
+    model_folder, tmp_path, name, changes, index, variant
+):
+    folder = shutil.copytree(model_folder, tmp_path / name)
+    edit(folder / "transformer" / "config.json", **changes)
+    edit(folder / "model_index.json", **index)
+    source = find_model(str(folder))
+    assert source.spec.variant == variant
+    grid = source.grid(9, 64, 64)
+    assert resolve_method(source, grid, "radial", None).variant == variant
+    assert plan_run(source, num_frames=9, height=64, width=64).method["decay"] == (0.2 if variant == "wan2.1" else 0.8)
+
+
+def test_plan_and_run_agree_under_a_misleading_name(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "wan2.2-5b-mine")
+    size = {"num_frames": 9, "height": 64, "width": 64, "steps": 2}
+    run = generate(GenerationRequest("a circle", str(folder), device="cpu", **size)).run
+    assert run.options == plan_run(find_model(str(folder)), **size).method
+
+
 def test_hunyuan_video_and_mochi_configs(tmp_path):
     for name, pipeline, transformer in (
         ("hunyuan-video", "HunyuanVideoPipeline", {"num_layers": 20, "num_single_layers": 40, "patch_size": 2}),
         ("mochi", "MochiPipeline", {"num_layers": 48, "patch_size": 2}),
     ):
+        transformer = {"_class_name": pipeline.replace("Pipeline", "Transformer3DModel"), **transformer}
         files = {
             "model_index.json": {"_class_name": pipeline},
             "transformer/config.json": {"num_attention_heads": 24, "attention_head_dim": 128, **transformer},
@@ -118,6 +158,8 @@ def test_a_missing_embedded_model_says_where_to_get_it(tmp_path, monkeypatch):
         ("wan2.1-14", r"No model folder at wan2.1-14.*Did you mean 'wan2.1-14b'\?"),
         ("no-such/hub-model", "There is no folder no-such/hub-model.*cannot be fetched"),
         ("  ", "--model must not be empty"),
+        ("x" * 5000, "Cannot look for the model 'xxx.*too long"),
+        ("~no-such-user/model", "Cannot look for the model '~no-such-user/model'"),
     ],
 )
 def test_unknown_names(name, message):
@@ -134,6 +176,11 @@ def test_folders_that_are_no_pipeline(folder, tmp_path):
         find_model(str(folder / "transformer"))
     with pytest.raises(GenerationError, match="must be a folder"):
         find_model(str(folder / "model_index.json"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        moved = (folder / "tokenizer" / file).rename(tmp_path / file)
+        with pytest.raises(GenerationError, match=rf"is incomplete: it has no.*tokenizer/{file}"):
+            find_model(str(folder))
+        moved.rename(folder / "tokenizer" / file)
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(GenerationError, match=r"is incomplete: it has no vae/config.json"):
         find_model(str(folder))
@@ -141,8 +188,19 @@ def test_folders_that_are_no_pipeline(folder, tmp_path):
 
 def test_damaged_configs(folder):
     path = folder / "transformer" / "config.json"
+    good = path.read_text()
     path.write_text(json.dumps({"num_layers": 2}))
     with pytest.raises(GenerationError, match="num_attention_heads"):
+        find_model(str(folder))
+    path.write_text(good)
+    for changes in ({"num_layers": "2"}, {"num_layers": None}, {"rope_max_seq_len": "x"}, {"patch_size": ["1"]}):
+        edit(path, **changes)
+        (key,) = changes
+        with pytest.raises(GenerationError, match=rf"transformer/config.json: {key} must be a whole number above 0"):
+            find_model(str(folder))
+        path.write_text(good)
+    edit(path, _class_name="MochiTransformer3DModel")
+    with pytest.raises(GenerationError, match="which is not the transformer of a wan pipeline"):
         find_model(str(folder))
     path.write_text("{")
     with pytest.raises(GenerationError, match=r"Cannot read .*config.json"):
@@ -156,6 +214,9 @@ def test_unsupported_pipelines(folder):
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(GenerationError, match=r"is a StableDiffusionPipeline.*supported: WanPipeline"):
         find_model(str(folder))
+    edit(folder / "model_index.json", _class_name="WanAnimatePipeline")
+    with pytest.raises(GenerationError, match=r"is a WanAnimatePipeline, which videosparse does not know"):
+        find_model(str(folder))
     edit(folder / "model_index.json", _class_name="WanImageToVideoPipeline")
     source = find_model(str(folder))
     with pytest.raises(GenerationError, match="needs an image besides the prompt"):
@@ -166,9 +227,11 @@ def test_unsupported_pipelines(folder):
     ("size", "message"),
     [
         ((10, 64, 64), r"num_frames must be 4k\+1 .*got 10.*use 9 or 13"),
-        ((9, 60, 64), r"height must be a multiple of 8 .*got 60.*use 56 or 64"),
-        ((9, 64, 3), r"width must be a multiple of 8 .*got 3"),
+        ((9, 60, 64), r"height must be a multiple of 16 .*got 60.*use 48 or 64"),
+        ((9, 8, 64), r"height must be a multiple of 16 .*got 8.*use 16"),
+        ((9, 64, 3), r"width must be a multiple of 16 .*got 3.*use 16"),
         ((1001, 64, 64), "num_frames must be at most 253"),
+        ((100001, 512, 512), r"is \d+ tokens for small, and at most 2097152 are possible; use fewer frames"),
         ((9, 64, 1024), "width must be at most 512"),
     ],
 )

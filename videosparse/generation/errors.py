@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 class GenerationError(ValueError):
@@ -15,6 +18,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in known}
     match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
     return f" Did you mean {lowered[match[0]]!r}?" if match else ""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Say what to do about full memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GenerationError(
+            "The GPU has too little memory for this video; use --offload model, fewer frames or a smaller size."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        # how torch reports that the system gave it no memory
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise GenerationError(
+            "This machine has too little memory for this video; use fewer frames or a smaller size."
+        ) from error
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

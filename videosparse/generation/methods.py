@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
-from videosparse.blocks import BlockIndex, BlockMap
-from videosparse.generation.errors import GenerationError, nearest, one_line
+from videosparse.blocks import BlockMap
+from videosparse.generation.errors import GenerationError, memory_errors, nearest, one_line
 from videosparse.generation.sources import ModelSource
 from videosparse.kernels.backend import missing
 from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.policies.radial import RadialPolicy
+from videosparse.policies.base import SparsityPolicy
 from videosparse.processors import DenseProcessor, Processor, RadialProcessor, Resolved
 
 Options = Mapping[str, object]
@@ -24,7 +27,20 @@ METHODS: dict[str, type[Processor]] = {"radial": RadialProcessor, "dense": Dense
 # A pipeline's own clock knows the number of steps; the processor's argument is for bare transformers.
 _NOT_SETTABLE = {"num_steps"}
 
-_WORDS = {"true": True, "false": False, "none": None}
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,9}")
+_SIZES = re.compile(r"([0-9]{1,9})(?:\s*[x×,]\s*([0-9]{1,9}))?")
+
+
+@contextmanager
+def refusals(before: str = "") -> Iterator[None]:
+    """Make what the library refuses an error of the request; only around calls that check what the user gave."""
+    try:
+        yield
+    except GenerationError:
+        raise
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise GenerationError(before + one_line(error)) from error
 
 
 def check_method(name: str) -> None:
@@ -42,10 +58,12 @@ def option_names(method: str) -> tuple[str, ...]:
 def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
     """Options by method from texts such as "radial.decay=0.5"; later ones win.
 
-    Values are read as Python literals (`1`, `0.5`, `(64, 64)`), true, false, none, or else as a word.
+    A value is read as the type that the processor declares: yes, no, on, off, true or false; 64, 64x128 or "64, 128";
+    numbers; words. "none" is the model's default.
 
     Raises:
-        GenerationError: no "method.option=value", an unknown method, or an unknown option (with the nearest name).
+        GenerationError: no "method.option=value", an unknown method, an unknown option (with the nearest name), or a
+            value of another type.
     """
     parsed: dict[str, dict[str, object]] = {}
     for text in assignments:
@@ -54,7 +72,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
         if not (equals and dot and option and value):
             raise GenerationError(f"--set expects method.option=value, such as radial.decay=0.5 (got {text!r}).")
         _check_option(method, option)
-        parsed.setdefault(method, {})[option] = _value(value)
+        parsed.setdefault(method, {})[option] = _value(method, option, value)
     return parsed
 
 
@@ -68,10 +86,8 @@ def make_processor(method: str, options: Options | None = None) -> Processor:
     options = options or {}
     for option in options:
         _check_option(method, option)
-    try:
+    with refusals(f"Bad option of method {method}: "):
         return METHODS[method](**options)
-    except (TypeError, ValueError) as error:
-        raise GenerationError(f"Bad option of method {method}: {one_line(error)}") from error
 
 
 def resolve_method(source: ModelSource, grid: VideoGrid, method: str, options: Options | None) -> Resolved:
@@ -81,11 +97,9 @@ def resolve_method(source: ModelSource, grid: VideoGrid, method: str, options: O
         GenerationError: an unknown method or option, a bad value, or more dense layers than the model has.
     """
     processor = make_processor(method, options)
-    try:
-        resolved = processor.resolve(source.spec, grid=grid)
+    with refusals():
+        resolved = processor.resolve(source.described, experts=source.experts, grid=grid)
         resolved.schedule.check_layers(source.spec.layers)
-    except (TypeError, ValueError) as error:
-        raise GenerationError(one_line(error)) from error
     return resolved
 
 
@@ -94,7 +108,7 @@ def check_method_fits(
 ) -> None:
     """Raise GenerationError where a method cannot run on a model, grid and device."""
     resolved = resolve_method(source, grid, method, options)
-    if isinstance(resolved.policy, RadialPolicy):
+    if resolved.policy is not None:
         static_map(resolved.policy, TokenLayout(grid, source.spec.text))
     if resolved.options.backend == "triton" and (reason := missing(device, torch.float32)):
         raise GenerationError(f"backend=triton cannot run on {device}: {reason}; use backend=auto.")
@@ -108,16 +122,14 @@ def resolved_options(resolved: Resolved) -> dict[str, object]:
     return {**policy, **dataclasses.asdict(resolved.schedule), "backend": resolved.options.backend}
 
 
-def static_map(policy: RadialPolicy, layout: TokenLayout) -> tuple[BlockMap, BlockIndex]:
-    """The map of a layout and its lists, on the CPU.
+def static_map(policy: SparsityPolicy, layout: TokenLayout) -> BlockMap | None:
+    """The map of a layout on the CPU; None for a method that chooses blocks while it runs.
 
     Raises:
         GenerationError: the policy refuses this layout.
     """
-    try:
-        return policy.block_map(layout), policy.block_index(layout)
-    except ValueError as error:
-        raise GenerationError(one_line(error)) from error
+    with refusals(), memory_errors():
+        return policy.static_map(layout)
 
 
 def check_options_used(options: Mapping[str, Options], method: str) -> None:
@@ -140,10 +152,35 @@ def _check_option(method: str, option: str) -> None:
         )
 
 
-def _value(text: str) -> object:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+def _value(method: str, option: str, text: str) -> object:
+    """`text` as the type that the processor declares for `option`."""
+    hint = typing.get_type_hints(METHODS[method])[option]
+    kinds = typing.get_args(hint) or (hint,)
+    if text.lower() == "none" and type(None) in kinds:
+        return None
+    if bool in kinds:
+        if text.lower() in _SWITCH:
+            return _SWITCH[text.lower()]
+        expected = "yes or no"
+    elif any(typing.get_origin(kind) is tuple for kind in kinds):
+        inside = text[1:-1].strip() if text[0] + text[-1] == "()" else text.lower()
+        if found := _SIZES.fullmatch(inside):
+            return tuple(int(size or found[1]) for size in found.groups())
+        expected = "one size or two, such as 64 or 64x128"
+    elif str in kinds:
         return text
+    else:
+        if int in kinds and _WHOLE.fullmatch(text):
+            return int(text)
+        if float in kinds and (number := _number(text)) is not None:
+            return number
+        expected = "a number, such as 0.5" if float in kinds else "a whole number, such as 2"
+    raise GenerationError(f"{method}.{option} must be {expected} (got {text!r}).")
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

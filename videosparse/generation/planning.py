@@ -8,11 +8,11 @@ from pathlib import Path
 
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError
-from videosparse.generation.methods import Options, resolve_method, resolved_options, static_map
+from videosparse.generation.methods import Options, refusals, resolve_method, resolved_options, static_map
+from videosparse.generation.request import GUIDANCES, MOST_STEPS, within
 from videosparse.generation.sources import ModelSource
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import DenseSchedule
-from videosparse.policies.radial import RadialPolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,25 +113,28 @@ def plan_run(
         GenerationError: sizes that the model cannot take, an unknown method, or options that do not fit the model.
     """
     defaults = source.defaults
-    steps = defaults.steps if steps is None else steps
-    if steps < 1:
-        raise GenerationError(f"steps must be at least 1 (got {steps}).")
+    steps = within("steps", steps, defaults.steps, (1, MOST_STEPS))
+    guidance = within("guidance", guidance, defaults.guidance, GUIDANCES)
     grid = source.grid(
         defaults.num_frames if num_frames is None else num_frames,
         defaults.height if height is None else height,
         defaults.width if width is None else width,
     )
     layout = TokenLayout(grid, source.spec.text)
-    guided = (defaults.guidance if guidance is None else guidance) > 1 and source.spec.family != "hunyuan_video"
+    guided = guidance > 1 and source.spec.family != "hunyuan_video"
     branches = 2 if guided else 1
     resolved = resolve_method(source, grid, method, options)
     policy = resolved.policy
     if policy is None:
         return GenerationPlan(source, layout, steps, branches, resolved.schedule, {})
-    if not isinstance(policy, RadialPolicy):
-        raise GenerationError(f"{method} chooses blocks while it runs: there is no map to plan.")
     start = time.perf_counter()
-    block_map, index = static_map(policy, layout)
+    block_map = static_map(policy, layout)
+    if block_map is None:
+        raise GenerationError(
+            f"{method} chooses blocks while it runs: there is no map to plan. Use generate --compare, which measures."
+        )
+    with refusals():
+        index = block_map.index()
     seconds = time.perf_counter() - start
     density = block_map.density
     return GenerationPlan(

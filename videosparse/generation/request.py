@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -22,7 +22,13 @@ from videosparse.layout import VideoGrid
 
 OFFLOADS = ("none", "model")
 
+# schedulers interpolate between the 1000 noise levels of training
+MOST_STEPS = 1000
+GUIDANCES = 0, 100
+
 _SEED_LIMIT = 2**63
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,10 @@ class GenerationRequest:
             num_frames=num_frames,
             height=height,
             width=width,
-            steps=_at_least("steps", defaults.steps if self.steps is None else self.steps, _least_steps(source)),
-            guidance=_number("guidance", defaults.guidance if self.guidance is None else self.guidance, 0),
+            steps=within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS)),
+            guidance=within("guidance", self.guidance, defaults.guidance, GUIDANCES),
             guidance_2=defaults.guidance_2 if self.guidance is None else None,
-            fps=_number("fps", defaults.fps if self.fps is None else self.fps, 1),
+            fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
         )
@@ -108,6 +114,9 @@ class GenerationRequest:
     def _check_words(self) -> None:
         if not self.prompt.strip():
             raise GenerationError("The prompt is empty; describe the video in a few words.")
+        for what, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+            if not _is_text(text):
+                raise GenerationError(f"The {what} is no valid UTF-8; check the encoding of the terminal or file.")
         check_method(self.method)
         check_options_used(self.options, self.method)
         # bad options should be told before anything about the model
@@ -117,7 +126,7 @@ class GenerationRequest:
                 f"Unknown offload {self.offload!r}; use {' or '.join(OFFLOADS)}.{nearest(self.offload, OFFLOADS)}"
             )
         if not 0 <= self.seed < _SEED_LIMIT:
-            raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}).")
+            raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}); use 0.")
 
 
 @dataclass(frozen=True)
@@ -151,13 +160,23 @@ def _least_steps(source: ModelSource) -> int:
     return 2 if source.spec.family == "mochi" else 1
 
 
-def _at_least(name: str, value: int, least: int) -> int:
-    if value < least:
-        raise GenerationError(f"{name} must be at least {least} (got {value}).")
-    return value
+def within(name: str, asked: Number | None, default: Number, limits: tuple[float, float]) -> Number:
+    """What was asked, else the default.
+
+    Raises:
+        GenerationError: it is outside `limits`, both included, or not a number.
+    """
+    if asked is None:
+        return default
+    if not limits[0] <= asked <= limits[1]:
+        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}); the model's is {default}.")
+    return asked
 
 
-def _number(name: str, value: float, least: float) -> float:
-    if not (math.isfinite(value) and value >= least):
-        raise GenerationError(f"{name} must be a number of at least {least} (got {value}).")
-    return value
+def _is_text(text: str) -> bool:
+    """Whether a text can be encoded: bytes of an argument that are no UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

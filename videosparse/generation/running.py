@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from videosparse.attach import restore, sparsify
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
-from videosparse.generation.errors import GenerationError, one_line
-from videosparse.generation.methods import Options, make_processor, resolved_options
+from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
-from videosparse.kernels import describe_backend
-from videosparse.processors import RunReport
+
+if TYPE_CHECKING:
+    from videosparse.report import RunReport
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
@@ -55,6 +55,7 @@ class Run:
         frames: fp32 [frames, 3, height, width] in [0, 1] on the CPU.
         timings: wall seconds.
         peak_bytes: see `environment.peak_memory`.
+        notices: what the user should know about this run, a sentence each.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Run:
     frames: torch.Tensor
     timings: Timings
     peak_bytes: int | None
+    notices: tuple[str, ...] = ()
 
 
 def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, float]:
@@ -81,12 +83,20 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
         dtypes["vae"] = torch.float32  # Wan's VAE is small and loses detail below fp32
     try:
         pipe = DiffusionPipeline.from_pretrained(settings.source.location, torch_dtype=dtypes)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise GenerationError(f"Cannot load {settings.source.location}: {one_line(error)}") from error
+    except Exception as error:  # four libraries read these files, and each raises its own
+        raise GenerationError(
+            f"Cannot load {settings.source.location} ({type(error).__name__}: {one_line(error)}); check its files, or "
+            "download the model again."
+        ) from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
+            raise GenerationError(
+                f"Cannot load {settings.source.location}: weights of its {name} are missing; download the model again."
+            )
     pipe.set_progress_bar_config(disable=True)
     if settings.source.spec.family != "wan":
         pipe.vae.enable_tiling()  # whole videos do not fit through these VAEs
-    with _memory_errors():
+    with memory_errors():
         if settings.request.offload == "model":
             pipe.enable_model_cpu_offload(device=settings.device)
         else:
@@ -100,30 +110,33 @@ def run_method(pipe: Any, settings: Settings, method: str, options: Options, pro
     """Make the video with a method; the pipeline has its own attention back afterwards, whatever happens.
 
     Raises:
-        GenerationError: options or sizes that the method or the pipeline refuses, too little memory, or frames that
-            are not finite.
+        GenerationError: options that the method or the model refuses, too little memory, or frames that are not
+            finite. What goes wrong inside the pipeline comes through as it is.
     """
     processor = make_processor(method, options)
+    notices = tuple(_cuts(pipe, settings))
     try:
-        sparsify(pipe, processor)
+        with refusals():
+            sparsify(pipe, processor)
         reset_peak_memory(settings.device)
-        with _memory_errors():
+        with memory_errors():
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
-        report = _named_backend(processor.report(), settings.device)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, GenerationError):
-            raise
-        raise GenerationError(one_line(error)) from error
+        report = processor.report()
     finally:
         restore(pipe)
-    return Run(method, dict(options), resolved_options(resolved), report, frames, timings, peak_memory(settings.device))
+    peak = peak_memory(settings.device)
+    return Run(method, dict(options), resolved_options(resolved), report, frames, timings, peak, notices)
 
 
-def _named_backend(report: RunReport, device: torch.device) -> RunReport:
-    """The report with the kernel that "auto" stood for."""
-    return replace(report, backend=describe_backend(device)[0]) if report.backend == "auto" else report
+def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:
+    """Which of the texts are longer than what the model reads of them."""
+    request, most = settings.request, settings.source.defaults.max_sequence_length
+    for what, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+        tokens = len(pipe.tokenizer(text, verbose=False).input_ids)
+        if tokens > most:
+            yield f"The {what} has {tokens} tokens and the model reads {most}: its end was cut off."
 
 
 @dataclass
@@ -196,14 +209,3 @@ def _arguments(settings: Settings) -> dict[str, Any]:
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     return arguments
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Say what to do about a full GPU."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise GenerationError(
-            "The GPU has too little memory for this video; use --offload model, fewer frames or a smaller size."
-        ) from error

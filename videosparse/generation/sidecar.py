@@ -51,14 +51,18 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
         "attention": _attention(run),
         "seconds": {"load": load_seconds, **_seconds(run)},
         "peak_memory_bytes": run.peak_bytes,
+        "notices": list(run.notices),
         "versions": versions(),
     }
 
 
-def comparison_record(dense: Run, rows: Iterable[FidelityRow], speedup: float, measured: str) -> dict[str, Any]:
+def comparison_record(
+    dense: Run, backend: str, rows: Iterable[FidelityRow], speedup: float, measured: str
+) -> dict[str, Any]:
     """The part of a record that is about the dense twin."""
     return {
         "layout": "dense left, method right",
+        "dense_backend": backend,
         "dense_seconds": _seconds(dense),
         "dense_peak_memory_bytes": dense.peak_bytes,
         "denoise_speedup": speedup,

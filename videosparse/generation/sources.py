@@ -7,14 +7,15 @@ import json
 import math
 import re
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from videosparse.cases import MODELS, ModelSpec
 from videosparse.generation.errors import GenerationError, nearest, one_line
 from videosparse.layout import VideoGrid
+from videosparse.models import find_family, model_variant
 
 EMBEDDED = "tiny-wan"
 
@@ -35,13 +36,20 @@ _NEEDS_MORE = {
     "WanImageToVideoPipeline": "an image",
     "WanVideoToVideoPipeline": "a video",
     "WanVACEPipeline": "a video or masks",
-    "WanAnimatePipeline": "a driving video",
     "HunyuanVideoImageToVideoPipeline": "an image",
 }
 _FAMILIES = {
     **TEXT_TO_VIDEO,
     **{name: "wan" if name.startswith("Wan") else "hunyuan_video" for name in _NEEDS_MORE},
 }
+
+MOST_TOKENS = 2**21
+"""Several times the longest videos that anyone has published; beyond, numbers of blocks grow out of hand."""
+
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+
+# These pipelines refuse other heights and widths, whatever the model's own step is.
+_MULTIPLES = {"wan": 16, "hunyuan_video": 16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class ModelDefaults:
 
 
 DEFAULTS = {
-    EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 5.0, 48, 16),
+    EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 4.0, 48, 16),
     "wan2.1-1.3b": ModelDefaults(81, 480, 832, 50, 5.0, 512, 16),
     "wan2.1-14b": ModelDefaults(81, 480, 832, 50, 5.0, 512, 16),
     "wan2.2-a14b": ModelDefaults(81, 720, 1280, 40, 4.0, 512, 16, guidance_2=3.0),
@@ -91,6 +99,8 @@ class ModelSource:
         spec: the shape of its self-attention.
         defaults: how it is run when the user does not say.
         longest_axis: the most tokens the rotary table has along any axis, None for no limit.
+        config: the transformer's configuration; None when only the numbers are known.
+        experts: transformers that share a run.
     """
 
     name: str
@@ -99,17 +109,29 @@ class ModelSource:
     spec: ModelSpec
     defaults: ModelDefaults
     longest_axis: int | None = None
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    experts: int = 1
+
+    @property
+    def described(self) -> ModelSpec | Mapping[str, Any]:
+        """What `Processor.resolve` is asked about: the configuration that a run reads, too, where there is one."""
+        return self.spec if self.config is None else self.config
 
     def grid(self, num_frames: int, height: int, width: int) -> VideoGrid:
-        """The token grid of a video; see `ModelSpec.grid`.
+        """The token grid of a video that the pipeline can make; see `ModelSpec.grid`.
 
         Raises:
             GenerationError: a size that the model cannot take, with the nearest that it can.
         """
         try:
-            grid = self.spec.grid(num_frames, height, width)
+            grid = self.spec.grid(num_frames, height, width, _MULTIPLES.get(self.spec.family, 1))
         except ValueError as error:
             raise GenerationError(str(error)) from None
+        if grid.tokens > MOST_TOKENS:
+            raise GenerationError(
+                f"A video of {num_frames} frames of {height}x{width} is {grid.tokens} tokens for {self.name}, and at "
+                f"most {MOST_TOKENS} are possible; use fewer frames or a smaller size."
+            )
         limit = self.longest_axis
         if limit is not None:
             time, space = self.spec.stride
@@ -182,12 +204,15 @@ def find_model(name: str | None = None) -> ModelSource:
         )
     transformer = _read_config(location, "transformer/config.json")
     vae = _read_config(location, "vae/config.json")
-    spec = _spec(location, pipeline_class, index, transformer, vae)
+    _check_tokenizers(location, index)
+    experts = _experts(index)
+    spec = _spec(location, _FAMILIES[pipeline_class], transformer, vae, experts)
     # Wan's rotary table is built once; the others compute theirs for any length
-    longest = transformer.get("rope_max_seq_len", 1024) if spec.family == "wan" else None
+    longest = _count(location, "transformer", transformer, "rope_max_seq_len", 1024) if spec.family == "wan" else None
     defaults = _defaults(spec)
     text = int(min(defaults.max_sequence_length, _tokenizer_length(location)))
-    return ModelSource(spec.name, location, pipeline_class, spec, replace(defaults, max_sequence_length=text), longest)
+    defaults = replace(defaults, max_sequence_length=text)
+    return ModelSource(spec.name, location, pipeline_class, spec, defaults, longest, transformer, experts)
 
 
 def find_spec(name: str | None = None) -> ModelSource:
@@ -214,10 +239,15 @@ def _locate(name: str | None) -> str:
         return str(embedded_model_path())
     if not name.strip():
         raise GenerationError("--model must not be empty; give a folder, a hub id, or leave it out.")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise GenerationError(f"Cannot look for the model {name[:40]!r}: {reason}; give a folder.") from None
+    if is_folder:
         return str(path)
-    if path.is_file():
+    if is_file:
         raise GenerationError(f"--model must be a folder (got the file {name}); give the one with model_index.json.")
     if name.rstrip("/") in (EMBEDDED, f"assets/{EMBEDDED}"):
         return str(embedded_model_path())
@@ -253,6 +283,17 @@ def _read_config(location: str, file: str) -> dict[str, Any]:
     return value
 
 
+def _check_tokenizers(location: str, index: Mapping[str, Any]) -> None:
+    """Raise GenerationError for a local tokenizer without its files: it would load, and read nothing of a prompt."""
+    for part in ("tokenizer", "tokenizer_2"):
+        kind = index.get(part)
+        if not Path(location).is_dir() or not isinstance(kind, list) or kind[-1:] in ([], [None]):
+            continue
+        _read_config(location, f"{part}/tokenizer_config.json")
+        if not any((Path(location) / part / file).is_file() for file in _VOCABULARIES):
+            raise GenerationError(f"{location} is incomplete: it has none of {part}/{', '.join(_VOCABULARIES)}.")
+
+
 def _tokenizer_length(location: str) -> float:
     """The longest text that a local model's tokenizer was made for; inf where nobody says."""
     if not (Path(location) / "tokenizer" / "tokenizer_config.json").is_file():
@@ -273,43 +314,73 @@ def _download(repo: str, file: str) -> Path:
         ) from error
 
 
-def _stride(family: str, vae: dict[str, Any]) -> tuple[int, int]:
-    if family == "wan":
-        return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    if family == "hunyuan_video":
-        return vae.get("temporal_compression_ratio", 4), vae.get("spatial_compression_ratio", 8)
-    return 6, 8
+def _experts(index: Mapping[str, Any]) -> int:
+    """2 for a pipeline of two noise-level experts, also where only one of them is in the folder."""
+    second = index.get("transformer_2")
+    loaded = isinstance(second, list) and len(second) > 0 and second[0] is not None
+    return 2 if loaded or index.get("boundary_ratio") else 1
+
+
+def _count(location: str, part: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A number above 0 from a part's configuration."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise GenerationError(
+            f"Cannot read {location}/{part}/config.json: {key} must be a whole number above 0 (got {value!r}); "
+            "download the model again."
+        )
+    return value
+
+
+def _stride(location: str, family: str, vae: Mapping[str, Any]) -> tuple[int, int]:
+    names = {
+        "wan": ("scale_factor_temporal", "scale_factor_spatial"),
+        "hunyuan_video": ("temporal_compression_ratio", "spatial_compression_ratio"),
+    }
+    if family not in names:
+        return 6, 8
+    time, space = names[family]
+    return _count(location, "vae", vae, time, 4), _count(location, "vae", vae, space, 8)
+
+
+def _patch(location: str, transformer: Mapping[str, Any]) -> int:
+    patch = transformer.get("patch_size", 2)
+    last = patch[-1] if isinstance(patch, list) and patch else patch
+    return _count(location, "transformer", {"patch_size": last}, "patch_size")
 
 
 def _spec(
-    location: str, pipeline_class: str, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]
+    location: str, family: str, transformer: Mapping[str, Any], vae: Mapping[str, Any], experts: int
 ) -> ModelSpec:
-    family = _FAMILIES[pipeline_class]
-    layers = transformer.get("num_layers", 0)
-    if family == "hunyuan_video":
-        layers += transformer.get("num_single_layers", 0)
-    patch = transformer.get("patch_size", 2)
-    try:
-        spec = ModelSpec(
-            name=Path(location).name or location,
-            family=family,
-            layers=int(layers),
-            heads=int(transformer["num_attention_heads"]),
-            head_dim=int(transformer["attention_head_dim"]),
-            stride=_stride(family, vae),
-            text=0 if family == "wan" else 256,
-            patch=int(patch[-1] if isinstance(patch, list) else patch),
+    def count(key: str) -> int:
+        return _count(location, "transformer", transformer, key)
+
+    layers = count("num_layers") + (count("num_single_layers") if family == "hunyuan_video" else 0)
+    heads, head_dim = count("num_attention_heads"), count("attention_head_dim")
+    class_name = transformer.get("_class_name")
+    found = find_family(str(class_name))
+    if found is None or found.name != family:
+        raise GenerationError(
+            f"{location}/transformer is a {class_name}, which is not the transformer of a {family} pipeline; "
+            "check that the folder's parts belong together."
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise GenerationError(f"Cannot read {location}/transformer/config.json: {error!r}") from error
-    return _named(spec, two_experts=bool(index.get("transformer_2", [None])[0]))
+    spec = ModelSpec(
+        name=Path(location).name or location,
+        family=family,
+        variant=model_variant(transformer, experts=experts),
+        layers=layers,
+        heads=heads,
+        head_dim=head_dim,
+        stride=_stride(location, family, vae),
+        text=0 if family == "wan" else 256,
+        patch=_patch(location, transformer),
+    )
+    return _named(spec)
 
 
-def _named(spec: ModelSpec, two_experts: bool) -> ModelSpec:
+def _named(spec: ModelSpec) -> ModelSpec:
     """The published model that this is, else the same numbers under the folder's name."""
     for known in MODELS.values():
-        if two_experts != (known.name == "wan2.2-a14b"):
-            continue
         # the embedded model keeps its name at any depth: its width and strides are unlike any other's
         layers = spec.layers if known.name == EMBEDDED else known.layers
         if replace(spec, name=known.name) == replace(known, layers=layers):

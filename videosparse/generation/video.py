@@ -23,7 +23,10 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
         ValueError: another shape.
     """
     if video.dim() != 4 or video.shape[1] != 3:
-        raise ValueError(f"A video must be [frames, 3, height, width] (got {list(video.shape)}).")
+        raise ValueError(
+            f"A video must be [frames, 3, height, width] (got {list(video.shape)}); a pipeline called with "
+            'output_type="pt" returns it so, .frames[0].'
+        )
     levels = (video.detach().float().clamp(0, 1) * 255).round_().to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu()
 
@@ -35,7 +38,10 @@ def side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         ValueError: their shapes differ.
     """
     if left.shape != right.shape:
-        raise ValueError(f"Both videos must have one shape (got {list(left.shape)} and {list(right.shape)}).")
+        raise ValueError(
+            f"Both videos must have one shape (got {list(left.shape)} and {list(right.shape)}); generate both with the "
+            "same num_frames, height and width."
+        )
     line = left.new_ones(*left.shape[:3], DIVIDER)
     return torch.cat((left, line, right.to(left)), dim=3)
 
