@@ -111,9 +111,31 @@ def test_unwritable_places(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(GenerationError, match="is not a folder"):
         destination(tmp_path / "file" / "a.mp4", "unused")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(GenerationError, match="no permission"):
+    with pytest.raises(GenerationError, match=r"Cannot write to .*too long.*choose another"):
+        destination(tmp_path / f"{'a' * 250}.mp4", "unused", (".mp4", "-dense.mp4"))
+    with pytest.raises(GenerationError, match=r"Cannot write to .*too long"):
+        destination("a" * 5000, "unused")
+    assert names(tmp_path) == ["file"]
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(GenerationError, match=r"Cannot write to .*Read-only file system.*choose another folder"):
         destination(tmp_path / "new" / "a.mp4", "unused")
+
+
+def test_a_folder_is_never_overwritten_and_nothing_else_is_either(tmp_path):
+    (tmp_path / "a.mp4").write_text("old")
+    place = destination(tmp_path / "a.mp4", "unused", overwrite=True)
+    (tmp_path / "a.json").mkdir()
+    message = r"Cannot overwrite .*a\.json: it is a folder"
+    with pytest.raises(GenerationError, match=message):
+        place.publish(writers("new"))
+    assert (tmp_path / "a.mp4").read_text() == "old"
+    assert names(tmp_path) == ["a.json", "a.mp4"]
+    with pytest.raises(GenerationError, match=message):
+        destination(tmp_path / "a.mp4", "unused", overwrite=True)
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):

@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Destination:
                 write(parts[ending])
             return self._name(parts)
         except OSError as error:
-            raise GenerationError(f"Cannot write to {self.folder}: {one_line(error)}") from error
+            raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
         finally:
             for part in parts.values():
                 part.unlink(missing_ok=True)
@@ -72,6 +73,7 @@ class Destination:
             stem = self.stem if attempt == 1 else f"{self.stem}-{attempt}"
             finals = {ending: self.folder / f"{stem}{ending}" for ending in parts}
             if self.overwrite:
+                _check_replaceable(finals.values())
                 for ending, part in parts.items():
                     part.replace(finals[ending])
                 return finals
@@ -96,7 +98,7 @@ def destination(
             written.
     """
     text = "" if output is None else str(output)
-    is_folder = output is None or text.endswith(("/", os.sep)) or Path(text).is_dir()
+    is_folder = output is None or text.endswith(("/", os.sep)) or _is_folder(text)
     if is_folder:
         place = Destination(
             Path(text or DEFAULT_FOLDER), default_stem, endings, number=not overwrite, overwrite=overwrite
@@ -106,9 +108,7 @@ def destination(
         if path.suffix != ".mp4":
             raise GenerationError(f"--output must end in .mp4, or be a folder (got {text!r}); use {path.stem}.mp4.")
         place = Destination(path.parent, path.stem, endings, overwrite=overwrite)
-        if not overwrite and (found := place.taken(path.stem)):
-            raise _exists(found)
-    _check_writable(place.folder)
+    _check(place)
     return place
 
 
@@ -122,9 +122,7 @@ def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
     if path.suffix != ".png":
         raise GenerationError(f"A picture must end in .png (got {str(output)!r}); use {path.stem}.png.")
     place = Destination(path.parent, path.stem, (".png",), overwrite=overwrite)
-    if not overwrite and (found := place.taken(path.stem)):
-        raise _exists(found)
-    _check_writable(place.folder)
+    _check(place)
     return place
 
 
@@ -174,11 +172,43 @@ def _exists(paths: list[Path]) -> GenerationError:
     return GenerationError(f"{paths[0]} exists; choose another name, or pass --overwrite.")
 
 
-def _check_writable(folder: Path) -> None:
-    existing = folder.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        raise GenerationError(f"Cannot write to {folder}: {existing} is not a folder; choose another folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise GenerationError(f"Cannot write to {folder}: no permission in {existing}; choose another folder.")
+def _reason(error: OSError | ValueError) -> str:
+    """What the system says, without the path, which the messages name."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError) as error:  # too long a name
+        raise GenerationError(f"Cannot write to {text[:40]!r}: {_reason(error)}; choose another name.") from None
+
+
+def _check(place: Destination) -> None:
+    """Raise GenerationError where `publish` would: a taken name, a folder that cannot be written."""
+    if place.overwrite:
+        _check_replaceable(place.taken(place.stem))
+    elif not place.number and (found := place.taken(place.stem)):
+        raise _exists(found)
+    _check_writable(place)
+
+
+def _check_replaceable(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
+
+
+def _check_writable(place: Destination) -> None:
+    """Try it: permissions alone do not tell of read-only file systems or of names that are too long."""
+    existing = place.folder.absolute()
+    try:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        if not existing.is_dir():
+            raise GenerationError(f"Cannot write to {place.folder}: {existing} is not a folder; choose another folder.")
+        with tempfile.TemporaryDirectory(prefix=".", dir=existing) as probe:
+            for ending in place.endings:
+                (Path(probe) / f"{place.stem}{ending}").touch()
+    except OSError as error:
+        raise GenerationError(f"Cannot write to {place.folder}: {_reason(error)}; choose another folder.") from error
