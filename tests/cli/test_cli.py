@@ -59,7 +59,14 @@ def test_a_second_run_gets_a_number(run, tmp_path):
 def test_compare(run, tmp_path):
     result = make(run, "--compare", "-o", "a.mp4", "--set", "radial.decay=0.5", "--set", "radial.first_steps=0")
     assert result.exit_code == 0, result.output
-    for word in ("PSNR", "SSIM", "convention videosparse", " dense, ", " radial: ", "no warm-up"):
+    for word in (
+        "PSNR",
+        "SSIM",
+        "convention videosparse",
+        " dense, ",
+        " radial: ",
+        "no warm-up, radial first; dense: native SDPA",
+    ):
         assert word in result.stdout
     assert files(tmp_path) == ["a-compare.mp4", "a-dense.mp4", "a.json", "a.mp4"]
     assert read_mp4(tmp_path / "a-compare.mp4").shape[0] == 9
@@ -91,20 +98,26 @@ def test_overwrite(run, tmp_path):
     ("arguments", "message"),
     [
         (["--frames", "10"], "num_frames must be 4k+1 for small (got 10); use 9 or 13."),
-        (["--height", "60"], "height must be a multiple of 8 for small (got 60); use 56 or 64."),
+        (["--height", "60"], "height must be a multiple of 16 for small (got 60); use 48 or 64."),
         (["--model", "/no/such/folder"], "No model folder at /no/such/folder"),
         (["--model", "outputs-folder"], "is no Diffusers pipeline"),
         (["--output", "file/a.mp4"], "is not a folder"),
         (["--output", "a.gif"], "must end in .mp4"),
         (["--dtype", "fp16"], "fp16 is slow and inexact on a CPU"),
-        (["--steps", "-3"], "steps must be at least 1 (got -3)."),
+        (["--steps", "-3"], "steps must be 1 to 1000 (got -3); the model's is 50."),
         (["--method", "radail"], "Unknown method 'radail'; use radial or dense. Did you mean 'radial'?"),
         (["--set", "radial.dekay=1"], "Did you mean 'decay'?"),
-        (["--set", "radial.decay=x"], "decay must be a number (got 'x')"),
+        (["--set", "radial.decay=x"], "radial.decay must be a number, such as 0.5 (got 'x')."),
+        (["--set", "radial.sink=maybe"], "radial.sink must be yes or no (got 'maybe')."),
         (["--set", "radial.decay"], "expects method.option=value"),
         (["--method", "dense", "--compare"], "sets a sparse method against dense"),
         (["--device", "gpu"], "Unknown device 'gpu'"),
         (["--offload", "model"], "this run is on cpu"),
+        (["--steps", "abc"], "Invalid value for '--steps'"),
+        (["--guidance", "nan"], "guidance must be 0 to 100 (got nan)"),
+        (["--stepz", "3"], "No such option: --stepz"),
+        (["--seed"], "Option '--seed' requires an argument; see videosparse -h."),
+        (["another prompt"], "unexpected extra argument"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
@@ -117,6 +130,44 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert files(tmp_path) == ["file", "outputs-folder"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "No such command 'bogus'; see videosparse -h."),
+        (["--bogus"], "No such option: --bogus"),
+        (["generate"], "Missing argument"),
+        (["plan", "--frames", "1.5"], "Invalid value for '--frames'"),
+    ],
+)
+def test_mistyped_commands_are_one_line_and_exit_code_2(run, arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+
+
+def test_no_command_shows_help(run):
+    result = run()
+    assert result.exit_code == 2
+    assert "generate" in result.output
+
+
+def test_a_cut_prompt_is_one_line(run):
+    result = run("generate", "red circle " * 50, "--model", "small", *SMALL, "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("Note: The prompt has ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_error(run, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("videosparse.cli.planning.rows", gone)
+    result = run("plan")
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_empty_prompt(run):
@@ -156,6 +207,20 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(run, monkeypatch):
     result = make(run)
     assert result.exit_code == 1
     assert result.stderr == "Unexpected RuntimeError: what is this (--debug shows where)\n"
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_a_bug_inside_the_run_is_not_blamed_on_the_user(run, monkeypatch, tmp_path, kind):
+    from diffusers.video_processor import VideoProcessor
+
+    def fail(*_, **__):
+        raise kind("a bug")
+
+    monkeypatch.setattr(VideoProcessor, "postprocess_video", fail)
+    result = make(run)
+    assert result.exit_code == 1
+    assert result.stderr == f"Unexpected {kind.__name__}: a bug (--debug shows where)\n"
+    assert files(tmp_path) == []
 
 
 def test_ctrl_c(run, tmp_path, monkeypatch):
@@ -203,6 +268,8 @@ def test_plan_of_a_folder_and_of_dense(run):
         (["--model", "wan2.1-14b", "--png", "map.jpg"], "must end in .png"),
         (["--model", "mochi", "--method", "dense", "--png", "map.png"], "no block map to draw"),
         (["--model", "wan9"], "No model folder at wan9"),
+        (["--model", "hunyuan-video", "--frames", "100001"], "are possible; use fewer frames or a smaller size"),
+        (["--model", "mochi", "--frames", "999999999999999997"], "are possible; use fewer frames or a smaller size"),
     ],
 )
 def test_bad_plans(run, tmp_path, arguments, message):

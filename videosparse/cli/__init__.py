@@ -5,18 +5,61 @@ Nothing heavy is imported here, so that --help and --version cost no more than t
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
 from videosparse.cli.planning import plan
 
+
+class _OneLine(TyperGroup):
+    """Tells of mistakes on the command line as of all others: one line on stderr, exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command; `standalone_mode` ends the process with its exit code."""
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            # Typer and Click have moved this class between them; what it can do has stayed
+            if not standalone_mode or not hasattr(error, "format_message"):
+                raise
+            code = _usage_error(error)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def _usage_error(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "videosparse"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        typer.echo(f"Error: {message}; see {command} -h.", err=True)
+    return int(error.exit_code)
+
+
 app = typer.Typer(
     name="videosparse",
+    cls=_OneLine,
     help="Block-sparse attention for video diffusion transformers in Diffusers.",
     no_args_is_help=True,
     add_completion=False,
@@ -48,6 +91,9 @@ def _options(
 def main() -> None:
     """Entry point of the command."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     app()
 
 

@@ -41,7 +41,7 @@ def guard(debug: bool) -> Iterator[None]:
         if debug:
             raise
         _fail(f"Error: {one_line(error, 1000)}", 2)
-    except (typer.Exit, SystemExit):
+    except (typer.Exit, SystemExit, BrokenPipeError):  # who reads our output may leave early: `plan | head`
         raise
     except Exception as error:
         if debug:
@@ -61,7 +61,7 @@ def _quiet_libraries() -> None:
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what is an error also comes as an exception
         library.utils.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
 

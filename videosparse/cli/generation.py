@@ -117,6 +117,8 @@ def _carry_out(request: GenerationRequest, output: str | None, overwrite: bool, 
         else:
             result = generation.generate(settings, progress=progress)
     paths = result.save(place)
+    for notice in (result.sparse if isinstance(result, generation.Comparison) else result.run).notices:
+        typer.echo(f"Note: {notice}", err=True)
     if isinstance(result, generation.Comparison):
         _show(settings, result.sparse, result.load_seconds)
         _show_comparison(result)
@@ -156,10 +158,12 @@ def _show_comparison(result: Comparison) -> None:
         f"{row.metric.upper()} {row.value:.2f} dB" if row.metric == "psnr" else f"{row.metric.upper()} {row.value:.4f}"
         for row in result.fidelity
     )
+    dense_text = f"; dense: {result.dense_backend}" if result.dense_backend else ""
     rows(
         [
             ("Speed", f"{seconds(dense)} dense, {seconds(sparse)} {result.sparse.method}: {result.speedup:.2f}x"),
-            ("", f"({result.measured})"),
+            ("", f"({result.measured}{dense_text})"),
+            *([("", result.explanation)] if result.explanation else []),
             ("Fidelity", f"{scores} against dense (mean over frames, convention {result.fidelity[0].convention})"),
         ]
     )
