@@ -33,7 +33,7 @@ from videosparse.synthetic.scene import sample_scene
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/radial_coverage.csv"
 DECAYS = (0.5, 1.0, 2.0, 4.0)
-SIZES = ("81x128x128", "81x120x136")
+SIZES = ("81x128x128", "81x120x136", "33x248x264")
 SIGMAS = (0.9, 0.6, 0.3)
 
 
