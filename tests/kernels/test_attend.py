@@ -133,3 +133,13 @@ def test_empty_batch():
     out, lse = attend(q, q, q, layout=layout, return_lse=True)
     assert out.shape == q.shape
     assert lse.shape == (0, 3, layout.length)
+
+
+def test_a_default_device_is_not_mixed_in():
+    layout = make_layout(next(iter(LAYOUTS))).aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.float32)
+    index = make_map(layout, (64, 64)).index()
+    expected = attend(q, k, v, layout=layout, index=index, options=TORCH)
+    with torch.device("meta"):
+        found = attend(q, k, v, layout=layout, index=index, options=TORCH)
+    assert torch.equal(found, expected)

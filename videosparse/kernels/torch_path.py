@@ -2,8 +2,7 @@
 
 Shapes: q, k, v [B, L, H, D]; inside, one sample is head-major, [H, L, D]. A *task* is a set of query tokens that read
 the same key tokens: one row of the block lists, or several consecutive rows whose lists agree. Each task gathers its
-keys once for all heads that share the map, so dropped blocks cost nothing. A *group* is several tasks of about as many
-keys in one call: cores that meet after every task lose time to each other. Reading the lists waits for the device.
+keys once for all heads that share the map, so dropped blocks cost nothing. Reading the lists waits for the device.
 """
 
 from __future__ import annotations
@@ -20,10 +19,6 @@ from videosparse.layout import ceil_div
 SCORE_ENTRIES = 2**22
 """Scores held at a time where they are held at all (lse, backward, block sums): 16 MB of fp32 for each copy."""
 
-GROUP_KEYS = 2**16
-"""Gathered key rows of a group, heads counted: 16 MB of fp32 at head_dim 64. From 32 MB on, glibc maps new pages for
-every gather, which takes longer than the gather."""
-
 Span = tuple[int, int]
 Keys = slice | torch.Tensor
 """Key tokens: a slice where they are one run, else int64 positions."""
@@ -31,10 +26,7 @@ Keys = slice | torch.Tensor
 
 @dataclass(frozen=True)
 class _Task:
-    """Query tokens that read the same keys, in all heads that share the map (`share` of them)."""
-
     heads: slice
-    share: int
     queries: list[Span]
     keys: Keys
 
@@ -53,40 +45,17 @@ def forward(
     for sample, tasks in enumerate(_tasks(q, call)):
         qs, ks, vs = (x[sample].transpose(0, 1).contiguous() for x in (q, k, v))
         outs = out[sample].transpose(0, 1)
-        if not need_lse:
-            for group in _groups(tasks):
-                _attend_group(qs, ks, vs, outs, group, call.scale)
-            continue
         for task in tasks:
             key, value = _take(ks, task), _take(vs, task)
             for start, stop in task.queries:
-                part = task.heads, slice(start, stop)
-                _attend_with_lse(qs[part], key, value, call.scale, outs[part], lse[sample][part])
+                rows = qs[task.heads, start:stop]
+                if need_lse:
+                    lse_rows = lse[sample, task.heads, start:stop]
+                    _attend_with_lse(rows, key, value, call.scale, outs[task.heads, start:stop], lse_rows)
+                else:
+                    found = F.scaled_dot_product_attention(rows[None], key[None], value[None], scale=call.scale)
+                    outs[task.heads, start:stop] = found[0]
     return out, lse
-
-
-def _attend_group(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, group: list[_Task], scale: float
-) -> None:
-    """Write the rows of a group of tasks to out; all tensors are [H, L, D]."""
-    heads = group[0].heads
-    if len(group) == 1:
-        key, value = (_take(x, group[0])[None] for x in (k, v))
-        for start, stop in group[0].queries:
-            rows = q[None, heads, start:stop]
-            out[heads, start:stop] = F.scaled_dot_product_attention(rows, key, value, scale=scale)[0]
-        return
-    lists = [task.keys for task in group if isinstance(task.keys, torch.Tensor)]
-    # short lists are padded with token 0, which holds a finite key, and masked
-    tokens = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
-    counts = torch.tensor([x.numel() for x in lists], device=q.device)
-    mask = torch.arange(tokens.shape[1], device=q.device) < counts[:, None]
-    shape = (-1, *tokens.shape, q.shape[2])
-    key, value = (x[heads].index_select(1, tokens.flatten()).view(shape).transpose(0, 1) for x in (k, v))
-    rows = torch.stack([q[heads, slice(*task.queries[0])] for task in group])
-    found = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask[:, None, None], scale=scale)
-    for task, x in zip(group, found, strict=True):
-        out[heads, slice(*task.queries[0])] = x
 
 
 def backward(
@@ -239,18 +208,17 @@ def _tasks(q: torch.Tensor, call: AttentionCall) -> Iterator[Iterator[_Task]]:
     for sample, end in enumerate(_ends(call, batch, length)):
         spans = _spans(call, end, length)
         if lists is None or host is None:
-            yield iter([_Task(slice(None), q.shape[2], spans, _join(spans, q.device))])
+            yield iter([_Task(slice(None), spans, _join(spans, q.device))])
         else:
-            yield _sparse_tasks(lists, host[0], host[1], sample, spans, q)
+            yield _sparse_tasks(lists, host[0], host[1], sample, spans, length)
 
 
 def _sparse_tasks(
-    lists: Lists, row_ptr: list[int], ids: torch.Tensor, sample: int, spans: list[Span], q: torch.Tensor
+    lists: Lists, row_ptr: list[int], ids: torch.Tensor, sample: int, spans: list[Span], length: int
 ) -> Iterator[_Task]:
     """The tasks of one sample: runs of rows with the same list. Empty rows and rows without a valid token have none."""
-    length, share = q.shape[1], q.shape[2] if lists.heads == 1 else 1
     rows = ceil_div(length, lists.block[0])
-    valid = torch.zeros(ceil_div(length, lists.block[1]) * lists.block[1], dtype=torch.bool)
+    valid = torch.zeros(ceil_div(length, lists.block[1]) * lists.block[1], dtype=torch.bool, device="cpu")
     for start, stop in spans:
         valid[start:stop] = True
     for head in range(lists.heads):
@@ -266,44 +234,8 @@ def _sparse_tasks(
             if queries and own[first].numel():
                 keys = _keys(own[first], lists.block[1], spans, valid, lists.ids.device)
                 if keys is not None:
-                    yield _Task(heads, share, queries, keys)
+                    yield _Task(heads, queries, keys)
             first = last
-
-
-def _groups(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:
-    """Tasks to compute together: equal heads, equally many query rows, gathered keys of about the same number."""
-    window: list[_Task] = []
-    for task in tasks:
-        if isinstance(task.keys, slice) or len(task.queries) > 1:
-            yield [task]
-            continue
-        if window and (len(window) == 128 or not _alike(window[0], task)):
-            yield from _cut(window)
-            window = []
-        window.append(task)
-    yield from _cut(window)
-
-
-def _alike(a: _Task, b: _Task) -> bool:
-    """Whether two tasks have the same heads and as many query rows."""
-    (first, last), (start, stop) = a.queries[0], b.queries[0]
-    return a.heads == b.heads and last - first == stop - start
-
-
-def _cut(window: list[_Task]) -> Iterator[list[_Task]]:
-    """Groups of at most GROUP_KEYS keys, in which padding the lists to the longest adds at most a tenth."""
-    group: list[_Task] = []
-    for count, task in sorted(((_key_count(t), t) for t in window), key=lambda pair: pair[0]):
-        if group and ((len(group) + 1) * count > GROUP_KEYS // task.share or count > 1.1 * _key_count(group[0])):
-            yield group
-            group = []
-        group.append(task)
-    if group:
-        yield group
-
-
-def _key_count(task: _Task) -> int:
-    return task.keys.stop - task.keys.start if isinstance(task.keys, slice) else task.keys.numel()
 
 
 def _keys(ids: torch.Tensor, block: int, spans: list[Span], valid: torch.Tensor, device: torch.device) -> Keys | None:
@@ -312,7 +244,7 @@ def _keys(ids: torch.Tensor, block: int, spans: list[Span], valid: torch.Tensor,
     if last - first == ids.numel():
         run = _clip(spans, first * block, last * block)
         return _join(run, device) if run else None
-    tokens = (ids.long()[:, None] * block + torch.arange(block)).flatten()
+    tokens = (ids.long()[:, None] * block + torch.arange(block, device="cpu")).flatten()
     tokens = tokens[valid[tokens]]
     return tokens.to(device) if tokens.numel() else None
 
