@@ -87,8 +87,8 @@ class Comparison:
 
     @property
     def dense_backend(self) -> str:
-        """What computed the dense side, such as "native SDPA"; "" where the report does not say."""
-        return getattr(self.dense.report, "dense_backend", "")
+        """What computed the dense side, such as "native SDPA"."""
+        return self.dense.report.dense_backend
 
     @property
     def explanation(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from videosparse.generation.environment import DTYPES, now, peak_memory, reset_p
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
-
-if TYPE_CHECKING:
-    from videosparse.report import RunReport
+from videosparse.report import RunReport
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
