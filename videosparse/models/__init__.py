@@ -52,8 +52,7 @@ def model_variant(model: ModelSpec | Mapping[str, Any], *, experts: int = 1) -> 
         ValueError: no family has it.
     """
     if isinstance(model, ModelSpec):
-        family = FAMILIES[model.family]
-        return next((v for v in family.variants if model.name.startswith(v)), family.variants[0])
+        return model.variant
     name = str(model.get("_class_name"))
     found = find_family(name)
     if found is None:
