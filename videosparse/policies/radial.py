@@ -39,9 +39,9 @@ class RadialPolicy(SparsityPolicy):
         block: (query rows, key rows) of a block, each 64 or 128.
         coverage: when a block counts as inside a band. "any", the default, keeps a block as soon as one of its token
             pairs is inside: symmetric in time, no pair is lost. "majority" is the rule of the authors' code, to be
-            taken for the published densities: 12 to 22 % fewer blocks on real models. Where a frame is a whole number
-            of blocks the two agree; elsewhere "majority" drops most of what a block on a frame's border holds, which
-            on the embedded model at 255 tokens a frame tripled the error (assets/results/radial_coverage.csv).
+            taken for the published densities: 4 to 25 % fewer blocks on real models. Where a frame is no whole number
+            of blocks it drops most of what a block on a frame's border holds, which on the embedded model at 255
+            tokens a frame tripled the error (assets/results/radial_coverage.csv).
         sink: every query reads all of latent frame 0 (published for Wan, not for HunyuanVideo).
         first_neighbour: "full" lets adjacent frames attend fully; "half" keeps half a frame, as the authors' code did
             for Wan until late 2025.
