@@ -13,8 +13,8 @@ Then, on any machine, from the backup alone:
 Next round: the published weights are enough to go on with the DiT. The VAE stays as it is, so all the time is the
 DiT's, in one round of its own that is added to those in `training.json`:
 
-    PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --large --budget-minutes 24 \\
-        --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
+    PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages large \\
+        --budget-minutes 24 --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
 
 Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card, and correct the card's
 last section, which is written by hand:
@@ -23,7 +23,7 @@ last section, which is written by hand:
 
 Where a shell lives for minutes only, but the machine stays, let one process outlive it, and call again to look:
 
-    PYTHONPATH=. setsid nohup python -u eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --large \\
+    PYTHONPATH=. setsid nohup python -u eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages large \\
         --budget-minutes 24 --work /tmp/tiny --backup /tmp/tiny-backup --resume > /tmp/tiny.log 2>&1 &
     tail -n 5 /tmp/tiny.log; cp /tmp/tiny-backup/* out/backup/
 
@@ -60,7 +60,7 @@ import torch
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
-from videosparse.training.tiny.plan import Plan, large, smoke_plan
+from videosparse.training.tiny.plan import STAGES, Plan, smoke_plan
 from videosparse.training.tiny.pools import encode, prepare_tokenizer, sample_captions, worker_init
 from videosparse.training.tiny.state import START, STOP, Run
 from videosparse.training.tiny.vae_phase import VAE_VARIANTS, train_vae
@@ -111,7 +111,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument("--no-graph", action="store_true", help="no CUDA graph of the VAE step")
     knobs.add_argument("--again", action="store_true", help="another round: keep the weights, restart all schedules")
     knobs.add_argument("--keep-vae", action="store_true", help="with --again: another round of the DiT alone")
-    knobs.add_argument("--large", action="store_true", help="no stage of 64 pixels and no 17-frame batches")
+    knobs.add_argument(
+        "--stages",
+        choices=tuple(STAGES),
+        default="full",
+        help="large: no 64 pixels and no 17-frame batches; short: nor 81 frames",
+    )
+    knobs.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the matrices of the blocks")
+    knobs.add_argument("--matrix-lr", type=float, default=2e-3, help="of Muon")
+    knobs.add_argument("--shift", type=float, default=4.0, help="of the noise levels that the DiT is trained on")
+    knobs.add_argument("--object-weight", type=float, default=8.0, help="how much more cells with objects count")
+    knobs.add_argument(
+        "--decay-share", type=float, default=1.0, help="last share of the phase in which the rate falls to zero"
+    )
     knobs.add_argument("--pool-scale", type=float, default=1.0, help="more or fewer clips in every pool of latents")
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
     out = parser.add_argument_group("export")
@@ -180,7 +192,7 @@ def make_run(args: argparse.Namespace) -> Run:
     if args.pool_scale != 1.0:
         pools = (replace(p, count=max(2, round(args.pool_scale * p.count / p.chunk)) * p.chunk) for p in plan.pools)
         plan = replace(plan, pools=tuple(pools))
-    run = Run(args, large(plan) if args.large else plan, device, workers)
+    run = Run(args, STAGES[args.stages](plan), device, workers)
     run.load(resume=args.resume or args.command in ("encode", "dit", "export"))
     return run
 

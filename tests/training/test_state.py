@@ -52,7 +52,13 @@ def test_backup_files_are_small_and_read_back(tmp_path):
 def state():
     return {
         "vae": {"step": 10, "elapsed": 60.0, "finished": True, "variant": "last-fused", "lr": 2e-4},
-        "dit": {"step": 5, "elapsed": 90.0, "finished": False, "what": "5 steps at 64x64 with 33 frames", "lr": 6e-4},
+        "dit": {
+            "step": 5,
+            "elapsed": 90.0,
+            "finished": False,
+            "what": "5 steps at 64x64 with 33 frames",
+            "how": "AdamW at 0.0006",
+        },
         "latents_mean": [0.0],
         "latents_std": [1.0],
         "numbers": {"vae_psnr": {"64": 30.0}, "held_out_loss": {}},
@@ -73,7 +79,7 @@ def test_rounds_add_up():
     total = summary(all_rounds(meta))
     assert (total["minutes"], total["steps"], total["device"]) == (5.5, {"vae": 10, "dit": 12}, "CPU and GPU")
     assert total["rounds"][0]["what"].startswith("VAE: 10 steps in 1.0 minutes, rate 0.0002; DiT: 5 steps at 64x64")
-    assert total["rounds"][1]["what"] == "DiT: 5 steps at 64x64 with 33 frames in 1.5 minutes, rate 0.0006"
+    assert total["rounds"][1]["what"] == "DiT: 5 steps at 64x64 with 33 frames in 1.5 minutes, AdamW at 0.0006"
 
 
 def test_a_round_of_both_forgets_the_latents():

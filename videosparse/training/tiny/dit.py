@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from videosparse.training.tiny.models import build_text_encoder, build_transformer
-from videosparse.training.tiny.objectives import euler_sample, flow_loss, sample_sigmas
-from videosparse.training.tiny.optimizing import Ema, adamw, set_lr
+from videosparse.training.tiny.objectives import euler_sample, flow_error, object_weight, sample_sigmas
+from videosparse.training.tiny.optimizing import Ema, Muon, adamw, block_matrices, set_lr
 from videosparse.training.tiny.plan import HELD_OUT, Shape
 from videosparse.training.tiny.pools import VARIANTS
 from videosparse.training.tiny.state import Run
@@ -45,15 +45,19 @@ class Dit:
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         cuda = device.type == "cuda"
-        self.optimizer: Any = adamw(
-            self.modules, torch.tensor(run.args.lr, device=device) if cuda else run.args.lr, capturable=cuda
-        )
+        # a captured graph reads its rates from tensors
+        lr, matrix_lr = (torch.tensor(x, device=device) if cuda else x for x in (run.args.lr, run.args.matrix_lr))
+        matrices = block_matrices(self.transformer) if run.args.optimizer == "muon" else []
+        self.adamw: Any = adamw(self.modules, lr, capturable=cuda, without=matrices)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(self.adamw, run.args.lr)]
+        if matrices:
+            self.optimizers.append((Muon(matrices, matrix_lr), run.args.matrix_lr))
         self.loss = torch.zeros((), device=device)
         self.mean = torch.tensor(run.meta["latents_mean"], device=device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(run.meta["latents_std"], device=device).view(1, -1, 1, 1, 1)
         self.empty = tokenize(run.tokenizer, [""]).to(device)
         # The last clips of each pool are never trained on, unless a pool is too small (in tests).
-        self.held = min(HELD_OUT, len(run.pools[plan.sample_pool][0]) // 3)
+        self.held = min(HELD_OUT, len(run.pools[plan.sample_pool].latents) // 3)
         self.compiled = False
 
     def compile(self) -> None:
@@ -69,9 +73,19 @@ class Dit:
         torch._dynamo.reset()
         self.compiled = False
 
+    def set_lr(self, factor: float) -> None:
+        """Set the rates of everything that is trained to this share of their highest."""
+        for optimizer, highest in self.optimizers:
+            set_lr(optimizer, factor * highest)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for optimizer, _ in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
     def latents(self, pool: str, index: Tensor, frames: int) -> Tensor:
         """Normalised fp32 latents [B, C, T, h, w]; a prefix of a causal latent is the latent of the prefix."""
-        return (self.run.pools[pool][0][index][:, :, :frames].float() - self.mean) / self.std
+        return (self.run.pools[pool].latents[index][:, :, :frames].float() - self.mean) / self.std
 
     def step(self, shape: Shape, learn: bool = True) -> Tensor:
         """One optimiser step, or only its gradients; returns the loss on the device, without waiting for it."""
@@ -90,7 +104,7 @@ class Dit:
         Random numbers come from the device's default generator, which graphs advance at each replay. The steps that
         warm up run at a rate of 0, so they change no weight.
         """
-        set_lr(self.optimizer, 0.0)
+        self.set_lr(0.0)
         stream, pool = torch.cuda.Stream(), None  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -101,7 +115,7 @@ class Dit:
         torch.cuda.synchronize()
         for shape in shapes:
             graph = torch.cuda.CUDAGraph()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.zero_grad()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._compute(shape, True)
             pool = graph.pool()
@@ -109,45 +123,54 @@ class Dit:
         torch.cuda.synchronize()
 
     def _compute(self, shape: Shape, learn: bool) -> None:
-        latents, ids = self.run.pools[shape.pool]
-        device, batch = latents.device, shape.batch
-        index = torch.randint(len(latents) - self.held, (batch,), device=device)
+        pool = self.run.pools[shape.pool]
+        device, batch = pool.latents.device, shape.batch
+        index = torch.randint(len(pool.latents) - self.held, (batch,), device=device)
         x0 = self.latents(shape.pool, index, shape.latent_frames)
-        words = ids[index, torch.randint(VARIANTS, (batch,), device=device)]
+        words = pool.ids[index, torch.randint(VARIANTS, (batch,), device=device)]
         drop = torch.rand(batch, 1, device=device) < 0.1
         words = torch.where(drop, self.empty, words)
-        sigma = sample_sigmas(batch, device)
+        sigma = sample_sigmas(batch, device, shift=self.run.args.shift)
+        weight = object_weight(pool.objects[index][:, :, : shape.latent_frames], sigma, self.run.args.object_weight)
         # no cache of cast weights: it would hold tensors of one graph that another one reads
         with self.run.autocast(cache=False):
             text = embed_text(self.text, words)
-            loss = flow_loss(self.transformer, text, x0, torch.randn_like(x0), sigma).mean()
-        self.optimizer.zero_grad(set_to_none=True)
+            loss = (flow_error(self.transformer, text, x0, torch.randn_like(x0), sigma) * weight).mean()
+        self.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.loss.copy_(loss.detach())
         if not learn:
             return
         # A step whose gradient is not finite is skipped on the device itself.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.step()
+        self.adamw.found_inf = (~torch.isfinite(norm)).float()
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:
-        """Loss of the averaged weights on held-out clips at fixed noise levels, the same noise every time."""
+        """Loss of the averaged weights on held-out clips at fixed noise levels, the same noise every time.
+
+        Per pool over all cells, and, as `<pool> objects`, over cells in the share that objects cover.
+        """
         result = {}
         generator = torch.Generator(self.run.device).manual_seed(0)
-        for pool, (latents, ids) in self.run.pools.items():
+        for name, pool in self.run.pools.items():
             count = min(self.run.plan.eval_batch, self.held)
-            index = torch.arange(len(latents) - count, len(latents), device=latents.device)
-            x0 = self.latents(pool, index, latents.shape[2])
+            index = torch.arange(len(pool.latents) - count, len(pool.latents), device=pool.latents.device)
+            x0 = self.latents(name, index, pool.latents.shape[2])
+            share = pool.objects[index].float()
             noise = torch.randn(x0.shape, generator=generator, device=x0.device)
             losses = []
             with self.run.autocast():
-                text = embed_text(self.ema_text, ids[index, 0])
+                text = embed_text(self.ema_text, pool.ids[index, 0])
                 for level in (0.3, 0.6, 0.8, 0.95):
                     sigma = torch.full((count,), level, device=x0.device)
-                    losses.append(flow_loss(self.ema_transformer, text, x0, noise, sigma).mean())
-            result[pool] = [round(x, 4) for x in torch.stack(losses).tolist()]
+                    error = flow_error(self.ema_transformer, text, x0, noise, sigma)
+                    losses.append(torch.stack([error.mean(), (error * share).mean() / share.mean()]))
+            plain, objects = torch.stack(losses, 1).tolist()
+            result[name] = [round(x, 4) for x in plain]
+            result[f"{name} objects"] = [round(x, 4) for x in objects]
         return result
 
     @torch.no_grad()
@@ -159,7 +182,7 @@ class Dit:
             "a yellow square moves in a straight line on a light checker background",
             "a green triangle zigzags on a plain light background",
         ]
-        latents = self.run.pools[self.run.plan.sample_pool][0]
+        latents = self.run.pools[self.run.plan.sample_pool].latents
         generator = torch.Generator(self.run.device).manual_seed(1)
         noise = torch.randn(4, *latents.shape[1:], generator=generator, device=self.run.device)
         with self.run.autocast():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import random
@@ -11,7 +12,7 @@ from functools import partial
 import torch
 
 from videosparse.training.tiny.dit import Dit
-from videosparse.training.tiny.optimizing import Progress, Ticker, pick_attention, set_lr, timed
+from videosparse.training.tiny.optimizing import Progress, Ticker, pick_attention, timed
 from videosparse.training.tiny.plan import Plan, Shape
 from videosparse.training.tiny.rounds import describe_stages
 from videosparse.training.tiny.state import Run
@@ -25,7 +26,7 @@ def train_dit(run: Run, minutes: float) -> bool:
     done = run.meta.get("dit", {})
     if done.get("finished"):
         return True
-    progress = Progress(args.steps, minutes, done.get("step", 0), done.get("elapsed", 0.0))
+    progress = Progress(args.steps, minutes, done.get("step", 0), done.get("elapsed", 0.0), decay=args.decay_share)
     dit = Dit(run)
     cuda = run.device.type == "cuda"
     with contextlib.ExitStack() as stack:
@@ -66,7 +67,7 @@ def first_steps(run: Run, dit: Dit) -> None:
             loss = dit.step(shape, learn=False).item()
         logger.info(f"dit: {shape} first step {time.monotonic() - begin:.1f} s, loss {loss:.4f}")
     capture_steps(run, dit, shapes)
-    set_lr(dit.optimizer, 0.0)
+    dit.set_lr(0.0)
     for shape in shapes if run.device.type == "cuda" or run.args.smoke else ():
         seconds = timed(run.device, partial(dit.step, shape), 8 if run.device.type == "cuda" else 1)
         logger.info(
@@ -87,7 +88,7 @@ def capture_steps(run: Run, dit: Dit, shapes: list[Shape]) -> None:
     except Exception as error:
         logger.info(f"dit: graph capture failed, going on without: {type(error).__name__}: {str(error)[:400]}")
         dit.graphs.clear()
-        dit.optimizer.zero_grad(set_to_none=True)
+        dit.zero_grad()
         torch.cuda.synchronize()
 
 
@@ -109,15 +110,15 @@ def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
             counts = run.meta["dit"]["steps_by_stage"]
             save_strip(run, dit, stage)
             stage, average = now, None
-        lr = args.lr * progress.lr_factor()
-        set_lr(dit.optimizer, lr)
+        factor = progress.lr_factor()
+        dit.set_lr(factor)
         shapes = plan.stages[stage][1]
         shape = rng.choices(shapes, [s.weight for s in shapes])[0]
         loss = dit.step(shape)
         average = loss.clone() if average is None else average.lerp(loss, 0.02)
         counts[str(stage)] = counts.get(str(stage), 0) + 1
         progress.advance()
-        tick(average, lr, f"stage {stage}")
+        tick(average, args.lr * factor, f"stage {stage}")
         # As in the VAE's loop: the host must not run far ahead of the device, or the clock means nothing.
         if progress.step % 10 == 0 and run.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -144,7 +145,7 @@ def keep_dit(run: Run, dit: Dit, progress: Progress) -> None:
         "finished": progress.fraction >= 1.0,
         "steps_by_stage": counts,
         "what": describe_stages(run.plan, counts),
-        "lr": run.args.lr,
+        "how": describe_rates(run.args),
     }
     run.meta["phase"] = "dit"
     run.set_tensors("raw.transformer.", dit.transformer)
@@ -152,6 +153,14 @@ def keep_dit(run: Run, dit: Dit, progress: Progress) -> None:
     run.set_tensors("ema.transformer.", dit.ema_transformer)
     run.set_tensors("ema.text.", dit.ema_text)
     run.save()
+
+
+def describe_rates(args: argparse.Namespace) -> str:
+    """Optimisers with their highest rates, and what else a reader needs to repeat the round."""
+    rates = f"AdamW at {args.lr:g}"
+    if args.optimizer == "muon":
+        rates = f"Muon at {args.matrix_lr:g} for the matrices of the blocks, {rates} for the rest"
+    return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}"
 
 
 def save_strip(run: Run, dit: Dit, stage: int) -> None:

@@ -56,7 +56,8 @@ def psnr(decoded: Tensor, video: Tensor) -> Tensor:
 def sample_sigmas(batch: int, device: torch.device, uniform_share: float = 0.1, shift: float = FLOW_SHIFT) -> Tensor:
     """Noise levels [B] in (0, 1): logit-normal, stratified over the batch, then shifted as the scheduler does.
 
-    A share is uniform instead, so that the ends of the schedule, where sampling starts and stops, are trained.
+    A larger shift than the scheduler's trains more on what noise hides: where objects are and how they move. A share
+    is uniform instead, so that the ends of the schedule, where sampling starts and stops, are trained.
     """
     quantile = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
     quantile = quantile.clamp(1e-5, 1 - 1e-5)
@@ -66,15 +67,26 @@ def sample_sigmas(batch: int, device: torch.device, uniform_share: float = 0.1, 
     return shift * t / (1 + (shift - 1) * t)
 
 
-def flow_loss(transformer: nn.Module, text: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Flow-matching error per sample [B]: the network predicts noise - x0 at (1 - sigma) x0 + sigma noise."""
+def flow_error(transformer: nn.Module, text: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Squared flow-matching error [B, C, T, h, w]: the network predicts noise - x0 at (1 - sigma) x0 + sigma noise."""
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * x0 + level * noise
     predicted = transformer(
         hidden_states=noisy, timestep=sigma * 1000.0, encoder_hidden_states=text, return_dict=False
     )[0]
-    error: Tensor = (predicted.float() - (noise - x0)).square().flatten(1).mean(1)
+    error: Tensor = (predicted.float() - (noise - x0)).square()
     return error
+
+
+def object_weight(objects: Tensor, sigma: Tensor, weight: float) -> Tensor:
+    """Weights [B, 1, T, h, w], mean 1, that favour cells with objects. objects: [B, 1, T, h, w] in 0..1; sigma [B].
+
+    An object covers a few percent of a frame, so its shape and path hardly show in the plain mean. The weight fades
+    as noise grows: where the input does not show an object yet, weighting its cells would make the best prediction
+    one that sees objects everywhere.
+    """
+    raw = 1 + weight * (1 - sigma.view(-1, 1, 1, 1, 1)) * objects.float()
+    return raw / raw.mean()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class Progress:
     before: float = 0.0
     since_resume: int = 0
     warmup: int = 300
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -47,8 +48,9 @@ class Progress:
         return "steps" if self.step >= self.steps else "minutes"
 
     def lr_factor(self) -> float:
-        """Cosine over `fraction`; linear warm-up at the start, and a shorter one after a resume."""
-        factor = 0.5 * (1 + math.cos(math.pi * self.fraction))
+        """Cosine over the last `decay` of the phase, 1 before; linear warm-up, a shorter one after a resume."""
+        into = max(0.0, self.fraction - (1 - self.decay)) / self.decay if self.decay else 0.0
+        factor = 0.5 * (1 + math.cos(math.pi * into))
         warmup = 200 if self.resumed else self.warmup
         return factor * min(1.0, (self.since_resume + 1) / warmup)
 
@@ -74,12 +76,71 @@ class Ema:
         torch._foreach_lerp_(self.target, self.source, 1 - decay)
 
 
-def adamw(modules: Sequence[nn.Module], lr: float | Tensor, capturable: bool = False) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay only on matrices of the linear and convolution layers."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024; rate matched to AdamW's as in arXiv 2502.16982) for matrices, many at a time.
+
+    The same updates as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which reads its rate on the host and so
+    cannot be captured in a CUDA graph, and which launches some twenty kernels a matrix: here matrices of one shape
+    go through one batch, and the rate may be a tensor.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float | Tensor,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        steps: int = 5,
+    ) -> None:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+        groups = [{"params": same} for same in shapes.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
+        for group in self.param_groups:
+            group["average"] = torch.zeros_like(torch.stack(group["params"]), requires_grad=False)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every matrix; gradients that are not finite count as zero."""
+        for group in self.param_groups:
+            gradients = torch.stack([p.grad for p in group["params"]]).nan_to_num_(0.0, 0.0, 0.0)
+            group["average"].lerp_(gradients, 1 - group["momentum"])
+            update = self.orthogonal(gradients.lerp_(group["average"], group["momentum"]), group["steps"])
+            scale = 0.2 * math.sqrt(max(update.shape[1:])) * group["lr"]
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(group["params"], list((update.to(gradients.dtype) * scale).unbind()))
+
+    def orthogonal(self, x: Tensor, steps: int) -> Tensor:
+        """About the nearest orthogonal matrices, in bf16, by Newton-Schulz. x: [N, rows, columns]."""
+        a, b, c = self.COEFFICIENTS
+        tall = x.shape[1] > x.shape[2]
+        x = (x.mT if tall else x).bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
+def block_matrices(transformer: nn.Module) -> list[nn.Parameter]:
+    """The matrices of the transformer's blocks, for Muon."""
+    return [p for name, p in transformer.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+
+
+def adamw(
+    modules: Sequence[nn.Module], lr: float | Tensor, capturable: bool = False, without: Sequence[nn.Parameter] = ()
+) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay only on matrices of the linear and convolution layers; `without` others' parameters."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    others = {id(parameter) for parameter in without}
     for module in modules:
         for name, parameter in module.named_parameters():
+            if id(parameter) in others:
+                continue
             matrix = parameter.ndim >= 2 and not any(key in name for key in ("shared", "table", "gamma", "bias"))
             (decay if matrix else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
@@ -141,21 +202,24 @@ def pick_attention(length: int = 2304, batch: int = 48) -> list[Any]:
     for backend in (flash, cudnn):
         try:
             q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in base)
+            best = math.inf
             with sdpa_kernel(backend):
-                for run in range(8):
-                    if run == 3:
-                        torch.cuda.synchronize()
-                        start = time.perf_counter()
-                    out = F.scaled_dot_product_attention(q, k, v)
-                    out.backward(out.detach())  # type: ignore[no-untyped-call]
-                torch.cuda.synchronize()
-            times[backend] = time.perf_counter() - start
+                # the best of several: one look may fall into another program's work
+                for _ in range(8):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    for _ in range(3):
+                        out = F.scaled_dot_product_attention(q, k, v)
+                        out.backward(out.detach())  # type: ignore[no-untyped-call]
+                    torch.cuda.synchronize()
+                    best = min(best, time.perf_counter() - start)
+            times[backend] = best
             outs[backend] = torch.cat([out.detach().float().flatten()[:100000], q.grad.float().flatten()[:100000]])
         except RuntimeError as error:
             logger.info(f"attention: {backend} failed: {str(error)[:160]}")
     if len(outs) == 2 and (outs[flash] - outs[cudnn]).norm() > 0.05 * outs[flash].norm():
         logger.info("attention: cuDNN disagrees with flash, not used")
         times.pop(cudnn)
-    rounded = {str(k): round(v / 5 * 1e3, 2) for k, v in times.items()}
+    rounded = {str(k): round(v / 3 * 1e3, 2) for k, v in times.items()}
     logger.info(f"attention: {rounded} ms forward+backward")
     return sorted(times, key=times.__getitem__) + rest

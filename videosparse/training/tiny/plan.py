@@ -75,5 +75,15 @@ def smoke_plan(cuda: bool) -> Plan:
 def large(plan: Plan) -> Plan:
     """The plan for weights that have seen 64 pixels: 128 pixels only, in two stages of fewer shapes."""
     _, (_, shapes), (_, last) = plan.stages
-    stages = ((0.82, (replace(shapes[0], weight=0.75), replace(shapes[-1], weight=0.25))), (1.0, last))
+    stages = ((0.82, (replace(shapes[0], weight=0.85), replace(shapes[-1], weight=0.15))), (1.0, last))
     return replace(plan, pools=plan.pools[1:], stages=stages)
+
+
+def short(plan: Plan) -> Plan:
+    """The plan `large` without its longer clips, and half as many more of the others."""
+    now = large(plan)
+    pool = replace(now.pools[0], count=now.pools[0].count * 3 // 2)
+    return replace(now, pools=(pool,), stages=((1.0, now.stages[0][1]),))
+
+
+STAGES = {"full": lambda plan: plan, "large": large, "short": short}

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from videosparse.synthetic.captions import caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import Scene, sample_scene
 from videosparse.training.tiny.plan import Clip
-from videosparse.training.tiny.state import Run
+from videosparse.training.tiny.state import Latents, Run
 from videosparse.training.tiny.text import tokenize, train_tokenizer, wrap_tokenizer
 
 # Captions of one clip: a new one for each use.
@@ -106,10 +107,23 @@ def submit_pools(run: Run) -> None:
             run.futures[pool.name] = submit(run, seed, pool.count, run.meta["tokenizer"])
 
 
+def object_share(video: Tensor, cells: torch.Size) -> Tensor:
+    """Mean saturation [B, 1, T, h, w] in 0..1 of the pixels of each latent cell of a video [B, 3, F, S, S] in [-1, 1].
+
+    The first latent frame is one pixel frame, each other one is four.
+    """
+    saturation = (video.amax(1) - video.amin(1)).div_(2)
+    frames, height, width = cells[-3:]
+    saturation = F.adaptive_avg_pool2d(saturation, (height, width))
+    first, rest = saturation[:, :1], saturation[:, 1:]
+    groups = rest.reshape(len(rest), frames - 1, -1 if frames > 1 else 1, height, width)
+    return torch.cat([first, groups.mean(2)], 1)[:, None]
+
+
 @torch.no_grad()
-def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
-    """bf16 [N, C, T, h, w] posterior means. The chunk is halved if the device runs out of memory."""
-    chunk, parts, at = pool.chunk, [], 0
+def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    """Posterior means [N, C, T, h, w] and `object_share`, bf16. The chunk is halved if memory runs out."""
+    chunk, parts, shares, at = pool.chunk, [], [], 0
     render_seconds = last_chunk = 0.0
     while at < len(scenes):
         try:
@@ -121,6 +135,7 @@ def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
             video = video.mul_(255).round_().clamp_(0, 255).div_(127.5).sub_(1.0)
             with run.autocast():
                 parts.append(run.parallel.encode(video)[0].bfloat16())
+            shares.append(object_share(video, parts[-1].shape).bfloat16())
             at += chunk
             if run.args.smoke and run.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -136,7 +151,7 @@ def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> Tensor:
     logger.info(f"encode {pool.name}: {tuple(latents.shape)}; host time of rendering {render_seconds:.1f} s")
     if last_chunk:
         logger.info(f"TIMING encode {pool.name}, warm: {1e3 * last_chunk:.2f} ms a clip")
-    return latents
+    return latents, torch.cat(shares)
 
 
 def encode(run: Run) -> None:
@@ -145,22 +160,22 @@ def encode(run: Run) -> None:
     start = time.monotonic()
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        run.pools = {name: (z.to(run.device), ids.to(run.device)) for name, (z, ids) in stored.items()}
+        run.pools = {name: Latents(*(x.to(run.device) for x in parts)) for name, parts in stored.items()}
         logger.info(f"encode: pools read from {path} in {time.monotonic() - start:.1f} s")
     else:
         submit_pools(run)
         for pool in run.plan.pools:
             scenes, ids = gather(run.futures.pop(pool.name))
             begin = time.monotonic()
-            latents = encode_pool(run, pool, scenes)
+            latents, objects = encode_pool(run, pool, scenes)
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-            run.pools[pool.name] = (latents, ids.to(run.device))
+            run.pools[pool.name] = Latents(latents, ids.to(run.device), objects)
             logger.info(f"TIMING encode {pool.name}: {1e3 * (time.monotonic() - begin) / pool.count:.2f} ms a clip")
         store_pools(run, path)
     if "latents_mean" not in run.meta:
-        sample = run.pools[run.plan.sample_pool][0][:2048].float()
+        sample = run.pools[run.plan.sample_pool].latents[:2048].float()
         run.meta["latents_mean"] = [round(x, 5) for x in sample.mean((0, 2, 3, 4)).tolist()]
         run.meta["latents_std"] = [round(x, 5) for x in sample.std((0, 2, 3, 4)).tolist()]
         logger.info(f"latents mean {run.meta['latents_mean']} std {run.meta['latents_std']}")
@@ -169,7 +184,7 @@ def encode(run: Run) -> None:
 
 def store_pools(run: Run, path: Path) -> None:
     """Write the pools for a later call, in the background: training does not wait for the disk."""
-    host = {name: (z.cpu(), ids.cpu()) for name, (z, ids) in run.pools.items()}
+    host = {name: tuple(x.cpu() for x in pool) for name, pool in run.pools.items()}
 
     def write() -> None:
         try:

@@ -37,7 +37,7 @@ def present_round(meta: dict[str, Any]) -> dict[str, Any] | None:
     if vae.get("step"):
         what.append(f"VAE: {vae['step']:,} steps in {vae['elapsed'] / 60:.1f} minutes, rate {vae['lr']:g}")
     if dit.get("step"):
-        what.append(f"DiT: {dit['what']} in {dit['elapsed'] / 60:.1f} minutes, rate {dit['lr']:g}")
+        what.append(f"DiT: {dit['what']} in {dit['elapsed'] / 60:.1f} minutes, {dit['how']}")
     if not what:
         return None
     return {

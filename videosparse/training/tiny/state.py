@@ -10,7 +10,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,18 @@ from videosparse.training.tiny.rounds import begin_round
 START = time.monotonic()
 STOP = threading.Event()
 logger = logging.getLogger(__name__)
+
+
+class Latents(NamedTuple):
+    """A pool of clips: latents bf16 [N, C, T, h, w], caption ids [N, 4, 48], and how much of each cell is object.
+
+    `objects` bf16 [N, 1, T, h, w] is the mean saturation of the pixels of a cell, 0 to 1: objects are the only
+    saturated things in this world.
+    """
+
+    latents: Tensor
+    ids: Tensor
+    objects: Tensor
 
 
 @dataclass
@@ -43,7 +55,7 @@ class Run:
     tokenizer: Any = None
     vae: Any = None
     parallel: Any = None
-    pools: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pools: dict[str, Latents] = field(default_factory=dict)
     savers: list[threading.Thread] = field(default_factory=list)
     futures: dict[str, list[Future[Any]]] = field(default_factory=dict)
 

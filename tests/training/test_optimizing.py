@@ -1,0 +1,71 @@
+"""The optimiser and the schedule of the embedded model's training."""
+
+import copy
+
+import pytest
+import torch
+
+from videosparse.training.tiny.objectives import object_weight
+from videosparse.training.tiny.optimizing import Muon, Progress, adamw, block_matrices
+from videosparse.training.tiny.pools import object_share
+
+
+def test_muon_updates_as_torchs_does():
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 16), (16, 16), (24, 16), (8, 32))]
+    theirs = copy.deepcopy(mine)
+    ours = Muon(mine, torch.tensor(0.02), weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        ours.step()
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        # both compute in bf16, in another order of operations
+        assert (a - b).norm() < 0.02 * 3 * 0.2 * a.numel() ** 0.5 * 0.1
+
+
+def test_muon_passes_over_a_gradient_that_is_not_finite():
+    matrix = torch.nn.Parameter(torch.ones(4, 4))
+    matrix.grad = torch.full((4, 4), float("nan"))
+    Muon([matrix], 0.1, weight_decay=0.0).step()
+    assert torch.equal(matrix, torch.ones(4, 4))
+
+
+def test_every_parameter_has_one_optimiser():
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    model.out = torch.nn.Linear(4, 2)
+    matrices = block_matrices(model)
+    rest = [p for group in adamw([model], 0.1, without=matrices).param_groups for p in group["params"]]
+    assert [id(p) for p in matrices] == [id(model.blocks[0].weight)]
+    assert sorted(map(id, [*matrices, *rest])) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize(("share", "step", "factor"), [(1.0, 50, 0.5), (0.0, 99, 1.0), (0.2, 80, 1.0), (0.2, 90, 0.5)])
+def test_the_rate_falls_in_its_share_of_the_phase(share, step, factor):
+    progress = Progress(100, 1e6, decay=share, warmup=1)
+    progress.step = step
+    assert progress.lr_factor() == pytest.approx(factor, abs=1e-3)
+
+
+def test_weights_favour_objects_where_noise_is_low():
+    objects = torch.zeros(2, 1, 1, 2, 2)
+    objects[:, :, :, 0, 0] = 1
+    weight = object_weight(objects, torch.tensor([0.0, 1.0]), 8.0)
+    assert weight.mean() == pytest.approx(1.0)
+    assert weight[0, 0, 0, 0, 0] == pytest.approx(9 * float(weight[0, 0, 0, 1, 1]))
+    assert torch.equal(weight[1], weight[1, :1, :1, :1, :1].expand(1, 1, 2, 2))
+
+
+def test_object_share_finds_the_saturated_cells():
+    video = torch.zeros(1, 3, 5, 8, 8)
+    video[:, 0, 0, :4, :4] = 1.0
+    video[:, 1] = video[:, 2] = 0.0
+    video[:, 0, 3, 4:, 4:] = 1.0  # one of the four frames of the second latent
+    share = object_share(video, torch.Size([1, 8, 2, 2, 2]))
+    assert share.shape == (1, 1, 2, 2, 2)
+    assert share[0, 0, 0].tolist() == [[0.5, 0.0], [0.0, 0.0]]
+    assert share[0, 0, 1].tolist() == [[0.0, 0.0], [0.0, 0.125]]
