@@ -8,6 +8,7 @@ import torch
 
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.policies import Mode, RadialPolicy, RunStep
+from videosparse.policies.radial import _most_blocks
 
 GRIDS = [
     VideoGrid(7, 13, 11),
@@ -128,6 +129,19 @@ def test_kept_blocks_per_row_grow_no_faster_than_log_of_the_frames(coverage):
         for (few, more), (short, long) in zip(pairwise(kept), pairwise(lengths), strict=True)
     ]
     assert max(added) <= octave, added
+
+
+@pytest.mark.parametrize("coverage", ["any", "majority"])
+@pytest.mark.parametrize("block", [(128, 128), (64, 64), (128, 64)])
+@pytest.mark.parametrize("size", [(9, 16, 16), (21, 15, 17), (21, 30, 52), (7, 45, 80)])
+def test_the_capacity_on_a_gpu_is_enough_and_modest(size, block, coverage):
+    for text in (0, 200):
+        policy = RadialPolicy(decay=0.5, block=block, coverage=coverage)
+        block_map = policy.block_map(TokenLayout(VideoGrid(*size), text))
+        kept = int(block_map.keep.sum())
+        bound = _most_blocks(policy, VideoGrid(*size), block_map)
+        assert kept <= bound
+        assert bound <= 2 * kept or coverage == "majority"
 
 
 def test_any_is_symmetric_and_contains_no_hole_on_the_diagonal():

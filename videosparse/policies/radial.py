@@ -146,8 +146,13 @@ def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> lis
             if rank == len(ranks):
                 ranks.append([])
             ranks[rank].append((number, frame, max(0, start), min(tokens, start + block)))
-    columns = [torch.tensor(rank, dtype=torch.int32).t().contiguous().to(device) for rank in ranks]
-    return [_Pieces(*column) for column in columns]
+    return [_Pieces(*_upload([list(column) for column in zip(*rank, strict=True)], device)) for rank in ranks]
+
+
+def _upload(numbers: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
+    tensor = torch.tensor(numbers, dtype=torch.int32)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _inside_any(row: _Pieces, col: _Pieces, width: torch.Tensor) -> torch.Tensor:
@@ -175,7 +180,7 @@ def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> t
     """bool [ceil(V / rows), ceil(V / columns)] of a video."""
     (block_q, block_k), majority = policy.block, policy.coverage == "majority"
     keep = torch.zeros(ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k), dtype=torch.bool, device=device)
-    bands = torch.tensor(policy.band(grid), dtype=torch.int32, device=device)
+    bands = _upload(policy.band(grid), device)
     column_ranks = _pieces(grid, block_k, majority, device)
     for rows in _pieces(grid, block_q, majority, device):
         for row in _slabs(rows, keep.shape[1]):
@@ -211,6 +216,23 @@ def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None
         )
 
 
+def _most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> int:
+    """No fewer blocks than the map keeps, from sizes alone."""
+    (block_q, block_k), tokens = policy.block, grid.frame_tokens
+    _, _, rows, columns = block_map.keep.shape
+    bands = policy.band(grid)
+    # a run of n tokens that starts anywhere touches at most this many blocks
+    touched = [0 if w < 0 else (min(tokens, block_q + 2 * w) - 2) // block_k + 2 for w in bands]
+    frame_rows = (tokens - 2) // block_q + 2
+    pairs = sum(touched[abs(i - j)] for i in range(grid.frames) for j in range(grid.frames))
+    full = (tokens - 2) // block_k + 2
+    sink = full * grid.frames if policy.sink else 0
+    video = ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k)
+    text = rows * columns - video[0] * video[1]
+    edge = sum(video) if policy.coverage == "majority" else 0
+    return min(rows * columns, frame_rows * (pairs + sink) + edge + text)
+
+
 def _indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" alone means another one after `torch.cuda.set_device`."""
     device = torch.device(device)
@@ -239,4 +261,6 @@ def _cached_map(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.
 @lru_cache(maxsize=16)
 def _cached_index(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.device) -> BlockIndex:
     with torch.inference_mode(False):
-        return _build(policy, grid, text, device).index()
+        found = _build(policy, grid, text, device)
+        # counting the blocks would wait for a GPU
+        return found.index(_most_blocks(policy, grid, found) if device.type == "cuda" else None)
