@@ -73,7 +73,7 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
     torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
 
     begin = tmp_path / "next"
-    again = ["all", "--from-pipeline", str(out), "--resume", "--large", *common]
+    again = ["all", "--from-pipeline", str(out), "--resume", "--stages", "large", *common]
     again += ["--work", str(begin), "--backup", str(begin / "backup")]
     calls = iter(range(10**6))
     program.main(again)
@@ -102,7 +102,7 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
 
 def test_again_restarts_a_finished_round_and_goes_on_with_an_unfinished_one(program, tmp_path):
     common = ["--smoke", "--device", "cpu", "--workers", "1", "--work", str(tmp_path), "--backup", str(tmp_path / "b")]
-    done = {"elapsed": 1.0, "finished": True, "lr": 1e-3}
+    done = {"elapsed": 1.0, "finished": True, "lr": 1e-3, "how": "AdamW at 0.001"}
     meta = {
         "vae": done | {"step": 4},
         "dit": done | {"step": 12, "what": "12 steps"},

@@ -9,8 +9,10 @@ import torch
 
 pytest.importorskip("scipy")
 
-from videosparse.metrics import world
-from videosparse.metrics.world import analyse, centre_error, repetition, score, segment, shape_overlaps, to_lab, track
+from videosparse.metrics import blobs as parts
+from videosparse.metrics.blobs import segment, to_lab, track
+from videosparse.metrics.shapes import shape_overlaps
+from videosparse.metrics.world import analyse, centre_error, repetition, score
 from videosparse.synthetic.captions import Expected, ExpectedObject, parse_caption
 from videosparse.synthetic.render import render, states
 from videosparse.synthetic.scene import (
@@ -267,4 +269,4 @@ def test_a_video_of_the_wrong_layout_is_an_error():
 def test_a_missing_scipy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy", None)
     with pytest.raises(ImportError, match=r"videosparse\[eval\]"):
-        world.segment(torch.zeros(3, 1, 8, 8))
+        parts.segment(torch.zeros(3, 1, 8, 8))

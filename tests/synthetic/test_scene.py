@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from videosparse.metrics.world import to_lab
+from videosparse.metrics.blobs import to_lab
 from videosparse.synthetic.scene import (
     COLOURS,
     MOTIONS,
