@@ -91,3 +91,10 @@ def test_cases_have_the_published_token_counts(name, tokens):
 def test_sizes_a_model_cannot_take_name_the_nearest(size, message):
     with pytest.raises(ValueError, match=message):
         MODELS["wan2.1-14b"].grid(*size)
+
+
+def test_aligned_is_made_once():
+    layout = TokenLayout(VideoGrid(3, 9, 10), 40, seq_lens=torch.tensor([280, 300], dtype=torch.int32))
+    assert layout.aligned((128, 64)) is layout.aligned((128, 128))
+    assert layout.aligned((64, 64)) is not layout.aligned((128, 128))
+    assert layout == TokenLayout(VideoGrid(3, 9, 10), 40)

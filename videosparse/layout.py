@@ -79,6 +79,7 @@ class TokenLayout:
     text: int = 0
     text_start: int = -1
     seq_lens: torch.Tensor | None = field(default=None, compare=False)
+    _aligned: dict[int, TokenLayout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.text < 0:
@@ -109,14 +110,16 @@ class TokenLayout:
     def aligned(self, block: tuple[int, int]) -> TokenLayout:
         """The same tokens with text starting on a fresh block of `block` = (query rows, key rows).
 
-        `seq_lens` moves with the text. Without text nothing changes.
+        `seq_lens` moves with the text. Without text nothing changes. All layers of a forward get the same object.
         """
         if not self.text:
             return self
         size = max(block)
-        start = ceil_div(self.video, size) * size
-        lens = None if self.seq_lens is None else self.seq_lens + (start - self.text_start)
-        return replace(self, text_start=start, seq_lens=lens)
+        if size not in self._aligned:
+            start = ceil_div(self.video, size) * size
+            lens = None if self.seq_lens is None else self.seq_lens + (start - self.text_start)
+            self._aligned[size] = replace(self, text_start=start, seq_lens=lens)
+        return self._aligned[size]
 
     def key_mask(self, batch: int, device: torch.device | str) -> torch.Tensor:
         """Bool [batch, length]: True where a position holds a valid token. For references and dense masks.
