@@ -1,4 +1,4 @@
-"""Runs interpreted.py and interpreted_backward.py where Triton interprets kernels on the CPU, each in a process of its own."""
+"""Runs interpreted.py and interpreted_backward.py with Triton interpreting on the CPU, each in its own process."""
 
 import os
 import subprocess

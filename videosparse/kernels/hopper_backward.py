@@ -338,13 +338,14 @@ def _with_allocator(device: torch.device, start: partial[None]) -> None:
 def _readable(x: Gradients) -> Gradients:
     """The same with inputs that descriptors can read and whose gap is 0."""
     call = x.call
-    named = {"q": x.q, "k": x.k, "v": x.v, "grad": x.grad}
+    tensors = (x.q, x.k, x.v, x.grad)
     if call.video < call.text_start:
         position = torch.arange(x.q.shape[1], device=x.q.device)
         token = ((position < call.video) | (position >= call.text_start))[:, None, None]
-        return replace(x, **{name: torch.where(token, t, 0).contiguous() for name, t in named.items()})
-    whole = torch.contiguous_format
-    return replace(x, **{name: t if _aligned(t) else t.clone(memory_format=whole) for name, t in named.items()})
+        q, k, v, grad = (torch.where(token, t, 0).contiguous() for t in tensors)
+    else:
+        q, k, v, grad = (t if _aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
+    return replace(x, q=q, k=k, v=v, grad=grad)
 
 
 def _aligned(x: torch.Tensor) -> bool:

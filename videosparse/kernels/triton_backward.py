@@ -107,7 +107,7 @@ def _start_of_tile(
     TILE: tl.constexpr,
     SPARSE: tl.constexpr,
 ):
-    """First position of the tile-th tile that a program walks: of a list of blocks, or of the video and then the text."""
+    """First position of the tile-th tile that a program walks: of listed blocks, or of the video and then the text."""
     if SPARSE:
         start = tl.load(ids_ptr + entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
     else:
