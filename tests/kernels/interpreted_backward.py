@@ -124,6 +124,19 @@ def test_expanded_and_transposed_gradients(kernels):
         assert_gradients(found, *(x.detach() for x in (q, k, v)), grad, None, layout=layout)
 
 
+def test_compiled_and_checkpointed(kernels):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    index = make_map(layout, (64, 64), "per head", heads=1).index()
+    inputs = [x.requires_grad_() for x in make_qkv(layout, torch.float16, heads=1, dim=16)]
+    grads = make_grads(layout, inputs[0])
+    call = lambda *x: attend(*x, layout=layout, index=index, return_lse=True, options=TRITON)  # noqa: E731
+    expected = torch.autograd.grad(call(*inputs), inputs, grads)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for other in (compiled, lambda *x: torch.utils.checkpoint.checkpoint(call, *x, use_reentrant=False)):
+        for first, again in zip(expected, torch.autograd.grad(other(*inputs), inputs, grads), strict=True):
+            assert torch.equal(first, again)
+
+
 def test_key_major_lists_are_made_when_the_graph_brings_none():
     from videosparse.kernels import ops
 

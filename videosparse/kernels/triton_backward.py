@@ -14,7 +14,8 @@ With p = exp(score - lse), the probabilities, and delta = sum(out * grad_out) - 
 (FlashAttention-2, arXiv 2307.08691, algorithm 2; the gradient of lse enters through delta.) Two kernels compute p
 twice, so that nothing is added across programs: no atomics, and equal inputs give equal bits.
 
-`level` is lse in base 2, +inf where a row is no valid token or reads no key: its p is then exactly 0.
+`level` is lse, +inf where a row is no valid token or reads no key: its p is then exactly 0. It is in base 2 for half
+precision. For float32 that would round lse a second time, which all p of a row would share.
 """
 
 from __future__ import annotations
@@ -92,8 +93,19 @@ def prepare_kernel(
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + line * length + position, mask=valid, other=0.0)
     at = line * padded + position
-    tl.store(level_ptr + at, tl.where(valid, lse * LOG2_E_IN_KERNEL, float("inf")))
+    if grad_ptr.dtype.element_ty != tl.float32:
+        lse = lse * LOG2_E_IN_KERNEL
+    tl.store(level_ptr + at, tl.where(valid, lse, float("inf")))
     tl.store(delta_ptr + at, delta)
+
+
+@triton.jit
+def _probabilities(products, level, scale, scale_log2, EXACT: tl.constexpr):
+    """exp(scale * products - lse), with level as the top of this file says; EXACT for float32."""
+    if EXACT:
+        return tl.math.exp2((products * scale - level) * LOG2_E_IN_KERNEL)
+    else:
+        return tl.math.exp2(products * scale_log2 - level)
 
 
 @triton.jit
@@ -245,8 +257,9 @@ def query_kernel(
         k_valid = _is_token(k_pos, video, text_start, end)
         k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
         v = _load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        p = tl.math.exp2(scores - level[:, None] + tl.where(k_valid, 0.0, -float("inf"))[None, :])
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        levels = level[:, None] + tl.where(k_valid, 0.0, float("inf"))[None, :]
+        p = _probabilities(products, levels, scale, scale_log2, q.dtype == tl.float32)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -324,8 +337,8 @@ def key_kernel(
         grad = _load_rows(grad_base, q_pos, stride_gl, q_valid, HEAD_DIM, HEAD_PAD)
         level = tl.load(level_ptr + line + q_pos, mask=q_valid, other=float("inf"))
         delta = tl.load(delta_ptr + line + q_pos, mask=q_valid, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-        p = tl.math.exp2(scores - level[None, :])
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = _probabilities(products, level[None, :], scale, scale_log2, q.dtype == tl.float32)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
         ds = p * (dp - delta[None, :])
@@ -358,7 +371,9 @@ class Gradients:
     by_key: Lists | None
 
 
-def choose_tiles(head_dim: int, dtype: torch.dtype, block: tuple[int, int], shared_kb: int) -> tuple[Tiles, Tiles]:
+def choose_tiles(
+    head_dim: int, dtype: torch.dtype, block: tuple[int, int], shared_kb: int, *, sparse: bool = True
+) -> tuple[Tiles, Tiles]:
     """Tiles of the query kernel and of the key kernel that neither spill registers nor exceed the shared memory.
 
     Args:
@@ -366,17 +381,17 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, block: tuple[int, int], shar
         dtype: of q, k and v.
         block: (query rows, key rows) of a block, each 64 or 128.
         shared_kb: shared memory of one program.
+        sparse: whether lists are read; as in the forward, their entries take stages of their own.
     """
     if dtype == torch.float32:
         return (Tiles(32, 32, 4 if head_dim <= 64 else 8, 2),) * 2
     if shared_kb <= 64:
         return Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)
-    # as in the forward, list entries take stages of their own
-    stages = 5 if shared_kb > 99 else 3
-    query = Tiles(block[0], 64, 8 if block[0] == 128 else 4, stages)
-    if head_dim <= 64:
-        return query, Tiles(64, block[1], 8 if block[1] == 128 else 4, 3)
-    return query, Tiles(64, 64, 8, stages)
+    few, many = (3, 5) if sparse else (2, 3)
+    if head_dim > 64:
+        return Tiles(64, 64, 4, few), Tiles(64, 64, 8, many if shared_kb > 99 else few)
+    warps = {64: 4, 128: 8}
+    return Tiles(block[0], 64, warps[block[0]], many), Tiles(32, block[1], warps[block[1]], many)
 
 
 def prepare(
@@ -476,7 +491,8 @@ def launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Til
 def portable(x: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv by the kernels of this file."""
     block = (128, 128) if x.call.lists is None else x.call.lists.block
-    by_query, by_key = choose_tiles(x.q.shape[3], x.q.dtype, block, _shared_kb(x.q.device))
+    sparse = x.call.lists is not None
+    by_query, by_key = choose_tiles(x.q.shape[3], x.q.dtype, block, _shared_kb(x.q.device), sparse=sparse)
     dq, dk, dv = (torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device) for _ in range(3))
     launch(query_kernel, (dq,), x, by_query)
     launch(key_kernel, (dk, dv), x, by_key)
