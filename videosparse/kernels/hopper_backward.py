@@ -24,41 +24,18 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.triton_backward import Gradients, launch
-from videosparse.kernels.triton_forward import LISTS, SIZES, Tiles, _row_of_program
+from videosparse.kernels.triton_backward import Gradients, _end_of_text, _place, launch
+from videosparse.kernels.triton_forward import LISTS, SIZES, Tiles
 
 ALIGNMENT = 16
 """Bytes that addresses and strides of a descriptor are multiples of."""
 
 
 @triton.jit
-def _place(
-    order_ptr,
-    lens_ptr,
-    slot,
-    video,
-    text_start,
-    length,
-    rows,
-    heads,
-    map_samples,
-    map_heads,
-    SPARSE: tl.constexpr,
-    HAS_LENS: tl.constexpr,
-):
-    """(row of the lists, block row, sample, head, end of the sample's last valid run) of the slot-th piece of work."""
-    if SPARSE:
-        row, block_row, sample, head = _row_of_program(order_ptr, slot, rows, heads, map_samples, map_heads)
-    else:
-        row = slot  # of no list
-        block_row = slot % rows
-        head = slot // rows % heads
-        sample = slot // rows // heads
-    extent = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
-        extent = tl.where(end > text_start, end, video)
-    return row, block_row, sample.to(tl.int64), head.to(tl.int64), extent
+def _extent(lens_ptr, sample, video, text_start, length, HAS_LENS: tl.constexpr):
+    """One past the last valid position of a sample."""
+    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
+    return tl.where(end > text_start, end, video)
 
 
 @triton.jit
@@ -154,12 +131,8 @@ def query_kernel(
     BOUND: tl.constexpr,
 ):
     """dq of one tile of query rows, over its key tiles."""
-    parts: tl.constexpr = BLOCK_ROWS // TILE_M
-    row, block_row, sample, head, extent = _place(
-        order_ptr, lens_ptr, tl.program_id(0) // parts, video, text_start, length, rows, heads, map_samples, map_heads,
-        SPARSE, HAS_LENS,
-    )  # fmt: skip
-    first = block_row * BLOCK_ROWS + tl.program_id(0) % parts * TILE_M
+    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_ROWS, TILE_M, SPARSE)
+    extent = _extent(lens_ptr, sample, video, text_start, length, HAS_LENS)
     entry, tiles = _walk(row_ptr, row, first, extent, BLOCK_COLS, TILE_N, SPARSE)
     q_desc = _tokens(q_ptr, sample, stride_qb, head, stride_qh, extent, stride_ql, HEAD_DIM, HEAD_PAD, TILE_M)
     grad_desc = _tokens(grad_ptr, sample, stride_gb, head, stride_gh, extent, stride_gl, HEAD_DIM, HEAD_PAD, TILE_M)
@@ -238,12 +211,8 @@ def key_kernel(
     SPECIALIZE: tl.constexpr,
 ):
     """dk and dv of one tile of keys, over the tiles of query rows that read it; rows past `extent` are not written."""
-    parts: tl.constexpr = BLOCK_COLS // TILE_N
-    row, block_row, sample, head, extent = _place(
-        order_ptr, lens_ptr, tl.program_id(0) // parts, video, text_start, length, rows, heads, map_samples, map_heads,
-        SPARSE, HAS_LENS,
-    )  # fmt: skip
-    first = block_row * BLOCK_COLS + tl.program_id(0) % parts * TILE_N
+    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_COLS, TILE_N, SPARSE)
+    extent = _extent(lens_ptr, sample, video, text_start, length, HAS_LENS)
     entry, tiles = _walk(row_ptr, row, first, extent, BLOCK_ROWS, TILE_M, SPARSE)
     q_desc = _tokens(q_ptr, sample, stride_qb, head, stride_qh, extent, stride_ql, HEAD_DIM, HEAD_PAD, TILE_M)
     grad_desc = _tokens(grad_ptr, sample, stride_gb, head, stride_gh, extent, stride_gl, HEAD_DIM, HEAD_PAD, TILE_M)

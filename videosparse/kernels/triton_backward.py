@@ -80,9 +80,7 @@ def prepare_kernel(
     start = (tl.program_id(0) % tiles) * TILE
     line = (tl.program_id(0) // tiles).to(tl.int64)
     sample, head = line // heads, line % heads
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
     position = start + tl.arange(0, TILE)
     valid = _is_token(position, video, text_start, end)
     lse = tl.load(lse_ptr + line * length + position, mask=valid, other=-float("inf"))
@@ -159,9 +157,11 @@ def _walk(
 
 @triton.jit
 def _place(
-    order_ptr, lens_ptr, slot, length, rows, heads, map_samples, map_heads, SPARSE: tl.constexpr, HAS_LENS: tl.constexpr
+    order_ptr, rows, heads, map_samples, map_heads, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr
 ):
-    """(row of the lists, block row, sample, head, end of the sample's text) of the slot-th piece of work."""
+    """(row of the lists, sample, head, first position of its own) of this program, which owns one tile."""
+    parts: tl.constexpr = BLOCK // TILE
+    slot = tl.program_id(0) // parts
     if SPARSE:
         row, block_row, sample, head = _row_of_program(order_ptr, slot, rows, heads, map_samples, map_heads)
     else:
@@ -169,10 +169,16 @@ def _place(
         block_row = slot % rows
         head = slot // rows % heads
         sample = slot // rows // heads
+    first = block_row * BLOCK + tl.program_id(0) % parts * TILE
+    return row, sample.to(tl.int64), head.to(tl.int64), first
+
+
+@triton.jit
+def _end_of_text(lens_ptr, sample, length, HAS_LENS: tl.constexpr):
     end = length
     if HAS_LENS:
         end = tl.minimum(tl.load(lens_ptr + sample), length)
-    return row, block_row, sample.to(tl.int64), head.to(tl.int64), end
+    return end
 
 
 @triton.jit
@@ -234,11 +240,8 @@ def query_kernel(
     STAGES: tl.constexpr,
 ):
     """dq of one tile of query rows, over its key tiles."""
-    parts: tl.constexpr = BLOCK_ROWS // TILE_M
-    row, block_row, sample, head, end = _place(
-        order_ptr, lens_ptr, tl.program_id(0) // parts, length, rows, heads, map_samples, map_heads, SPARSE, HAS_LENS
-    )
-    first = block_row * BLOCK_ROWS + (tl.program_id(0) % parts) * TILE_M
+    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_ROWS, TILE_M, SPARSE)
+    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
     entry, tiles, video_tiles = _walk(row_ptr, row, video, text_start, end, first, TILE_M, BLOCK_COLS, TILE_N, SPARSE)
     q_pos = first + tl.arange(0, TILE_M)
     q_valid = _is_token(q_pos, video, text_start, end)
@@ -313,11 +316,8 @@ def key_kernel(
     STAGES: tl.constexpr,
 ):
     """dk and dv of one tile of keys, over the tiles of query rows that read it; scores are [keys, queries] here."""
-    parts: tl.constexpr = BLOCK_COLS // TILE_N
-    row, block_row, sample, head, end = _place(
-        order_ptr, lens_ptr, tl.program_id(0) // parts, length, rows, heads, map_samples, map_heads, SPARSE, HAS_LENS
-    )
-    first = block_row * BLOCK_COLS + (tl.program_id(0) % parts) * TILE_N
+    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_COLS, TILE_N, SPARSE)
+    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
     entry, tiles, video_tiles = _walk(row_ptr, row, video, text_start, end, first, TILE_N, BLOCK_ROWS, TILE_M, SPARSE)
     k_pos = first + tl.arange(0, TILE_N)
     k_valid = _is_token(k_pos, video, text_start, end)
