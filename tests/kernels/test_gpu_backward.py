@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from gradients import assert_gradients, make_grads
 from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, make_layout, make_map, make_qkv
 
