@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -66,6 +67,48 @@ def test_transpose_is_the_key_major_map():
     assert turned.block == (64, 128)
     assert (turned.q_len, turned.kv_len) == (block_map.kv_len, block_map.q_len)
     assert torch.equal(turned.to_tokens(), block_map.to_tokens().transpose(2, 3))
+
+
+@pytest.mark.parametrize("spare", [0, 70])
+def test_key_major_lists_are_those_of_the_transposed_map(spare):
+    block_map = random_map()
+    total = int(block_map.keep.sum())
+    index = block_map.index(capacity=total + spare)
+    index.ids[total:] = 7  # undefined
+    turned, expected = index.transpose(), block_map.transpose().index()
+    assert rows_of(turned) == rows_of(expected)
+    assert torch.equal(turned.row_ptr, expected.row_ptr)
+    assert torch.equal(turned.order, expected.order)
+    assert {turned.row_ptr.dtype, turned.ids.dtype, turned.order.dtype} == {torch.int32}
+    assert (turned.shape, turned.block, turned.q_len, turned.kv_len) == (
+        expected.shape, expected.block, expected.q_len, expected.kv_len,
+    )  # fmt: skip
+    assert rows_of(turned.transpose()) == rows_of(index)
+
+
+def test_key_major_lists_of_an_empty_map():
+    block_map = random_map()
+    index = BlockMap(block_map.keep & False, block_map.block, block_map.q_len, block_map.kv_len).index()
+    assert not index.transpose().row_ptr.any()
+
+
+def test_key_major_lists_are_built_once_and_stay_with_their_lists():
+    index = random_map().index()
+    assert index.key_major is None
+    size = index.bytes
+    index.prepare_backward()
+    turned = index.key_major
+    index.prepare_backward()
+    assert index.key_major is turned
+    assert index.bytes == size + turned.bytes
+    assert replace(index, ids=index.ids.clone()).key_major is None
+
+
+def test_a_transposed_map_may_not_fit(monkeypatch):
+    index = random_map(rows=5, cols=9).index()
+    monkeypatch.setattr("videosparse.blocks.INDEX_LIMIT", 50)
+    with pytest.raises(ValueError, match="map of 54 rows does not fit an index; use larger blocks"):
+        index.transpose()
 
 
 def test_bits_round_trip():

@@ -206,14 +206,14 @@ class RunTracker:
         """The plan of dense layers.
 
         With text lengths, which torch's fast kernels cannot take, ours is several times faster in half precision; but
-        its backward is slow, and a backend chosen by the user is what dense calls are for.
+        a backend chosen by the user is what dense calls are for.
         """
         if layout.seq_lens is None:
             return DensePlan(Mode.DENSE, layout)
         chosen = any(layer.backend_chosen() for _, layer in self.layers)
         half = autocast(latents[:0]).dtype in (torch.float16, torch.bfloat16)
         # the option is about sparse calls, but who asks for "torch" wants none of our kernels
-        wanted = half and not chosen and not torch.is_grad_enabled() and resolved.options.backend != "torch"
+        wanted = half and not chosen and resolved.options.backend != "torch"
         if wanted and describe_backend(latents.device)[0] == "triton":
             return DensePlan(Mode.DENSE, layout, own=True)
         return DensePlan(Mode.DENSE, layout, key_mask=layout.key_mask(latents.shape[0], latents.device))
@@ -234,6 +234,8 @@ class RunTracker:
             key = (id(plan.index), id(plan.order)) if plan.mode is Mode.SPARSE else (id(layer), 0)
             if key not in shared:
                 shared[key] = replace(plan, options=resolved.options)
+                if torch.is_grad_enabled() and plan.index is not None and _backend(resolved, device) == "triton":
+                    plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
             layer.plan = shared[key]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -163,6 +163,10 @@ class BlockIndex:
         shape: (samples, heads, rows, columns) of the map.
         block: (row tokens, column tokens) of a block.
         q_len, kv_len: tokens along rows and columns.
+
+    Attributes:
+        key_major: the lists of the same map turned, key block by key block, which gradients of keys and values walk;
+            None until `prepare_backward`.
     """
 
     row_ptr: torch.Tensor
@@ -172,6 +176,7 @@ class BlockIndex:
     block: tuple[int, int]
     q_len: int
     kv_len: int
+    key_major: BlockIndex | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def build(cls, block_map: BlockMap, capacity: int | None = None) -> BlockIndex:
@@ -197,10 +202,54 @@ class BlockIndex:
             row_ptr.int(), ids, order.int(), (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len
         )
 
+    def prepare_backward(self) -> None:
+        """Build `key_major`, once: the lists must not change afterwards. Never waits for the device.
+
+        `attend` does this by itself where a gradient is needed, but not while it is compiled: call it before.
+        """
+        if self.key_major is None:
+            # plain tensors also when the caller is in inference mode: the next caller may be training
+            with torch.inference_mode(False):
+                object.__setattr__(self, "key_major", self.transpose())
+
+    def transpose(self) -> BlockIndex:
+        """The lists of the transposed map, of the same capacity. Never waits for the device.
+
+        Raises:
+            ValueError: the transposed map has more rows than an index holds.
+        """
+        samples, heads, rows, cols = self.shape
+        if samples * heads * cols >= INDEX_LIMIT:
+            raise ValueError(
+                f"A transposed map of {samples * heads * cols} rows does not fit an index; use larger blocks."
+            )
+        row_ptr, ids, order = transpose_lists(self.row_ptr, self.ids, self.shape)
+        return BlockIndex(
+            row_ptr, ids, order, (samples, heads, cols, rows), (self.block[1], self.block[0]), self.kv_len, self.q_len
+        )
+
     @property
     def bytes(self) -> int:
-        """Memory of the lists on their device."""
-        return sum(t.numel() * t.element_size() for t in (self.row_ptr, self.ids, self.order))
+        """Memory of the lists on their device, of the key-major ones, too."""
+        more = 0 if self.key_major is None else self.key_major.bytes
+        return more + sum(t.numel() * t.element_size() for t in (self.row_ptr, self.ids, self.order))
+
+
+def transpose_lists(
+    row_ptr: torch.Tensor, ids: torch.Tensor, shape: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """row_ptr, ids and order of the transposed map, int32; `shape` = (samples, heads, rows, columns) of the map."""
+    samples, heads, rows, cols = shape
+    place = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
+    row = torch.searchsorted(row_ptr, place, right=True, out_int32=True) - 1
+    column = row // rows * cols + ids
+    # what lies beyond the last row sorts behind everything
+    column = torch.where(place < row_ptr[-1], column, samples * heads * cols)
+    column, source = column.sort(stable=True)
+    bounds = torch.arange(samples * heads * cols + 1, dtype=torch.int32, device=ids.device)
+    turned_ptr = torch.searchsorted(column, bounds, out_int32=True)
+    order = turned_ptr.diff().argsort(descending=True, stable=True)
+    return turned_ptr, (row % rows)[source], order.int()
 
 
 def _checked_capacity(total: int, capacity: int | None) -> int:

@@ -171,6 +171,21 @@ def test_autocast(name, processor, own, monkeypatch):
         assert_as_accurate(ours, stock, exact)
 
 
+def test_key_major_lists_are_made_for_training_only(monkeypatch):
+    """Outside the graphs of compiled blocks, before the forward; generation does not pay for them."""
+    monkeypatch.setattr("videosparse.attach.describe_backend", lambda device: ("triton", ""))
+    model = TINY["wan"].build().train()
+    sparsify(model, RadialProcessor(**{**SPARSE, "decay": 0.2173}))  # no other test has used these lists
+    layers = [layer for _, layer in vars(model)["_videosparse_tracker"].layers]
+    inputs = inputs_of("wan", [12, 7])
+    with torch.no_grad():
+        loss_of(model, inputs)
+    assert all(layer.plan.index.key_major is None for layer in layers)
+    model._reset_stateful_cache()
+    loss_of(model, inputs)
+    assert all(layer.plan.index.key_major is not None for layer in layers)
+
+
 def test_compiling_under_autocast():
     torch._dynamo.reset()
     model = TINY["wan"].build()

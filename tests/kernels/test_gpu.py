@@ -262,7 +262,11 @@ def test_the_op_is_well_formed():
     q, k, v = (x.nan_to_num().requires_grad_() for x in make_qkv(layout, torch.bfloat16))
     index = make_map(layout, (64, 64), device="cuda").index()
     lists = (index.row_ptr, index.ids, index.order, layout.seq_lens, layout.video, layout.text_start)
-    torch.library.opcheck(ops.attend_forward, (q, k, v, *lists, *index.block, 1, 1, 0.25, True, "triton"))
+    index.prepare_backward()
+    turned = (index.key_major.row_ptr, index.key_major.ids, index.key_major.order)
+    torch.library.opcheck(
+        ops.attend_forward, (q, k, v, *lists, *index.block, 1, 1, 0.25, True, "triton", True, *turned)
+    )
 
 
 def test_gradients_are_as_accurate_as_on_the_cpu():

@@ -31,21 +31,32 @@ def op_arguments(layout, index):
     return (*lists, layout.seq_lens, layout.video, layout.text_start, *shape, 0.25)
 
 
+def key_major(index):
+    if index is None:
+        return None, None, None
+    index.prepare_backward()
+    return index.key_major.row_ptr, index.key_major.ids, index.key_major.order
+
+
 @pytest.mark.parametrize("need_lse", [False, True])
+@pytest.mark.parametrize("need_grad", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_forward_op_is_well_formed(need_lse, sparse):
+def test_forward_op_is_well_formed(need_lse, need_grad, sparse):
     layout = make_layout("ragged text").aligned((64, 64))
     index = make_map(layout, (64, 64)).index() if sparse else None
     q, k, v = (x.nan_to_num().requires_grad_() for x in make_qkv(layout, torch.float32, dim=8))
-    torch.library.opcheck(ops.attend_forward, (q, k, v, *op_arguments(layout, index), need_lse, "torch"))
+    arguments = (*op_arguments(layout, index), need_lse, "torch", need_grad, *key_major(index))
+    torch.library.opcheck(ops.attend_forward, (q, k, v, *arguments))
 
 
 def test_backward_op_is_well_formed():
     layout = make_layout("ragged text").aligned((64, 64))
     q, k, v = (x.nan_to_num() for x in make_qkv(layout, torch.float32, dim=8))
-    arguments = op_arguments(layout, make_map(layout, (64, 64)).index())
-    for grad_lse in (None, torch.zeros(2, 3, layout.length)):
-        torch.library.opcheck(ops.attend_backward, (torch.ones_like(q), grad_lse, q, k, v, *arguments))
+    index = make_map(layout, (64, 64)).index()
+    lse = torch.zeros(2, 3, layout.length)
+    for grad_lse in (None, lse.clone()):
+        arguments = (q, k, v, torch.ones_like(q), lse, *op_arguments(layout, index), "torch", *key_major(index))
+        torch.library.opcheck(ops.attend_backward, (torch.ones_like(q), grad_lse, *arguments))
 
 
 def test_block_sums_op_is_well_formed():

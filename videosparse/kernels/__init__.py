@@ -11,7 +11,7 @@ import torch
 
 from videosparse.blocks import BlockIndex, check_block
 from videosparse.kernels import checks, ops
-from videosparse.kernels.backend import describe_backend
+from videosparse.kernels.backend import choose, describe_backend
 from videosparse.kernels.options import KernelOptions
 from videosparse.layout import TokenLayout
 from videosparse.ordering import TokenOrder
@@ -68,8 +68,8 @@ def attend(
     key, gives 0. Calls compile to one node (`torch.compile(fullgraph=True)`).
 
     The Triton backend takes float16, bfloat16 and float32 and never waits for the device. The torch backend also takes
-    float64, runs anywhere, and waits for the device to read the lists. The backward pass of both runs in torch for
-    now: correct, proportional to the kept blocks, and slow on a GPU.
+    float64, runs anywhere, and waits for the device to read the lists. Gradients come from the backend that ran the
+    forward; Triton's are equal to the bit for equal inputs, and never wait either.
 
     Args:
         q, k, v: [B, L, H, D] with L = layout.length and D 8..128; any strides, contiguous along D.
@@ -95,6 +95,8 @@ def attend(
     checks.check_tensors({"q": q, "k": k, "v": v}, layout)
     if index is not None:
         checks.check_index(q, index)
+    need_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key_major = _key_major(q, index, options) if need_grad else None
     rows, cols = (0, 0) if index is None else index.block
     samples, heads = (1, 1) if index is None else index.shape[:2]
     out, lse = ops.attend_forward(
@@ -114,8 +116,22 @@ def attend(
         q.shape[3] ** -0.5 if scale is None else float(scale),
         return_lse,
         options.backend,
+        need_grad,
+        None if key_major is None else key_major.row_ptr,
+        None if key_major is None else key_major.ids,
+        None if key_major is None else key_major.order,
     )
     return (out, lse) if return_lse else out
+
+
+def _key_major(q: torch.Tensor, index: BlockIndex | None, options: KernelOptions) -> BlockIndex | None:
+    """The key-major lists of an index, where the backward kernels will read them."""
+    if index is None:
+        return None
+    # they are made outside any graph: a compiled block reads tensors only
+    if not torch.compiler.is_compiling() and choose(options.backend, q.device, q.dtype) == "triton":
+        index.prepare_backward()
+    return index.key_major
 
 
 def block_sums(

@@ -6,18 +6,25 @@ that swapping the tensors of a plan never recompiles.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
 
+from videosparse.blocks import transpose_lists
 from videosparse.kernels import torch_path
 from videosparse.kernels.backend import choose
 from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.layout import ceil_div
+
+logger = logging.getLogger("videosparse")
 
 _GEOMETRY = (
     "Tensor? row_ptr, Tensor? ids, Tensor? order, Tensor? seq_lens, SymInt video, SymInt text_start, "
     "int block_rows, int block_cols, int map_samples, int map_heads, float scale"
 )
+_KEY_MAJOR = "Tensor? key_row_ptr, Tensor? key_ids, Tensor? key_order"
 
 
 def _call(
@@ -42,17 +49,31 @@ def _call(
 @torch.library.custom_op(
     "videosparse::attend_forward",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend) -> (Tensor, Tensor)",
+    schema=(
+        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, bool need_grad, {_KEY_MAJOR}) "
+        "-> (Tensor, Tensor)"
+    ),
 )
 def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [B, L, H, D] and lse [B, H, L], which is empty unless `need_lse`."""
-    *geometry, need_lse, backend = rest
+    """Attention [B, L, H, D] and lse [B, H, L], which is empty unless `need_lse` or `need_grad`.
+
+    The Triton backward reads lse, and the key-major lists, which pass through to it. The torch backward needs neither:
+    with `need_grad` alone its lse has the shape, and -inf throughout.
+    """
+    *geometry, need_lse, backend, need_grad, _, _, _ = rest
     call = _call(*geometry)
     if choose(backend, q.device, q.dtype) == "torch":
-        return torch_path.forward(q, k, v, call, need_lse)
+        out, lse = torch_path.forward(q, k, v, call, need_lse)
+        return out, _no_lse(q) if need_grad and not need_lse else lse
     from videosparse.kernels import triton_forward
 
-    return triton_forward.forward(q, k, v, call, need_lse)
+    return triton_forward.forward(q, k, v, call, need_lse or need_grad)
+
+
+def _no_lse(q: torch.Tensor) -> torch.Tensor:
+    batch, length, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.full((batch, heads, length), -torch.inf, dtype=dtype, device=q.device)
 
 
 @attend_forward.register_fake
@@ -60,7 +81,8 @@ def _attend_forward_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = q.shape
-    lse_shape = (batch, heads, length) if rest[-2] else (0,)
+    need_lse, _, need_grad, *_ = rest[-6:]
+    lse_shape = (batch, heads, length) if need_lse or need_grad else (0,)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=dtype)
 
@@ -68,7 +90,10 @@ def _attend_forward_fake(
 @torch.library.custom_op(
     "videosparse::attend_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    schema=(
+        "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_GEOMETRY}, str backend, {_KEY_MAJOR}) -> (Tensor, Tensor, Tensor)"
+    ),
 )
 def attend_backward(
     grad: torch.Tensor,
@@ -76,10 +101,46 @@ def attend_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *geometry: Any,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v. Always in torch, which computes the scores again and is slow on a GPU."""
-    return torch_path.backward(grad, grad_lse, q, k, v, _call(*geometry))
+    """Gradients of q, k and v, by the backend that ran the forward."""
+    *geometry, backend, key_row_ptr, key_ids, key_order = rest
+    call = _call(*geometry)
+    if choose(backend, q.device, q.dtype) == "torch":
+        return torch_path.backward(grad, grad_lse, q, k, v, call)
+    if lse.numel() != q.shape[0] * q.shape[1] * q.shape[2]:
+        raise RuntimeError("Gradients need the lse of the forward; call attend, or attend_forward with need_grad=True.")
+    from videosparse.kernels import triton_backward
+
+    by_key = _key_major(call, q.shape[1], key_row_ptr, key_ids, key_order)
+    return triton_backward.backward(grad, grad_lse, q, k, v, out, lse, call, by_key)
+
+
+def _key_major(
+    call: AttentionCall,
+    length: int,
+    row_ptr: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    order: torch.Tensor | None,
+) -> Lists | None:
+    """The key-major lists of a call: those given, else made from its own lists, on the device."""
+    lists = call.lists
+    if lists is None:
+        return None
+    if row_ptr is None or ids is None or order is None:
+        _say_that_lists_are_turned()
+        blocks = (ceil_div(length, lists.block[0]), ceil_div(length, lists.block[1]))
+        row_ptr, ids, order = transpose_lists(lists.row_ptr, lists.ids, (lists.samples, lists.heads, *blocks))
+    return Lists(row_ptr, ids, order, (lists.block[1], lists.block[0]), lists.samples, lists.heads)
+
+
+@cache
+def _say_that_lists_are_turned() -> None:
+    logger.info(
+        "A compiled attend makes key-major lists in every backward pass; BlockIndex.prepare_backward saves that."
+    )
 
 
 @attend_backward.register_fake
@@ -89,23 +150,25 @@ def _attend_backward_fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *geometry: Any,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.numbers = (video, text_start, rows, cols, samples, heads, scale)
+    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, backend, _, row_ptr, ids, order = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], row_ptr, ids, order)
+    ctx.numbers = (video, text_start, rows, cols, samples, heads, scale, backend)
     ctx.need_lse = need_lse
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, *lists = ctx.saved_tensors
+    *tensors, key_row_ptr, key_ids, key_order = ctx.saved_tensors
     level = grad_lse if ctx.need_lse else None
-    grads = attend_backward(grad_out, level, q, k, v, *lists, *ctx.numbers)
-    return (*grads, *[None] * 13)
+    grads = attend_backward(grad_out, level, *tensors, *ctx.numbers, key_row_ptr, key_ids, key_order)
+    return (*grads, *[None] * 17)
 
 
 attend_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,45 @@
+"""Judge of gradients: within twice the error of plain torch in the same precision, against fp64."""
+
+import torch
+from inputs import poison
+
+from videosparse.kernels.accuracy import allowed_error, worst_row
+from videosparse.reference import attention_reference
+
+
+def make_grads(layout, q, *, lse=True):
+    """Gradients of out and lse (or None) for q [B, L, H, D], NaN where no valid token is."""
+    grad = poison(torch.randn(q.shape, device=q.device), layout).to(q.dtype)
+    if not lse:
+        return grad, None
+    grad_lse = poison(torch.randn(*q.shape[:3], 1, device=q.device), layout)
+    return grad, grad_lse[..., 0].transpose(1, 2).contiguous()
+
+
+def plain_gradients(q, k, v, grad, grad_lse, **kwargs):
+    """dq, dk, dv by autograd in the precision of the inputs; padding counts as 0, for autograd multiplies it by 0."""
+    q, k, v = (x.nan_to_num().requires_grad_() for x in (q, k, v))
+    out, lse = attention_reference(q, k, v, **kwargs)
+    loss = (out * grad.nan_to_num()).sum()
+    if grad_lse is not None:
+        # rows without keys have an lse of -inf, which no loss may touch
+        loss = loss + (torch.where(lse == -torch.inf, 0, lse) * grad_lse.nan_to_num()).sum().to(loss.dtype)
+    return torch.autograd.grad(loss, (q, k, v))
+
+
+def assert_gradients(found, q, k, v, grad, grad_lse, *, layout, block_map=None, scale=None):
+    """Raise unless dq, dk, dv are as accurate as plain torch, and 0 where no valid token is."""
+    kwargs = {"layout": layout, "block_map": block_map, "scale": scale}
+    wide = None if grad_lse is None else grad_lse.double()
+    truth = plain_gradients(q.double(), k.double(), v.double(), grad.double(), wide, **kwargs)
+    # the second time the products along head_dim are summed from the other end
+    flipped = plain_gradients(q.flip(3), k.flip(3), v.flip(3), grad.flip(3), grad_lse, **kwargs)
+    tries = plain_gradients(q, k, v, grad, grad_lse, **kwargs), [x.flip(3) for x in flipped]
+    invalid = ~layout.key_mask(q.shape[0], q.device)
+    for i, name in enumerate(("dq", "dk", "dv")):
+        assert found[i].dtype == q.dtype
+        assert found[i].is_contiguous()
+        error = worst_row(found[i], truth[i])
+        allowed = max(allowed_error(truth[i], x[i]) for x in tries)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+        assert (found[i][invalid] == 0).all(), f"{name} is not 0 at positions without a token"
