@@ -115,7 +115,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--stages",
         choices=tuple(STAGES),
         default="full",
-        help="large: no 64 pixels and no 17-frame batches; short: nor 81 frames",
+        help="large: no 64 pixels and no 17-frame batches; short: nor 81 frames; long: 81 and 33 frames in every stage",
     )
     knobs.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the matrices of the blocks")
     knobs.add_argument("--matrix-lr", type=float, default=2e-3, help="of Muon")

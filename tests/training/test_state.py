@@ -10,7 +10,7 @@ import torch
 from videosparse.training.tiny.card import accuracy, fill_card, update_card
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.optimizing import Progress, adamw
-from videosparse.training.tiny.plan import Plan, large
+from videosparse.training.tiny.plan import STAGES, Plan, large
 from videosparse.training.tiny.rounds import all_rounds, begin_round, describe_stages, summary
 
 
@@ -94,6 +94,18 @@ def test_stages_are_described_as_the_card_says_them():
     assert describe_stages(Plan(), {}) == ""
     words = describe_stages(large(Plan()), {"0": 6415, "1": 1131})
     assert words == "6,415 steps at 128x128 with 33 and 1 frames and 1,131 steps at 128x128 with 81 and 33 frames"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_draws_from_a_pool_of_its_plan(name):
+    plan = STAGES[name](Plan())
+    pools = {pool.name: pool for pool in plan.pools}
+    assert plan.sample_pool in pools
+    assert plan.stages[-1][0] == 1.0
+    used = {shape.pool for _, shapes in plan.stages for shape in shapes}
+    assert used == set(pools)
+    for _, shapes in plan.stages:
+        assert all(4 * shape.latent_frames - 3 <= pools[shape.pool].frames for shape in shapes)
 
 
 def test_a_pipeline_is_read_as_a_backup(pipeline, tokenizer, tmp_path):

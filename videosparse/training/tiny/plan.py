@@ -86,4 +86,10 @@ def short(plan: Plan) -> Plan:
     return replace(now, pools=(pool,), stages=((1.0, now.stages[0][1]),))
 
 
-STAGES = {"full": lambda plan: plan, "large": large, "short": short}
+def long(plan: Plan) -> Plan:
+    """The last stage of `large` alone."""
+    now = large(plan)
+    return replace(now, stages=((1.0, now.stages[-1][1]),))
+
+
+STAGES = {"full": lambda plan: plan, "large": large, "short": short, "long": long}
