@@ -310,7 +310,7 @@ class RadialProcessor(Processor):
             float. Dense last steps remove flicker.
         first_layers, last_layers: dense layers at either end of the depth.
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
-        backend: "auto", "triton" or "torch": kernel of the sparse calls.
+        backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the

@@ -48,11 +48,27 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     """Attention [B, L, H, D] and lse [B, H, L], which is empty unless `need_lse`."""
     *geometry, need_lse, backend = rest
     call = _call(*geometry)
-    if choose(backend, q.device, q.dtype) == "torch":
+    chosen = choose(backend, q.device, q.dtype)
+    if chosen == "torch":
         return torch_path.forward(q, k, v, call, need_lse)
+    if chosen in ("fa4", "flex"):
+        return _library(chosen, q, k, v, call, need_lse)
     from videosparse.kernels import triton_forward
 
     return triton_forward.forward(q, k, v, call, need_lse)
+
+
+def _library(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by a library that was asked for; imported on first use."""
+    if name == "fa4":
+        from videosparse.kernels import fa4_path
+
+        return fa4_path.forward(q, k, v, call, need_lse)
+    from videosparse.kernels import flex_path
+
+    return flex_path.forward(q, k, v, call, need_lse)
 
 
 @attend_forward.register_fake
