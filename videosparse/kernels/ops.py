@@ -132,7 +132,7 @@ attend_forward.register_autograd(_backward, setup_context=_save)
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor? seq_lens, SymInt video, SymInt text_start, "
-        "int block_rows, int block_cols, float scale) -> Tensor"
+        "int block_rows, int block_cols, float scale, str backend) -> Tensor"
     ),
 )
 def block_sums(
@@ -145,10 +145,16 @@ def block_sums(
     block_rows: int,
     block_cols: int,
     scale: float,
+    backend: str,
 ) -> torch.Tensor:
     """Mass of every block, fp32 [B, H, Mq, Nk]."""
     call = AttentionCall(None, seq_lens, video, text_start, scale)
-    return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
+    # libraries of attention compute no sums: asked for one of those, this is as "auto"
+    if choose(backend if backend in ("triton", "torch") else "auto", q.device, q.dtype) == "torch":
+        return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
+    from videosparse.kernels import triton_sums
+
+    return triton_sums.block_sums(q, k, lse, call, (block_rows, block_cols))
 
 
 @block_sums.register_fake
@@ -162,6 +168,7 @@ def _block_sums_fake(
     block_rows: int,
     block_cols: int,
     scale: float,
+    backend: str,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
     shape = (batch, heads, -(-length // block_rows), -(-length // block_cols))
