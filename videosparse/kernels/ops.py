@@ -152,9 +152,9 @@ def block_sums(
     # libraries of attention compute no sums: asked for one of those, this is as "auto"
     if choose(backend if backend in ("triton", "torch") else "auto", q.device, q.dtype) == "torch":
         return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
-    from videosparse.kernels import triton_sums
+    from videosparse.kernels import gpu_sums
 
-    return triton_sums.block_sums(q, k, lse, call, (block_rows, block_cols))
+    return gpu_sums.block_sums(q, k, lse, call, (block_rows, block_cols))
 
 
 @block_sums.register_fake
