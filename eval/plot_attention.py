@@ -100,7 +100,7 @@ def _finish(figure: plt.Figure, axes: plt.Axes, row: Row, title: str) -> None:
     axes.set_title(f"{title}, {row['dtype']}, {row['gpu']}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,9 +5,10 @@ Shapes: q, k, v and out [B, L, H, D], every token valid: none of these kernels i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from videosparse.kernels import fa4_path
 from videosparse.kernels.libraries import import_library
+
+logger = logging.getLogger("videosparse")
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,70 @@ DENSE_KERNELS: dict[str, DenseKernel] = {
     "fa2": DenseKernel("FlashAttention-2", True, _HALF, _no_cuda, partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
 }
 """By the name that rows of benchmarks use. The wheel of FlashAttention-3 takes bfloat16 and has no backward."""
+
+OWN = "videosparse"
+"""Name of our kernel among the dense ones."""
+
+FASTEST: dict[tuple[tuple[int, int], int], tuple[str, ...]] = {((9, 0), 128): ("fa3", "fa4", OWN)}
+"""By (compute capability, head_dim): the kernels that were measured to be faster than torch's own attention, which is
+cuDNN there, the fastest first (assets/results/attention.csv). Where nothing was measured, torch's own is taken."""
+
+SHORTEST = 8192
+"""Tokens below which torch's own is taken: there a call lasts about as long as starting it."""
+
+
+def fastest_dense(device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> str | None:
+    """The kernel to take for dense calls without a mask and without gradients.
+
+    Args:
+        device, dtype, head_dim, length: of q.
+
+    Returns:
+        A name of `DENSE_KERNELS`, or `OWN`; None for torch's own attention.
+    """
+    return None if length < SHORTEST else _fastest(device, dtype, head_dim)
+
+
+@cache
+def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Cached, so that it is logged once."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in _HALF:
+        return None
+    candidates = FASTEST.get((torch.cuda.get_device_capability(device), head_dim), ())
+    passed: list[str] = []
+    for name in candidates:
+        reason = _unusable(name, device, dtype)
+        if reason is None:
+            better = f" ({'; '.join(passed)})" if passed else ""
+            logger.info("Dense attention in %s takes %s%s.", dtype, title_of(name), better)
+            return name
+        passed.append(f"not {title_of(name)}: {reason}")
+    if candidates:
+        logger.info("Dense attention in %s takes torch's own (%s).", dtype, "; ".join(passed))
+    return None
+
+
+def _unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if name == OWN:  # of our kernels only the one for Hopper is faster than torch's own
+        return import_library("videosparse.kernels.hopper_forward")[1]
+    kernel = DENSE_KERNELS[name]
+    return kernel.missing(device) if dtype in kernel.dtypes else f"it does not take {dtype}"
+
+
+def title_of(name: str) -> str:
+    """How reports call a kernel of `DENSE_KERNELS`, or `OWN`."""
+    return "videosparse triton" if name == OWN else DENSE_KERNELS[name].title
+
+
+@torch.library.custom_op(
+    "videosparse::dense_by_library", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str name) -> Tensor"
+)
+def dense_by_library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
+    """Dense attention [B, L, H, D] by a kernel of `DENSE_KERNELS`; one node in a compiled graph, no gradients."""
+    out = DENSE_KERNELS[name].attend(q, k, v, q.shape[3] ** -0.5)
+    return out.contiguous()
+
+
+@dense_by_library.register_fake
+def _dense_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
+    return q.new_empty(q.shape)
