@@ -167,7 +167,8 @@ def test_block_sums_for_hopper(dtype, head_dim, block, lens, tmp_path):
     from videosparse.kernels.hopper_sums import LAYOUT, VARIANTS, hopper_sums_kernel
 
     constants = {"D": head_dim, "UNIT_M": block[0], "UNIT_N": block[1], "HAS_LENS": lens}
-    constants |= {"RING": VARIANTS[0][0], "BY_FMA": VARIANTS[0][1]} | ({} if lens else {"lens_ptr": None})
+    constants |= dict(zip(("RING", "STEP", "BY_FMA"), VARIANTS[0], strict=True))
+    constants |= {} if lens else {"lens_ptr": None}
     kinds = {
         "q_desc": f"tensordesc<{dtype}[1, 1, 64, {head_dim}],{LAYOUT!r}>",
         "k_desc": f"tensordesc<{dtype}[1, 1, 128, {head_dim}],{LAYOUT!r}>",

@@ -9,9 +9,9 @@ Positions [0, video) are video, [text_start, lens[b]) are text; all others may h
 
 One program owns 128 query rows: a producer warp fetches tiles of 128 keys, two warpgroups take 64 rows each. A product
 of 128 x 128 x 128 takes the tensor cores as long as its exponentials take the special-function units, so each
-warpgroup keeps the next product running while it exponentiates. The sum of a tile stays with the thread whose number is
-that of the tile until 128 tiles are done. Where two warpgroups share a block, both add to a zero: a + b is b + a, so
-the result is the same in every run.
+warpgroup keeps the next product running while it exponentiates. A warp's share of the sum of a tile stays with one of
+its lanes until 32 tiles are done, so that warps seldom wait for each other. Where two warpgroups share a block, both
+add to a zero: a + b is b + a, so the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 LINE = gl.constexpr(gl.SliceLayout(1, MMA.value))
 COLS = gl.constexpr(gl.SliceLayout(0, MMA.value))
-THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-"""One element a thread of a warpgroup."""
+WARPS = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
+"""A number for each warp of a warpgroup and each of its lanes."""
 
 # Triton 3.7 renamed these
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -109,10 +109,11 @@ def _exp2(x, BY_FMA: gl.constexpr):
 
 
 @gluon.jit
-def _own(p, GROUPS: gl.constexpr):
-    """[64, 8 * GROUPS] in the layout of a product -> fp32 [128]: the sum of what each thread holds, no shuffles."""
+def _of_warps(p, GROUPS: gl.constexpr):
+    """[64, 8 * GROUPS] in the layout of a product -> fp32 [4], the sum of what each warp holds."""
     lanes = gl.sum(gl.sum(gl.reshape(p, [64, GROUPS, 4, 2]), 3), 1)
-    return gl.reshape(gl.sum(gl.reshape(lanes, [4, 2, 8, 4]), 1), [128])
+    own = gl.reshape(gl.sum(gl.reshape(lanes, [4, 2, 8, 4]), 1), [4, 32])
+    return gl.convert_layout(gl.sum(own, 1), gl.SliceLayout(1, WARPS))
 
 
 @gluon.jit
@@ -122,27 +123,26 @@ def _exponents(s, level, scale):
 
 
 @gluon.jit
-def _keep(total, slot, number, p, UNIT_N: gl.constexpr):
-    """Put the sums of tile `slot` of 128 where they wait to be written: one for each half of 64 keys, or for both."""
+def _keep(total, slot, lane, p, UNIT_N: gl.constexpr):
+    """Put the sums of a tile where they wait to be written: one for each half of 64 keys, or for both."""
     if UNIT_N == 128:
-        found = gl.sum(_own(p, 16), 0)
-        return gl.where(number == slot, found, total)
+        return gl.where((lane == slot)[None, :], _of_warps(p, 16)[:, None], total)
     else:
         left, right = gl.split(gl.permute(gl.reshape(p, [64, 2, 64]), (0, 2, 1)))
-        total = gl.where(number == 2 * slot, gl.sum(_own(left, 8), 0), total)
-        return gl.where(number == 2 * slot + 1, gl.sum(_own(right, 8), 0), total)
+        total = gl.where((lane == 2 * slot)[None, :], _of_warps(left, 8)[:, None], total)
+        return gl.where((lane == 2 * slot + 1)[None, :], _of_warps(right, 8)[:, None], total)
 
 
 @gluon.jit
-def _flush(line_ptr, total, number, first, count, limit, UNIT_M: gl.constexpr, UNIT_N: gl.constexpr):
+def _flush(line_ptr, total, lane, first, count, limit, UNIT_M: gl.constexpr, UNIT_N: gl.constexpr):
     """Write the sums of `count` tiles from `first` to a row of units, up to column `limit`."""
     per_tile: gl.constexpr = 128 // UNIT_N
-    column = first * per_tile + number
-    inside = (number < count * per_tile) & (column < limit)
+    column = first * per_tile + lane
+    inside = (lane < count * per_tile) & (column < limit)
     if UNIT_M == 128:
-        gl.atomic_add(line_ptr + column, total, mask=inside, sem="relaxed")
+        gl.atomic_add(line_ptr + column, gl.sum(total, 0), mask=inside, sem="relaxed")
     else:
-        gl.store(line_ptr + column, total, mask=inside)
+        gl.store(line_ptr + column, gl.sum(total, 0), mask=inside)
 
 
 @gluon.jit
@@ -168,15 +168,16 @@ def _consume(
     UNIT_M: gl.constexpr,
     UNIT_N: gl.constexpr,
     RING: gl.constexpr,
+    STEP: gl.constexpr,
     BY_FMA: gl.constexpr,
 ):
     """64 rows against all keys."""
-    CHUNK: gl.constexpr = UNIT_N  # tiles whose sums, one or two for each, fill the 128 threads
+    CHUNK: gl.constexpr = UNIT_N // 4  # tiles whose sums, one or two for each, fill the lanes of a warp
     rows = first + w * 64 + gl.arange(0, 64, LINE)
     row_valid = (rows < video) | ((rows >= text_start) & (rows < end))
     lse = gl.load(lse_line + rows, mask=row_valid, other=-float("inf"))
     level = gl.where(lse == -float("inf"), float("inf"), lse)
-    number = gl.arange(0, 128, THREADS)
+    lane = gl.arange(0, 32, gl.SliceLayout(0, WARPS))
     line = sums_line
     if UNIT_M == 64:
         line = sums_line + w * columns
@@ -193,25 +194,27 @@ def _consume(
     s = warpgroup_mma_wait(0, [_scores(q, ring.index(0), D)])
     mbarrier.arrive(empty.index(0))
     r, phase = 1, 0
-    sure = gl.minimum(whole, tiles - 1)
+    sure = gl.minimum(whole, tiles - 1) // STEP * STEP
     for start in range(0, sure, CHUNK):
-        total = gl.zeros([128], gl.float32, THREADS)
+        total = gl.zeros([4, 32], gl.float32, WARPS)
         stop = gl.minimum(start + CHUNK, sure)
-        for n in range(start, stop):
-            mbarrier.wait(full.index(r), phase)
-            running = _scores(q, ring.index(r), D)
-            total = _keep(total, n - start, number, _exp2(_exponents(s, level, scale), BY_FMA), UNIT_N)
-            s = warpgroup_mma_wait(0, [running])
-            mbarrier.arrive(empty.index(r))
-            r, phase = _next(r, phase, RING)
-        _flush(line, total, number, start, stop - start, limit, UNIT_M, UNIT_N)
+        for n in range(start, stop, STEP):
+            for step in gl.static_range(STEP):  # two at a time, scores take turns in two sets of registers: no moves
+                mbarrier.wait(full.index(r), phase)
+                running = _scores(q, ring.index(r), D)
+                p = _exp2(_exponents(s, level, scale), BY_FMA)
+                total = _keep(total, n + step - start, lane, p, UNIT_N)
+                s = warpgroup_mma_wait(0, [running])
+                mbarrier.arrive(empty.index(r))
+                r, phase = _next(r, phase, RING)
+        _flush(line, total, lane, start, stop - start, limit, UNIT_M, UNIT_N)
     # the tiles that need a mask, and the last one, whose successor does not exist
     for n in range(sure, tiles):
         key = n * 128 + gl.arange(0, 128, COLS)
         valid = (key < video) | ((key >= text_start) & (key < end))
         p = gl.exp2(gl.where(valid[None, :], _exponents(s, level, scale), -float("inf")))
-        total = _keep(gl.zeros([128], gl.float32, THREADS), 0, number, p, UNIT_N)
-        _flush(line, total, number, n, 1, limit, UNIT_M, UNIT_N)
+        total = _keep(gl.zeros([4, 32], gl.float32, WARPS), 0, lane, p, UNIT_N)
+        _flush(line, total, lane, n, 1, limit, UNIT_M, UNIT_N)
         if n + 1 < tiles:
             mbarrier.wait(full.index(r), phase)
             s = warpgroup_mma_wait(0, [_scores(q, ring.index(r), D)])
@@ -251,6 +254,7 @@ def hopper_sums_kernel(
     UNIT_N: gl.constexpr,
     HAS_LENS: gl.constexpr,
     RING: gl.constexpr,
+    STEP: gl.constexpr,
     BY_FMA: gl.constexpr,
 ):
     """128 query rows of one head; `rows` and `columns` of units, `tiles` of 128 keys, `row_tiles` of 128 rows."""
@@ -281,14 +285,14 @@ def hopper_sums_kernel(
                 _consume,
                 (
                     0, lse_line, sums_line, q_s, ring, q_full, full, empty, tile * 128, tiles, sure // 128, video,
-                    text_start, end, columns, columns, scale, D, UNIT_M, UNIT_N, RING, BY_FMA,
+                    text_start, end, columns, columns, scale, D, UNIT_M, UNIT_N, RING, STEP, BY_FMA,
                 ),
             ),
             (
                 _consume,
                 (
                     1, lse_line, sums_line, q_s, ring, q_full, full, empty, tile * 128, tiles, sure // 128, video,
-                    text_start, end, columns, limit, scale, D, UNIT_M, UNIT_N, RING, BY_FMA,
+                    text_start, end, columns, limit, scale, D, UNIT_M, UNIT_N, RING, STEP, BY_FMA,
                 ),
             ),
             (_produce, (q_desc, k_desc, q_s, ring, q_full, full, empty, sample, head, tile * 128, tiles, D, RING)),
@@ -315,8 +319,8 @@ def unsuited(q: torch.Tensor, k: torch.Tensor, call: AttentionCall) -> str | Non
     return None
 
 
-VARIANTS = ((5, False), (5, True), (4, False))
-"""(slots for key tiles, a quarter of the exponentials by FMA); the first is taken."""
+VARIANTS = ((5, 2, False), (5, 1, False), (5, 2, True), (4, 2, False))
+"""(slots for key tiles, tiles in one turn of the loop, a quarter of the exponentials by FMA); the first is taken."""
 
 
 def block_sums(
@@ -325,7 +329,7 @@ def block_sums(
     lse: torch.Tensor,
     call: AttentionCall,
     block: tuple[int, int],
-    variant: tuple[int, bool] = VARIANTS[0],
+    variant: tuple[int, int, bool] = VARIANTS[0],
 ) -> torch.Tensor:
     """Launch the kernel on checked tensors that suit it; see `kernels.block_sums`.
 
@@ -340,7 +344,7 @@ def block_sums(
     if sums.numel() == 0:
         return sums
     tiles = ceil_div(length, 128)
-    ring, by_fma = variant
+    ring, step, by_fma = variant
     with torch.cuda.device(q.device):
         hopper_sums_kernel[(batch * heads * tiles,)](
             _descriptor(q, 64),
@@ -362,6 +366,7 @@ def block_sums(
             UNIT_N=block[1],
             HAS_LENS=call.seq_lens is not None,
             RING=ring,
+            STEP=step,
             BY_FMA=by_fma,
             num_warps=4,
         )
