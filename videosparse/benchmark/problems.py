@@ -12,7 +12,6 @@ from videosparse.cases import CASES
 from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.layout import TokenLayout, ceil_div
 from videosparse.policies import RadialPolicy
-from videosparse.processors import RadialProcessor
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,8 @@ def make_map(workload: Workload, entry: Entry, device: torch.device, seed: int) 
 
 def radial(name: str, block: tuple[int, int]) -> RadialPolicy:
     """Radial Attention with the defaults of the model that a workload is named after, except for the block."""
+    from videosparse.processors import RadialProcessor  # the only part that needs Diffusers
+
     policy = RadialProcessor().resolve(CASES[name].model).policy
     assert isinstance(policy, RadialPolicy)
     return replace(policy, block=block)
