@@ -108,7 +108,48 @@ def figure() -> str:
     return markdown(head, [[r[c] for c in columns] for r in read("figure_dense_vs_radial")])
 
 
-TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (densities, accuracy, coverage, cpu, figure)}
+KERNELS = {
+    "ours": "videosparse", "portable": "videosparse, kernel for any GPU", "fa4": "FlashAttention-4",
+    "flex": "FlexAttention", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "fa2": "FlashAttention-2",
+}  # fmt: skip
+UNMEASURED = "Not measured yet."
+
+
+def attention(case: str = "12x30720", label: str = "128x128") -> str:
+    """Rates of all kernels in the newest run of one set, dense and by density."""
+    if not (RESULTS / "attention.csv").exists():
+        return UNMEASURED
+    rows = [r for r in read("attention") if r["set"] == f"forward {case} {label}" and r["p50_ms"]]
+    rows = [r for r in rows if r["run"] == max(r["run"] for r in rows)]
+    columns = [("dense", ""), ("full", ""), *(("uniform", d) for d in ("0.5", "0.25", "0.1", "0.05"))]
+    table = [[name, *(_rate(rows, kernel, *column) for column in columns)] for kernel, name in KERNELS.items()]
+    head = ["TFLOP/s", "dense", "full map", "density 0.5", "0.25", "0.1", "0.05"]
+    return markdown(head, [line for line in table if any(cell != "-" for cell in line[1:])])
+
+
+def _rate(rows: list[Row], kernel: str, policy: str, density: str) -> str:
+    """TFLOP/s of one row; "-" where there is none."""
+    for r in rows:
+        near = not density or abs(float(r["density"]) - float(density)) <= 0.01
+        if r["kernel"] == kernel and r["policy"] == policy and near:
+            return f"{float(r['tflops']):.0f}"
+    return "-"
+
+
+def goals() -> str:
+    """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
+    if not (RESULTS / "attention_goals.csv").exists():
+        return UNMEASURED
+    head = ["figure", "case", "measured", "must", "goal", ""]
+    return markdown(head, [
+        [r["goal"], r["case"], r["measured"] and f"{r['measured']} {r['unit']}", r["must"], r["wanted"], r["verdict"]]
+        for r in read("attention_goals")
+    ])  # fmt: skip
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    t.__name__: t for t in (densities, accuracy, coverage, cpu, figure, attention, goals)
+}
 
 
 def fill(text: str) -> str:

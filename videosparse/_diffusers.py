@@ -54,6 +54,10 @@ class HostProcessor:
         active, _ = _AttentionBackendRegistry.get_active_backend()
         return self._attention_backend is not None or active != AttentionBackendName.NATIVE
 
+    def is_parallel(self) -> bool:
+        """Whether ranks share the attention (Ulysses or ring)."""
+        return self._parallel_config is not None
+
     def backend_name(self) -> str:
         """What runs `dense`, as Diffusers names it; its default, torch's own attention, is "native SDPA"."""
         active, _ = _AttentionBackendRegistry.get_active_backend()

@@ -13,6 +13,7 @@ import torch
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
 from videosparse.clock import Clock
 from videosparse.kernels import describe_backend
+from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep
@@ -179,7 +180,7 @@ class RunTracker:
         if clock.run != before or binding.record is None:
             assert self._resolved is not None
             _warn_if_all_dense(self._resolved, clock.total())
-            runs_dense = "videosparse triton" if dense.own else self.layers[0][1].backend_name()
+            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title_of(dense.kernel)
             binding.record = RunRecord(dense.layout, _backend(self._resolved, device), runs_dense)
         binding.record.steps = clock.index + 1
         if clock.run != self._seen[0]:
@@ -205,18 +206,25 @@ class RunTracker:
     def _dense(self, layout: TokenLayout, resolved: Resolved, latents: torch.Tensor) -> DensePlan:
         """The plan of dense layers.
 
-        With text lengths, which torch's fast kernels cannot take, ours is several times faster in half precision; but
-        a backend chosen by the user is what dense calls are for.
+        A backend chosen by the user is what dense calls are for, and parallel shards are gathered by Diffusers. Else it
+        is the fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several
+        times in half precision, in training too.
         """
-        if layout.seq_lens is None:
-            return DensePlan(Mode.DENSE, layout)
-        chosen = any(layer.backend_chosen() for _, layer in self.layers)
-        half = autocast(latents[:0]).dtype in (torch.float16, torch.bfloat16)
+        device, dtype = latents.device, autocast(latents[:0]).dtype
         # the option is about sparse calls, but who asks for "torch" wants none of our kernels
-        wanted = half and not chosen and resolved.options.backend != "torch"
-        if wanted and describe_backend(latents.device)[0] == "triton":
-            return DensePlan(Mode.DENSE, layout, own=True)
-        return DensePlan(Mode.DENSE, layout, key_mask=layout.key_mask(latents.shape[0], latents.device))
+        free = resolved.options.backend != "torch"
+        if not free or any(layer.backend_chosen() or layer.is_parallel() for _, layer in self.layers):
+            kernel = None
+        elif layout.seq_lens is None:
+            # Diffusers' own serves training: what is fastest forward need not be so backward
+            head_dim = int(self.config["attention_head_dim"])
+            kernel = None if torch.is_grad_enabled() else fastest_dense(device, dtype, head_dim, layout.length)
+        else:
+            half = dtype in (torch.float16, torch.bfloat16)
+            kernel = OWN if half and describe_backend(device)[0] == "triton" else None
+        if kernel is None and layout.seq_lens is not None:
+            return DensePlan(Mode.DENSE, layout, key_mask=layout.key_mask(latents.shape[0], device))
+        return DensePlan(Mode.DENSE, layout, kernel=kernel)
 
     def _plan(self, dense: DensePlan, run: RunStep, resolved: Resolved, device: torch.device) -> None:
         """Give every layer its plan; layers with the same map share one."""

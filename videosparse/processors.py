@@ -15,6 +15,7 @@ import torch
 from videosparse._diffusers import HostProcessor
 from videosparse.cases import ModelSpec
 from videosparse.kernels import KernelOptions, attend
+from videosparse.kernels.dense import OWN, dense_by_library
 from videosparse.layout import VideoGrid
 from videosparse.models import ModelFamily, Rotary, model_variant
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
@@ -34,11 +35,12 @@ class DensePlan(LayerPlan):
 
     Args:
         key_mask: bool [B, L], the valid keys for Diffusers' backend; None where all are valid.
-        own: take our kernel, which reads text lengths from the layout, instead of Diffusers' backend.
+        kernel: what to take instead of Diffusers' backend: our kernel (`dense.OWN`), which reads text lengths from the
+            layout, or a library (see `DENSE_KERNELS`), which reads none; None takes the backend.
     """
 
     key_mask: torch.Tensor | None = None
-    own: bool = False
+    kernel: str | None = None
 
 
 class LayerProcessor(HostProcessor):
@@ -88,7 +90,9 @@ class LayerProcessor(HostProcessor):
             NotImplementedError: a mode that searches.
         """
         if isinstance(plan, DensePlan):
-            return _attend(plan, q, k, v) if plan.own else self.dense(q, k, v, plan.key_mask)
+            if plan.kernel is None:
+                return self.dense(q, k, v, plan.key_mask)
+            return _attend(plan, q, k, v) if plan.kernel == OWN else dense_by_library(q, k, v, plan.kernel)
         if plan.mode is not Mode.SPARSE:
             raise NotImplementedError(
                 f"Attention cannot run in mode {plan.mode!s} yet; use RadialProcessor, whose plans are dense or sparse."
@@ -245,8 +249,9 @@ class Processor(ABC):
 class DenseProcessor(Processor):
     """Dense attention everywhere, on the same path: the baseline of a comparison, with the same report.
 
-    Through the backend that was chosen with `set_attention_backend`; else through the fastest there is, which for
-    generation in half precision on a GPU is our own kernel where text is part of the sequence (HunyuanVideo, Mochi).
+    Through the backend that was chosen with `set_attention_backend`; else through the fastest there is. For generation
+    in half precision on a GPU that is our own kernel where text is part of the sequence (HunyuanVideo, Mochi), and on
+    Hopper FlashAttention-3 or FlashAttention-4 where one is installed (`pip install videosparse[fa4]`).
     `report().dense_backend` names it.
     """
 
@@ -310,7 +315,7 @@ class RadialProcessor(Processor):
             float. Dense last steps remove flicker.
         first_layers, last_layers: dense layers at either end of the depth.
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
-        backend: "auto", "triton" or "torch": kernel of the sparse calls.
+        backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the

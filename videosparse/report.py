@@ -26,7 +26,7 @@ class RunReport:
             skips some of them.
         backend: kernel of the sparse calls, "triton" or "torch"; "none" for a dense processor.
         dense_backend: what runs dense calls: "native SDPA" or the backend chosen by the user, as Diffusers names it;
-            "videosparse triton" for our kernel.
+            "videosparse triton" for our kernel; "FlashAttention-3" or "FlashAttention-4".
     """
 
     grid: VideoGrid

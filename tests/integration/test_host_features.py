@@ -1,5 +1,6 @@
 """What Diffusers offers beside attention keeps working: offloading, adapters, fusing, caches, backends, compiling."""
 
+import dataclasses
 from collections import Counter
 from pipes import PIPES, TINY
 
@@ -8,6 +9,7 @@ import torch
 from probes import Probe
 
 from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
+from videosparse.kernels import dense
 from videosparse.models import family_of
 from videosparse.processors import LayerProcessor
 
@@ -251,6 +253,40 @@ def test_dense_calls_with_text_take_our_kernel_on_a_gpu(name, monkeypatch):
     sparsify(model, DenseProcessor())
     TINY[name].forward(model, (3, 4, 5))
     assert not calls, "fp32 is for who wants torch's own rounding"
+
+
+@pytest.mark.usefixtures("_default_backend")
+def test_dense_calls_without_text_take_the_fastest_library(monkeypatch):
+    """When generating, unless a backend was chosen; compiled blocks see one node."""
+    asked, calls = [], []
+    fa3 = dense.DENSE_KERNELS["fa3"]
+
+    def attend_like_fa3(q, k, v, scale):
+        calls.append(scale)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+
+    def fastest(*call):
+        asked.append(call)
+        return "fa3"
+
+    monkeypatch.setitem(dense.DENSE_KERNELS, "fa3", dataclasses.replace(fa3, attend=attend_like_fa3))
+    monkeypatch.setattr("videosparse.attach.fastest_dense", fastest)
+    model, processor = TINY["wan"].build(), DenseProcessor()
+    with torch.no_grad():
+        stock = TINY["wan"].forward(model, (3, 4, 5))
+        sparsify(model, processor)
+        torch.testing.assert_close(TINY["wan"].forward(model, (3, 4, 5)), stock)
+        assert processor.report().dense_backend == "FlashAttention-3"
+        head_dim = model.config.attention_head_dim
+        assert asked == [(torch.device("cpu"), torch.float32, head_dim, 60)]
+        assert calls == [head_dim**-0.5] * len(model.blocks)
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(TINY["wan"].forward(model, (3, 4, 5)), stock)
+        model.set_attention_backend("native")
+        calls.clear()
+        TINY["wan"].forward(model, (3, 4, 5))
+    assert not calls
 
 
 @EVERY

@@ -81,3 +81,15 @@ class PoisonedEmpty:
         self.calls += 1
         x = self.empty(*size, **kwargs)
         return x.fill_(float("nan")) if x.is_floating_point() else x
+
+
+def expected_sums(q, k, lse, layout, block, dtype, scale=None):
+    """Block sums of probabilities [B, H, L, L], in a given precision."""
+    valid = layout.key_mask(q.shape[0], q.device)
+    q, k = (x.masked_fill(~valid[:, :, None, None], 0).to(dtype) for x in (q, k))
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    p = torch.exp(scores - lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf)[..., None])
+    p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
+    rows, cols = (ceil_div(layout.length, b) for b in block)
+    p = torch.nn.functional.pad(p, (0, cols * block[1] - layout.length, 0, rows * block[0] - layout.length))
+    return p.unflatten(3, (cols, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))

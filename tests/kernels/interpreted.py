@@ -5,10 +5,23 @@ float16 and float32 only: the interpreter computes bfloat16 wrongly. Sequences a
 
 import pytest
 import torch
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, assert_accurate, make_layout, make_map, make_qkv
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    TORCH,
+    TRITON,
+    PoisonedEmpty,
+    assert_accurate,
+    expected_sums,
+    make_layout,
+    make_map,
+    make_qkv,
+)
 
 from videosparse.blocks import BlockMap
-from videosparse.kernels import attend
+from videosparse.kernels import attend, block_sums
+from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import TokenLayout, VideoGrid
 
 SMALL = VideoGrid(2, 7, 10)
@@ -105,3 +118,25 @@ def test_offsets_beyond_32_bits(dimension):
     for index in (None, BlockMap.full(layout, (64, 64)).index()):
         out = attend(*views, layout=layout, index=index, options=TRITON)
         assert_accurate(out, None, *small, layout=layout)
+
+
+def check_sums(layout, block, dtype, dim, heads=1, view="contiguous", **kwargs):
+    """Against fp64, as exact as plain torch in fp32 on the same q, k and lse."""
+    q, k, v = make_qkv(layout, dtype, heads=heads, dim=dim, view=view)
+    _, lse = attend(q, k, v, layout=layout, return_lse=True, options=TORCH, **kwargs)
+    found = block_sums(q, k, lse, layout=layout, block=block, options=TRITON, **kwargs)
+    truth, plain = (expected_sums(q, k, lse, layout, block, d, **kwargs) for d in (torch.float64, torch.float32))
+    assert worst_row(found, truth) <= allowed_error(truth, plain)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_block_sums_layouts(kind, aligned):
+    layout = make_layout(kind, grid=SMALL)
+    check_sums(layout.aligned((64, 64)) if aligned else layout, (64, 64), torch.float32, 16)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_block_sums_blocks(block, dtype):
+    check_sums(make_layout("ragged text", grid=SMALL), block, dtype, 12, heads=2, view="fused", scale=0.4)

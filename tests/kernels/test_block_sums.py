@@ -2,24 +2,11 @@
 
 import pytest
 import torch
-from inputs import BLOCKS, LAYOUTS, make_layout, make_map, make_qkv
+from inputs import BLOCKS, LAYOUTS, expected_sums, make_layout, make_map, make_qkv
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend, block_sums, torch_path
 from videosparse.kernels.accuracy import allowed_error, worst_row
-from videosparse.layout import ceil_div
-
-
-def expected_sums(q, k, lse, layout, block, dtype):
-    """Block sums of probabilities [B, H, L, L], in a given precision."""
-    valid = layout.key_mask(q.shape[0], q.device)
-    q, k = (x.masked_fill(~valid[:, :, None, None], 0).to(dtype) for x in (q, k))
-    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * q.shape[3] ** -0.5
-    p = torch.exp(scores - lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf)[..., None])
-    p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
-    rows, cols = (ceil_div(layout.length, b) for b in block)
-    p = torch.nn.functional.pad(p, (0, cols * block[1] - layout.length, 0, rows * block[0] - layout.length))
-    return p.unflatten(3, (cols, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

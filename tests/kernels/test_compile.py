@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from videosparse.kernels import triton_sums  # noqa: E402
 from videosparse.kernels.triton_forward import choose_tiles, forward_kernel, head_pad  # noqa: E402
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -108,3 +109,79 @@ def test_offsets_are_64_bit():
     columns = re.findall(r"arith\.muli .* : (tensor<\d+x1x\w+>)", ttir)
     assert columns
     assert all(kind.endswith("xi64>") for kind in columns)
+
+
+def compile_sums(capability, dtype, head_dim, block, *, lens=True):
+    """The kernel of block sums for one card, aligned as in a real call."""
+    tiles = triton_sums.choose_tiles(head_dim, DTYPES[dtype], block, SHARED_KB[capability])
+    constants = {
+        "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "UNIT_M": tiles.unit, "TILE_M": tiles.rows,
+        "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages,
+    }  # fmt: skip
+    if not lens:
+        constants |= {"lens_ptr": None}
+    signature, attributes = {}, {}
+    for i, name in enumerate(triton_sums.sums_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("q_ptr", "k_ptr", "lse_ptr", "sums_ptr"):
+            signature[name] = f"*{dtype}" if name in ("q_ptr", "k_ptr") else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name.startswith("stride"):
+            signature[name] = "i64"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "*i32" if "ptr" in name else "i32"
+    source = ASTSource(triton_sums.sums_kernel, signature, constants, attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize(("dtype", "head_dim", "block"), [
+    ("bf16", 128, (128, 128)), ("fp16", 64, (64, 64)), ("bf16", 96, (128, 64)), ("fp32", 128, (64, 128)),
+])  # fmt: skip
+def test_block_sums_fit(capability, dtype, head_dim, block, tmp_path):
+    compiled = compile_sums(capability, dtype, head_dim, block)
+    assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert dtype == "fp32" or TENSOR_CORES[capability] in compiled.asm["ptx"]
+
+
+def test_block_sums_of_two_programs_fit_a_multiprocessor(tmp_path):
+    """One multiplies while the other exponentiates."""
+    compiled = compile_sums(90, "bf16", 128, (128, 128), lens=False)
+    assert 2 * compiled.metadata.shared <= 227 * 1024
+    assert 2 * 256 * resources(compiled, tmp_path)["REG"] <= 65536
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "block"), [
+    ("bf16", 128, (128, 128)), ("bf16", 128, (64, 64)), ("fp16", 64, (128, 64)), ("bf16", 64, (64, 128)),
+])  # fmt: skip
+@pytest.mark.parametrize("lens", [False, True])
+def test_block_sums_for_hopper(dtype, head_dim, block, lens, tmp_path):
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from videosparse.kernels.hopper_sums import LAYOUT, VARIANTS, hopper_sums_kernel
+
+    constants = {"D": head_dim, "UNIT_M": block[0], "UNIT_N": block[1], "HAS_LENS": lens}
+    constants |= dict(zip(("RING", "STEP", "BY_FMA"), VARIANTS[0], strict=True))
+    constants |= {} if lens else {"lens_ptr": None}
+    kinds = {
+        "q_desc": f"tensordesc<{dtype}[1, 1, 64, {head_dim}],{LAYOUT!r}>",
+        "k_desc": f"tensordesc<{dtype}[1, 1, 128, {head_dim}],{LAYOUT!r}>",
+        "lse_ptr": "*fp32", "sums_ptr": "*fp32", "lens_ptr": "*i32", "scale": "fp32",
+    }  # fmt: skip
+    names = hopper_sums_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    source = GluonASTSource(hopper_sums_kernel, signature, constants, {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert "setmaxnreg" in ptx
+    assert compiled.metadata.shared <= SHARED_KB[90] * 1024
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used

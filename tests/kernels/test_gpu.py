@@ -8,14 +8,29 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TORCH, TRITON, PoisonedEmpty, assert_accurate, make_layout, make_map
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    TORCH,
+    TRITON,
+    PoisonedEmpty,
+    assert_accurate,
+    expected_sums,
+    make_layout,
+    make_map,
+)
 from inputs import make_qkv as make_qkv_on
 
 from videosparse.blocks import BlockMap
 from videosparse.cases import CASES
-from videosparse.kernels import attend, block_sums, describe_backend, ops
+from videosparse.kernels import KernelOptions, attend, block_sums, describe_backend, ops
 from videosparse.kernels.accuracy import allowed_error, worst_row
+from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+
+triton_sums = pytest.importorskip("videosparse.kernels.triton_sums")
+from videosparse.kernels import gpu_sums  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -298,6 +313,86 @@ def test_torch_backend_and_block_sums_on_the_gpu():
     sums = block_sums(q, k, dense, layout=layout, block=(64, 64)).sum(3)
     unit = torch.finfo(torch.float32).eps * dense[dense.isfinite()].abs().max()
     torch.testing.assert_close(sums[:, :, :4], torch.full_like(sums[:, :, :4], 64.0), rtol=4 * unit.item(), atol=0)
+
+
+SUMS = {"as users": None, "portable": triton_sums}
+
+
+@pytest.mark.parametrize("kernel", SUMS)
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_sums(kernel, kind, block, monkeypatch):
+    if SUMS[kernel] is not None:
+        monkeypatch.setattr(gpu_sums, "_hopper_kernel", lambda device: None)
+    for layout in (make_layout(kind, "cuda", MIDDLE), make_layout(kind, "cuda", MIDDLE).aligned(block)):
+        for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64), (torch.bfloat16, 80)):
+            check_sums(*make_qkv(layout, dtype, dim=dim, view="fused"), layout, block)
+
+
+def check_sums(q, k, v, layout, block):
+    """Poisoned output, twice the same bits, and as exact as plain torch in fp32 on the same q, k and lse."""
+    _, lse = attend(q, k, v, layout=layout, return_lse=True, options=TRITON)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", PoisonedEmpty())
+        found = block_sums(q, k, lse, layout=layout, block=block, options=TRITON)
+    assert torch.equal(found, block_sums(q, k, lse, layout=layout, block=block, options=TRITON))
+    truth, plain = (expected_sums(q, k, lse, layout, block, dtype) for dtype in (torch.float64, torch.float32))
+    assert worst_row(found, truth) <= allowed_error(truth, plain)
+
+
+def test_block_sums_of_a_sparse_lse():
+    """Rows that read no key count nothing."""
+    layout = TokenLayout(MIDDLE)
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128)
+    block_map = make_map(layout, (64, 64), device="cuda")
+    _, lse = attend(q, k, v, layout=layout, index=block_map.index(), return_lse=True, options=TRITON)
+    sums = block_sums(q, k, lse, layout=layout, block=(64, 64), options=TRITON)
+    assert (sums[:, :, 1] == 0).all()
+    truth, plain = (expected_sums(q, k, lse, layout, (64, 64), dtype) for dtype in (torch.float64, torch.float32))
+    assert worst_row(sums, truth) <= allowed_error(truth, plain)
+
+
+def test_block_sums_wait_for_nothing_and_can_be_captured():
+    layout = make_layout("ragged text", "cuda").aligned((128, 128))
+    q, k, v = make_qkv(layout, torch.bfloat16)
+    _, lse = attend(q, k, v, layout=layout, return_lse=True)
+    expected = block_sums(q, k, lse, layout=layout, block=(128, 128))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block_sums(q, k, lse, layout=layout, block=(128, 128))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = block_sums(q, k, lse, layout=layout, block=(128, 128))
+    sums.fill_(7.0)
+    graph.replay()
+    assert torch.equal(sums, expected)
+
+
+@pytest.mark.parametrize("backend", ["fa4", "flex"])
+@pytest.mark.parametrize("share", MAP_SHARES)
+@pytest.mark.parametrize("block", [(128, 128), (128, 64)])
+def test_libraries(backend, share, block):
+    if (reason := unavailable(backend, torch.device("cuda"), torch.bfloat16)) is not None:
+        pytest.skip(reason)
+    options = KernelOptions(backend=backend)
+    for kind, dim in (("video", 128), ("video", 64), ("ragged text", 128)):
+        layout = make_layout(kind, "cuda", MIDDLE).aligned(block)
+        q, k, v = make_qkv(layout, torch.bfloat16, dim=dim)
+        block_map = make_map(layout, block, share, device="cuda")
+        index = block_map.index()
+        if backend == "fa4" and kind != "video":
+            with pytest.raises(RuntimeError, match="cannot mask text padding"):
+                attend(q, k, v, layout=layout, index=index, options=options)
+            continue
+        out, lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
+        assert_accurate(out, lse, q, k, v, layout=layout, block_map=block_map)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=options))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_auto_takes_triton():

@@ -63,7 +63,9 @@ def test_block_sums_op_is_well_formed():
     layout = make_layout("ragged text").aligned((64, 64))
     q, k, _ = (x.nan_to_num() for x in make_qkv(layout, torch.float32, dim=8))
     lse = torch.zeros(2, 3, layout.length)
-    torch.library.opcheck(ops.block_sums, (q, k, lse, layout.seq_lens, layout.video, layout.text_start, 64, 64, 0.25))
+    torch.library.opcheck(
+        ops.block_sums, (q, k, lse, layout.seq_lens, layout.video, layout.text_start, 64, 64, 0.25, "torch")
+    )
 
 
 def test_attend_compiles_to_one_graph_that_serves_every_map():

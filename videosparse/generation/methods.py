@@ -15,7 +15,7 @@ import torch
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError, memory_errors, nearest, one_line
 from videosparse.generation.sources import ModelSource
-from videosparse.kernels.backend import missing
+from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import SparsityPolicy
 from videosparse.processors import DenseProcessor, Processor, RadialProcessor, Resolved
@@ -110,8 +110,8 @@ def check_method_fits(
     resolved = resolve_method(source, grid, method, options)
     if resolved.policy is not None:
         static_map(resolved.policy, TokenLayout(grid, source.spec.text))
-    if resolved.options.backend == "triton" and (reason := missing(device, torch.float32)):
-        raise GenerationError(f"backend=triton cannot run on {device}: {reason}; use backend=auto.")
+    if reason := unavailable(resolved.options.backend, device, torch.bfloat16):
+        raise GenerationError(f"backend={resolved.options.backend} cannot run on {device}: {reason}; use backend=auto.")
 
 
 def resolved_options(resolved: Resolved) -> dict[str, object]:

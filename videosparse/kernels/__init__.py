@@ -147,8 +147,9 @@ def block_sums(
     """The exact attention mass of every block: sum of exp(score - lse) over its valid rows and keys.
 
     With the lse of the same q and k, a block row sums to its number of valid query tokens; with an older lse
-    (AdaSpa, arXiv 2502.21079, refreshes that way) it is an estimate. Scores are fp32. It runs in torch, a strip of
-    rows at a time, on every device; a Triton kernel is not built yet. No gradient.
+    (AdaSpa, arXiv 2502.21079, refreshes that way) it is an estimate. Scores are fp32. The Triton backend recomputes
+    the scores tile by tile and never waits for the device; the torch backend holds them for a strip of rows at a
+    time. No gradient.
 
     Args:
         q, k: [B, L, H, D] as in `attend`.
@@ -156,20 +157,18 @@ def block_sums(
         layout: which positions are valid.
         block: (query rows, key rows) of a block, each 64 or 128.
         scale: factor of the scores; default D ** -0.5.
-        options: backend "auto" or "torch".
+        options: backend "auto", "triton" or "torch"; libraries of attention have no such kernel, and count as "auto".
 
     Returns:
         float32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
 
     Raises:
         ValueError, TypeError: as `attend`, and for an lse of another shape or dtype.
-        NotImplementedError: options.backend is "triton".
+        RuntimeError: options.backend is "triton", which cannot run here.
     """
     check_block(block)
     checks.check_tensors({"q": q, "k": k}, layout)
     checks.check_lse(q, lse)
-    if options.backend == "triton":
-        raise NotImplementedError('block_sums has no Triton kernel yet; use backend="auto" or "torch".')
     sums: torch.Tensor = ops.block_sums(
         q,
         k,
@@ -179,5 +178,6 @@ def block_sums(
         layout.text_start if layout.text else layout.video,
         *block,
         q.shape[3] ** -0.5 if scale is None else float(scale),
+        options.backend,
     )
     return sums

@@ -42,6 +42,25 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return _triton_missing(device)
 
 
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps a backend from running on tensors of this device and dtype; None when nothing does.
+
+    Args:
+        backend: one of `options.BACKENDS`; "auto" and "torch" always run.
+    """
+    if backend == "triton":
+        return None if interpreted() and device.type == "cpu" else missing(device, dtype)
+    if backend == "fa4":
+        from videosparse.kernels import fa4_path
+
+        return fa4_path.missing(device)
+    if backend == "flex":
+        from videosparse.kernels import flex_path
+
+        return flex_path.missing(device)
+    return None
+
+
 def _device_name(device: torch.device) -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
@@ -73,15 +92,14 @@ def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs a call: "triton" or "torch".
+    """The backend that runs a call: "triton" or "torch", or the library that was asked for.
 
     Raises:
-        RuntimeError: backend is "triton" and cannot run; the message says what is missing.
+        RuntimeError: an explicit backend cannot run; the message says what is missing.
     """
     if backend == "auto":
         return _take_automatically(device, dtype)
-    if backend == "triton" and not (interpreted() and device.type == "cpu"):
-        reason = missing(device, dtype)
-        if reason is not None:
-            raise RuntimeError(f'backend="triton" cannot run here: {reason}. Use backend="auto" or "torch".')
+    reason = unavailable(backend, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f'backend="{backend}" cannot run here: {reason}. Use backend="auto" or "torch".')
     return backend

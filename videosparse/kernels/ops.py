@@ -62,9 +62,12 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     """
     *geometry, need_lse, backend, need_grad, _, _, _ = rest
     call = _call(*geometry)
-    if choose(backend, q.device, q.dtype) == "torch":
+    chosen = choose(backend, q.device, q.dtype)
+    if chosen == "torch":
         out, lse = torch_path.forward(q, k, v, call, need_lse)
         return out, _no_lse(q) if need_grad and not need_lse else lse
+    if chosen in ("fa4", "flex"):
+        return _library(chosen, q, k, v, call, need_lse or need_grad)
     from videosparse.kernels import triton_forward
 
     return triton_forward.forward(q, k, v, call, need_lse or need_grad)
@@ -74,6 +77,19 @@ def _no_lse(q: torch.Tensor) -> torch.Tensor:
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.full((batch, heads, length), -torch.inf, dtype=dtype, device=q.device)
+
+
+def _library(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by a library that was asked for; imported on first use."""
+    if name == "fa4":
+        from videosparse.kernels import fa4_path
+
+        return fa4_path.forward(q, k, v, call, need_lse)
+    from videosparse.kernels import flex_path
+
+    return flex_path.forward(q, k, v, call, need_lse)
 
 
 @attend_forward.register_fake
@@ -105,10 +121,10 @@ def attend_backward(
     lse: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, by the backend that ran the forward."""
+    """Gradients of q, k and v, by the backend that ran the forward, or by ours where that was a library."""
     *geometry, backend, key_row_ptr, key_ids, key_order = rest
     call = _call(*geometry)
-    if choose(backend, q.device, q.dtype) == "torch":
+    if _choose_own(backend, q) == "torch":
         return torch_path.backward(grad, grad_lse, q, k, v, call)
     if lse.numel() != q.shape[0] * q.shape[1] * q.shape[2]:
         raise RuntimeError("Gradients need the lse of the forward; call attend, or attend_forward with need_grad=True.")
@@ -116,6 +132,11 @@ def attend_backward(
 
     by_key = _key_major(call, q.shape[1], key_row_ptr, key_ids, key_order)
     return triton_backward.backward(grad, grad_lse, q, k, v, out, lse, call, by_key)
+
+
+def _choose_own(backend: str, q: torch.Tensor) -> str:
+    """ "triton" or "torch" for what libraries of attention do not do: asked for one of them, as "auto"."""
+    return choose(backend if backend in ("triton", "torch") else "auto", q.device, q.dtype)
 
 
 def _key_major(
@@ -179,7 +200,7 @@ attend_forward.register_autograd(_backward, setup_context=_save)
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor? seq_lens, SymInt video, SymInt text_start, "
-        "int block_rows, int block_cols, float scale) -> Tensor"
+        "int block_rows, int block_cols, float scale, str backend) -> Tensor"
     ),
 )
 def block_sums(
@@ -192,10 +213,15 @@ def block_sums(
     block_rows: int,
     block_cols: int,
     scale: float,
+    backend: str,
 ) -> torch.Tensor:
     """Mass of every block, fp32 [B, H, Mq, Nk]."""
     call = AttentionCall(None, seq_lens, video, text_start, scale)
-    return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
+    if _choose_own(backend, q) == "torch":
+        return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
+    from videosparse.kernels import gpu_sums
+
+    return gpu_sums.block_sums(q, k, lse, call, (block_rows, block_cols))
 
 
 @block_sums.register_fake
@@ -209,6 +235,7 @@ def _block_sums_fake(
     block_rows: int,
     block_cols: int,
     scale: float,
+    backend: str,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
     shape = (batch, heads, -(-length // block_rows), -(-length // block_cols))

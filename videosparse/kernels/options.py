@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "fa4", "flex")
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,9 @@ class KernelOptions:
     """Options of `attend` and `block_sums`.
 
     Args:
-        backend: "auto" takes the fastest that runs here and logs once which and why; "triton" and "torch" raise when
-            they cannot run.
+        backend: "auto" takes ours that is fastest here and logs once which and why; "triton" and "torch" raise when
+            they cannot run, as do two libraries: "fa4" (FlashAttention-4 on Hopper, `pip install videosparse[fa4]`)
+            and "flex" (PyTorch's FlexAttention), whose forward replaces ours. Gradients are computed as for "auto".
         quant: integer attention ("int8", "int8-fp8"); not built yet, so anything but None raises.
         logit: a change of the scores before the softmax; not built yet, so anything but None raises.
 

@@ -1,0 +1,309 @@
+"""Attention kernels on a GPU: ours beside every peer that is installed, on the grids of real models.
+
+    python eval/bench_attention.py --list                         the sets of calls, without running any
+    python eval/bench_attention.py                                all of them, about half an hour of one H200
+    python eval/bench_attention.py --only 30720 --seconds 90      the sets whose name matches, until the time is up
+    python eval/bench_attention.py --only backward --append       more rows beside those that are there
+    python eval/check_goals.py                                    what the rows say about the goals
+    python eval/plot_attention.py                                 figures from the rows
+
+Everything in one set is timed in turn, round after round, with an 8192^3 bf16 matrix product among it: cards slow down
+as they warm up, so only figures of one set compare. Inputs are random and new in every run. A call is timed after its
+own output passed the error check (at most twice the error of plain torch in the same precision against fp64, on some
+rows of two heads); a peer that is missing or fails gets a row that says why. Rows go to
+`assets/results/attention.csv`: medians and the 20th and 80th percentiles in ms, TFLOP/s on visited blocks, their
+percentage of the matrix product, and the memory beyond inputs and output.
+
+Peers: cuDNN and FlashAttention-2 through torch, FlexAttention compiled, FlashAttention-3 (`pip install fa3-fwd`) and
+FlashAttention-4 (`pip install videosparse[fa4]`). Ours runs as it does for users; "portable" is its kernel for any GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videosparse.benchmark.checks import check_backward, check_forward, check_sums
+from videosparse.benchmark.contenders import CONTENDERS, Call, Missing
+from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
+from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
+from videosparse.cases import CASES
+from videosparse.layout import TokenLayout, VideoGrid
+
+OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/attention.csv"
+DENSITIES = (0.5, 0.25, 0.1, 0.05)
+ROUNDS = 15
+SET_SECONDS = 20.0
+CEILING = 8192
+PACKAGES = {"fa3": "fa3-fwd", "fa4": "flash-attn-4", "cudnn": "torch", "fa2": "torch", "flex": "torch"}
+COLUMNS = (
+    "set", "case", "tokens", "batch", "heads", "head_dim", "dtype", "pass", "kernel", "version", "policy", "share",
+    "block", "density", "error", "allowed", "p20_ms", "p50_ms", "p80_ms", "tflops", "ceiling_tflops",
+    "percent_of_ceiling", "extra_mb", "extra_percent", "lists_mb", "rounds", "note", "run", "gpu", "driver", "torch",
+    "triton", "cuda", "commit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchSet:
+    """Calls that are timed in turn. `what` is "forward", "backward", "forward+backward", "sums" or "index"."""
+
+    what: str
+    label: str
+    workload: Workload
+    entries: tuple[Entry, ...]
+
+    @property
+    def name(self) -> str:
+        """What `--only` is matched with."""
+        return f"{self.what} {self.workload.name} {self.label}"
+
+
+def workloads() -> dict[str, Workload]:
+    """By short name."""
+    square = TokenLayout(VideoGrid(16, 40, 48))
+    found = {
+        "12x30720": Workload("12x30720", square, 12, share="per head"),
+        "12x30720 d64": Workload("12x30720 d64", square, 12, head_dim=64, share="per head"),
+    }
+    for name in (
+        "wan2.1-14b 480x832x81", "wan2.1-14b 720x1280x81", "wan2.1-14b 720x1280x161", "wan2.1-14b 720x1280x321",
+        "wan2.2-5b 704x1280x121", "hunyuan-video 720x1280x129", "mochi 480x848x163",
+    ):  # fmt: skip
+        case = CASES[name]
+        found[name] = Workload(name, case.layout(), case.model.heads, case.model.head_dim)
+    return found
+
+
+def sparse(kernels: str, densities: tuple[float, ...] = DENSITIES, policy: str = "uniform", **kw: Any) -> list[Entry]:
+    return [Entry(kernel, policy, density, **kw) for density in densities for kernel in kernels.split()]
+
+
+def sets() -> list[BenchSet]:
+    """Everything there is to time, what the goals need first."""
+    known = workloads()
+    small, narrow, large = known["12x30720"], known["12x30720 d64"], known["wan2.1-14b 720x1280x81"]
+    dense = [Entry(kernel) for kernel in ("cudnn", "fa3", "fa4", "fa2", "ours")]
+    full = [Entry("ours", "full"), Entry("fa4", "full"), Entry("flex", "full")]
+    found: list[tuple[str, str, Workload, list[Entry]]] = []
+    for workload in (small, large):
+        kernels = "ours portable fa4 flex" if workload is small else "ours fa4 flex"
+        found.append(("forward", "128x128", workload, [*dense, *full, *sparse(kernels)]))
+        narrower = [*sparse("ours fa4", block=(128, 64)), *sparse("ours"), Entry("cudnn")]
+        found.append(("forward", "128x64", workload, narrower))
+    kinds = ("uniform", "two dense rows", "u^2")
+    skew = [e for kind in kinds for e in sparse("ours fa4", (0.1, 0.25), kind)]
+    found.append(("forward", "skew", small, [*skew, Entry("cudnn")]))
+    found.append(("forward", "head_dim 64", narrow, [*dense, *full[:2], *sparse("ours fa4 flex", (0.25, 0.1))]))
+    gradients = [Entry(k) for k in ("cudnn", "fa4", "fa2", "ours")] + sparse("ours fa4", (0.25, 0.1))
+    found += [(what, "128x128", small, gradients) for what in ("backward", "forward+backward")]
+    found += [("sums", "128x128", w, [Entry("ours"), Entry("block_sums")]) for w in (small, large)]
+    found.append(("sums", "64x64", small, [Entry("ours"), Entry("block_sums", block=(64, 64))]))
+    index = [Entry("index", "radial"), Entry("index", "radial", block=(64, 64))]
+    found.append(("index", "build", known["wan2.1-14b 720x1280x321"], index))
+    found.append(
+        ("forward+backward", "128x128", large, [Entry("cudnn"), Entry("fa4"), *sparse("ours fa4", (0.25, 0.1))])
+    )
+    for workload in known.values():
+        if workload not in (small, narrow):
+            entries = [Entry("cudnn"), Entry("ours"), *sparse("ours fa4", (1.0,), "radial")]
+            found.append(("forward", "radial", workload, entries))
+    found.append(("forward", "128x128", narrow, [*dense, *sparse("ours portable fa4")]))
+    return [BenchSet(what, label, workload, tuple(entries)) for what, label, workload, entries in found]
+
+
+@dataclass(eq=False)
+class Contestant:
+    """An entry that is ready to be timed, or why it is not."""
+
+    entry: Entry
+    row: dict[str, Any]
+    flops: float = 0.0
+    call: Call | None = None
+
+
+def prepare(what: str, p: Problem) -> Contestant:
+    """Run an entry once, check what it computed, and measure its memory."""
+    found = Contestant(p.entry, _row_of(what, p))
+    try:
+        call, check, factor = _runner(what, p)
+        # the output takes the memory of these, which otherwise may hold the output of the kernel before
+        del [torch.full_like(x, torch.nan) for x in p.qkv][:]
+        first = call()
+        found.row["lists_mb"] = megabytes(p.index.bytes) if p.index is not None else ""
+        found.row["error"], found.row["allowed"] = (f"{x:.2e}" for x in check(first)) if check else ("", "")
+        if check and not float(found.row["error"]) <= float(found.row["allowed"]):
+            found.row["note"] = "error above allowed: not timed"
+            return found
+        del first
+        found.row |= memory_of(call, p)
+        found.call, found.flops = call, factor * p.pairs * p.q.shape[3]
+    except Missing as reason:
+        found.row["note"] = f"missing: {reason}"
+    except Exception as error:
+        traceback.print_exc()
+        found.row["note"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return found
+
+
+def _runner(what: str, p: Problem) -> tuple[Call, Callable[[Any], tuple[float, float]] | None, float]:
+    """(the call to time, its error check, floating-point operations for each pair and element of head_dim)."""
+    if what in ("forward", "sums", "index"):
+        call = CONTENDERS[p.entry.kernel](p)
+        if p.entry.kernel == "index":
+            return call, None, 0.0
+        if p.entry.kernel == "block_sums":
+            return call, partial(check_sums, p), 2.0
+        return call, partial(check_forward, p), 4.0
+    leaves = [x.detach().requires_grad_() for x in p.qkv]
+    p = replace(p, q=leaves[0], k=leaves[1], v=leaves[2])
+    grad = torch.randn(p.q.shape, device=p.q.device, dtype=p.q.dtype)
+    forward = CONTENDERS[p.entry.kernel](p)
+    check = partial(check_backward, p, grad_out=grad)
+    if what == "backward":
+        out = forward()
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), check, 10.0
+    return lambda: torch.autograd.grad(forward(), leaves, grad), check, 14.0
+
+
+def _row_of(what: str, p: Problem) -> dict[str, Any]:
+    entry, workload = p.entry, p.workload
+    name = PACKAGES.get(entry.kernel, "videosparse")
+    plain = entry.policy == "dense" and entry.kernel != "block_sums"
+    return {
+        "case": workload.name, "tokens": p.layout.length, "batch": p.q.shape[0], "heads": workload.heads,
+        "head_dim": workload.head_dim, "dtype": str(p.q.dtype).removeprefix("torch."), "pass": what,
+        "kernel": entry.kernel, "version": _version(name), "policy": entry.policy,
+        "share": "" if p.block_map is None else workload.share if entry.policy != "radial" else "shared",
+        "block": "" if plain else "x".join(map(str, entry.block)),
+        "density": f"{p.density:.4f}",
+    }  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a set."""
+    device = torch.device("cuda")
+    inputs = Inputs(bench.workload, device, torch.bfloat16, int.from_bytes(os.urandom(4), "little"))
+    wanted = [e for e in bench.entries if kernels is None or re.search(kernels, e.kernel)]
+    ready = []
+    for entry in wanted:
+        ready.append(prepare(bench.what, inputs.of(entry)))
+        print(f"  {_line(ready[-1].row)}", flush=True)
+    a, b = (torch.randn(CEILING, CEILING, device=device, dtype=torch.bfloat16) for _ in range(2))
+    calls: dict[Any, Call] = {c: c.call for c in ready if c.call is not None}
+    times = interleave({**calls, "ceiling": lambda: a @ b}, rounds, seconds)
+    ceiling = 2 * CEILING**3 / statistics.median(times["ceiling"]) / 1e9
+    for contestant in calls:
+        contestant.row |= timed_columns(times[contestant], contestant.flops, ceiling)
+        print(f"  {_line(contestant.row)}", flush=True)
+    return [{"set": bench.name, **contestant.row} for contestant in ready]
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    what = f"{row['kernel']:10} {row['policy']:14} {row['block']:8} {row['density']}"
+    if "p50_ms" in row:
+        rate = f"{row['tflops']:>6} TFLOP/s {row['percent_of_ceiling']:>5} %" if "tflops" in row else ""
+        return f"{what}  {row['p50_ms']:>9} ms ({row['p20_ms']}..{row['p80_ms']}) {rate} of {row['ceiling_tflops']}"
+    text = f"error {row['error']} of {row['allowed']}" if "error" in row else ""
+    return f"{what}  {text} {row.get('note', '')}"
+
+
+def environment(commit: str | None) -> dict[str, str]:
+    """Columns that say where and with what a row was measured."""
+    if commit is None:
+        root = Path(__file__).parent
+        told = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+        commit = told.stdout.strip() or "unknown"
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip().split("\n")[0]  # fmt: skip
+    return {
+        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "gpu": torch.cuda.get_device_name(),
+        "driver": driver, "torch": torch.__version__, "triton": _version("triton"), "cuda": str(torch.version.cuda),
+        "commit": commit,
+    }  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def chosen(pattern: str) -> Iterator[BenchSet]:
+    yield from (s for s in sets() if re.search(pattern, s.name))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the names of the sets")
+    parser.add_argument("--only", default="", metavar="REGEX", help="sets whose name matches")
+    parser.add_argument("--kernels", metavar="REGEX", help="kernels whose name matches")
+    parser.add_argument("--append", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no set after this long")
+    parser.add_argument("--set-seconds", type=float, default=SET_SECONDS, help="time for the rounds of one set")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--commit", help="of the code, where there is no git to ask")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(s.name for s in chosen(args.only)))
+        return 0
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA GPU.", file=sys.stderr)
+        return 2
+    start, where = time.perf_counter(), environment(args.commit)
+    rows = read(args.output) if args.append else []
+    for bench in chosen(args.only):
+        if time.perf_counter() - start > args.seconds:
+            print(f"not run for want of time: {bench.name}")
+            continue
+        print(f"{bench.name}  (at {time.perf_counter() - start:.0f} s)", flush=True)
+        try:
+            rows += [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels)]
+            write(args.output, rows)
+        except Exception:  # one set, out of memory say, must not take the others along
+            traceback.print_exc()
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

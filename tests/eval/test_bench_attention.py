@@ -1,0 +1,279 @@
+"""The attention benchmark without a GPU: maps, checks, rows, goals and figures at tiny sizes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from videosparse.benchmark import checks, contenders, problems, timing
+from videosparse.benchmark.problems import Entry, Inputs, Workload
+from videosparse.kernels import KernelOptions, attend, block_sums
+from videosparse.layout import TokenLayout, VideoGrid
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TORCH = KernelOptions(backend="torch")
+TINY = Workload("tiny", TokenLayout(VideoGrid(2, 12, 15)), heads=2, head_dim=16, share="per head")
+TEXT = Workload("tiny text", TokenLayout(VideoGrid(2, 12, 15), 40), heads=2, head_dim=16)
+BLOCK = (64, 64)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load("bench_attention")
+
+
+@pytest.fixture(scope="module")
+def goals():
+    return load("check_goals")
+
+
+def problem(workload, policy, density=0.4, dtype=torch.float32, block=BLOCK):
+    return Inputs(workload, CPU, dtype, seed=3).of(Entry("ours", policy, density, block))
+
+
+@pytest.mark.parametrize("policy", ["uniform", "two dense rows", "u^2"])
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.25, 0.5])
+def test_maps_of_one_density_have_the_same_total(policy, density):
+    for rows, columns in ((240, 240), (591, 1182)):
+        counts = problems.counts_of_rows(policy, rows, columns, density, torch.Generator().manual_seed(1))
+        assert abs(int(counts.sum()) / (density * rows * columns) - 1) < 0.02
+        assert int(counts.min()) >= 1
+        assert int(counts.max()) <= columns
+    if policy == "two dense rows":
+        assert int((counts == columns).sum()) == 2
+
+
+def test_every_kind_of_map_can_be_made():
+    for policy in ("dense", "full", "uniform", "two dense rows", "u^2"):
+        for workload in (TINY, TEXT):
+            found = problem(workload, policy)
+            assert found.q.shape[1] == found.layout.length
+            assert policy in ("dense", "full") or found.block_map.keep.shape[1] == (2 if workload is TINY else 1)
+            if workload is TEXT and policy != "dense":
+                assert found.layout.text_start == 384
+                assert found.block_map.keep[..., 6:].all()
+                assert found.k[:, 360:384].isnan().all()
+    radial = Workload("wan2.1-1.3b 480x832x81", TokenLayout(VideoGrid(21, 30, 52)), 12)
+    assert 0 < problems.make_map(radial, Entry("ours", "radial"), CPU, 0).density < 1
+
+
+@pytest.mark.parametrize("workload", [TINY, TEXT], ids=["video", "text"])
+@pytest.mark.parametrize("policy", ["dense", "uniform"])
+def test_forward_check_passes_right_outputs_and_no_others(workload, policy):
+    p = problem(workload, policy)
+    out = attend(*p.qkv, layout=p.layout, index=p.index, options=TORCH)
+    error, allowed = checks.check_forward(p, out)
+    assert error <= allowed
+    error, allowed = checks.check_forward(p, out * 1.001)
+    assert not error <= allowed
+
+
+def test_sums_check():
+    p = problem(TINY, "dense")
+    _, lse = attend(*p.qkv, layout=p.layout, return_lse=True)
+    sums = block_sums(p.q, p.k, lse, layout=p.layout, block=BLOCK, options=TORCH)
+    error, allowed = checks.check_sums(p, sums)
+    assert error <= allowed
+    error, allowed = checks.check_sums(p, sums * 1.001)
+    assert not error <= allowed
+
+
+def test_backward_check():
+    p = problem(TINY, "uniform")
+    leaves = [x.clone().requires_grad_() for x in p.qkv]
+    grad = torch.randn_like(p.q)
+    grads = torch.autograd.grad(attend(*leaves, layout=p.layout, index=p.index, options=TORCH), leaves, grad)
+    error, allowed = checks.check_backward(p, grads, grad)
+    assert error <= allowed
+    error, allowed = checks.check_backward(p, (grads[0], grads[1] * 1.001, grads[2]), grad)
+    assert not error <= allowed
+
+
+def test_peers_without_a_gpu_are_named_as_missing():
+    p = problem(TINY, "dense", dtype=torch.bfloat16)
+    for name in ("fa3", "fa4", "cudnn", "fa2", "flex"):
+        with pytest.raises(contenders.Missing, match=r"NVIDIA GPU|needs a GPU|head_dim"):
+            contenders.CONTENDERS[name](p)
+    with pytest.raises(contenders.Missing, match="reads no block lists"):
+        contenders.CONTENDERS["cudnn"](problem(TINY, "uniform"))
+
+
+def test_every_set_names_kernels_that_exist_and_can_be_selected(bench, capsys):
+    names = [s.name for s in bench.sets()]
+    assert len(set(names)) == len(names)
+    for bench_set in bench.sets():
+        assert {e.kernel for e in bench_set.entries} <= set(contenders.CONTENDERS)
+        assert len(set(bench_set.entries)) == len(bench_set.entries)
+    assert bench.main(["--list", "--only", "^backward"]) == 0
+    assert capsys.readouterr().out.split("\n") == ["backward 12x30720 128x128", ""]
+
+
+def test_without_a_gpu_it_says_so(bench, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_quantiles_and_columns():
+    assert timing.quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+    columns = timing.timed_columns([2.0, 2.0, 2.0], 1e12, 1000.0)
+    assert (columns["tflops"], columns["percent_of_ceiling"], columns["rounds"]) == ("500.0", "50.0", "3")
+
+
+class Event:
+    """A CUDA event on a clock of its own."""
+
+    now = 0.0
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(timing, "_event", Event)
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+
+
+def spend(milliseconds):
+    Event.now += milliseconds
+
+
+def test_calls_take_turns_and_slow_ones_run_thrice(no_gpu):
+    times = timing.interleave({"fast": lambda: spend(2), "slow": lambda: spend(5000)}, rounds=6, seconds=60)
+    assert times == {"fast": [2.0] * 6, "slow": [5000.0] * 3}
+    times = timing.interleave({"fast": lambda: spend(2)}, rounds=100, seconds=0)
+    assert len(times["fast"]) == timing.FEWEST_ROUNDS
+
+
+def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
+    """Right kernels are timed; a wrong, a failing and a missing one get a row that says so."""
+
+    def ours(p):
+        return lambda: attend(*p.qkv, layout=p.layout, index=p.index, options=TORCH)
+
+    def failing(p):
+        return lambda: 1 / 0
+
+    made = {"ours": ours, "fa2": failing, "fa3": contenders.CONTENDERS["fa3"], "portable": lambda p: lambda: p.q}
+    monkeypatch.setattr(bench, "CONTENDERS", made)
+    monkeypatch.setattr(bench, "CEILING", 8)
+    monkeypatch.setattr(bench.torch, "device", lambda name: CPU)
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)
+    monkeypatch.setattr(
+        bench, "interleave", lambda calls, rounds, seconds: {key: [1.0, 2.0, 3.0] for key in calls if key is not None}
+    )
+    entries = [Entry("ours"), *(Entry(k, "uniform", 0.4, BLOCK) for k in ("ours", "fa2", "portable")), Entry("fa3")]
+    rows = bench.run_set(bench.BenchSet("forward", "64x64", TINY, tuple(entries)), rounds=3, seconds=1)
+    assert [row["note"].split(":")[0] for row in rows if "note" in row] == ["failed", "error above allowed", "missing"]
+    assert [row["p50_ms"] for row in rows if "p50_ms" in row] == ["2.0000", "2.0000"]
+    where = {"run": "now", "gpu": "none", "commit": "c"}
+    bench.write(tmp_path / "rows.csv", [row | where for row in rows])
+    again = bench.read(tmp_path / "rows.csv")
+    assert len(again) == len(rows)
+    assert set(again[0]) == set(bench.COLUMNS)
+    assert again[0]["set"] == "forward tiny 64x64"
+
+
+def timed(set_name, kernel, ms, **columns):
+    """A row as the benchmark writes it."""
+    row = {
+        "set": set_name, "case": "12x30720", "tokens": "30720", "heads": "12", "head_dim": "128", "pass": "forward",
+        "kernel": kernel, "policy": "dense", "block": "", "density": "1.0000", "p50_ms": f"{ms}", "extra_mb": "0",
+        "lists_mb": "0", "run": "2", "gpu": "H200", "commit": "c",
+    }  # fmt: skip
+    return row | columns
+
+
+def test_goals_compare_rows_of_the_newest_run(goals):
+    full = {"policy": "full", "block": "128x128"}
+    rows = [
+        timed("a", "cudnn", 12.0),
+        timed("a", "fa3", 10.0),
+        timed("a", "ours", 10.5, **full),
+        timed("a", "ours", 1.0, run="1", **full),
+        timed("b", "ours", 2.0, **full),
+    ]
+    table = {line["goal"]: line for line in goals.check(rows)}
+    line = table["full map against the fastest dense kernel"]
+    assert (line["measured"], line["verdict"], line["case"]) == ("0.952", "must only", "12x30720")
+    assert "fa3 10.00 ms" in line["detail"]
+    assert table["backward, dense, against cuDNN"]["verdict"] == "not measured"
+
+
+def test_goals_know_which_way_is_better(goals):
+    skew = {"policy": "two dense rows", "block": "128x128", "density": "0.1010"}
+    even = {"policy": "uniform", "block": "128x128", "density": "0.1000"}
+    rows = [timed("a", "ours", 1.03, **skew), timed("a", "ours", 1.0, **even), timed("a", "fa4", 1.2, **even)]
+    sums = {"pass": "sums"}
+    rows += [timed("s", "ours", 10.0, **sums), timed("s", "block_sums", 4.9, **sums)]
+    rows += [timed("i", "index", 4.0, block="128x128", **{"pass": "index", "case": goals.LONGEST})]
+    found = {line["goal"]: (line["verdict"], line.get("measured")) for line in goals.check(rows)}
+    assert found["two dense rows: time over uniform rows"] == ("must only", "1.030")
+    assert found["density 0.1 against FlashAttention-4 block-sparse"] == ("pass", "1.200")
+    assert found["block_sums: time over own dense forward"] == ("pass", "0.490")
+    assert found["map and lists built, ms"] == ("pass", "4.000")
+    assert found["u^2: time over uniform rows"] == ("not measured", None)
+
+
+def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):
+    rows, output = tmp_path / "rows.csv", tmp_path / "goals.csv"
+    line = timed("a", "cudnn", 12.0)
+    with rows.open("w", newline="") as file:
+        writer = csv.DictWriter(file, line)
+        writer.writeheader()
+        writer.writerow(line)
+    assert goals.main(["--rows", str(rows), "--output", str(output)]) == 0
+    assert goals.main(["--rows", str(rows), "--output", str(output), "--strict"]) == 1
+    with output.open(newline="") as file:
+        assert {row["verdict"] for row in csv.DictReader(file)} == {"not measured"}
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypatch):
+    tables = load("readme_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.attention() == tables.goals() == "Not measured yet."
+    where = "forward 12x30720 128x128"
+    rows = [
+        timed(where, "cudnn", 12.0, tflops="600.4"),
+        timed(where, "ours", 1.0, tflops="640.5", policy="uniform", density="0.1000"),
+        timed(where, "ours", 1.0, tflops="1.0", policy="uniform", density="0.1000", run="1"),
+    ]
+    bench.write(tmp_path / "attention.csv", rows)
+    assert "| videosparse | - | - | - | - | 640 | - |" in tables.attention()
+    assert "| cuDNN | 600 | - |" in tables.attention()
+    goals.main(["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "attention_goals.csv")])
+    assert "| not measured |" in tables.goals()
+
+
+def test_figures_are_drawn(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = load("plot_attention")
+    where = {"tflops": "600", "ceiling_tflops": "750", "dtype": "bfloat16"}
+    rows = [timed("forward 12x30720 128x128", "cudnn", 12.0, **where)]
+    rows += [timed("forward 12x30720 128x128", "ours", 1.0, policy="uniform", density=d, **where) for d in ("0.1", "1")]
+    bench.write(tmp_path / "rows.csv", rows)
+    assert plots.main(["--rows", str(tmp_path / "rows.csv"), "--figures", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"attention_density.png"}

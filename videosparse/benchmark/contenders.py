@@ -1,0 +1,83 @@
+"""The kernels that are compared: each turns a `Problem` into a call without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from videosparse.benchmark.problems import Problem, radial
+from videosparse.kernels import KernelOptions, attend, block_sums
+from videosparse.kernels.dense import DENSE_KERNELS
+
+Call = Callable[[], Any]
+
+
+class Missing(RuntimeError):
+    """A peer that cannot run, and why."""
+
+
+def _dense(name: str, p: Problem) -> Call:
+    if p.block_map is not None:
+        raise Missing("it reads no block lists")
+    kernel = DENSE_KERNELS[name]
+    if reason := kernel.unsuited(p.q):
+        raise Missing(reason)
+    if p.q.requires_grad and not kernel.gradients:
+        raise Missing("it has no backward pass")
+    return lambda: kernel.attend(*p.qkv, p.q.shape[3] ** -0.5)
+
+
+def _ours(p: Problem, backend: str = "triton") -> Call:
+    index, options = p.index, KernelOptions(backend=backend)
+    return lambda: attend(*p.qkv, layout=p.layout, index=index, options=options)
+
+
+def _portable(p: Problem) -> Call:
+    from videosparse.kernels import triton_forward
+
+    call = p.call
+    return lambda: triton_forward.forward(*p.qkv, call, False)[0]
+
+
+def _fa4(p: Problem) -> Call:
+    from videosparse.kernels import fa4_path
+    from videosparse.kernels.libraries import import_library
+
+    if p.block_map is None:
+        return _dense("fa4", p)
+    if reason := fa4_path.missing(p.q.device) or fa4_path.unsuited(p.q, p.call):
+        raise Missing(reason)
+    lists, other = fa4_path.block_sparse(p.call, p.k.shape[1]), None
+    if p.q.requires_grad:
+        columns = replace(p, block_map=p.block_map.transpose())
+        other = fa4_path.block_sparse(columns.call, p.q.shape[1])._replace(block_size=p.entry.block)
+    run = partial(import_library("flash_attn.cute")[0].flash_attn_func, *p.qkv)
+    return lambda: run(block_sparse_tensors=lists, block_sparse_tensors_bwd=other)[0]
+
+
+def _flex(p: Problem) -> Call:
+    from videosparse.kernels import flex_path
+
+    if reason := flex_path.missing(p.q.device) or flex_path.unsuited(p.q, p.call):
+        raise Missing(reason)
+    call = p.call
+    return lambda: flex_path.forward(*p.qkv, call, False)[0]
+
+
+def _sums(p: Problem) -> Call:
+    _, lse = attend(*p.qkv, layout=p.layout, return_lse=True)
+    return lambda: block_sums(p.q, p.k, lse, layout=p.layout, block=p.entry.block)
+
+
+def _index(p: Problem) -> Call:
+    """Map and lists of Radial Attention; the decay differs each time, so that nothing comes from a cache."""
+    policy, serial = radial(p.workload.name, p.entry.block), iter(range(10**9))
+    return lambda: replace(policy, decay=policy.decay * (1 + 1e-9 * next(serial))).block_index(p.layout, p.q.device)
+
+
+CONTENDERS: dict[str, Callable[[Problem], Call]] = {
+    "ours": _ours, "portable": _portable, "fa4": _fa4, "flex": _flex, "block_sums": _sums, "index": _index,
+    **{name: partial(_dense, name) for name in ("fa3", "cudnn", "fa2")},
+}  # fmt: skip
