@@ -12,7 +12,7 @@ import torch
 
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
 from videosparse.clock import Clock
-from videosparse.kernels import describe_backend
+from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep
@@ -208,15 +208,16 @@ class RunTracker:
         With text lengths, which torch's fast kernels cannot take, ours is several times faster in half precision; but
         its backward is slow, and a backend chosen by the user is what dense calls are for.
         """
+        options = _dense_options(resolved.options)
         if layout.seq_lens is None:
-            return DensePlan(Mode.DENSE, layout)
+            return DensePlan(Mode.DENSE, layout, options=options)
         chosen = any(layer.backend_chosen() for _, layer in self.layers)
         half = autocast(latents[:0]).dtype in (torch.float16, torch.bfloat16)
-        # the option is about sparse calls, but who asks for "torch" wants none of our kernels
-        wanted = half and not chosen and not torch.is_grad_enabled() and resolved.options.backend != "torch"
+        wanted = half and not chosen and not torch.is_grad_enabled() and options.backend != "torch"
         if wanted and describe_backend(latents.device)[0] == "triton":
-            return DensePlan(Mode.DENSE, layout, own=True)
-        return DensePlan(Mode.DENSE, layout, key_mask=layout.key_mask(latents.shape[0], latents.device))
+            return DensePlan(Mode.DENSE, layout, options=options, own=True)
+        key_mask = layout.key_mask(latents.shape[0], latents.device)
+        return DensePlan(Mode.DENSE, layout, options=options, key_mask=key_mask)
 
     def _plan(self, dense: DensePlan, run: RunStep, resolved: Resolved, device: torch.device) -> None:
         """Give every layer its plan; layers with the same map share one."""
@@ -235,6 +236,12 @@ class RunTracker:
             if key not in shared:
                 shared[key] = replace(plan, options=resolved.options)
             layer.plan = shared[key]
+
+
+def _dense_options(options: KernelOptions) -> KernelOptions:
+    """Options of dense layers. A backend is chosen for sparse calls, but "torch" is for who wants no kernel of ours."""
+    backend = "torch" if options.backend == "torch" else "auto"
+    return KernelOptions(backend=backend, fused_norm=options.fused_norm)
 
 
 def _training(transformer: torch.nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Runs interpreted.py where Triton interprets kernels on the CPU, in a process of its own."""
+"""Runs interpreted*.py where Triton interprets kernels on the CPU, each in a process of its own."""
 
 import os
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_the_kernel_under_the_interpreter():
-    path = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_norm.py"])
+def test_kernels_under_the_interpreter(name):
+    path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(path)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
