@@ -12,7 +12,7 @@ import torch
 
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
 from videosparse.clock import Clock
-from videosparse.kernels import describe_backend
+from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
@@ -210,9 +210,9 @@ class RunTracker:
         is the fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several
         times in half precision, in training too.
         """
+        options = _dense_options(resolved.options)
         device, dtype = latents.device, autocast(latents[:0]).dtype
-        # the option is about sparse calls, but who asks for "torch" wants none of our kernels
-        free = resolved.options.backend != "torch"
+        free = options.backend != "torch"
         if not free or any(layer.backend_chosen() or layer.is_parallel() for _, layer in self.layers):
             kernel = None
         elif layout.seq_lens is None:
@@ -223,8 +223,9 @@ class RunTracker:
             half = dtype in (torch.float16, torch.bfloat16)
             kernel = OWN if half and describe_backend(device)[0] == "triton" else None
         if kernel is None and layout.seq_lens is not None:
-            return DensePlan(Mode.DENSE, layout, key_mask=layout.key_mask(latents.shape[0], device))
-        return DensePlan(Mode.DENSE, layout, kernel=kernel)
+            key_mask = layout.key_mask(latents.shape[0], device)
+            return DensePlan(Mode.DENSE, layout, options=options, key_mask=key_mask)
+        return DensePlan(Mode.DENSE, layout, options=options, kernel=kernel)
 
     def _plan(self, dense: DensePlan, run: RunStep, resolved: Resolved, device: torch.device) -> None:
         """Give every layer its plan; layers with the same map share one."""
@@ -245,6 +246,12 @@ class RunTracker:
                 if torch.is_grad_enabled() and plan.index is not None and _backend(resolved, device) == "triton":
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
             layer.plan = shared[key]
+
+
+def _dense_options(options: KernelOptions) -> KernelOptions:
+    """Options of dense layers. A backend is chosen for sparse calls, but "torch" is for who wants no kernel of ours."""
+    backend = "torch" if options.backend == "torch" else "auto"
+    return KernelOptions(backend=backend, fused_norm=options.fused_norm)
 
 
 def _training(transformer: torch.nn.Module) -> bool:

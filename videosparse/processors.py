@@ -253,13 +253,25 @@ class DenseProcessor(Processor):
     in half precision on a GPU that is our own kernel where text is part of the sequence (HunyuanVideo, Mochi), and on
     Hopper FlashAttention-3 or FlashAttention-4 where one is installed (`pip install videosparse[fa4]`).
     `report().dense_backend` names it.
+
+    Args:
+        fused_norm: "auto", "on" or "off"; see `KernelOptions`.
+
+    Raises:
+        ValueError: an unknown fused_norm.
     """
+
+    fused_norm: str = "auto"
+
+    def __post_init__(self) -> None:
+        KernelOptions(fused_norm=self.fused_norm)
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
     ) -> Resolved:
         """Nothing to choose."""
-        return Resolved(model_variant(model, experts=experts), None, DenseSchedule(), KernelOptions())
+        options = KernelOptions(fused_norm=self.fused_norm)
+        return Resolved(model_variant(model, experts=experts), None, DenseSchedule(), options)
 
 
 @dataclass(frozen=True)
@@ -316,6 +328,7 @@ class RadialProcessor(Processor):
         first_layers, last_layers: dense layers at either end of the depth.
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
         backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
+        fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
@@ -333,6 +346,7 @@ class RadialProcessor(Processor):
     last_layers: int | None = None
     num_steps: int | None = None
     backend: str = "auto"
+    fused_norm: str = "auto"
 
     def __post_init__(self) -> None:
         if self.block is not None:
@@ -344,7 +358,7 @@ class RadialProcessor(Processor):
         # what was given is checked here, where the mistake is, not at the first forward
         self._policy(RadialDefaults(1.0, True, 0, 0))
         self._schedule(RadialDefaults(1.0, True, 0, 0))
-        KernelOptions(backend=self.backend)
+        KernelOptions(backend=self.backend, fused_norm=self.fused_norm)
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
@@ -355,7 +369,7 @@ class RadialProcessor(Processor):
             model_variant(model, experts=experts),
             self._policy(defaults),
             self._schedule(defaults),
-            KernelOptions(backend=self.backend),
+            KernelOptions(backend=self.backend, fused_norm=self.fused_norm),
         )
 
     def _policy(self, defaults: RadialDefaults) -> RadialPolicy:

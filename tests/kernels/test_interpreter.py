@@ -1,4 +1,4 @@
-"""Runs interpreted.py and interpreted_backward.py with Triton interpreting on the CPU, each in its own process."""
+"""Runs interpreted*.py where Triton interprets kernels on the CPU, each in a process of its own."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_backward.py"])
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_backward.py", "interpreted_norm.py"])
 def test_kernels_under_the_interpreter(name):
     path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(path)]

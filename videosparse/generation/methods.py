@@ -24,8 +24,9 @@ Options = Mapping[str, object]
 
 METHODS: dict[str, type[Processor]] = {"radial": RadialProcessor, "dense": DenseProcessor}
 
-# A pipeline's own clock knows the number of steps; the processor's argument is for bare transformers.
-_NOT_SETTABLE = {"num_steps"}
+# A pipeline's own clock knows the number of steps; the processor's argument is for bare transformers. How queries and
+# keys are normed changes no more than rounding.
+_NOT_SETTABLE = {"num_steps", "fused_norm"}
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,9}")

@@ -1,4 +1,4 @@
-"""The only door to attention kernels: `attend`, and `block_sums` for methods that search.
+"""The only door to the kernels: `attend`, `block_sums` for methods that search, and `norm_rotate` before attention.
 
 Importing this package needs neither Triton nor a GPU: Triton is imported when a call first takes its backend.
 """
@@ -12,11 +12,13 @@ import torch
 from videosparse.blocks import BlockIndex, check_block
 from videosparse.kernels import checks, ops
 from videosparse.kernels.backend import choose, describe_backend
+from videosparse.kernels.norm_op import norm_rotate
 from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.stream import Stream
 from videosparse.layout import TokenLayout
 from videosparse.ordering import TokenOrder
 
-__all__ = ["KernelOptions", "attend", "block_sums", "describe_backend"]
+__all__ = ["KernelOptions", "Stream", "attend", "block_sums", "describe_backend", "norm_rotate"]
 
 
 @overload

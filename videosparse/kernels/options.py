@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "triton", "torch", "fa4", "flex")
+FUSED_NORMS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """Options of `attend` and `block_sums`.
+    """Options of `attend`, `block_sums` and `norm_rotate`.
 
     Args:
         backend: "auto" takes ours that is fastest here and logs once which and why; "triton" and "torch" raise when
@@ -17,19 +18,25 @@ class KernelOptions:
             and "flex" (PyTorch's FlexAttention), whose forward replaces ours. Gradients are computed as for "auto".
         quant: integer attention ("int8", "int8-fp8"); not built yet, so anything but None raises.
         logit: a change of the scores before the softmax; not built yet, so anything but None raises.
+        fused_norm: whether a model family norms and rotates queries and keys with one kernel, `norm_rotate`, instead
+            of step by step: "auto" does so in eager inference on a GPU, unless backend is "torch"; "on" always does,
+            compiled models included, and raises where it cannot; "off" never does.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend or fused_norm.
         NotImplementedError: quant or logit is set.
     """
 
     backend: str = "auto"
     quant: str | None = None
     logit: str | None = None
+    fused_norm: str = "auto"
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
+        if self.fused_norm not in FUSED_NORMS:
+            raise ValueError(f"fused_norm must be one of {', '.join(FUSED_NORMS)} (got {self.fused_norm!r}).")
         for name in ("quant", "logit"):
             if getattr(self, name) is not None:
                 raise NotImplementedError(f"KernelOptions.{name} is not available yet (got {getattr(self, name)!r}).")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.normalization import MochiRMSNorm, RMSNorm
 
+from videosparse.kernels import Stream, norm_rotate
+from videosparse.kernels.backend import TRITON_DTYPES, interpreted, missing
+from videosparse.kernels.norm_op import MAX_WIDTH, row_width
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import LayerPlan
 
+logger = logging.getLogger(__name__)
+
 Rotary = tuple[torch.Tensor, torch.Tensor]
+
+NORMS = (torch.nn.RMSNorm, RMSNorm, MochiRMSNorm)
+"""What `norm_rotate` computes; these classes differ in where they round on the way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,3 +156,106 @@ def join(video: torch.Tensor, text: torch.Tensor, layout: TokenLayout) -> torch.
 def split(out: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo `join`: views [B, V, ...] and [B, T, ...]."""
     return out[:, : layout.video], out[:, layout.text_start : layout.text_start + layout.text]
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """Queries and keys [B, S, H * D] of one stream as projected, and the modules that norm them; None does not."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    norm_q: Any
+    norm_k: Any
+
+
+def norm_fused(
+    video: Projected, text: Projected | None, rotary: Rotary | None, heads: int, plan: LayerPlan
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """q and k [B, L, H, D] as `project` returns them, by one kernel; None where they are to be made step by step.
+
+    "auto" leaves compiled models alone, whose compiler fuses the steps, and says once why it does not run.
+
+    Args:
+        video: of the video tokens.
+        text: of the text tokens, for joint families.
+        rotary: cos and sin that broadcast to [B, S, H, D / 2], one for each pair.
+        heads: H.
+        plan: where text starts, and `options.fused_norm`.
+
+    Raises:
+        RuntimeError: options.fused_norm is "on" and something is in the way.
+    """
+    options = plan.options
+    if options.fused_norm == "off":
+        return None
+    forced = options.fused_norm == "on"
+    if not forced and (options.backend == "torch" or torch.compiler.is_compiling()):
+        return None
+    reason = _unfusable(video, text, rotary, heads, forced)
+    if reason is not None:
+        if forced:
+            raise RuntimeError(f'fused_norm="on" cannot run here: {reason}. Use fused_norm="auto" or "off".')
+        _say_once(reason)
+        return None
+    if rotary is not None:
+        cos, sin = (x[0] if x.dim() == 4 else x for x in rotary)
+        rotary = cos, sin
+    text_start = None if text is None else plan.layout.text_start
+    options = replace(options, backend="triton" if forced else "auto")
+    return norm_rotate(
+        _stream(video), None if text is None else _stream(text), heads=heads, rotary=rotary, text_start=text_start,
+        options=options,
+    )  # fmt: skip
+
+
+def _unfusable(video: Projected, text: Projected | None, rotary: Rotary | None, heads: int, forced: bool) -> str | None:
+    """What keeps `norm_rotate` from standing in for the steps; None when nothing does."""
+    x, streams = video.q, [video] if text is None else [video, text]
+    # a compiled graph does not ask: the op finds out when it runs
+    asks = not torch.compiler.is_compiling() and not (forced and x.device.type == "cpu" and interpreted())
+    if asks and (reason := missing(x.device, x.dtype)):
+        return reason
+    if row_width(heads, x.shape[2] // heads) > MAX_WIDTH:
+        return f"{heads} heads of {x.shape[2] // heads} are wider than {MAX_WIDTH}"
+    named = [(name, getattr(s, name), getattr(s, f"norm_{name}")) for s in streams for name in ("q", "k")]
+    for name, projected, norm in named:
+        if reason := _unfusable_norm(projected, norm, heads):
+            return f"norm_{name} {reason}"
+        if type(projected) is not torch.Tensor or projected.dtype != x.dtype or projected.stride(2) != 1:
+            return f"{name} is no plain tensor of {x.dtype}, contiguous along its last dimension"
+    if any(s.norm_q.eps != s.norm_k.eps or s.norm_q.weight.shape != s.norm_k.weight.shape for s in streams):
+        return "norm_q and norm_k differ in eps or size"
+    if any(y.device != x.device or y.dtype not in TRITON_DTYPES for y in rotary or ()):
+        return f"the rotary embedding is not on {x.device}, or in double precision"
+    leaves = [*(rotary or ()), *(p for _, p, _ in named), *(norm.weight for _, _, norm in named)]
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+        return "it has no gradient, and one is needed"
+    return None
+
+
+def _unfusable_norm(x: torch.Tensor, norm: Any, heads: int) -> str | None:
+    """What keeps `norm_rotate` from doing what `norm` does to x [B, S, H * D]; None when nothing does."""
+    if type(norm) not in NORMS:
+        return f"is a {type(norm).__name__}"
+    if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
+        return "has hooks, as offloading sets them"
+    weight = norm.weight
+    if weight is None or getattr(norm, "bias", None) is not None or not norm.eps:
+        return "lacks a weight or an eps, or has a bias"
+    if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device != x.device:
+        return f"has its weight elsewhere than on {x.device}"
+    if tuple(weight.shape) not in ((x.shape[2],), (x.shape[2] // heads,)):
+        return f"has a weight of shape {list(weight.shape)}"
+    mixed = weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    if mixed or weight.dtype not in TRITON_DTYPES:
+        return f"has a weight of {weight.dtype} for {x.dtype}"
+    return None
+
+
+def _stream(x: Projected) -> Stream:
+    return Stream(x.q, x.k, x.norm_q.weight, x.norm_k.weight, x.norm_q.eps)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.info("Queries and keys are normed and rotated step by step: %s.", reason)

@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-from videosparse.models.base import ModelFamily, Rotary, SelfAttention, join, rotate, split, split_heads, valid_text
+from videosparse.models.base import (
+    ModelFamily,
+    Projected,
+    Rotary,
+    SelfAttention,
+    join,
+    norm_fused,
+    rotate,
+    split,
+    split_heads,
+    valid_text,
+)
 from videosparse.policies.base import LayerPlan
 
 
@@ -48,30 +59,47 @@ class HunyuanVideoFamily(ModelFamily):
         so that an offloaded weight travels once.
         """
         assert text is not None  # the transformer always passes it
-        single = self._heads(attn, torch.cat([video, text], 1)) if attn.add_q_proj is None else None
-        if single is None:
-            pairs = list(zip(self._heads(attn, video), self._added(attn, text), strict=True))
-        else:
-            pairs = [(x[:, : video.shape[1]], x[:, video.shape[1] :]) for x in single]
-        if rotary is not None:
-            cos, sin = rotary[0][None, :, None, 0::2], rotary[1][None, :, None, 1::2]
-            pairs[:2] = [(rotate(x, cos, sin), t) for x, t in pairs[:2]]
-        q, k = (join(x, t, plan.layout) for x, t in pairs[:2])
-        if single is not None and plan.layout.text_start == plan.layout.video:
-            return q, k, single[2]  # no gap: still the one sequence that it was projected as
-        return q, k, join(*pairs[2], plan.layout)
+        turns = None if rotary is None else (rotary[0][None, :, None, 0::2], rotary[1][None, :, None, 1::2])
+        if attn.add_q_proj is None:
+            return self._single(attn, torch.cat([video, text], 1), turns, plan)
+        q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
+        tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+        v = join(split_heads(v, attn.heads), split_heads(tv, attn.heads), plan.layout)
+        streams = Projected(q, k, attn.norm_q, attn.norm_k), Projected(tq, tk, attn.norm_added_q, attn.norm_added_k)
+        fused = norm_fused(*streams, turns, attn.heads, plan)
+        if fused is not None:
+            return *fused, v
+        q, k = self._normed(q, attn.norm_q, attn.heads), self._normed(k, attn.norm_k, attn.heads)
+        tq, tk = self._normed(tq, attn.norm_added_q, attn.heads), self._normed(tk, attn.norm_added_k, attn.heads)
+        if turns is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
+        return join(q, tq, plan.layout), join(k, tk, plan.layout), v
 
-    def _heads(self, attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (split_heads(f(x), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
+    def _single(
+        self, attn: Any, x: torch.Tensor, turns: Rotary | None, plan: LayerPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same from one sequence [B, V + T, C], video then text."""
+        layout = plan.layout
+        q, k, v = attn.to_q(x), attn.to_k(x), split_heads(attn.to_v(x), attn.heads)
+        if layout.text_start != layout.video:  # without a gap it still is the one sequence that it was projected as
+            v = join(v[:, : layout.video], v[:, layout.video :], layout)
+        video, text = (
+            Projected(q[:, part], k[:, part], attn.norm_q, attn.norm_k)
+            for part in (slice(layout.video), slice(layout.video, None))
+        )
+        fused = norm_fused(video, text, turns, attn.heads, plan)
+        if fused is not None:
+            return *fused, v
+        q, k = self._normed(q, attn.norm_q, attn.heads), self._normed(k, attn.norm_k, attn.heads)
+        pairs = [(y[:, : layout.video], y[:, layout.video :]) for y in (q, k)]
+        if turns is not None:
+            pairs = [(rotate(y, *turns), t) for y, t in pairs]
+        q, k = (join(y, t, layout) for y, t in pairs)
         return q, k, v
 
-    def _added(self, attn: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (split_heads(f(x), attn.heads) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-        q = q if attn.norm_added_q is None else attn.norm_added_q(q)
-        k = k if attn.norm_added_k is None else attn.norm_added_k(k)
-        return q, k, v
+    def _normed(self, x: torch.Tensor, norm: Any, heads: int) -> torch.Tensor:
+        x = split_heads(x, heads)
+        return x if norm is None else norm(x)
 
     def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """(video [B, V, C], text [B, T, C]); single-stream blocks project the output themselves."""

@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-from videosparse.models.base import ModelFamily, Rotary, SelfAttention, join, rotate, split, split_heads, valid_text
+from videosparse.models.base import (
+    ModelFamily,
+    Projected,
+    Rotary,
+    SelfAttention,
+    join,
+    norm_fused,
+    rotate,
+    split,
+    split_heads,
+    valid_text,
+)
 from videosparse.policies.base import LayerPlan
 
 
@@ -37,15 +48,21 @@ class MochiFamily(ModelFamily):
         self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """RMS norm per head; rotary [S, H, D/2] is learned per head and turns video only."""
-        q, k, v = (split_heads(f(video), attn.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
-        eq, ek, ev = (split_heads(f(text), attn.heads) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+        q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
+        eq, ek, ev = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+        v = join(split_heads(v, attn.heads), split_heads(ev, attn.heads), plan.layout)
+        streams = Projected(q, k, attn.norm_q, attn.norm_k), Projected(eq, ek, attn.norm_added_q, attn.norm_added_k)
+        fused = norm_fused(*streams, rotary, attn.heads, plan)
+        if fused is not None:
+            return *fused, v
+        q, k, eq, ek = (split_heads(x, attn.heads) for x in (q, k, eq, ek))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         eq = eq if attn.norm_added_q is None else attn.norm_added_q(eq)
         ek = ek if attn.norm_added_k is None else attn.norm_added_k(ek)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return join(q, eq, plan.layout), join(k, ek, plan.layout), join(v, ev, plan.layout)
+        return join(q, eq, plan.layout), join(k, ek, plan.layout), v
 
     def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """(video [B, V, C], text [B, T, C']); the last block drops its text.

@@ -1,0 +1,209 @@
+"""`norm_rotate`: queries and keys from their projections to what attention reads, in one pass over memory.
+
+One custom op, which is one node in a compiled graph. The backend is chosen when it runs, not when it is traced.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from videosparse.kernels import torch_norm
+from videosparse.kernels.backend import TRITON_DTYPES, choose, missing
+from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.stream import Pair, Stream
+
+logger = logging.getLogger("videosparse")
+
+DTYPES = (*TRITON_DTYPES, torch.float64)
+MAX_WIDTH = 16384
+"""Elements of a row, with heads padded to a power of two, that the registers of one program hold."""
+
+
+def row_width(heads: int, head_dim: int) -> int:
+    """Elements of a row of heads that are padded to a power of two."""
+    return heads << (head_dim - 1).bit_length()
+
+
+@cache
+def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" means for a device and dtype; cached, so that it is logged once."""
+    reason = missing(device, dtype)
+    name, why = ("triton", "it runs here") if reason is None else ("torch", f"no Triton: {reason}")
+    logger.info("norm_rotate takes the %s backend for %s on %s: %s.", name, dtype, device, why)
+    return name
+
+
+@torch.library.custom_op("videosparse::norm_rotate", mutates_args=())
+def norm_rotate_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    text_q: torch.Tensor | None,
+    text_k: torch.Tensor | None,
+    text_q_weight: torch.Tensor | None,
+    text_k_weight: torch.Tensor | None,
+    text_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    heads: int,
+    text_start: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k [B, L, H, D]."""
+    video, text = Stream(q, k, q_weight, k_weight, eps), None
+    if text_q is not None and text_k is not None and text_q_weight is not None and text_k_weight is not None:
+        text = Stream(text_q, text_k, text_q_weight, text_k_weight, text_eps)
+    rotary = None if cos is None or sin is None else (cos, sin)
+    backend = _take_automatically(q.device, q.dtype) if backend == "auto" else choose(backend, q.device, q.dtype)
+    if backend == "torch":
+        return torch_norm.forward(video, text, rotary, heads, text_start)
+    from videosparse.kernels import triton_norm
+
+    return triton_norm.forward(video, text, rotary, heads, text_start)
+
+
+@norm_rotate_forward.register_fake
+def _norm_rotate_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    text_q: torch.Tensor | None,
+    text_k: torch.Tensor | None,
+    text_q_weight: torch.Tensor | None,
+    text_k_weight: torch.Tensor | None,
+    text_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    heads: int,
+    text_start: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    length = q.shape[1] if text_q is None else text_start + text_q.shape[1]
+    shape = (q.shape[0], length, heads, q.shape[2] // heads)
+    return q.new_empty(shape), q.new_empty(shape)
+
+
+def norm_rotate(
+    video: Stream,
+    text: Stream | None = None,
+    *,
+    heads: int,
+    rotary: Pair | None = None,
+    text_start: int | None = None,
+    options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
+) -> Pair:
+    """RMS norm of queries and keys, and rotation of the video's, into the one sequence that attention reads.
+
+    Computed in float32 (float64 for float64 projections) and rounded once, where step by step each step rounds. The
+    call compiles to one node (`torch.compile(fullgraph=True)`) and never waits for the device. No gradient.
+
+    Args:
+        video: projections of the video tokens, [B, S, H * D], and their norms.
+        text: those of the text tokens, [B, T, H * D], for models whose sequence has them. They are not rotated.
+        heads: H.
+        rotary: cos and sin [S, 1 or H, D / 2], any strides: the pair (2i, 2i + 1) of a head turns by angle i.
+        text_start: position of the first text token, default S; positions from S to there are zeros.
+        options: `backend` "auto", "triton" or "torch"; nothing else is read.
+
+    Returns:
+        q and k [B, L, H, D], contiguous, in the dtype of the projections; L is S, or text_start + T.
+
+    Raises:
+        ValueError: shapes, devices, strides or an eps that do not fit.
+        TypeError: dtypes that differ or are not supported.
+        RuntimeError: a gradient would be needed; or options.backend is "triton", which cannot run here.
+    """
+    _check_stream("video", video, heads, video)
+    tokens = video.q.shape[1]
+    if text is not None:
+        _check_stream("text", text, heads, video)
+    if text_start is None:
+        text_start = tokens
+    elif text is None or text_start < tokens:
+        raise ValueError(f"text_start must come after the {tokens} video tokens, with text (got {text_start}).")
+    if rotary is not None:
+        _check_rotary(rotary, video.q, heads)
+    _check_gradient([video, *([] if text is None else [text])], rotary)
+    cos, sin = (None, None) if rotary is None else rotary
+    of_text = (None, None, None, None, 1.0)
+    if text is not None:
+        of_text = (text.q, text.k, text.q_weight, text.k_weight, text.eps)  # type: ignore[assignment]
+    found: Pair = norm_rotate_forward(
+        video.q, video.k, video.q_weight, video.k_weight, video.eps, *of_text, cos, sin, heads, text_start,
+        options.backend,
+    )  # fmt: skip
+    return found
+
+
+def _check_stream(name: str, stream: Stream, heads: int, model: Stream) -> None:
+    """Raise unless a stream is well formed and goes with the video's."""
+    q, k = stream.q, stream.k
+    if q.dim() != 3 or q.shape[2] % heads:
+        raise ValueError(f"{name}.q must be [batch, tokens, {heads} heads * head_dim] (got {list(q.shape)}).")
+    if k.shape != q.shape or q.shape[0] != model.q.shape[0] or q.shape[2] != model.q.shape[2]:
+        raise ValueError(
+            f"{name}.q and {name}.k must have one shape, and batch and width of video.q {list(model.q.shape)} "
+            f"(got {list(q.shape)} and {list(k.shape)})."
+        )
+    head_dim = q.shape[2] // heads
+    if row_width(heads, head_dim) > MAX_WIDTH:
+        raise ValueError(f"heads * head_dim must be at most {MAX_WIDTH} (got {heads} * {head_dim}).")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"{name}.q must be float16, bfloat16, float32 or float64 (got {q.dtype}); cast it.")
+    if not stream.eps > 0:
+        raise ValueError(f"{name}.eps must be above 0 (got {stream.eps}).")
+    for other, x in (("q", q), ("k", k)):
+        if x.dtype != model.q.dtype:
+            raise TypeError(f"{name}.{other} must have the dtype of video.q, {model.q.dtype} (got {x.dtype}).")
+        if x.device != model.q.device:
+            raise ValueError(f"{name}.{other} must be on {model.q.device} like video.q (got {x.device}); move it.")
+        if x.stride(2) != 1:
+            raise ValueError(
+                f"{name}.{other} must be contiguous along its last dimension (got strides {list(x.stride())}); "
+                "call .contiguous() on it."
+            )
+    for other, weight in (("q_weight", stream.q_weight), ("k_weight", stream.k_weight)):
+        if weight.dim() != 1 or weight.shape[0] not in (head_dim, q.shape[2]) or weight.shape != stream.q_weight.shape:
+            raise ValueError(
+                f"{name}.{other} must be [{q.shape[2]}] (across heads) or [{head_dim}] (per head), like the other "
+                f"weight (got {list(weight.shape)})."
+            )
+        if weight.dtype not in DTYPES:
+            raise TypeError(f"{name}.{other} must be float16, bfloat16, float32 or float64 (got {weight.dtype}).")
+        if weight.device != q.device or weight.stride(0) != 1:
+            raise ValueError(
+                f"{name}.{other} must be contiguous on {q.device} (got {weight.device}, stride {weight.stride(0)})."
+            )
+
+
+def _check_rotary(rotary: Pair, q: torch.Tensor, heads: int) -> None:
+    """Raise unless cos and sin [S, 1 or H, D / 2] fit q [B, S, H * D]."""
+    tokens, pairs = q.shape[1], q.shape[2] // heads / 2
+    for name, x in zip(("cos", "sin"), rotary, strict=True):
+        if x.dim() != 3 or x.shape != rotary[0].shape or x.shape[0] != tokens or x.shape[1] not in (1, heads):
+            raise ValueError(
+                f"rotary {name} must be [{tokens} tokens, 1 or {heads} heads, head_dim / 2] (got {list(x.shape)})."
+            )
+        if x.shape[2] != pairs:
+            raise ValueError(f"rotary {name} must hold head_dim / 2 = {pairs:g} angles (got {x.shape[2]}).")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"rotary {name} must be float16, bfloat16, float32 or float64 (got {x.dtype}).")
+        if x.device != q.device:
+            raise ValueError(f"rotary {name} must be on {q.device} like video.q (got {x.device}); move it there once.")
+
+
+def _check_gradient(streams: list[Stream], rotary: Pair | None) -> None:
+    """Raise where autograd would want a gradient."""
+    tensors = [x for s in streams for x in (s.q, s.k, s.q_weight, s.k_weight)] + list(rotary or ())
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            "norm_rotate has no gradient, and one of its inputs requires one; call it under torch.no_grad(), or norm "
+            "and rotate step by step."
+        )
