@@ -1,5 +1,7 @@
 """Inputs of the kernel tests: layouts, maps, and tensors whose invalid tokens hold NaN."""
 
+import math
+
 import torch
 
 from videosparse.blocks import BlockMap
@@ -84,11 +86,12 @@ class PoisonedEmpty:
 
 
 def expected_sums(q, k, lse, layout, block, dtype, scale=None):
-    """Block sums of probabilities [B, H, L, L], in a given precision."""
+    """Block sums of probabilities [B, H, L, L] in a given precision; in base 2, as hardware computes exponentials."""
     valid = layout.key_mask(q.shape[0], q.device)
     q, k = (x.masked_fill(~valid[:, :, None, None], 0).to(dtype) for x in (q, k))
-    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
-    p = torch.exp(scores - lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf)[..., None])
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * ((q.shape[3] ** -0.5 if scale is None else scale) / math.log(2))
+    level = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf) / math.log(2)
+    p = torch.exp2(scores - level[..., None])
     p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
     rows, cols = (ceil_div(layout.length, b) for b in block)
     p = torch.nn.functional.pad(p, (0, cols * block[1] - layout.length, 0, rows * block[0] - layout.length))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from videosparse.blocks import transpose_lists
-from videosparse.kernels import torch_path
+from videosparse.kernels import gpu, torch_path
 from videosparse.kernels.backend import choose
 from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.layout import ceil_div
@@ -68,9 +68,7 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
         return out, _no_lse(q) if need_grad and not need_lse else lse
     if chosen in ("fa4", "flex"):
         return _library(chosen, q, k, v, call, need_lse or need_grad)
-    from videosparse.kernels import triton_forward
-
-    return triton_forward.forward(q, k, v, call, need_lse or need_grad)
+    return gpu.forward(q, k, v, call, need_lse or need_grad)
 
 
 def _no_lse(q: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,9 @@ def _place(
     parts: tl.constexpr = BLOCK // TILE
     slot = tl.program_id(0) // parts
     if SPARSE:
-        row, block_row, sample, head = _row_of_program(order_ptr, slot, rows, heads, map_samples, map_heads)
+        map_rows = map_samples * map_heads * rows
+        shares = tl.num_programs(0) // parts // map_rows
+        row, block_row, sample, head = _row_of_program(order_ptr, slot, rows, heads, map_rows, map_heads, shares)
     else:
         row = slot  # of no list
         block_row = slot % rows
