@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from videosparse.blocks import BlockMap
+from videosparse.blocks import BlockMap, work_order
 from videosparse.layout import TokenLayout, VideoGrid
 
 
@@ -23,9 +23,30 @@ def test_index_lists_the_kept_blocks_in_order():
     index = block_map.index()
     expected = [row.nonzero().flatten().tolist() for row in block_map.keep.flatten(0, 2)]
     assert rows_of(index) == expected
-    counts = [len(row) for row in expected]
-    assert [counts[r] for r in index.order.tolist()] == sorted(counts, reverse=True)
-    assert index.order.sort().values.tolist() == list(range(len(counts)))
+    *order, long = index.order.tolist()
+    assert sorted(order) == list(range(len(expected)))
+    assert long == 0
+    counts = [len(expected[row]) for row in order]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_long_rows_start_first_and_short_ones_last(monkeypatch):
+    monkeypatch.setattr("videosparse.blocks._LAST_ROWS", 4)
+    # the mean is 5: rows 2, 7 and 11 are long, row 7 by more than four times
+    counts = torch.tensor([1, 3, 15, 2, 1, 0, 4, 25, 2, 3, 1, 11, 2])
+    assert counts.float().mean() < 5.5
+    *order, long = work_order(counts).tolist()
+    assert long == 3
+    assert order[:3] == [7, 2, 11]
+    assert order[3:9] == [0, 1, 3, 4, 5, 6]  # as numbered
+    assert order[9:] == [9, 8, 12, 10]  # the last four, longest first
+
+
+@pytest.mark.parametrize("counts", [[], [0], [0, 0, 0], [7], [5, 5, 5], [0, 0, 9]])
+def test_every_row_has_a_place_in_the_order(counts):
+    *order, long = work_order(torch.tensor(counts, dtype=torch.int64)).tolist()
+    assert sorted(order) == list(range(len(counts)))
+    assert long == sum(3 * count > 2 * sum(counts) for count in counts if len(counts) == 3)
 
 
 def test_index_with_a_capacity_holds_the_same_rows():

@@ -18,6 +18,9 @@ INDEX_LIMIT = 2**31 - 1
 # Lists are made from slabs of this many blocks, so that temporaries stay near 100 MB whatever the length.
 _SLAB = 2**22
 
+# Rows at the end of the work order that go longest first: twice as many as the largest GPU has multiprocessors.
+_LAST_ROWS = 256
+
 
 def check_block(block: tuple[int, int]) -> None:
     """Raise TypeError or ValueError unless `block` is (query rows, key rows), each 64 or 128."""
@@ -159,7 +162,9 @@ class BlockIndex:
     Args:
         row_ptr: int32 [samples * heads * rows + 1]; row r owns ids[row_ptr[r] : row_ptr[r + 1]].
         ids: int32 [capacity]; what lies beyond row_ptr[-1] is undefined.
-        order: int32 [samples * heads * rows], the rows with the most blocks first: the order in which to start them.
+        order: int32 [samples * heads * rows + 1], the rows in the order in which to start them, then how many of them
+            are long; see `work_order`. A shared map is worked on once per sample or head that shares it: first the long
+            rows of one after another, then the other rows of one after another.
         shape: (samples, heads, rows, columns) of the map.
         block: (row tokens, column tokens) of a block.
         q_len, kv_len: tokens along rows and columns.
@@ -192,15 +197,36 @@ class BlockIndex:
         else:
             capacity = _checked_capacity(int(row_ptr[-1]), capacity)
         ids = _compact(flat, row_ptr, capacity)
-        order = counts.argsort(descending=True, stable=True)
-        return cls(
-            row_ptr.int(), ids, order.int(), (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len
-        )
+        order = work_order(counts)
+        return cls(row_ptr.int(), ids, order, (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len)
 
     @property
     def bytes(self) -> int:
         """Memory of the lists on their device."""
         return sum(t.numel() * t.element_size() for t in (self.row_ptr, self.ids, self.order))
+
+
+def work_order(counts: torch.Tensor) -> torch.Tensor:
+    """The order in which to start rows, so that no row is left over at the end and neighbours in time share keys.
+
+    First come the long rows, those with more than twice the mean number of blocks: by how many times the mean they are
+    long, in powers of two, else as numbered. Then the other rows as numbered, sample by sample and head by head,
+    because the rows of one head find its keys in the cache. Only the last ones go longest first: what is started
+    last should be short.
+
+    Args:
+        counts: int64 [rows], blocks of each row.
+
+    Returns:
+        int32 [rows + 1]: a permutation of the rows, then the number of long ones. Nothing waits for the device.
+    """
+    times = counts * counts.numel() / counts.sum().clamp(min=1)
+    long = times > 2
+    other = (~long).cumsum(0)  # 1 for the first row that is not long
+    last = ~long & (other > other[-1:] - _LAST_ROWS)
+    below = counts - counts.max() - 1 if counts.numel() else counts
+    key = torch.where(long, times.clamp(min=1).log2().long(), torch.where(last, below, 0))
+    return torch.cat([key.argsort(descending=True, stable=True), long.sum(0, keepdim=True)]).int()
 
 
 def _checked_capacity(total: int, capacity: int | None) -> int:

@@ -9,6 +9,7 @@ from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, assert_ac
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend
+from videosparse.kernels.value_tail import value_tail
 from videosparse.layout import TokenLayout, VideoGrid
 
 SMALL = VideoGrid(2, 7, 10)
@@ -82,7 +83,7 @@ def test_order_is_only_an_order():
     q, k, v = make_qkv(layout, torch.float16, heads=2, dim=16)
     index = make_map(layout, (64, 64), "per head", heads=2).index()
     out = attend(q, k, v, layout=layout, index=index, options=TRITON)
-    index.order.copy_(index.order.flip(0))
+    index.order[:-1] = index.order[:-1].flip(0)
     assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=TRITON))
 
 
@@ -105,6 +106,28 @@ def test_offsets_beyond_32_bits(dimension):
     for index in (None, BlockMap.full(layout, (64, 64)).index()):
         out = attend(*views, layout=layout, index=index, options=TRITON)
         assert_accurate(out, None, *small, layout=layout)
+
+
+@pytest.mark.parametrize("view", ["contiguous", "fused", "head-major"])
+@pytest.mark.parametrize("first", [0, 128])
+def test_value_tail(view, first):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 128))
+    _, _, v = make_qkv(layout, torch.float16, heads=2, dim=64, view=view)
+    tail = value_tail(v, layout.seq_lens, first, layout.video, layout.text_start)
+    expected = v.masked_fill(~layout.key_mask(2, "cpu")[:, :, None, None], 0)[:, first:]
+    assert torch.equal(tail, expected)
+    assert tail.is_contiguous()
+
+
+def test_order_covers_long_rows_of_shared_maps():
+    layout = TokenLayout(VideoGrid(1, 23, 30))
+    keep = torch.eye(11, dtype=torch.bool)[None, None].repeat(1, 2, 1, 1)
+    keep[:, :, 4] = True
+    keep[:, 1, 9] = True
+    for shared in (keep, keep[:, :1]):
+        block_map = BlockMap(shared, (64, 64), layout.length, layout.length)
+        assert block_map.index().order[-1] > 0
+        run_and_check(layout, block_map, *make_qkv(layout, torch.float16, heads=2, dim=16))
 
 
 def test_gradients_come_from_torch():

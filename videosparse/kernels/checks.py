@@ -76,7 +76,7 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
             f"{ceil_div(length, index.block[0])} x {ceil_div(length, index.block[1])}; build it with BlockMap.index()."
         )
     count = samples * map_heads * rows
-    sizes = {"row_ptr": count + 1, "ids": None, "order": count}
+    sizes = {"row_ptr": count + 1, "ids": None, "order": count + 1}
     for name, size in sizes.items():
         x = getattr(index, name)
         if x.dtype != torch.int32 or x.dim() != 1 or (size is not None and x.shape[0] != size):

@@ -6,13 +6,14 @@ Shapes
     out           [B, L, H, D] contiguous
     lse           fp32 [B, H, L], natural log
     row_ptr       int32 [samples * heads * rows + 1], over the samples and heads of the map
-    ids, order    int32 [capacity], int32 [samples * heads * rows]
+    ids, order    int32 [capacity], int32 [samples * heads * rows + 1], see `BlockIndex`
     lens          int32 [B], where each sample's text ends
 Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read.
 
-One program owns one tile of query rows and walks its key tiles. With lists it takes rows in `order`, longest first,
-one (sample, head) of a shared map after another, so that neighbours in time share keys in L2. A query block may be cut
-into several tiles of rows and a key block into several tiles of keys: the GPU decides on tiles, the map on blocks.
+One program owns one tile of query rows and walks its key tiles. With lists it takes rows in `order`: the long rows of
+all samples and heads first, then the others head by head, so that neighbours in time share keys in L2. A query block
+may be cut into several tiles of rows and a key block into several tiles of keys: the GPU decides on tiles, the map on
+blocks.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ FLOOR = tl.constexpr(-3.0e38)  # below every score, yet finite: FLOOR - FLOOR is
 
 
 @triton.jit
-def _row_of_program(order_ptr, slot, rows, heads, map_samples, map_heads):
-    """(row of the lists, block row, sample, head) of the slot-th piece of work."""
-    map_rows = map_samples * map_heads * rows
-    row = tl.load(order_ptr + slot % map_rows)
-    share = slot // map_rows
+def _row_of_program(order_ptr, item, rows, heads, map_rows, map_heads, shares):
+    """(row of the lists, block row, sample, head) of a piece of work: the long rows of every share of the map first."""
+    long = tl.load(order_ptr + map_rows)
+    early = item < long * shares
+    base = tl.where(early, 0, long)
+    span = tl.where(early, long, map_rows - long)
+    item -= base * shares
+    share = item // span
+    row = tl.load(order_ptr + base + item % span)
     sharing = heads // map_heads
     head = (row // rows) % map_heads + share % sharing
     sample = row // (rows * map_heads) + share // sharing
@@ -62,7 +67,7 @@ def _load_rows(ptr, positions, stride, valid, HEAD_DIM: tl.constexpr, HEAD_PAD: 
 
 
 LISTS = ["row_ptr", "ids_ptr", "order_ptr", "lens_ptr"]
-SIZES = ["video", "text_start", "length", "rows", "heads", "map_samples", "map_heads"]
+SIZES = ["video", "text_start", "length", "rows", "heads", "map_rows", "map_heads", "shares"]
 
 
 # sizes change from call to call, and lists may start anywhere in a buffer: specialising would compile again and again
@@ -91,8 +96,9 @@ def forward_kernel(
     length,
     rows,
     heads,
-    map_samples,
+    map_rows,
     map_heads,
+    shares,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -109,7 +115,9 @@ def forward_kernel(
     program = tl.program_id(0)
     parts: tl.constexpr = BLOCK_ROWS // TILE_M
     if SPARSE:
-        row, block_row, sample, head = _row_of_program(order_ptr, program // parts, rows, heads, map_samples, map_heads)
+        row, block_row, sample, head = _row_of_program(
+            order_ptr, program // parts, rows, heads, map_rows, map_heads, shares
+        )
     else:
         block_row = (program // parts) % rows
         head = (program // parts) // rows % heads
@@ -247,6 +255,7 @@ def forward(
     tiles = choose_tiles(head_dim, q.dtype, 128 if lists is None else lists.block[0], _shared_kb(q.device))
     block = (tiles.rows, tiles.keys) if lists is None else lists.block
     rows = ceil_div(length, block[0])
+    map_rows = rows if lists is None else lists.samples * lists.heads * rows
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         forward_kernel[(batch * heads * rows * (block[0] // tiles.rows),)](
             q,
@@ -266,8 +275,9 @@ def forward(
             length,
             rows,
             heads,
-            1 if lists is None else lists.samples,
+            map_rows,
             1 if lists is None else lists.heads,
+            batch * heads * rows // map_rows,
             call.scale * LOG2_E,
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad(head_dim),
