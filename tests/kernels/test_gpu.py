@@ -1,4 +1,6 @@
-"""The Triton kernel on a GPU: accuracy for every geometry, real grids, 64-bit offsets, no syncs, no recompiles.
+"""The Triton kernels on a GPU: accuracy for every geometry, real grids, 64-bit offsets, no syncs, no recompiles.
+
+On Hopper everything runs with its own kernel, as far as that takes the call, and again with the portable one.
 
 Every combination of dtype, head size, block and options compiles anew (about a second), so the matrix is thin where the
 interpreter has seen the geometry already."""
@@ -13,7 +15,7 @@ from inputs import make_qkv as make_qkv_on
 
 from videosparse.blocks import BlockMap
 from videosparse.cases import CASES
-from videosparse.kernels import attend, block_sums, describe_backend, ops
+from videosparse.kernels import attend, block_sums, describe_backend, gpu, ops
 from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 
@@ -21,6 +23,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 MIDDLE = VideoGrid(5, 13, 17)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True, params=["special", "portable"])
+def _kernel(request):
+    if request.param == "special":
+        yield
+    elif gpu.hopper_kernel(torch.device("cuda", torch.cuda.current_device())) is None:
+        pytest.skip("this GPU has the portable kernel only")
+    else:
+        with gpu.portable_only():
+            yield
 
 
 def make_qkv(layout, dtype, **kwargs):
@@ -209,16 +222,34 @@ def test_calls_can_be_captured_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attend(q, k, v, layout=layout, index=index, options=TRITON)
-    out.fill_(7.0)
-    graph.replay()
-    assert torch.equal(out, expected)
+    for _ in range(3):
+        out.fill_(7.0)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_calls_on_two_streams_at_a_time():
+    layout = make_layout("ragged text", "cuda", VideoGrid(9, 30, 52)).aligned((128, 128))
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128)
+    index = make_map(layout, (128, 128), "per head", density=0.3, device="cuda").index()
+    expected = attend(q, k, v, layout=layout, index=index, options=TRITON)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    outs = []
+    for i in range(6):
+        with torch.cuda.stream(streams[i % 2]):
+            outs.append(attend(q, k, v, layout=layout, index=index, options=TRITON))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
 
 
 def test_no_recompiles_over_lengths_densities_and_maps():
     from videosparse.kernels.triton_forward import forward_kernel
 
     def compiled():
-        return len(forward_kernel.device_caches[torch.cuda.current_device()][0])
+        special = gpu.hopper_kernel(torch.device("cuda", torch.cuda.current_device()))
+        portable = len(forward_kernel.device_caches[torch.cuda.current_device()][0])
+        return portable, 0 if special is None else len(special._compiled)
 
     def call(frames, height, density, share, samples, heads):
         grid = VideoGrid(frames, height, 17)
@@ -298,3 +329,17 @@ def test_torch_backend_and_block_sums_on_the_gpu():
 
 def test_auto_takes_triton():
     assert describe_backend("cuda")[0] == "triton"
+
+
+@pytest.mark.skipif("torch.cuda.get_device_capability() != (9, 0)", reason="needs Hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_takes_its_own_kernel(dtype, dim, request, monkeypatch):
+    if "portable" in request.node.name:
+        pytest.skip("asked not to")
+    monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)
+    layout = make_layout("ragged text", "cuda").aligned((128, 64))
+    block_map = make_map(layout, (128, 64), "per head", device="cuda")
+    for view in ("fused", "head-major"):
+        run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=dim, view=view))
+        run_and_check(layout, None, *make_qkv(layout, dtype, dim=dim, view=view))

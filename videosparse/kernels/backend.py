@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from videosparse.kernels.gpu import hopper_kernel
+
 logger = logging.getLogger("videosparse")
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,7 +48,7 @@ def _device_name(device: torch.device) -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}" + (", Hopper kernel in Gluon" if hopper_kernel(device) is not None else "")
 
 
 def describe_backend(device: torch.device | str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from videosparse.kernels import torch_path
+from videosparse.kernels import gpu, torch_path
 from videosparse.kernels.backend import choose
 from videosparse.kernels.call import AttentionCall, Lists
 
@@ -50,9 +50,7 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     call = _call(*geometry)
     if choose(backend, q.device, q.dtype) == "torch":
         return torch_path.forward(q, k, v, call, need_lse)
-    from videosparse.kernels import triton_forward
-
-    return triton_forward.forward(q, k, v, call, need_lse)
+    return gpu.forward(q, k, v, call, need_lse)
 
 
 @attend_forward.register_fake
