@@ -127,6 +127,9 @@ class RunTracker:
                 "torch.no_grad(), as pipelines do."
             )
         self.layers[0][1].check_parallel(joint=self.family.joint, sparse=resolved.policy is not None)
+        if training and resolved.options.fused_norm == "auto":
+            # a checkpoint that runs without gradients first must round as it does when it runs again
+            resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
         device = inputs["hidden_states"].device
         dense = self._dense(layout, resolved, inputs["hidden_states"])
         if training:

@@ -54,6 +54,13 @@ class Problem:
     def turns(self):
         return None if self.angles is None else (self.angles.cos(), self.angles.sin())
 
+    def turn_views(self):
+        """cos and sin as families hand them on: views of what the transformer passes."""
+        if self.form == "mochi" or self.rotary is None:
+            return self.rotary
+        cos, sin = (x.flatten(0, -2)[:, None] for x in self.rotary)
+        return cos[..., 0::2], sin[..., 1::2]
+
     def truth(self):
         """q and k [B, L, H, D] in float64, straight from the formulas."""
         return [self._true(name) for name in "qk"]

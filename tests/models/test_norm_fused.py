@@ -103,6 +103,18 @@ def test_gradients_go_step_by_step(name, calls):
     assert all(p.grad is not None for n, p in model.named_parameters() if "attn1.norm_q" in n)
 
 
+def test_a_checkpoint_that_runs_without_gradients_first_goes_step_by_step(calls):
+    model = TINY["wan"].build().train()
+    sparsify(model, RadialProcessor(**SPARSE))
+
+    def reentrant(function, *args):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+
+    model.enable_gradient_checkpointing(reentrant)
+    model(**TINY["wan"].inputs((3, 4, 5), 1, []), return_dict=False)[0].mean().backward()
+    assert not calls
+
+
 def test_a_frozen_model_is_fused_also_with_grad_enabled(calls):
     model = TINY["wan"].build().requires_grad_(False)
     sparsify(model, RadialProcessor(**SPARSE))

@@ -69,20 +69,20 @@ def _sum_of_squares(x, ACROSS: tl.constexpr):
 
 @triton.jit
 def _load_turns(
-    cos_ptr, sin_ptr, stride_head, stride_pair, FIRST: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr,
-    DIM: tl.constexpr, PAD: tl.constexpr,
+    cos_ptr, sin_ptr, stride_head, STRIDE_PAIR: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of a token, fp32 [PART, PAD / 2]."""
-    offsets, mask = _tile(FIRST, PART, HEADS, stride_head, DIM // 2, PAD // 2, stride_pair)
+    offsets, mask = _tile(FIRST, PART, HEADS, stride_head, DIM // 2, PAD // 2, STRIDE_PAIR)
     cos = tl.load(cos_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return cos, tl.load(sin_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_part(
-    x, mean_square, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, stride_rp, cos, sin, FIRST: tl.constexpr,
+    x, mean_square, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, FIRST: tl.constexpr,
     PART: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, ACROSS: tl.constexpr,
-    ROTARY: tl.constexpr,
+    ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotate, round and store heads FIRST.. of a row."""
     offsets, mask = _tile(FIRST, PART, HEADS, DIM if ACROSS else 0, DIM, PAD, 1)
@@ -90,7 +90,7 @@ def _store_part(
     y = x.to(tl.float32) * tl.rsqrt(mean_square + eps) * weight
     if ROTARY != NO_ROTARY:
         if ROTARY == HEAD_ROTARY:
-            cos, sin = _load_turns(cos_ptr, sin_ptr, stride_rh, stride_rp, FIRST, PART, HEADS, DIM, PAD)
+            cos, sin = _load_turns(cos_ptr, sin_ptr, stride_rh, STRIDE_PAIR, FIRST, PART, HEADS, DIM, PAD)
         even, odd = tl.split(tl.reshape(y, [PART, PAD // 2, 2]))
         y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [PART, PAD])
     offsets, mask = _tile(FIRST, PART, HEADS, DIM, DIM, PAD, 1)
@@ -99,9 +99,9 @@ def _store_part(
 
 @triton.jit
 def _row(
-    ptr, present, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, stride_rp, cos, sin, HEADS: tl.constexpr,
+    ptr, present, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, HEADS: tl.constexpr,
     DIM: tl.constexpr, PAD: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, ACROSS: tl.constexpr,
-    ROTARY: tl.constexpr, GAP: tl.constexpr,
+    ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, of q or of k."""
     SIZE: tl.constexpr = HEADS * DIM if ACROSS else DIM
@@ -114,13 +114,13 @@ def _row(
             total += rest_total
             rest_total = total
     _store_part(
-        x, total / SIZE, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, stride_rp, cos, sin,
-        0, PART, HEADS, DIM, PAD, ACROSS, ROTARY,
+        x, total / SIZE, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+        0, PART, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR,
     )  # fmt: skip
     if REST > 0:
         _store_part(
-            rest, rest_total / SIZE, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, stride_rp, cos, sin,
-            PART, REST, HEADS, DIM, PAD, ACROSS, ROTARY,
+            rest, rest_total / SIZE, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            PART, REST, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR,
         )  # fmt: skip
 
 
@@ -141,7 +141,6 @@ def norm_rotate_kernel(
     stride_ks: tl.int64,
     stride_rs: tl.int64,
     stride_rh: tl.int64,
-    stride_rp: tl.int64,
     count,
     first,
     start,
@@ -154,6 +153,7 @@ def norm_rotate_kernel(
     REST: tl.constexpr,
     ACROSS: tl.constexpr,
     ROTARY: tl.constexpr,
+    STRIDE_PAIR: tl.constexpr,
     GAP: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -171,18 +171,18 @@ def norm_rotate_kernel(
         cos_ptr += token * stride_rs
         sin_ptr += token * stride_rs
         if ROTARY == SHARED_ROTARY:
-            cos, sin = _load_turns(cos_ptr, sin_ptr, 0, stride_rp, 0, 1, 1, DIM, PAD)
+            cos, sin = _load_turns(cos_ptr, sin_ptr, 0, STRIDE_PAIR, 0, 1, 1, DIM, PAD)
     q_ptr += sample * stride_qb + token * stride_qs
     k_ptr += sample * stride_kb + token * stride_ks
     if SPLIT == 0 or program % 2 == 0:
         _row(
-            q_ptr, present, eps, q_out_ptr + out, q_weight_ptr, cos_ptr, sin_ptr, stride_rh, stride_rp, cos, sin,
-            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, GAP,
+            q_ptr, present, eps, q_out_ptr + out, q_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP,
         )  # fmt: skip
     if SPLIT == 0 or program % 2 == 1:
         _row(
-            k_ptr, present, eps, k_out_ptr + out, k_weight_ptr, cos_ptr, sin_ptr, stride_rh, stride_rp, cos, sin,
-            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, GAP,
+            k_ptr, present, eps, k_out_ptr + out, k_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP,
         )  # fmt: skip
 
 
@@ -228,10 +228,10 @@ def _launch(
     if programs == 0:
         return
     cos, sin = rotary or (None, None)
-    kind, strides = NO_ROTARY, (0, 0, 0)
+    kind, stride_token, stride_head, stride_pair = NO_ROTARY, 0, 0, 1
     if cos is not None:
-        kind = SHARED_ROTARY if cos.shape[1] == 1 else HEAD_ROTARY
-        strides = (cos.stride(0), 0 if cos.shape[1] == 1 else cos.stride(1), cos.stride(2))
+        stride_token, stride_head, stride_pair = cos.stride()
+        kind, stride_head = (SHARED_ROTARY, 0) if cos.shape[1] == 1 else (HEAD_ROTARY, stride_head)
     norm_rotate_kernel[(programs,)](
         q,
         k,
@@ -242,7 +242,8 @@ def _launch(
         sin,
         *_strides(q),
         *_strides(k),
-        *strides,
+        stride_token,
+        stride_head,
         count,
         positions[0],
         start,
@@ -254,7 +255,8 @@ def _launch(
         PART=work.part,
         REST=work.rest,
         ACROSS=stream.q_weight.shape[0] != head_dim,
-        ROTARY=kind,
+        ROTARY=kind.value,
+        STRIDE_PAIR=stride_pair,  # known, for loads of 16 bytes
         GAP=positions[0] < start,
         SPLIT=work.split,
         num_warps=work.warps,

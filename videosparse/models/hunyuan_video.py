@@ -65,8 +65,13 @@ class HunyuanVideoFamily(ModelFamily):
         q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
         tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
         v = join(split_heads(v, attn.heads), split_heads(tv, attn.heads), plan.layout)
-        streams = Projected(q, k, attn.norm_q, attn.norm_k), Projected(tq, tk, attn.norm_added_q, attn.norm_added_k)
-        fused = norm_fused(*streams, turns, attn.heads, plan)
+        fused = norm_fused(
+            Projected(q, k, attn.norm_q, attn.norm_k),
+            Projected(tq, tk, attn.norm_added_q, attn.norm_added_k),
+            turns,
+            attn.heads,
+            plan,
+        )
         if fused is not None:
             return *fused, v
         q, k = self._normed(q, attn.norm_q, attn.heads), self._normed(k, attn.norm_k, attn.heads)
@@ -83,11 +88,13 @@ class HunyuanVideoFamily(ModelFamily):
         q, k, v = attn.to_q(x), attn.to_k(x), split_heads(attn.to_v(x), attn.heads)
         if layout.text_start != layout.video:  # without a gap it still is the one sequence that it was projected as
             v = join(v[:, : layout.video], v[:, layout.video :], layout)
-        video, text = (
-            Projected(q[:, part], k[:, part], attn.norm_q, attn.norm_k)
-            for part in (slice(layout.video), slice(layout.video, None))
+        fused = norm_fused(
+            Projected(q[:, : layout.video], k[:, : layout.video], attn.norm_q, attn.norm_k),
+            Projected(q[:, layout.video :], k[:, layout.video :], attn.norm_q, attn.norm_k),
+            turns,
+            attn.heads,
+            plan,
         )
-        fused = norm_fused(video, text, turns, attn.heads, plan)
         if fused is not None:
             return *fused, v
         q, k = self._normed(q, attn.norm_q, attn.heads), self._normed(k, attn.norm_k, attn.heads)

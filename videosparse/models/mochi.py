@@ -51,8 +51,13 @@ class MochiFamily(ModelFamily):
         q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
         eq, ek, ev = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
         v = join(split_heads(v, attn.heads), split_heads(ev, attn.heads), plan.layout)
-        streams = Projected(q, k, attn.norm_q, attn.norm_k), Projected(eq, ek, attn.norm_added_q, attn.norm_added_k)
-        fused = norm_fused(*streams, rotary, attn.heads, plan)
+        fused = norm_fused(
+            Projected(q, k, attn.norm_q, attn.norm_k),
+            Projected(eq, ek, attn.norm_added_q, attn.norm_added_k),
+            rotary,
+            attn.heads,
+            plan,
+        )
         if fused is not None:
             return *fused, v
         q, k, eq, ek = (split_heads(x, attn.heads) for x in (q, k, eq, ek))
