@@ -98,6 +98,10 @@ def test_options():
         KernelOptions(fused_norm="yes")
 
 
+def test_a_library_for_attention_is_as_auto():
+    assert norm_rotate(STREAM, heads=HEADS, options=KernelOptions(backend="flex"))[0].shape == (2, 5, 3, 16)
+
+
 def test_weights_that_need_gradients_are_fine_without_grad():
     stream = replace(STREAM, q_weight=zeros(16, requires_grad=True))
     with torch.no_grad():

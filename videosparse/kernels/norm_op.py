@@ -110,7 +110,7 @@ def norm_rotate(
         heads: H.
         rotary: cos and sin [S, 1 or H, D / 2], any strides: the pair (2i, 2i + 1) of a head turns by angle i.
         text_start: position of the first text token, default S; positions from S to there are zeros.
-        options: `backend` "auto", "triton" or "torch"; nothing else is read.
+        options: `backend` "auto", "triton" or "torch"; a library for attention is as "auto". Nothing else is read.
 
     Returns:
         q and k [B, L, H, D], contiguous, in the dtype of the projections; L is S, or text_start + T.
@@ -137,7 +137,7 @@ def norm_rotate(
         of_text = (text.q, text.k, text.q_weight, text.k_weight, text.eps)  # type: ignore[assignment]
     found: Pair = norm_rotate_forward(
         video.q, video.k, video.q_weight, video.k_weight, video.eps, *of_text, cos, sin, heads, text_start,
-        options.backend,
+        options.backend if options.backend in ("triton", "torch") else "auto",
     )  # fmt: skip
     return found
 
