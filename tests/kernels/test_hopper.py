@@ -270,6 +270,7 @@ def portable(monkeypatch):
     calls = []
     monkeypatch.setattr("videosparse.kernels.triton_forward.forward", lambda *call: calls.append(call))
     monkeypatch.setattr(gpu, "hopper_kernel", lambda device: hopper_forward)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield calls
     gpu._failed.clear()
     gpu._tell.cache_clear()
@@ -298,6 +299,20 @@ def test_gluon_that_changed_is_reported_once(portable, monkeypatch, caplog):
     assert len(portable) == 3
     assert len(caplog.records) == 1
     assert "cannot be compiled: AttributeError: async_load has been removed" in caplog.text
+
+
+def test_failing_to_load_during_a_capture_is_no_reason_to_give_up(portable, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(hopper_forward.forward_kernel, "warmup", forbidden)
+    monkeypatch.setattr(hopper_forward, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    q = torch.zeros(1, 256, 2, 64).half()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        gpu.forward(q, q, q, call(), False)
+    assert not portable
+    assert not gpu._failed
 
 
 def test_the_portable_kernel_can_be_asked_for(portable):

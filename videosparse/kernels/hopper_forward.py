@@ -90,6 +90,8 @@ def _kernel(device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...]
             kernel = forward_kernel.warmup(*arguments, *constants, grid=(1,), num_warps=4, enable_fp_fusion=True)
             kernel[(1, 1, 1)]  # loads it, and launches nothing
         except Exception as error:
+            if torch.cuda.is_current_stream_capturing():  # which may forbid loading: that says nothing about Gluon
+                raise
             raise GluonError(f"{type(error).__name__}: {str(error).strip()[-300:]}") from error
         _compiled[key] = kernel
     return kernel
