@@ -136,6 +136,27 @@ def _rate(rows: list[Row], kernel: str, policy: str, density: str) -> str:
     return "-"
 
 
+def radial_speed() -> str:
+    """One attention call of real models: torch's dense kernel, ours with every block, and ours with Radial's map."""
+    if not (RESULTS / "attention.csv").exists():
+        return UNMEASURED
+    rows = [r for r in read("attention") if r["set"].startswith("forward ") and r["set"].endswith(" radial")]
+    lines = []
+    for case in dict.fromkeys(r["set"] for r in rows):
+        times = {(r["kernel"], r["policy"]): float(r["p50_ms"]) for r in rows if r["set"] == case and r["p50_ms"]}
+        found = next(r for r in rows if r["set"] == case and (r["kernel"], r["policy"]) == ("ours", "radial"))
+        stock, full, sparse = times["cudnn", "dense"], times["ours", "dense"], times["ours", "radial"]
+        lines.append([
+            found["case"], f"{int(found['tokens']):,}", found["density"],
+            *(f"{time:.1f}" for time in (stock, full, sparse)), f"{stock / sparse:.1f}x",
+        ])  # fmt: skip
+    head = [
+        "model, size", "tokens", "density", "cuDNN dense, ms", "ours dense, ms", "ours with Radial, ms",
+        "against cuDNN",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def goals() -> str:
     """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
     if not (RESULTS / "attention_goals.csv").exists():
@@ -148,7 +169,7 @@ def goals() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    t.__name__: t for t in (densities, accuracy, coverage, cpu, figure, attention, goals)
+    t.__name__: t for t in (densities, accuracy, coverage, cpu, figure, attention, radial_speed, goals)
 }
 
 

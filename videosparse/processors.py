@@ -286,11 +286,12 @@ class RadialDefaults:
 
 
 # As published with the method (arXiv 2506.19852 and its code): 12 of 50 steps is 0.24, 11 of 40 is 0.275. Of the rest,
-# TI2V-5B takes after its sibling A14B, and Mochi after HunyuanVideo, with which it shares the joint sequence.
+# TI2V-5B takes after its sibling A14B, and Mochi after HunyuanVideo, with which it shares the joint sequence. For Wan
+# 2.2 the authors publish blocks of 64x64: those of 128x64 keep all that they keep, and Hopper's kernel takes only them.
 _RADIAL: dict[str, RadialDefaults] = {
     "wan2.1": RadialDefaults(decay=0.2, sink=True, first_steps=0.24, first_layers=1),
-    "wan2.2-a14b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(64, 64)),
-    "wan2.2-5b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(64, 64)),
+    "wan2.2-a14b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(128, 64)),
+    "wan2.2-5b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(128, 64)),
     "hunyuan-video": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
     "mochi": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
 }

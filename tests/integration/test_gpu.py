@@ -80,7 +80,8 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_dense_layers_in_training_leave_backward_to_the_host(name):
+def test_whose_backward_dense_layers_take_in_training(name):
+    """Ours where text lengths are masked, which torch's fast kernels cannot do; else that of Diffusers."""
     model, inputs = on_gpu(name, torch.bfloat16)
     sparsify(model.train(), DenseProcessor())
     out = model(**inputs, return_dict=False)[0]
@@ -91,7 +92,7 @@ def test_dense_layers_in_training_leave_backward_to_the_host(name):
             kinds.add(node)
             nodes += [parent for parent, _ in node.next_functions]
     names = {node.name() for node in kinds}
-    assert not [n for n in names if "videosparse" in n], names
+    assert any("videosparse" in n for n in names) == (not name.startswith("wan")), names
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_true_cfg", "mochi"])

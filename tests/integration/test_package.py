@@ -32,20 +32,20 @@ def test_the_method_is_added_once():
 @pytest.mark.parametrize(
     ("name", "variant", "decay", "block", "first", "layers", "sink"),
     [
-        ("wan2.1-14b", "wan2.1", 0.2, 128, 0.24, 1, True),
-        ("wan2.1-1.3b", "wan2.1", 0.2, 128, 0.24, 1, True),
-        ("wan2.2-a14b", "wan2.2-a14b", 0.8, 64, 0.275, 1, True),
-        ("wan2.2-5b", "wan2.2-5b", 0.8, 64, 0.275, 1, True),
-        ("hunyuan-video", "hunyuan-video", 0.95, 128, 0.24, 0, False),
-        ("mochi", "mochi", 0.95, 128, 0.24, 0, False),
-        ("tiny-wan", "wan2.1", 0.2, 128, 0.24, 1, True),
+        ("wan2.1-14b", "wan2.1", 0.2, (128, 128), 0.24, 1, True),
+        ("wan2.1-1.3b", "wan2.1", 0.2, (128, 128), 0.24, 1, True),
+        ("wan2.2-a14b", "wan2.2-a14b", 0.8, (128, 64), 0.275, 1, True),
+        ("wan2.2-5b", "wan2.2-5b", 0.8, (128, 64), 0.275, 1, True),
+        ("hunyuan-video", "hunyuan-video", 0.95, (128, 128), 0.24, 0, False),
+        ("mochi", "mochi", 0.95, (128, 128), 0.24, 0, False),
+        ("tiny-wan", "wan2.1", 0.2, (128, 128), 0.24, 1, True),
     ],
 )
 def test_published_defaults(name, variant, decay, block, first, layers, sink):
     resolved = RadialProcessor().resolve(MODELS[name])
     policy, schedule = resolved.policy, resolved.schedule
     assert model_variant(MODELS[name]) == variant
-    assert (policy.decay, policy.block, policy.sink) == (decay, (block, block), sink)
+    assert (policy.decay, policy.block, policy.sink) == (decay, block, sink)
     assert (schedule.first_steps, schedule.first_layers, schedule.last_steps) == (first, layers, 0)
     assert (schedule.dense_steps(8)[0], schedule.dense_steps(4)[0]) == (2, 1)
 
