@@ -98,3 +98,11 @@ def test_aligned_is_made_once():
     assert layout.aligned((128, 64)) is layout.aligned((128, 128))
     assert layout.aligned((64, 64)) is not layout.aligned((128, 128))
     assert layout == TokenLayout(VideoGrid(3, 9, 10), 40)
+
+
+@pytest.mark.parametrize("lens", [torch.tensor([270, 0, 300, 0])[::2], torch.tensor([290]).expand(2)])
+def test_seq_lens_are_kept_one_after_another(lens):
+    """Kernels read the second sample's right behind the first one's."""
+    layout = TokenLayout(VideoGrid(3, 9, 10), 40, seq_lens=lens.int() if lens.stride(0) != 0 else lens.int().expand(2))
+    assert layout.seq_lens.is_contiguous()
+    assert layout.seq_lens.tolist() == lens.tolist()

@@ -246,7 +246,7 @@ class RunTracker:
             key = (id(plan.index), id(plan.order)) if plan.mode is Mode.SPARSE else (id(layer), 0)
             if key not in shared:
                 shared[key] = replace(plan, options=resolved.options)
-                if torch.is_grad_enabled() and plan.index is not None and _backend(resolved, device) == "triton":
+                if torch.is_grad_enabled() and plan.index is not None and _own_backend(resolved, device) == "triton":
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
             layer.plan = shared[key]
 
@@ -285,6 +285,12 @@ def _backend(resolved: Resolved, device: torch.device) -> str:
     if resolved.policy is None:
         return "none"
     return describe_backend(device)[0] if resolved.options.backend == "auto" else resolved.options.backend
+
+
+def _own_backend(resolved: Resolved, device: torch.device) -> str:
+    """What computes gradients: libraries of attention replace our forward only."""
+    backend = resolved.options.backend
+    return backend if backend in ("triton", "torch") else describe_backend(device)[0]
 
 
 def type_name(transformer: object, family: ModelFamily) -> str:

@@ -96,6 +96,8 @@ class TokenLayout:
             raise ValueError(
                 f"TokenLayout.seq_lens must be int32 of shape [batch] (got {lens.dtype} of shape {list(lens.shape)})."
             )
+        if lens is not None and not lens.is_contiguous():  # kernels read one after another
+            object.__setattr__(self, "seq_lens", lens.contiguous())
 
     @property
     def video(self) -> int:

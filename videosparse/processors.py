@@ -251,7 +251,8 @@ class DenseProcessor(Processor):
 
     Through the backend that was chosen with `set_attention_backend`; else through the fastest there is. For generation
     in half precision on a GPU that is our own kernel where text is part of the sequence (HunyuanVideo, Mochi), and on
-    Hopper FlashAttention-3 or FlashAttention-4 where one is installed (`pip install videosparse[fa4]`).
+    Hopper, for long sequences with head_dim 128, the first that is here of FlashAttention-3, FlashAttention-4
+    (`pip install videosparse[fa4]`) and ours.
     `report().dense_backend` names it.
 
     Args:

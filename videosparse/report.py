@@ -24,7 +24,7 @@ class RunReport:
         average_density: mean over all calls, dense ones counting 1: attention work relative to dense.
         dense_calls, sparse_calls: attention calls planned, layers x branches x steps. A step cache that skips layers
             skips some of them.
-        backend: kernel of the sparse calls, "triton" or "torch"; "none" for a dense processor.
+        backend: kernel of the sparse calls, "triton", "torch", "fa4" or "flex"; "none" for a dense processor.
         dense_backend: what runs dense calls: "native SDPA" or the backend chosen by the user, as Diffusers names it;
             "videosparse triton" for our kernel; "FlashAttention-3" or "FlashAttention-4".
     """

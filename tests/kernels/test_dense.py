@@ -27,8 +27,7 @@ def present(monkeypatch):
         for name, kernel in dense.DENSE_KERNELS.items():
             missing = lambda device, name=name: None if name in names else f"no {name} here"  # noqa: E731
             monkeypatch.setitem(dense.DENSE_KERNELS, name, dataclasses.replace(kernel, missing=missing))
-        reason = None if dense.OWN in names else "no Gluon"
-        monkeypatch.setattr(dense, "import_library", lambda name: (None, reason))
+        monkeypatch.setattr(dense.gpu, "runs_hopper", lambda device: dense.OWN in names)
 
     return install
 
@@ -47,6 +46,13 @@ def test_our_kernel_where_no_library_is(present):
     present((9, 0), "cudnn", dense.OWN)
     assert dense.fastest_dense(GPU, torch.bfloat16, 128, 75_600) == dense.OWN
     assert dense.title_of(dense.OWN) == "videosparse triton"
+
+
+def test_our_kernel_is_given_up_where_it_does_not_compile(present):
+    present((9, 0), dense.OWN)
+    assert dense.fastest_dense(GPU, torch.bfloat16, 128, 75_600) == dense.OWN
+    present((9, 0))  # the first call of a sparse layer found out
+    assert dense.fastest_dense(GPU, torch.bfloat16, 128, 75_600) is None
 
 
 def test_torch_keeps_what_was_not_measured(present, caplog):

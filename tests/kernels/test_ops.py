@@ -1,6 +1,7 @@
 """The custom ops: well-formed, one graph, no recompile when a plan's tensors change."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -126,3 +127,16 @@ def test_training_compiles():
         grads.append(torch.autograd.grad(function(*inputs), inputs))
     for found, expected in zip(*grads, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "module", ["triton_forward", "triton_backward", "hopper_backward", "triton_sums", "triton_norm"]
+)
+def test_what_is_not_to_be_specialised_exists(module):
+    """Triton ignores names that a kernel does not have: a renamed size would silently be compiled for each value."""
+    pytest.importorskip("triton")
+    found = importlib.import_module(f"videosparse.kernels.{module}")
+    kernels = [k for k in vars(found).values() if getattr(k, "do_not_specialize", None)]
+    assert kernels
+    for kernel in kernels:
+        assert set(kernel.do_not_specialize) <= set(kernel.arg_names), kernel.fn.__name__

@@ -11,7 +11,7 @@ import torch
 
 from videosparse.blocks import BlockIndex, check_block
 from videosparse.kernels import checks, ops
-from videosparse.kernels.backend import choose, describe_backend
+from videosparse.kernels.backend import choose_own, describe_backend
 from videosparse.kernels.norm_op import norm_rotate
 from videosparse.kernels.options import KernelOptions
 from videosparse.kernels.stream import Stream
@@ -71,7 +71,8 @@ def attend(
 
     The Triton backend takes float16, bfloat16 and float32 and never waits for the device. The torch backend also takes
     float64, runs anywhere, and waits for the device to read the lists. Gradients come from the backend that ran the
-    forward; Triton's are equal to the bit for equal inputs, and never wait either.
+    forward, or from ours where that was a library; Triton's are equal to the bit for equal inputs, and never wait
+    either.
 
     Args:
         q, k, v: [B, L, H, D] with L = layout.length and D 8..128; any strides, contiguous along D.
@@ -90,7 +91,7 @@ def attend(
         ValueError: shapes, devices or strides that do not fit one another, the layout or the index.
         TypeError: dtypes that differ or are not supported.
         NotImplementedError: order is given.
-        RuntimeError: options.backend is "triton", which cannot run here.
+        RuntimeError: options.backend cannot run here, or is a library that cannot take this call.
     """
     if order is not None:
         raise NotImplementedError("attend(order=...) is not available yet; apply TokenOrder to q, k and v instead.")
@@ -131,7 +132,7 @@ def _key_major(q: torch.Tensor, index: BlockIndex | None, options: KernelOptions
     if index is None:
         return None
     # they are made outside any graph: a compiled block reads tensors only
-    if not torch.compiler.is_compiling() and choose(options.backend, q.device, q.dtype) == "triton":
+    if not torch.compiler.is_compiling() and choose_own(options.backend, q.device, q.dtype) == "triton":
         index.prepare_backward()
     return index.key_major
 

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from videosparse.kernels.gpu import hopper_kernel
+from videosparse.kernels.gpu import runs_hopper
 
 logger = logging.getLogger("videosparse")
 
@@ -67,7 +67,7 @@ def _device_name(device: torch.device) -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}" + (", Hopper kernel in Gluon" if hopper_kernel(device) is not None else "")
+    return f"sm_{major}{minor}" + (", Hopper kernel in Gluon" if runs_hopper(device) else "")
 
 
 def describe_backend(device: torch.device | str) -> tuple[str, str]:
@@ -91,6 +91,11 @@ def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
     name, why = ("triton", _device_name(device)) if reason is None else ("torch", f"no Triton: {reason}")
     logger.info("attend takes the %s backend for %s on %s: %s.", name, dtype, device, why)
     return name
+
+
+def choose_own(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "triton" or "torch" for what libraries of attention do not do: asked for one of them, as "auto"."""
+    return choose(backend if backend in ("triton", "torch") else "auto", device, dtype)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -79,10 +79,12 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
     sizes = {"row_ptr": count + 1, "ids": None, "order": count + 1}
     for name, size in sizes.items():
         x = getattr(index, name)
-        if x.dtype != torch.int32 or x.dim() != 1 or (size is not None and x.shape[0] != size):
+        wrong_size = x.dim() != 1 or (size is not None and x.shape[0] != size)
+        if x.dtype != torch.int32 or wrong_size or not x.is_contiguous():
             expected = "capacity" if size is None else size
+            spread = "" if x.is_contiguous() else ", not contiguous"
             raise ValueError(
-                f"BlockIndex.{name} must be int32 [{expected}] (got {x.dtype} {list(x.shape)}); "
+                f"BlockIndex.{name} must be int32 [{expected}] (got {x.dtype} {list(x.shape)}{spread}); "
                 "build it with BlockMap.index()."
             )
         if x.device != q.device:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from videosparse.kernels import fa4_path
+from videosparse.kernels import fa4_path, gpu
 from videosparse.kernels.libraries import import_library
 
 logger = logging.getLogger("videosparse")
@@ -132,7 +132,11 @@ def fastest_dense(device: torch.device, dtype: torch.dtype, head_dim: int, lengt
     Returns:
         A name of `DENSE_KERNELS`, or `OWN`; None for torch's own attention.
     """
-    return None if length < SHORTEST else _fastest(device, dtype, head_dim)
+    if length < SHORTEST:
+        return None
+    name = _fastest(device, dtype, head_dim)
+    # its portable stand-in, where Triton could not compile it, is slower than torch's own
+    return None if name == OWN and not gpu.runs_hopper(device) else name
 
 
 @cache
@@ -156,7 +160,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
 
 def _unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == OWN:  # of our kernels only the one for Hopper is faster than torch's own
-        return import_library("videosparse.kernels.hopper_forward")[1]
+        return None if gpu.runs_hopper(device) else "its kernel for Hopper does not run here"
     kernel = DENSE_KERNELS[name]
     return kernel.missing(device) if dtype in kernel.dtypes else f"it does not take {dtype}"
 
@@ -171,7 +175,8 @@ def title_of(name: str) -> str:
 )
 def dense_by_library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
     """Dense attention [B, L, H, D] by a kernel of `DENSE_KERNELS`; one node in a compiled graph, no gradients."""
-    out = DENSE_KERNELS[name].attend(q, k, v, q.shape[3] ** -0.5)
+    with gpu.on_device(q):
+        out = DENSE_KERNELS[name].attend(q, k, v, q.shape[3] ** -0.5)
     return out.contiguous()
 
 

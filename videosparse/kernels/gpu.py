@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -44,6 +44,16 @@ def hopper_kernel(device: torch.device) -> ModuleType | None:
     return hopper_forward
 
 
+def runs_hopper(device: torch.device) -> bool:
+    """Whether the kernel for Hopper runs here: on this card, and with this Triton as far as was tried."""
+    return hopper_kernel(device) is not None and device not in _failed
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the device of a tensor the current one: kernels start on the current device's stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +65,7 @@ def forward(
     from videosparse.kernels import triton_forward
 
     special = None if _portable_only else hopper_kernel(q.device)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device(q):
         if special is not None and _takes(special, q, k, v, call):
             try:
                 return special.forward(q, k, v, call, need_lse)  # type: ignore[no-any-return]

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.triton_backward import Gradients, _end_of_text, _place, launch
-from videosparse.kernels.triton_forward import LISTS, SIZES, Tiles
+from videosparse.kernels.triton_backward import SIZES, Gradients, _end_of_text, _place, launch
+from videosparse.kernels.triton_forward import LISTS, Tiles
 
 ALIGNMENT = 16
 """Bytes that addresses and strides of a descriptor are multiples of."""
@@ -83,7 +83,7 @@ STRIDES = [f"stride_{x}{d}" for x in "qkvg" for d in "blh"]
 
 
 # descriptors need no compile-time knowledge of strides: one binary serves every view
-@triton.jit(do_not_specialize=LISTS + SIZES + STRIDES + ["padded"])
+@triton.jit(do_not_specialize=LISTS + SIZES + STRIDES)
 def query_kernel(
     q_ptr,
     k_ptr,
@@ -163,7 +163,7 @@ def query_kernel(
     dq_desc.store([first, 0], (dq * scale).to(dq_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=LISTS + SIZES + STRIDES + ["padded"])
+@triton.jit(do_not_specialize=LISTS + SIZES + STRIDES)
 def key_kernel(
     q_ptr,
     k_ptr,

@@ -14,7 +14,7 @@ import torch
 
 from videosparse.blocks import transpose_lists
 from videosparse.kernels import gpu, torch_path
-from videosparse.kernels.backend import choose
+from videosparse.kernels.backend import choose, choose_own
 from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.layout import ceil_div
 
@@ -81,13 +81,14 @@ def _library(
     name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by a library that was asked for; imported on first use."""
-    if name == "fa4":
-        from videosparse.kernels import fa4_path
+    with gpu.on_device(q):
+        if name == "fa4":
+            from videosparse.kernels import fa4_path
 
-        return fa4_path.forward(q, k, v, call, need_lse)
-    from videosparse.kernels import flex_path
+            return fa4_path.forward(q, k, v, call, need_lse)
+        from videosparse.kernels import flex_path
 
-    return flex_path.forward(q, k, v, call, need_lse)
+        return flex_path.forward(q, k, v, call, need_lse)
 
 
 @attend_forward.register_fake
@@ -122,7 +123,7 @@ def attend_backward(
     """Gradients of q, k and v, by the backend that ran the forward, or by ours where that was a library."""
     *geometry, backend, key_row_ptr, key_ids, key_order = rest
     call = _call(*geometry)
-    if _choose_own(backend, q) == "torch":
+    if choose_own(backend, q.device, q.dtype) == "torch":
         return torch_path.backward(grad, grad_lse, q, k, v, call)
     if lse.numel() != q.shape[0] * q.shape[1] * q.shape[2]:
         raise RuntimeError("Gradients need the lse of the forward; call attend, or attend_forward with need_grad=True.")
@@ -130,11 +131,6 @@ def attend_backward(
 
     by_key = _key_major(call, q.shape[1], key_row_ptr, key_ids, key_order)
     return triton_backward.backward(grad, grad_lse, q, k, v, out, lse, call, by_key)
-
-
-def _choose_own(backend: str, q: torch.Tensor) -> str:
-    """ "triton" or "torch" for what libraries of attention do not do: asked for one of them, as "auto"."""
-    return choose(backend if backend in ("triton", "torch") else "auto", q.device, q.dtype)
 
 
 def _key_major(
@@ -158,7 +154,8 @@ def _key_major(
 @cache
 def _say_that_lists_are_turned() -> None:
     logger.info(
-        "A compiled attend makes key-major lists in every backward pass; BlockIndex.prepare_backward saves that."
+        "attend was not given key-major lists and makes them in every backward pass; BlockIndex.prepare_backward "
+        "saves that."
     )
 
 
@@ -215,7 +212,7 @@ def block_sums(
 ) -> torch.Tensor:
     """Mass of every block, fp32 [B, H, Mq, Nk]."""
     call = AttentionCall(None, seq_lens, video, text_start, scale)
-    if _choose_own(backend, q) == "torch":
+    if choose_own(backend, q.device, q.dtype) == "torch":
         return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
     from videosparse.kernels import gpu_sums
 

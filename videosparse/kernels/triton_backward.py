@@ -33,7 +33,6 @@ from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.kernels.triton_forward import (
     LISTS,
     LOG2_E,
-    SIZES,
     Tiles,
     _is_token,
     _load_rows,
@@ -45,6 +44,7 @@ from videosparse.kernels.triton_forward import (
 from videosparse.layout import ceil_div
 
 LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
+SIZES = ["video", "text_start", "length", "padded", "rows", "heads", "map_samples", "map_heads"]
 PADDED_TO = 128
 """`level` and `delta` have room for whole tiles of every size."""
 
@@ -196,7 +196,7 @@ def _store_rows(ptr, x, sample, position, head, length, heads, HEAD_DIM: tl.cons
 
 
 # as in the forward: sizes change from call to call, and lists may start anywhere in a buffer
-@triton.jit(do_not_specialize=LISTS + SIZES + ["padded"])
+@triton.jit(do_not_specialize=LISTS + SIZES)
 def query_kernel(
     q_ptr,
     k_ptr,
@@ -271,7 +271,7 @@ def query_kernel(
     _store_rows(dq_ptr, dq * scale, sample, q_pos, head, length, heads, HEAD_DIM, HEAD_PAD)
 
 
-@triton.jit(do_not_specialize=LISTS + SIZES + ["padded"])
+@triton.jit(do_not_specialize=LISTS + SIZES)
 def key_kernel(
     q_ptr,
     k_ptr,

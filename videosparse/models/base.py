@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.normalization import MochiRMSNorm, RMSNorm
 
-from videosparse.kernels import Stream, norm_rotate
+from videosparse.kernels import KernelOptions, Stream, norm_rotate
 from videosparse.kernels.backend import TRITON_DTYPES, interpreted, missing
 from videosparse.kernels.norm_op import MAX_WIDTH, row_width
 from videosparse.layout import TokenLayout, VideoGrid
@@ -24,6 +24,9 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 NORMS = (torch.nn.RMSNorm, RMSNorm, MochiRMSNorm)
 """What `norm_rotate` computes; these classes differ in where they round on the way."""
+
+# made once: this is a path that every layer of every step takes
+_FORCED, _FREE = KernelOptions(backend="triton"), KernelOptions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +204,9 @@ def norm_fused(
         cos, sin = (x[0] if x.dim() == 4 else x for x in rotary)
         rotary = cos, sin
     text_start = None if text is None else plan.layout.text_start
-    options = replace(options, backend="triton" if forced else "auto")
     return norm_rotate(
         _stream(video), None if text is None else _stream(text), heads=heads, rotary=rotary, text_start=text_start,
-        options=options,
+        options=_FORCED if forced else _FREE,
     )  # fmt: skip
 
 
