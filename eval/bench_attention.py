@@ -2,7 +2,7 @@
 
     python eval/bench_attention.py --list                         the sets of calls, without running any
     python eval/bench_attention.py                                all of them, about half an hour of one H200
-    python eval/bench_attention.py --only 30720 --seconds 90      the sets whose name matches, until the time is up
+    python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
     python eval/bench_attention.py --only backward --append       more rows beside those that are there
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
@@ -283,9 +283,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
+    for name in ("only", "kernels"):
+        try:
+            re.compile(getattr(args, name) or "")
+        except re.error as error:
+            parser.error(f"--{name} must be a regular expression ({error} in {getattr(args, name)!r}).")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1 (got {args.rounds}).")
+    if not list(chosen(args.only)):
+        parser.error(f"--only {args.only!r} matches no set; --list names them.")
     if args.list:
         print("\n".join(s.name for s in chosen(args.only)))
         return 0
+    if args.only and args.output.exists() and not args.append:
+        parser.error(f"{args.output} would lose its other rows; give --append, or another --output.")
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
         return 2

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from videosparse.benchmark.rows import read_rows
+
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
 COLUMNS = ("goal", "case", "measured", "unit", "must", "wanted", "verdict", "detail", "gpu", "run", "commit")
 LARGE, SMALL, LONGEST = "wan2.1-14b 720x1280x81", "12x30720", "wan2.1-14b 720x1280x321"
@@ -247,8 +249,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "attention_goals.csv")
     parser.add_argument("--strict", action="store_true", help="fail where a must is missed or was not measured")
     args = parser.parse_args(argv)
-    with args.rows.open(newline="") as file:
-        table = check(list(csv.DictReader(file)))
+    try:
+        table = check(read_rows(args.rows, ("set", "case", "kernel", "p50_ms", "run")))
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {args.output.parent}.")
     with args.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()

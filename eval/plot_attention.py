@@ -10,13 +10,14 @@ fastest dense kernel beside it, on the grids of real models). Needs matplotlib (
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from videosparse.benchmark.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -108,8 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=ROOT / "assets/results/attention.csv")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets/figures")
     args = parser.parse_args(argv)
-    with args.rows.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        rows = read_rows(args.rows, ("set", "case", "kernel", "p50_ms", "run"))
+    except ValueError as error:
+        parser.error(str(error))
     args.figures.mkdir(parents=True, exist_ok=True)
     for name, draw in (("attention_density", density_figure), ("attention_length", length_figure)):
         path = args.figures / f"{name}.png"

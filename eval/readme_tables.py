@@ -146,13 +146,14 @@ def radial_speed() -> str:
         times = {(r["kernel"], r["policy"]): float(r["p50_ms"]) for r in rows if r["set"] == case and r["p50_ms"]}
         found = next(r for r in rows if r["set"] == case and (r["kernel"], r["policy"]) == ("ours", "radial"))
         stock, full, sparse = times["cudnn", "dense"], times["ours", "dense"], times["ours", "radial"]
+        theirs = times.get(("fa4", "radial"))
         lines.append([
             found["case"], f"{int(found['tokens']):,}", found["density"],
-            *(f"{time:.1f}" for time in (stock, full, sparse)), f"{stock / sparse:.1f}x",
+            *(f"{time:.1f}" if time else "cannot" for time in (stock, full, theirs, sparse)), f"{stock / sparse:.1f}x",
         ])  # fmt: skip
     head = [
-        "model, size", "tokens", "density", "cuDNN dense, ms", "ours dense, ms", "ours with Radial, ms",
-        "against cuDNN",
+        "model, size", "tokens", "density", "cuDNN dense, ms", "ours dense, ms", "FlashAttention-4 with Radial, ms",
+        "ours with Radial, ms", "against cuDNN",
     ]  # fmt: skip
     return markdown(head, lines)
 

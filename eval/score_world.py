@@ -3,7 +3,7 @@
 Generate the 64 fixed prompts with a pipeline, score them, write one row per video:
 
     python eval/score_world.py --model assets/tiny-wan --prompts eval/prompts/world64.json --frames 33 --steps 20 \\
-        --guidance 5 --height 128 --width 128 --method dense --batch 16 --device auto --output dense.csv
+        --guidance 4 --height 128 --width 128 --method dense --batch 16 --device auto --output dense.csv
 
 The same with block-sparse attention, and the ceiling: the rendered truth of the same prompts through the model's VAE:
 
@@ -425,7 +425,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--text-length", type=int, default=48, help="max_sequence_length; as the model was trained")
     parser.add_argument("--method", default="dense", help="a method of `videosparse`, or dense for no processor at all")
     parser.add_argument("--set", action="append", default=[], metavar="METHOD.OPTION=VALUE")

@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -135,9 +136,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.keep_vae and not args.again:
         parser.error("--keep-vae says what --again keeps; give both, or neither: --from-pipeline keeps the VAE anyway.")
+    check_numbers(parser, args)
     if args.smoke:
         limit_smoke(args)
     return args
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what would train to nothing."""
+    if not 0 <= args.decay_share <= 1:
+        parser.error(f"--decay-share must lie in 0..1 (got {args.decay_share}).")
+    for name in ("minutes", "budget_minutes", "lr", "matrix_lr", "vae_lr", "shift", "pool_scale", "steps"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
+    if args.object_weight < 0:
+        parser.error(f"--object-weight must not be negative (got {args.object_weight}).")
+    if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
+        parser.error(f"--device must be auto, cpu or cuda (got {args.device!r}).")
 
 
 def limit_smoke(args: argparse.Namespace) -> None:
@@ -150,9 +165,18 @@ def limit_smoke(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.command == "card":
-        update_card(Path(args.out), args.rows)
-        return 0
+    try:
+        if args.command == "card":
+            update_card(Path(args.out), args.rows)
+            return 0
+        return run(args)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train or export, with a log of lines that begin with the seconds since the start."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(Elapsed())
     logger.addHandler(handler)

@@ -76,7 +76,7 @@ def shown(number: Any) -> str:
     """A number as the card has it; a share in percent with its interval."""
     if isinstance(number, dict):
         share, low, high = (f"{100 * number[key]:.1f}" for key in ("share", "low", "high"))
-        return f"{share} % ({low} to {high}; {number['right']} videos)"
+        return f"{share} % ({low} to {high}; {number['right']} right)"
     return f"{number:,}" if isinstance(number, int) else str(number)
 
 
