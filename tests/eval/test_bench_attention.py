@@ -277,3 +277,29 @@ def test_figures_are_drawn(bench, tmp_path):
     bench.write(tmp_path / "rows.csv", rows)
     assert plots.main(["--rows", str(tmp_path / "rows.csv"), "--figures", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"attention_density.png"}
+
+
+def test_rows_that_cannot_be_used_are_one_line_and_nothing_is_written(goals, tmp_path, capsys):
+    empty, other, output = tmp_path / "empty.csv", tmp_path / "other.csv", tmp_path / "goals.csv"
+    empty.write_text("set,case,kernel,p50_ms,run\n")
+    other.write_text("a,b\n1,2\n")
+    for rows, said in ((empty, "has no rows"), (other, "has no column set"), (tmp_path / "no.csv", "cannot be read")):
+        with pytest.raises(SystemExit):
+            goals.main(["--rows", str(rows), "--output", str(output)])
+        assert said in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "["], "must be a regular expression"),
+        (["--only", "no such set"], "matches no set"),
+        (["--rounds", "0"], "must be at least 1"),
+        (["--only", "skew"], "would lose its other rows"),
+    ],
+)
+def test_arguments_of_the_benchmark_are_checked_first(bench, arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert said in capsys.readouterr().err

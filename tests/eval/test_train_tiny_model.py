@@ -131,5 +131,15 @@ def test_what_does_not_go_together_is_refused(program, tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.parse(["all", "--keep-vae"])
     assert "give both, or neither" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="export needs a trained DiT"):
-        program.main(["export", "--work", str(tmp_path), "--backup", str(tmp_path), "--device", "cpu"])
+    assert program.main(["export", "--work", str(tmp_path), "--backup", str(tmp_path), "--device", "cpu"]) == 2
+    assert "export needs a trained DiT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("decay-share", "2"), ("lr", "nan"), ("shift", "-1"), ("budget-minutes", "0"), ("device", "nonsense")],
+)
+def test_what_would_train_to_nothing_is_refused(program, option, value, capsys):
+    with pytest.raises(SystemExit):
+        program.parse(["all", f"--{option}={value}"])
+    assert f"--{option} must" in capsys.readouterr().err
