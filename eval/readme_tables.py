@@ -149,7 +149,8 @@ def radial_speed() -> str:
         theirs = times.get(("fa4", "radial"))
         lines.append([
             found["case"], f"{int(found['tokens']):,}", found["density"],
-            *(f"{time:.1f}" if time else "cannot" for time in (stock, full, theirs, sparse)), f"{min(stock, full) / sparse:.1f}x",
+            *(f"{time:.1f}" if time else "cannot" for time in (stock, full, theirs, sparse)),
+            f"{min(stock, full) / sparse:.1f}x",
         ])  # fmt: skip
     head = [
         "model, size", "tokens", "density", "cuDNN dense, ms", "ours dense, ms", "FlashAttention-4 with Radial, ms",
