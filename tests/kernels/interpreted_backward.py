@@ -5,7 +5,7 @@ import torch
 from gradients import assert_gradients, make_grads
 from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, make_layout, make_map, make_qkv
 
-from videosparse.kernels import attend, hopper_backward, triton_backward
+from videosparse.kernels import attend, gpu, hopper_backward
 from videosparse.layout import TokenLayout, VideoGrid
 
 SMALL = VideoGrid(2, 7, 10)
@@ -19,9 +19,17 @@ def _unwritten_elements_are_nan(monkeypatch):
 @pytest.fixture(params=["portable", "hopper"])
 def kernels(request, monkeypatch):
     """Which kernels a backward pass takes."""
-    chosen = {"portable": triton_backward.portable, "hopper": hopper_backward.hopper}[request.param]
-    monkeypatch.setattr(triton_backward, "_kernels", lambda q: chosen)
+    if request.param == "hopper":
+        take_hopper(monkeypatch)
     return request.param
+
+
+def take_hopper(monkeypatch):
+    def special(name, device):
+        return [("Hopper kernels", hopper_backward)] if name == "gradients of attend" else []
+
+    monkeypatch.setattr(gpu, "special_kernels", special)
+    monkeypatch.setattr(hopper_backward, "unsuited", lambda *call: None)
 
 
 def run_and_check(layout, block_map, q, k, v, *, with_lse=True, **kwargs):
@@ -63,7 +71,7 @@ def test_blocks_and_dtypes(block, dtype):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_on_hopper(block, monkeypatch):
-    monkeypatch.setattr(triton_backward, "_kernels", lambda q: hopper_backward.hopper)
+    take_hopper(monkeypatch)
     layout = make_layout("ragged text", grid=SMALL).aligned(block)
     run_and_check(layout, make_map(layout, block, heads=1), *make_qkv(layout, torch.float16, heads=1, dim=32))
 

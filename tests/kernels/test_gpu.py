@@ -1,11 +1,13 @@
 """The Triton kernels on a GPU: accuracy for every geometry, real grids, 64-bit offsets, no syncs, no recompiles.
 
-On Hopper everything runs with its own kernel, as far as that takes the call, and again with the portable one.
+On Hopper everything runs with its best kernel, as far as that takes the call, and again with its second one, in plain
+Triton, and with the portable one.
 
 Every combination of dtype, head size, block and options compiles anew (about a second), so the matrix is thin where the
 interpreter has seen the geometry already."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,13 +28,12 @@ from inputs import make_qkv as make_qkv_on
 
 from videosparse.blocks import BlockMap
 from videosparse.cases import CASES
-from videosparse.kernels import KernelOptions, attend, block_sums, describe_backend, gpu, ops
+from videosparse.kernels import KernelOptions, attend, block_sums, compiled, describe_backend, gpu, ops
 from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 
-triton_sums = pytest.importorskip("videosparse.kernels.triton_sums")
-from videosparse.kernels import gpu_sums  # noqa: E402
+pytest.importorskip("triton")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -40,15 +41,25 @@ MIDDLE = VideoGrid(5, 13, 17)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(autouse=True, params=["special", "portable"])
+def only(*kernels):
+    """Run a test with some of the kernels of `_kernel`: with the others it would do the same again."""
+
+    def mark(test):
+        test.kernels = kernels
+        return test
+
+    return mark
+
+
+@pytest.fixture(autouse=True, params=["special", "specialized", "portable"])
 def _kernel(request):
-    if request.param == "special":
-        yield
-    elif gpu.hopper_kernel(torch.device("cuda", torch.cuda.current_device())) is None:
+    if request.param not in getattr(request.function, "kernels", (request.param,)):
+        pytest.skip("is the same with each kernel")
+    if request.param != "special" and not gpu.is_hopper(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this GPU has the portable kernel only")
-    else:
-        with gpu.portable_only():
-            yield
+    left_out = {"special": nullcontext, "portable": gpu.portable_only}
+    with left_out.get(request.param, lambda: gpu.leave_out("hopper_forward"))():
+        yield
 
 
 def make_qkv(layout, dtype, **kwargs):
@@ -259,12 +270,12 @@ def test_calls_on_two_streams_at_a_time():
 
 
 def test_no_recompiles_over_lengths_densities_and_maps():
+    from videosparse.kernels.specialized_forward import specialized_kernel
     from videosparse.kernels.triton_forward import forward_kernel
 
-    def compiled():
-        special = gpu.hopper_kernel(torch.device("cuda", torch.cuda.current_device()))
-        portable = len(forward_kernel.device_caches[torch.cuda.current_device()][0])
-        return portable, 0 if special is None else len(special._compiled)
+    def count():
+        kernels = forward_kernel, specialized_kernel
+        return len(compiled.KEPT), *(len(x.device_caches[torch.cuda.current_device()][0]) for x in kernels)
 
     def call(frames, height, density, share, samples, heads):
         grid = VideoGrid(frames, height, 17)
@@ -280,7 +291,7 @@ def test_no_recompiles_over_lengths_densities_and_maps():
         attend(q, k, v, layout=layout, index=dataclasses.replace(index, ids=ids), return_lse=True, options=TRITON)
 
     call(3, 13, 0.5, "shared", 2, 3)
-    before = compiled()
+    before = count()
     for arguments in [
         (1, 16, 0.1, "shared", 1, 1),
         (4, 32, 0.9, "per head", 1, 4),
@@ -289,7 +300,7 @@ def test_no_recompiles_over_lengths_densities_and_maps():
         (16, 60, 0.2, "shared", 1, 12),
     ]:
         call(*arguments)
-    assert compiled() == before
+    assert count() == before
 
 
 def test_compiles_to_one_graph():
@@ -336,6 +347,7 @@ def test_gradients_are_as_accurate_as_on_the_cpu():
         assert worst_row(found, true) <= max(allowed_error(true, x) for x in plain)
 
 
+@only("special", "portable")
 def test_torch_backend_and_block_sums_on_the_gpu():
     layout = make_layout("ragged text", "cuda").aligned((64, 64))
     q, k, v = make_qkv(layout, torch.bfloat16)
@@ -348,15 +360,10 @@ def test_torch_backend_and_block_sums_on_the_gpu():
     torch.testing.assert_close(sums[:, :, :4], torch.full_like(sums[:, :, :4], 64.0), rtol=4 * unit.item(), atol=0)
 
 
-SUMS = {"as users": None, "portable": triton_sums}
-
-
-@pytest.mark.parametrize("kernel", SUMS)
+@only("special", "portable")
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block_sums(kernel, kind, block, monkeypatch):
-    if SUMS[kernel] is not None:
-        monkeypatch.setattr(gpu_sums, "_hopper_kernel", lambda device: None)
+def test_block_sums(kind, block):
     for layout in (make_layout(kind, "cuda", MIDDLE), make_layout(kind, "cuda", MIDDLE).aligned(block)):
         for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64), (torch.bfloat16, 80)):
             check_sums(*make_qkv(layout, dtype, dim=dim, view="fused"), layout, block)
@@ -372,6 +379,7 @@ def check_sums(q, k, v, layout, block):
     assert_sums_accurate(found, q, k, lse, layout, block)
 
 
+@only("special", "portable")
 def test_block_sums_of_a_sparse_lse():
     """Rows that read no key count nothing."""
     layout = TokenLayout(MIDDLE)
@@ -383,6 +391,7 @@ def test_block_sums_of_a_sparse_lse():
     assert_sums_accurate(sums, q, k, lse, layout, (64, 64))
 
 
+@only("special", "portable")
 def test_block_sums_wait_for_nothing_and_can_be_captured():
     layout = make_layout("ragged text", "cuda").aligned((128, 128))
     q, k, v = make_qkv(layout, torch.bfloat16)
@@ -401,6 +410,7 @@ def test_block_sums_wait_for_nothing_and_can_be_captured():
     assert torch.equal(sums, expected)
 
 
+@only("special")
 @pytest.mark.parametrize("backend", ["fa4", "flex"])
 @pytest.mark.parametrize("share", MAP_SHARES)
 @pytest.mark.parametrize("block", [(128, 128), (128, 64)])
@@ -428,6 +438,7 @@ def test_libraries(backend, share, block):
         assert torch.equal(out, again)
 
 
+@only("special")
 def test_auto_takes_triton():
     assert describe_backend("cuda")[0] == "triton"
 
@@ -435,14 +446,29 @@ def test_auto_takes_triton():
 @pytest.mark.skipif(
     "not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)", reason="needs Hopper"
 )
+@only("special")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_hopper_takes_its_own_kernel(dtype, dim, request, monkeypatch):
-    if "portable" in request.node.name:
-        pytest.skip("asked not to")
+def test_hopper_takes_its_own_kernel(dtype, dim, monkeypatch):
+    monkeypatch.setattr("videosparse.kernels.specialized_forward.forward", None)
     monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)
     layout = make_layout("ragged text", "cuda").aligned((128, 64))
     block_map = make_map(layout, (128, 64), "per head", device="cuda")
     for view in ("fused", "head-major"):
         run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=dim, view=view))
         run_and_check(layout, None, *make_qkv(layout, dtype, dim=dim, view=view))
+
+
+@pytest.mark.skipif(
+    "not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)", reason="needs Hopper"
+)
+@only("specialized")
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper_without_gluon(kind, dtype, monkeypatch):
+    monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)
+    for layout in (make_layout(kind, "cuda", MIDDLE), make_layout(kind, "cuda", MIDDLE).aligned((128, 128))):
+        block_map = make_map(layout, (128, 128), "per head", device="cuda")
+        for view in ("fused", "head-major"):
+            run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=128, view=view))
+            run_and_check(layout, None, *make_qkv(layout, dtype, dim=128, view=view))

@@ -1,6 +1,6 @@
 """The backward kernels on a GPU: accuracy for every geometry, equal bits, no syncs or recompiles, compile, checkpoints.
 
-The public door takes Hopper's kernels where there is one; the portable ones are asked for by name there.
+On Hopper most of it runs with its own kernels, and again with the portable ones.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from gradients import assert_gradients, make_grads
 from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, make_layout, make_map, make_qkv
 
-from videosparse.kernels import attend, hopper_backward, triton_backward
+from videosparse.kernels import attend, gpu, hopper_backward, triton_backward
 from videosparse.layout import VideoGrid
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -39,9 +39,14 @@ def run_and_check(layout, block_map, q, k, v, **kwargs):
 
 
 @pytest.fixture(params=["best", "portable"])
-def kernels(request, monkeypatch):
-    if request.param == "portable":
-        monkeypatch.setattr(triton_backward, "_kernels", lambda q: triton_backward.portable)
+def kernels(request):
+    if request.param == "best":
+        yield
+    elif not gpu.special_kernels("gradients of attend", torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("this GPU has the portable kernels only")
+    else:
+        with gpu.portable_only():
+            yield
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

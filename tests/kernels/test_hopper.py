@@ -1,9 +1,8 @@
 """The Hopper kernel without a Hopper GPU: its source run on the CPU, compiled for sm_90, and when it is taken."""
 
+import dataclasses
 import logging
 import re
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 import gluon_on_cpu  # noqa: E402
+from sass import disassemble, spilled_in_loops  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
@@ -24,8 +24,8 @@ from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
 from videosparse.kernels.hopper_kernel import forward_kernel  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div  # noqa: E402
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GPU = torch.device("cuda", 0)
+GLUON = gpu.OPERATIONS["attend"].hopper["hopper_forward"]
 
 
 def clean_tail(v, lens, first, video, text_start):
@@ -35,15 +35,22 @@ def clean_tail(v, lens, first, video, text_start):
     return v[:, first:].masked_fill(~token[:, :, None, None], 0).contiguous()
 
 
+def take_the_hopper_kernel(monkeypatch):
+    """As if the current device, whatever it is, were of sm_90, with no other special kernel than the one in Gluon."""
+    monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
+    only = dataclasses.replace(gpu.OPERATIONS["attend"], hopper={"hopper_forward": GLUON})
+    monkeypatch.setitem(gpu.OPERATIONS, "attend", only)
+
+
 @pytest.fixture
 def on_cpu(monkeypatch):
     """`attend(backend="triton")` launches the kernel as plain Python, with three programs."""
     kernel = gluon_on_cpu.Kernel()
-    monkeypatch.setattr(hopper_forward, "_describe", gluon_on_cpu.describe)
+    monkeypatch.setattr(hopper_forward, "describe", gluon_on_cpu.describe)
     monkeypatch.setattr(hopper_forward, "_multiprocessors", lambda device: 3)
-    monkeypatch.setattr(hopper_forward, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(hopper_forward, "compiled", lambda *_, **__: kernel)
     monkeypatch.setattr(hopper_forward, "value_tail", clean_tail)
-    monkeypatch.setattr(gpu, "hopper_kernel", lambda device: hopper_forward)
+    take_the_hopper_kernel(monkeypatch)
     monkeypatch.setattr(backend, "missing", lambda *_: None)
     monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)  # must not be reached
     monkeypatch.setattr(torch, "empty", PoisonedEmpty())
@@ -126,7 +133,7 @@ def test_the_stand_in_notices_what_is_not_waited_for(monkeypatch, on_cpu):
     hasty = SimpleNamespace(**vars(gluon_on_cpu.STAND_INS["mbarrier"]) | {"wait": gluon_on_cpu.nothing})
     monkeypatch.setitem(gluon_on_cpu.STAND_INS, "mbarrier", hasty)
     kernel = gluon_on_cpu.Kernel()
-    monkeypatch.setattr(hopper_forward, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(hopper_forward, "compiled", lambda *_, **__: kernel)
     layout = TokenLayout(VideoGrid(1, 30, 40))
     with pytest.raises(AssertionError):
         run_and_check(layout, None, *make_qkv(layout, torch.bfloat16, batch=1, heads=1))
@@ -167,30 +174,7 @@ def test_compiles_for_hopper(dtype, head_dim, keys, sparse, text, tmp_path):
     assert "LOCAL:0 " in used
     # a few words may wait in local memory around the loops: arguments that later roles read
     assert int(re.search(r"STACK:(\d+)", used)[1]) <= 32, used
-    assert spilled_in_loops(disassemble("nvdisasm", tmp_path)) == []
-
-
-def disassemble(tool, *arguments):
-    *options, folder = arguments
-    command = [BINARIES / tool, *options, folder / "kernel.cubin"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def spilled_in_loops(sass):
-    """Loads and stores of spilled registers inside the innermost loops that multiply; each consumer has one."""
-    labels, lines, loops = {}, [], []
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            lines.append(instruction[1].strip())
-    for end, line in enumerate(lines):
-        target = re.match(r"@U?P\d+ BRA.*\((\.L_x_\d+)\)", line)
-        start = labels[target[1]] if target else end
-        if any("HGMMA" in x for x in lines[start:end]) and not any(a >= start for a, _ in loops):
-            loops.append((start, end))
-    assert len(loops) == 2, loops
-    return [x for start, end in loops for x in lines[start:end] if re.search(r"\b(LDL|STL)\b", x)]
+    assert spilled_in_loops(disassemble("nvdisasm", tmp_path), 2) == []
 
 
 def test_offsets_are_64_bit():
@@ -238,7 +222,7 @@ def hopper(monkeypatch):
     """A GPU of sm_90, without one being there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    caches = (backend._triton_missing, backend._take_automatically, gpu.hopper_kernel, gpu._tell)
+    caches = (backend._triton_missing, backend._take_automatically, gpu.is_hopper, gpu._import, gpu._tell)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -260,7 +244,7 @@ def test_gluon_that_cannot_be_imported_is_reported_once(hopper, monkeypatch, cap
     for _ in range(3):
         assert describe_backend(GPU) == ("triton", "sm_90")
     assert len(caplog.records) == 1
-    assert "the one for Hopper cannot be imported: ModuleNotFoundError" in caplog.text
+    assert "attend does without its Hopper kernel in Gluon, and is slower: it cannot be imported: Mod" in caplog.text
     assert "Triton 3.6 to 3.9 are known to work" in caplog.text
 
 
@@ -269,8 +253,9 @@ def portable(monkeypatch):
     """The portable kernel replaced by one that counts its calls."""
     calls = []
     monkeypatch.setattr("videosparse.kernels.triton_forward.forward", lambda *call: calls.append(call))
-    monkeypatch.setattr(gpu, "hopper_kernel", lambda device: hopper_forward)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr("videosparse.kernels.compiled.KEPT", {})
+    take_the_hopper_kernel(monkeypatch)
     yield calls
     gpu._failed.clear()
     gpu._tell.cache_clear()
@@ -283,7 +268,7 @@ def test_calls_that_do_not_suit_take_the_portable_kernel(portable, caplog):
             gpu.forward(q, q, q, call(), False)
     assert len(portable) == 3
     assert [r.getMessage() for r in caplog.records] == [
-        "attend takes its portable Triton kernel instead of the one for Hopper: it takes head_dim 64 and 128 (got 96)."
+        "attend does not take its Hopper kernel in Gluon: it takes head_dim 64 and 128 (got 96)."
     ]
 
 
@@ -292,7 +277,6 @@ def test_gluon_that_changed_is_reported_once(portable, monkeypatch, caplog):
         raise AttributeError("async_load has been removed")
 
     monkeypatch.setattr(hopper_forward.forward_kernel, "warmup", changed)
-    monkeypatch.setattr(hopper_forward, "_compiled", {})
     q = torch.zeros(1, 256, 2, 64).half()
     for _ in range(3):
         gpu.forward(q, q, q, call(), False)
@@ -306,7 +290,6 @@ def test_failing_to_load_during_a_capture_is_no_reason_to_give_up(portable, monk
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(hopper_forward.forward_kernel, "warmup", forbidden)
-    monkeypatch.setattr(hopper_forward, "_compiled", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     q = torch.zeros(1, 256, 2, 64).half()
     with pytest.raises(RuntimeError, match="not permitted"):

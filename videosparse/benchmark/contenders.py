@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from videosparse.benchmark.problems import Problem, radial
-from videosparse.kernels import KernelOptions, attend, block_sums
+from videosparse.kernels import KernelOptions, attend, block_sums, gpu
 from videosparse.kernels.dense import DENSE_KERNELS
 
 Call = Callable[[], Any]
@@ -35,10 +35,13 @@ def _ours(p: Problem, backend: str = "triton") -> Call:
 
 
 def _portable(p: Problem) -> Call:
-    from videosparse.kernels import triton_forward
+    run = _ours(p)
 
-    call = p.call
-    return lambda: triton_forward.forward(*p.qkv, call, False)[0]
+    def call() -> Any:
+        with gpu.portable_only():
+            return run()
+
+    return call
 
 
 def _fa4(p: Problem) -> Call:

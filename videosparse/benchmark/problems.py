@@ -9,7 +9,7 @@ import torch
 
 from videosparse.blocks import BlockIndex, BlockMap
 from videosparse.cases import CASES
-from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.call import AttentionCall
 from videosparse.layout import TokenLayout, ceil_div
 from videosparse.policies import RadialPolicy
 
@@ -132,12 +132,7 @@ class Problem:
     @property
     def call(self) -> AttentionCall:
         """For kernels below `attend`."""
-        index, layout = self.index, self.layout
-        lists = None
-        if index is not None:
-            lists = Lists(index.row_ptr, index.ids, index.order, index.block, *index.shape[:2])
-        start = layout.text_start if layout.text else layout.video
-        return AttentionCall(lists, layout.seq_lens, layout.video, start, self.q.shape[3] ** -0.5)
+        return AttentionCall.of(self.layout, self.index, self.q.shape[3] ** -0.5)
 
     @property
     def density(self) -> float:

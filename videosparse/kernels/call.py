@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from videosparse.blocks import BlockIndex
+from videosparse.layout import TokenLayout
+
+LOG2_E = 1 / math.log(2)
+"""Turns natural logarithms into those of base 2, which hardware takes exponentials in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +33,11 @@ class Lists:
     samples: int
     heads: int
 
+    @classmethod
+    def of(cls, index: BlockIndex) -> Lists:
+        """The lists of an index."""
+        return cls(index.row_ptr, index.ids, index.order, index.block, *index.shape[:2])
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -44,3 +56,11 @@ class AttentionCall:
     video: int
     text_start: int
     scale: float
+
+    @classmethod
+    def of(cls, layout: TokenLayout, index: BlockIndex | None, scale: float) -> AttentionCall:
+        """The call of `attend` or `block_sums` on a layout."""
+        lists = None if index is None else Lists.of(index)
+        if not layout.text:
+            return cls(lists, None, layout.video, layout.video, scale)
+        return cls(lists, layout.seq_lens, layout.video, layout.text_start, scale)

@@ -16,19 +16,19 @@ What remains is that exp2(0 - level) of an invalid key may overflow: it is bound
 
 from __future__ import annotations
 
-import contextvars
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.triton_backward import SIZES, Gradients, _end_of_text, _place, launch
+from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.compiled import compiled
+from videosparse.kernels.tma import ALIGNMENT, is_aligned, with_room_for_descriptors
+from videosparse.kernels.triton_backward import SIZES, Gradients, _end_of_text, _place, arguments, prepared
 from videosparse.kernels.triton_forward import LISTS, Tiles
-
-ALIGNMENT = 16
-"""Bytes that addresses and strides of a descriptor are multiples of."""
 
 
 @triton.jit
@@ -244,26 +244,55 @@ def key_kernel(
     dv_desc.store([first, 0], dv.to(dv_ptr.dtype.element_ty))
 
 
-def suits(q: torch.Tensor) -> bool:
-    """Whether these kernels run where q [B, L, H, D] is, and are right for its dtype and head_dim."""
-    if q.device.type != "cuda" or torch.version.hip is not None or q.dtype == torch.float32:
-        return False
-    return torch.cuda.get_device_capability(q.device) == (9, 0) and q.shape[3] % (ALIGNMENT // 2) == 0
+def unsuited(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+    by_key: Lists | None,
+) -> str | None:
+    """What of a call of `backward` these kernels do not take; None when they take all."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"they take float16 and bfloat16 (got {q.dtype})"
+    if q.shape[3] * q.element_size() % ALIGNMENT:
+        return f"they take heads of whole {ALIGNMENT} bytes (got head_dim {q.shape[3]})"
+    return None
 
 
-def hopper(x: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv by the kernels of this file.
+def backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+    by_key: Lists | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the forward of one call that is not empty, on the current device; see `gpu.backward`.
 
     Inputs that descriptors cannot take, and inputs with a gap between video and text, are copied first.
+
+    Raises:
+        CannotCompile: what it says.
     """
-    x = _readable(x)
+    return _gradients(_readable(prepared(grad, grad_lse, q, k, v, out, lse, call, by_key)))
+
+
+def _gradients(x: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv by the kernels of this file."""
     query, key = choose_tiles(x.q.shape[3], (128, 128) if x.call.lists is None else x.call.lists.block)
     dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
     # the key kernel writes nothing behind the end of a sample
     make = torch.empty if x.call.seq_lens is None else torch.zeros
     dk, dv = (make(x.q.shape, dtype=x.q.dtype, device=x.q.device) for _ in range(2))
-    run(query_kernel, (dq,), x, query, BOUND=True)
-    run(key_kernel, (dk, dv), x, key)
+    _launch(query_kernel, (dq,), x, query, BOUND=True)
+    _launch(key_kernel, (dk, dv), x, key)
     for grad in (dk, dv):
         grad[:, x.call.video : x.call.text_start] = 0  # empty without a gap
     return dq, dk, dv
@@ -294,19 +323,23 @@ def choose_tiles(head_dim: int, block: tuple[int, int]) -> tuple[HopperTiles, Ho
     return query, key
 
 
-def run(
-    kernel: triton.JITFunction, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: HopperTiles, **options: bool
+def _launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: HopperTiles, **options: bool) -> None:
+    """Launch a kernel of this file.
+
+    Raises:
+        CannotCompile: what it says.
+    """
+    programs, positional, constants = arguments(outs, x, tiles)
+    constants |= {"HEAD_PAD": 64 if x.q.shape[3] <= 64 else 128, "SPECIALIZE": tiles.specialize, **options}
+    key = (x.q.device, x.q.dtype, *constants.values())
+    with_room_for_descriptors(x.q.device, partial(_start, kernel, key, programs, positional, constants))
+
+
+def _start(
+    kernel: Any, key: tuple[Any, ...], programs: int, positional: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    """Launch a kernel of this file, with room for its descriptors."""
-    pad = 64 if x.q.shape[3] <= 64 else 128
-    start = partial(launch, kernel, outs, x, tiles, HEAD_PAD=pad, SPECIALIZE=tiles.specialize, **options)
-    # the allocator belongs to a context: this one is left when the launch returns, whoever set which before
-    contextvars.copy_context().run(_with_allocator, x.q.device, start)
-
-
-def _with_allocator(device: torch.device, start: partial[None]) -> None:
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    start()
+    compiled(kernel, key, *positional, **constants)
+    kernel[(programs,)](*positional, **constants)
 
 
 def _readable(x: Gradients) -> Gradients:
@@ -318,11 +351,5 @@ def _readable(x: Gradients) -> Gradients:
         token = ((position < call.video) | (position >= call.text_start))[:, None, None]
         q, k, v, grad = (torch.where(token, t, 0).contiguous() for t in tensors)
     else:
-        q, k, v, grad = (t if _aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
+        q, k, v, grad = (t if is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
     return replace(x, q=q, k=k, v=v, grad=grad)
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether descriptors take x [B, L, H, D] as it is."""
-    steps = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    return x.data_ptr() % ALIGNMENT == 0 and all(step > 0 and step % ALIGNMENT == 0 for step in steps)

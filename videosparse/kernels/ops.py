@@ -127,10 +127,8 @@ def attend_backward(
         return torch_path.backward(grad, grad_lse, q, k, v, call)
     if lse.numel() != q.shape[0] * q.shape[1] * q.shape[2]:
         raise RuntimeError("Gradients need the lse of the forward; call attend, or attend_forward with need_grad=True.")
-    from videosparse.kernels import triton_backward
-
     by_key = _key_major(call, q.shape[1], key_row_ptr, key_ids, key_order)
-    return triton_backward.backward(grad, grad_lse, q, k, v, out, lse, call, by_key)
+    return gpu.backward(grad, grad_lse, q, k, v, out, lse, call, by_key)
 
 
 def _key_major(
@@ -214,9 +212,7 @@ def block_sums(
     call = AttentionCall(None, seq_lens, video, text_start, scale)
     if choose_own(backend, q.device, q.dtype) == "torch":
         return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
-    from videosparse.kernels import gpu_sums
-
-    return gpu_sums.block_sums(q, k, lse, call, (block_rows, block_cols))
+    return gpu.block_sums(q, k, lse, call, (block_rows, block_cols))
 
 
 @block_sums.register_fake

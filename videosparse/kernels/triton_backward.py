@@ -20,8 +20,6 @@ precision. For float32 that would round lse a second time, which all p of a row 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.call import LOG2_E, AttentionCall, Lists
 from videosparse.kernels.triton_forward import (
     LISTS,
-    LOG2_E,
     Tiles,
     _is_token,
     _load_rows,
@@ -432,13 +429,17 @@ def prepare(
     return level, delta
 
 
-def launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Tiles, **options: Any) -> None:
-    """Start a kernel with the arguments that all of them share, those of `hopper_backward` too.
+def arguments(
+    outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Tiles
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """What the kernels of this file and those of `hopper_backward` are launched with.
 
     Args:
-        kernel: a query kernel, whose `outs` is dq, or a key kernel, whose `outs` are dk and dv.
+        outs: dq for a query kernel, dk and dv for a key kernel.
         tiles: how one program works.
-        options: further compile-time arguments.
+
+    Returns:
+        The number of programs, arguments by place, and compile-time arguments.
     """
     batch, length, heads, head_dim = x.q.shape
     by_query = len(outs) == 1
@@ -448,8 +449,7 @@ def launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Til
         block = lists.block if by_query else lists.block[::-1]
     own_block = block[0] if by_query else block[1]
     rows = ceil_div(length, own_block)
-    constants = {"HEAD_PAD": head_pad(head_dim), **options}
-    kernel[(batch * heads * rows * (own_block // own),)](
+    positional = (
         x.q,
         x.k,
         x.v,
@@ -475,30 +475,56 @@ def launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Til
         1 if lists is None else lists.heads,
         x.call.scale,
         x.call.scale * LOG2_E,
-        HEAD_DIM=head_dim,
-        BLOCK_ROWS=block[0],
-        BLOCK_COLS=block[1],
-        TILE_M=tiles.rows,
-        TILE_N=tiles.keys,
-        SPARSE=lists is not None,
-        HAS_LENS=x.call.seq_lens is not None,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        enable_fp_fusion=True,
-        **constants,
     )
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": head_pad(head_dim),
+        "BLOCK_ROWS": block[0],
+        "BLOCK_COLS": block[1],
+        "TILE_M": tiles.rows,
+        "TILE_N": tiles.keys,
+        "SPARSE": lists is not None,
+        "HAS_LENS": x.call.seq_lens is not None,
+        "STAGES": tiles.stages,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,
+    }
+    return batch * heads * rows * (own_block // own), positional, constants
 
 
-def portable(x: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Tiles) -> None:
+    programs, positional, constants = arguments(outs, x, tiles)
+    kernel[(programs,)](*positional, **constants)
+
+
+def _gradients(x: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv by the kernels of this file."""
     block = (128, 128) if x.call.lists is None else x.call.lists.block
     sparse = x.call.lists is not None
     by_query, by_key = choose_tiles(x.q.shape[3], x.q.dtype, block, _shared_kb(x.q.device), sparse=sparse)
     dq, dk, dv = (torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device) for _ in range(3))
-    launch(query_kernel, (dq,), x, by_query)
-    launch(key_kernel, (dk, dv), x, by_key)
+    _launch(query_kernel, (dq,), x, by_query)
+    _launch(key_kernel, (dk, dv), x, by_key)
     return dq, dk, dv
+
+
+def prepared(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+    by_key: Lists | None,
+) -> Gradients:
+    """What both kernels read, from the arguments of `backward`."""
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    level, delta = prepare(grad, grad_lse, out, lse.contiguous(), call)
+    return Gradients(q, k, v, grad, level, delta, call, by_key)
 
 
 def backward(
@@ -512,34 +538,5 @@ def backward(
     call: AttentionCall,
     by_key: Lists | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the forward of one call, deterministic to the bit.
-
-    Args:
-        grad: of the output, [B, L, H, D], any strides.
-        grad_lse: [B, H, L], or None when lse took no part.
-        q, k, v: as the forward got them.
-        out, lse: as the forward returned them, lse fp32 [B, H, L].
-        call: geometry, and the query-major lists.
-        by_key: the key-major lists of the same map; None without lists.
-
-    Returns:
-        dq, dk, dv, [B, L, H, D] contiguous in the dtype of q; 0 at positions that are no valid token.
-    """
-    if q.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    with _on(q.device):
-        level, delta = prepare(grad, grad_lse, out, lse.contiguous(), call)
-        return _kernels(q)(Gradients(q, k, v, grad, level, delta, call, by_key))
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _kernels(q: torch.Tensor) -> Callable[[Gradients], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The fastest kernels for q [B, L, H, D]."""
-    from videosparse.kernels import hopper_backward
-
-    return hopper_backward.hopper if hopper_backward.suits(q) else portable
+    """Gradients of the forward of one call that is not empty, on the current device; see `gpu.backward`."""
+    return _gradients(prepared(grad, grad_lse, q, k, v, out, lse, call, by_key))

@@ -18,7 +18,6 @@ blocks.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,10 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.call import AttentionCall
+from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.layout import ceil_div
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-3.0e38)  # below every score, yet finite: FLOOR - FLOOR is 0, so a row without keys gives no NaN
 
@@ -241,7 +239,7 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel on checked tensors [B, L, H, D] of the current device or another.
+    """Launch the kernel on checked tensors [B, L, H, D] of the current device.
 
     Returns:
         out [B, L, H, D] contiguous in the dtype of q, and lse fp32 [B, H, L], which is empty unless `need_lse`.
@@ -256,41 +254,40 @@ def forward(
     block = (tiles.rows, tiles.keys) if lists is None else lists.block
     rows = ceil_div(length, block[0])
     map_rows = rows if lists is None else lists.samples * lists.heads * rows
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        forward_kernel[(batch * heads * rows * (block[0] // tiles.rows),)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            None if lists is None else lists.row_ptr,
-            None if lists is None else lists.ids,
-            None if lists is None else lists.order,
-            call.seq_lens,
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            call.video,
-            call.text_start,
-            length,
-            rows,
-            heads,
-            map_rows,
-            1 if lists is None else lists.heads,
-            batch * heads * rows // map_rows,
-            call.scale * LOG2_E,
-            HEAD_DIM=head_dim,
-            HEAD_PAD=head_pad(head_dim),
-            BLOCK_ROWS=block[0],
-            BLOCK_COLS=block[1],
-            TILE_M=tiles.rows,
-            TILE_N=tiles.keys,
-            SPARSE=lists is not None,
-            HAS_LENS=call.seq_lens is not None,
-            NEED_LSE=need_lse,
-            STAGES=tiles.stages,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            enable_fp_fusion=True,
-        )
+    forward_kernel[(batch * heads * rows * (block[0] // tiles.rows),)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None if lists is None else lists.row_ptr,
+        None if lists is None else lists.ids,
+        None if lists is None else lists.order,
+        call.seq_lens,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        call.video,
+        call.text_start,
+        length,
+        rows,
+        heads,
+        map_rows,
+        1 if lists is None else lists.heads,
+        batch * heads * rows // map_rows,
+        call.scale * LOG2_E,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad(head_dim),
+        BLOCK_ROWS=block[0],
+        BLOCK_COLS=block[1],
+        TILE_M=tiles.rows,
+        TILE_N=tiles.keys,
+        SPARSE=lists is not None,
+        HAS_LENS=call.seq_lens is not None,
+        NEED_LSE=need_lse,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=True,
+    )
     return out, lse

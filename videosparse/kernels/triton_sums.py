@@ -14,18 +14,17 @@ mask. Programs of one head run side by side, so that they share its keys in L2. 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.call import AttentionCall
+from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
 from videosparse.layout import ceil_div
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def _tile_mass(
     else:  # no mask at all, which costs registers
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
     # the level is taken off in natural log: rounded in base 2, it would shift all masses of a row the same way
-    x = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - level[:, None]) * LOG2_E
+    x = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - level[:, None]) * LOG2_E_IN_KERNEL
     if MASKED:
         x = tl.where(k_valid[None, :], x, -float("inf"))
     return tl.sum(tl.math.exp2(x), 1)
@@ -175,7 +174,11 @@ def block_sums(
     block: tuple[int, int],
     tiles: SumTiles | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel on checked tensors; see `kernels.block_sums`. `tiles` overrides the choice, for benchmarks.
+    """Launch the kernel on checked tensors of the current device; see `kernels.block_sums`.
+
+    Args:
+        q, k, lse, call, block: as there.
+        tiles: overrides the choice, for benchmarks.
 
     Returns:
         fp32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
@@ -189,34 +192,33 @@ def block_sums(
     if sums.numel() == 0:
         return sums
     row_tiles = ceil_div(length, tiles.rows)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        sums_kernel[(batch * heads * row_tiles,)](
-            q,
-            k,
-            lse.float().contiguous(),
-            sums,
-            call.seq_lens,
-            *_strides(q),
-            *_strides(k),
-            call.video,
-            call.text_start,
-            length,
-            row_tiles,
-            rows,
-            columns,
-            heads,
-            call.scale,
-            HEAD_DIM=head_dim,
-            HEAD_PAD=head_pad(head_dim),
-            UNIT_M=tiles.unit,
-            TILE_M=tiles.rows,
-            TILE_N=tiles.keys,
-            HAS_LENS=call.seq_lens is not None,
-            STAGES=tiles.stages,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            enable_fp_fusion=True,
-        )
+    sums_kernel[(batch * heads * row_tiles,)](
+        q,
+        k,
+        lse.float().contiguous(),
+        sums,
+        call.seq_lens,
+        *_strides(q),
+        *_strides(k),
+        call.video,
+        call.text_start,
+        length,
+        row_tiles,
+        rows,
+        columns,
+        heads,
+        call.scale,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad(head_dim),
+        UNIT_M=tiles.unit,
+        TILE_M=tiles.rows,
+        TILE_N=tiles.keys,
+        HAS_LENS=call.seq_lens is not None,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=True,
+    )
     return _gather(sums, (block[0] // tiles.unit, block[1] // tiles.keys))
 
 
