@@ -194,17 +194,10 @@ class BlockIndex:
                 f"A block index holds at most {INDEX_LIMIT} rows and entries (got {b * h * rows} rows, capacity "
                 f"{capacity}); use larger blocks, or a map shared by heads."
             )
-        flat = keep.reshape(b * h * rows, cols)
-        counts = flat.sum(1, dtype=torch.int64)
-        row_ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        if capacity is not None and keep.is_cuda:
-            torch._assert_async(row_ptr[-1] <= capacity, f"The map keeps more blocks than the capacity of {capacity}.")
-            row_ptr.clamp_(max=capacity)
-        else:
-            capacity = _checked_capacity(int(row_ptr[-1]), capacity)
-        ids = _compact(flat, row_ptr, capacity)
-        order = work_order(counts)
-        return cls(row_ptr.int(), ids, order, (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len)
+        # plain tensors also when the caller is in inference mode: only those tell caches when they change
+        with torch.inference_mode(False):
+            row_ptr, ids, order = _lists(keep.reshape(b * h * rows, cols), capacity)
+        return cls(row_ptr, ids, order, (b, h, rows, cols), block_map.block, block_map.q_len, block_map.kv_len)
 
     def prepare_backward(self) -> None:
         """Build `key_major`, once: the lists must not change afterwards. Never waits for the device.
@@ -276,6 +269,18 @@ def work_order(counts: torch.Tensor) -> torch.Tensor:
     below = counts - counts.max() - 1 if counts.numel() else counts
     key = torch.where(long, times.clamp(min=1).log2().long(), torch.where(last, below, 0))
     return torch.cat([key.argsort(descending=True, stable=True), long.sum(0, keepdim=True)]).int()
+
+
+def _lists(flat: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """row_ptr, ids and order of the rows of a map, bool [rows, columns]; see `BlockMap.index`."""
+    counts = flat.sum(1, dtype=torch.int64)
+    row_ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    if capacity is not None and flat.is_cuda:
+        torch._assert_async(row_ptr[-1] <= capacity, f"The map keeps more blocks than the capacity of {capacity}.")
+        row_ptr.clamp_(max=capacity)
+    else:
+        capacity = _checked_capacity(int(row_ptr[-1]), capacity)
+    return row_ptr.int(), _compact(flat, row_ptr, capacity), work_order(counts)
 
 
 def _checked_capacity(total: int, capacity: int | None) -> int:

@@ -1,0 +1,117 @@
+"""Which kernel runs an operation on Hopper, without one: the table in `kernels/gpu.py`."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from videosparse.kernels import gpu
+from videosparse.kernels.call import AttentionCall
+from videosparse.kernels.compiled import CannotCompile
+
+CALL = AttentionCall(None, None, 128, 128, 0.1)
+Q = torch.zeros(1, 128, 1, 64)
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Stand-ins for all kernel modules by name, which say who was asked; all on a Hopper GPU."""
+    asked, made = [], {}
+    for operation in gpu.OPERATIONS.values():
+        for name in (*operation.hopper, operation.portable):
+            run = lambda *call, name=name: asked.append(name) or name  # noqa: E731
+            module = SimpleNamespace(__name__=f"videosparse.kernels.{name}", unsuited=lambda *call: None)
+            setattr(module, operation.function, run)
+            made[name] = module
+    monkeypatch.setattr(gpu.importlib, "import_module", lambda name: made[name.rpartition(".")[2]])
+    monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
+    gpu._import.cache_clear()
+    gpu._tell.cache_clear()
+    yield made
+    gpu._failed.clear()
+    gpu._import.cache_clear()
+    gpu._tell.cache_clear()
+
+
+def run(name):
+    """Call the operation of a name in the table."""
+    if name == "attend":
+        return gpu.forward(Q, Q, Q, CALL, False)
+    if name == "block_sums":
+        return gpu.block_sums(Q, Q, Q, CALL, (128, 128))
+    return gpu.backward(Q, None, Q, Q, Q, Q, Q, CALL, None)
+
+
+def fail(*call):
+    raise CannotCompile("AttributeError: async_load has been removed")
+
+
+@pytest.mark.parametrize("name", gpu.OPERATIONS)
+def test_best_first_and_the_portable_one_last(name, modules):
+    operation = gpu.OPERATIONS[name]
+    for special in operation.hopper:
+        assert run(name) == special
+        setattr(modules[special], operation.function, fail)
+    assert run(name) == operation.portable
+
+
+@pytest.mark.parametrize("name", gpu.OPERATIONS)
+def test_what_does_not_compile_is_reported_once_and_not_tried_again(name, modules, caplog):
+    operation = gpu.OPERATIONS[name]
+    for special in operation.hopper:
+        setattr(modules[special], operation.function, fail)
+    for _ in range(3):
+        assert run(name) == operation.portable
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{name} does without its {title}, and is slower: it cannot be compiled: AttributeError: async_load has been "
+        "removed. Triton 3.6 to 3.9 are known to work."
+        for title in operation.hopper.values()
+    ]
+    others = [x for x in gpu.OPERATIONS if x != name]
+    assert [run(x) for x in others] == [next(iter(gpu.OPERATIONS[x].hopper)) for x in others]
+
+
+@pytest.mark.parametrize("name", gpu.OPERATIONS)
+def test_each_reason_is_logged_once(name, modules, caplog):
+    operation = gpu.OPERATIONS[name]
+    special, title = next(iter(operation.hopper.items()))
+    found = []
+    with caplog.at_level(logging.INFO, logger="videosparse"):
+        for reason in ("too wide", "too long", "too wide", None):
+            modules[special].unsuited = lambda *call, reason=reason: reason
+            found.append(run(name))
+    assert found[3] == special
+    assert special not in found[:3]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{name} does not take its {title}: {reason}." for reason in ("too wide", "too long")
+    ]
+
+
+@pytest.mark.parametrize("name", gpu.OPERATIONS)
+def test_special_kernels_can_be_left_out(name, modules):
+    operation = gpu.OPERATIONS[name]
+    first = next(iter(operation.hopper))
+    with gpu.portable_only():
+        assert run(name) == operation.portable
+    with gpu.leave_out(first):
+        assert run(name) != first
+    assert run(name) == first
+
+
+@pytest.mark.parametrize("name", gpu.OPERATIONS)
+def test_other_errors_are_raised(name, modules):
+    operation = gpu.OPERATIONS[name]
+
+    def broken(*call):
+        raise RuntimeError("out of memory")
+
+    setattr(modules[next(iter(operation.hopper))], operation.function, broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(name)
+    assert not gpu._failed
+
+
+def test_other_devices_have_the_portable_kernels():
+    assert not gpu.is_hopper(torch.device("cpu"))
+    assert all(gpu.special_kernels(name, torch.device("cpu")) == [] for name in gpu.OPERATIONS)
