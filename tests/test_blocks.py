@@ -184,3 +184,16 @@ def test_prints_itself_as_a_picture_and_saves_a_png(tmp_path):
 def test_refuses_what_does_not_fit(keep, block, error, message):
     with pytest.raises(error, match=message):
         BlockMap(keep, block, 128, 100)
+
+
+@pytest.mark.parametrize("capacity", [None, 400])
+def test_lists_made_in_inference_mode_are_plain_tensors(capacity):
+    """Only those have a version, by which caches see that a list has changed."""
+    with torch.inference_mode():
+        index = random_map().index(capacity)
+        index.prepare_backward()
+    lists = [getattr(x, name) for x in (index, index.key_major) for name in ("row_ptr", "ids", "order")]
+    assert not any(x.is_inference() for x in lists)
+    before = index.ids._version
+    index.ids.zero_()
+    assert index.ids._version > before
