@@ -242,7 +242,7 @@ def test_gluon_that_cannot_be_imported_is_reported_once(hopper, monkeypatch, cap
     monkeypatch.setitem(__import__("sys").modules, "videosparse.kernels.hopper_forward", None)
     monkeypatch.delattr("videosparse.kernels.hopper_forward")
     for _ in range(3):
-        assert describe_backend(GPU) == ("triton", "sm_90")
+        assert describe_backend(GPU) == ("triton", "sm_90, specialized Hopper kernel")
     assert len(caplog.records) == 1
     assert "attend does without its Hopper kernel in Gluon, and is slower: it cannot be imported: Mod" in caplog.text
     assert "Triton 3.6 to 3.9 are known to work" in caplog.text

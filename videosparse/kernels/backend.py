@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from videosparse.kernels.gpu import runs_hopper
+from videosparse.kernels.gpu import best_kernel
 
 logger = logging.getLogger("videosparse")
 
@@ -66,8 +66,9 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
 def _device_name(device: torch.device) -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}" + (", Hopper kernel in Gluon" if runs_hopper(device) else "")
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    kernel = best_kernel(device)
+    return name if kernel is None else f"{name}, {kernel}"
 
 
 def describe_backend(device: torch.device | str) -> tuple[str, str]:

@@ -100,8 +100,12 @@ def _import(name: str, module: str, title: str) -> ModuleType | None:
 
 def runs_hopper(device: torch.device) -> bool:
     """Whether the fastest kernel for Hopper runs here: on this card, and with this Triton as far as was tried."""
-    best = next(iter(OPERATIONS["attend"].hopper.values()))
-    return best in (title for title, _ in special_kernels("attend", device))
+    return best_kernel(device) == next(iter(OPERATIONS["attend"].hopper.values()))
+
+
+def best_kernel(device: torch.device) -> str | None:
+    """What the best special kernel of `attend` that runs here is called; None where there is the portable one only."""
+    return next((title for title, _ in special_kernels("attend", device)), None)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
