@@ -173,7 +173,7 @@ def test_block_sums_for_hopper(dtype, head_dim, block, lens, tmp_path):
     kinds = {
         "q_desc": f"tensordesc<{dtype}[1, 1, 64, {head_dim}],{swizzled}>",
         "k_desc": f"tensordesc<{dtype}[1, 1, 128, {head_dim}],{swizzled}>",
-        "lse_ptr": "*fp32", "sums_ptr": "*fp32", "lens_ptr": "*i32" if lens else "*fp32", "scale_log2": "fp32",
+        "lse_ptr": "*fp32", "sums_ptr": "*fp32", "lens_ptr": "*i32" if lens else "*fp32", "scale": "fp32",
     }  # fmt: skip
     names = hopper_sums_kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}

@@ -10,7 +10,7 @@ Positions [0, video) are video, [text_start, lens[b]) are text; all others may h
 One program owns 256 query rows: a producer warp fetches tiles of 128 keys, four groups of four warps take 64 rows each.
 A product takes the tensor cores as long as its exponentials take the special-function units, so both must always have
 work. The groups see to that: each waits for its own product, and meanwhile the others exponentiate. (Two groups that
-keep a product of their own running beside their exponentials took 1.13 times as long: ptxas spreads the parts of that
+keep a product of their own running beside their exponentials took 1.2 times as long: ptxas spreads the parts of that
 product over the exponentials, and none is left to run while a group sums up, waits and turns.) A warp's share of the
 sum of a tile stays with one of its lanes until 32 sums are there, so that warps seldom wait for each other. Where two
 groups share a block, both add to a zero: a + b is b + a, so the result is the same in every run.
@@ -71,50 +71,40 @@ def _produce(q_desc, k_desc, shared, sample, head, first, tiles, D: gl.constexpr
 
 
 @gluon.jit
-def _start(q, shared, slot, phase, D: gl.constexpr):
-    """Start the product of 64 queries and the tile of keys in a slot."""
-    _, ring, _, full, _ = shared
+def _scores(q, shared, slot, phase, D: gl.constexpr):
+    """The product of 64 queries and the tile of keys in a slot, which is free afterwards."""
+    _, ring, _, full, empty = shared
     mbarrier.wait(full.index(slot), phase)
     zero = gl.zeros([64, 128], gl.float32, MMA)
-    return warpgroup_mma(q, ring.index(slot).reshape([128, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _finish(running, shared, slot):
-    """The scores [64, 128] of a product that was started; its slot is free afterwards."""
-    _, _, _, _, empty = shared
-    s = warpgroup_mma_wait(0, [running])
+    k = ring.index(slot).reshape([128, D]).permute((1, 0))
+    s = warpgroup_mma_wait(0, [warpgroup_mma(q, k, zero, use_acc=False, is_async=True)])
     mbarrier.arrive(empty.index(slot))
     return s
 
 
 @gluon.jit
-def _by_lane(p, COLUMNS: gl.constexpr):
-    """[64, COLUMNS] in the layout of a product -> fp32 [4, 32], the sum of what each lane of each warp holds."""
+def _exponents(s, level, scale):
+    """Scores above the level of their row, base 2; in one multiply-add, with a level in base 2, it errs too much."""
+    return (s * scale - level[:, None]) * LOG2_E_IN_KERNEL
+
+
+@gluon.jit
+def _of_warps(p, COLUMNS: gl.constexpr):
+    """[64, COLUMNS] in the layout of a product -> fp32 [4, 1], the sum of what each warp holds."""
     rows = gl.sum(gl.sum(gl.reshape(p, [64, COLUMNS // 8, 4, 2]), 3), 1)
     own = gl.reshape(gl.sum(gl.reshape(rows, [4, 2, 8, 4]), 1), [4, 32])
-    return gl.convert_layout(own, WARPS)
+    return gl.sum(gl.convert_layout(own, WARPS), 1)[:, None]
 
 
 @gluon.jit
-def _sums(p, UNIT_N: gl.constexpr):
-    """The lanes' sums of a tile: of each half of 64 keys, or twice the same, of all."""
+def _keep(total, slot, lane, p, UNIT_N: gl.constexpr):
+    """Put the sums of a tile where they wait to be written: one for each half of 64 keys, or for both."""
     if UNIT_N == 128:
-        own = _by_lane(p, 128)
-        return own, own
+        return gl.where((lane == slot)[None, :], _of_warps(p, 128), total)
     else:
         left, right = gl.split(gl.permute(gl.reshape(p, [64, 2, 64]), (0, 2, 1)))
-        return _by_lane(left, 64), _by_lane(right, 64)
-
-
-@gluon.jit
-def _keep(total, place, lane, left, right, UNIT_N: gl.constexpr):
-    """Put a tile's sums where they wait to be written, the place-th of each warp; at place -1 nowhere."""
-    if UNIT_N == 128:
-        return gl.where((lane == place)[None, :], gl.sum(left, 1)[:, None], total)
-    else:
-        total = gl.where((lane == 2 * place)[None, :], gl.sum(left, 1)[:, None], total)
-        return gl.where((lane == 2 * place + 1)[None, :], gl.sum(right, 1)[:, None], total)
+        total = gl.where((lane == 2 * slot)[None, :], _of_warps(left, 64), total)
+        return gl.where((lane == 2 * slot + 1)[None, :], _of_warps(right, 64), total)
 
 
 @gluon.jit
@@ -130,10 +120,12 @@ def _flush(line_ptr, total, lane, first, count, limit, UNIT_M: gl.constexpr, UNI
 
 
 @gluon.jit
-def _consume(w: gl.constexpr, work, D: gl.constexpr, UNIT_M: gl.constexpr, UNIT_N: gl.constexpr):
-    """64 rows against all keys, of which the first `whole` tiles are surely valid; `sums_ptr` is that of this head."""
+def _consume(
+    w: gl.constexpr, lse_line, sums_ptr, shared, first, tiles, whole, layout, units, scale,
+    D: gl.constexpr, UNIT_M: gl.constexpr, UNIT_N: gl.constexpr,
+):  # fmt: skip
+    """64 rows against all keys, of which the first `whole` tiles are surely valid; `sums_ptr` of this head."""
     CHUNK: gl.constexpr = UNIT_N // 4  # tiles whose sums, one or two for each, fill the lanes of a warp
-    lse_line, sums_ptr, shared, first, tiles, whole, layout, units, scale_log2 = work
     queries, _, q_full, _, _ = shared
     video, text_start, end = layout
     unit_rows, columns = units
@@ -141,7 +133,7 @@ def _consume(w: gl.constexpr, work, D: gl.constexpr, UNIT_M: gl.constexpr, UNIT_
     rows = first + gl.arange(0, 64, LINE)
     row_valid = (rows < video) | ((rows >= text_start) & (rows < end))
     lse = gl.load(lse_line + rows, mask=row_valid, other=-float("inf"))
-    level = gl.where(lse == -float("inf"), float("inf"), lse * LOG2_E_IN_KERNEL)
+    level = gl.where(lse == -float("inf"), float("inf"), lse)
     lane = gl.arange(0, 32, gl.SliceLayout(0, WARPS))
     line = sums_ptr + first // UNIT_M * columns
     # rows behind the last unit are worked on for nothing, and nothing is written for them
@@ -158,24 +150,18 @@ def _consume(w: gl.constexpr, work, D: gl.constexpr, UNIT_M: gl.constexpr, UNIT_
     slot, phase = 0, 0
     for start in range(0, whole, CHUNK):
         total = gl.zeros([4, 32], gl.float32, WARPS)
-        left, right = total, total
         stop = gl.minimum(start + CHUNK, whole)
         for n in range(start, stop):
-            running = _start(q, shared, slot, phase, D)
-            # the lanes of a warp add up their sums of the tile before while this one is multiplied
-            total = _keep(total, n - start - 1, lane, left, right, UNIT_N)
-            s = _finish(running, shared, slot)
-            left, right = _sums(gl.exp2(s * scale_log2 - level[:, None]), UNIT_N)
+            s = _scores(q, shared, slot, phase, D)
+            total = _keep(total, n - start, lane, gl.exp2(_exponents(s, level, scale)), UNIT_N)
             slot, phase = _next(slot, phase)
-        total = _keep(total, stop - start - 1, lane, left, right, UNIT_N)
         _flush(line, total, lane, start, stop - start, limit, UNIT_M, UNIT_N)
     for n in range(whole, tiles):
-        s = _finish(_start(q, shared, slot, phase, D), shared, slot)
+        s = _scores(q, shared, slot, phase, D)
         key = n * 128 + gl.arange(0, 128, COLS)
         valid = (key < video) | ((key >= text_start) & (key < end))
-        p = gl.exp2(gl.where(valid[None, :], s * scale_log2 - level[:, None], -float("inf")))
-        left, right = _sums(p, UNIT_N)
-        total = _keep(gl.zeros([4, 32], gl.float32, WARPS), 0, lane, left, right, UNIT_N)
+        p = gl.exp2(gl.where(valid[None, :], _exponents(s, level, scale), -float("inf")))
+        total = _keep(gl.zeros([4, 32], gl.float32, WARPS), 0, lane, p, UNIT_N)
         _flush(line, total, lane, n, 1, limit, UNIT_M, UNIT_N)
         slot, phase = _next(slot, phase)
 
@@ -209,7 +195,7 @@ def hopper_sums_kernel(
     rows,
     columns,
     heads,
-    scale_log2,
+    scale,
     D: gl.constexpr,
     UNIT_M: gl.constexpr,
     UNIT_N: gl.constexpr,
@@ -234,13 +220,12 @@ def hopper_sums_kernel(
     ring = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, 128, D], k_desc.layout)
     shared = (queries, ring, _barriers(1, 1), _barriers(RING, 1), _barriers(RING, GROUPS))
     whole, layout, units = sure // 128, (video, text_start, end), (rows, columns)
-    work = (lse_line, sums_head, shared, first, tiles, whole, layout, units, scale_log2)
     gl.warp_specialize(
         [
-            (_consume, (0, work, D, UNIT_M, UNIT_N)),
-            (_consume, (1, work, D, UNIT_M, UNIT_N)),
-            (_consume, (2, work, D, UNIT_M, UNIT_N)),
-            (_consume, (3, work, D, UNIT_M, UNIT_N)),
+            (_consume, (0, lse_line, sums_head, shared, first, tiles, whole, layout, units, scale, D, UNIT_M, UNIT_N)),
+            (_consume, (1, lse_line, sums_head, shared, first, tiles, whole, layout, units, scale, D, UNIT_M, UNIT_N)),
+            (_consume, (2, lse_line, sums_head, shared, first, tiles, whole, layout, units, scale, D, UNIT_M, UNIT_N)),
+            (_consume, (3, lse_line, sums_head, shared, first, tiles, whole, layout, units, scale, D, UNIT_M, UNIT_N)),
             (_produce, (q_desc, k_desc, shared, sample, head, first, tiles, D)),
         ],
         [4, 4, 4, 1],
@@ -295,7 +280,7 @@ def block_sums(
         rows,
         columns,
         heads,
-        call.scale * LOG2_E,
+        call.scale,
     )
     constants = (head_dim, *block, call.seq_lens is not None)
     key = (q.device, q.dtype, constants)
