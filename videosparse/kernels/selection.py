@@ -41,11 +41,21 @@ class Selection:
     def capacity(self, shape: tuple[int, int, int, int]) -> int:
         """Most blocks that a map of `shape` = (samples, heads, rows, columns) keeps, whatever the data."""
         samples, heads, rows, columns = shape
-        text_cols = columns - self.video_cols
-        alike = heads * (self.video_rows * (self.base + text_cols) + (rows - self.video_rows) * columns)
         # as many heads get `high` as get `low`
         rounding = heads // 2 * self.video_rows * max(0, self.low + self.high - 2 * self.base)
-        return samples * (alike + rounding)
+        return samples * (heads * self._kept(rows, columns) + rounding)
+
+    def densities(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """(kept / all blocks, the same among video blocks) of a map [..., rows, columns], mean over heads but for
+        rounding.
+        """
+        rows, columns = shape[-2:]
+        return self._kept(rows, columns) / (rows * columns), self.base / self.video_cols
+
+    def _kept(self, rows: int, columns: int) -> int:
+        """Blocks that a head keeps whose rows keep `base`."""
+        text_cols = columns - self.video_cols
+        return self.video_rows * (self.base + text_cols) + (rows - self.video_rows) * columns
 
 
 def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend: str = "auto") -> None:
@@ -183,9 +193,9 @@ def head_counts(recall: torch.Tensor, base: int, low: int, high: int, threshold:
     heads = recall.shape[1]
     rank = torch.arange(heads, device=recall.device).expand_as(recall)
     chosen = rank < (recall > threshold).sum(1, keepdim=True).clamp(max=heads // 2)
-    best = recall.argsort(1, descending=True, stable=True)
+    best = recall.argsort(dim=1, descending=True, stable=True)
     is_low = torch.zeros_like(chosen).scatter_(1, best, chosen)
-    worst = recall.masked_fill(is_low, torch.inf).argsort(1, stable=True)
+    worst = recall.masked_fill(is_low, torch.inf).argsort(dim=1, stable=True)
     is_high = torch.zeros_like(chosen).scatter_(1, worst, chosen)
     counts = torch.full_like(recall, base, dtype=torch.int32)
     return counts.masked_fill_(is_low, low).masked_fill_(is_high, high)

@@ -46,7 +46,7 @@ def keep_largest(
 def _largest(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """bool like sums [B, H, M, N]: the counts[b, h] largest of each row."""
     level = torch.where(sums.isnan(), -1.0, sums.clamp(min=0))
-    place = level.argsort(-1, descending=True, stable=True)
+    place = level.argsort(dim=-1, descending=True, stable=True)
     wanted = torch.arange(sums.shape[3], device=sums.device) < counts[..., None, None]
     return torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, place, wanted.expand_as(place))
 
