@@ -6,4 +6,13 @@ from videosparse.policies.radial import RadialPolicy
 
 POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy, "adaspa": AdaSpaPolicy}
 
-__all__ = ["POLICIES", "AdaSpaPolicy", "DenseSchedule", "LayerPlan", "Mode", "RadialPolicy", "RunStep", "SparsityPolicy"]
+__all__ = [
+    "POLICIES",
+    "AdaSpaPolicy",
+    "DenseSchedule",
+    "LayerPlan",
+    "Mode",
+    "RadialPolicy",
+    "RunStep",
+    "SparsityPolicy",
+]
