@@ -48,7 +48,8 @@ class AdaSpaPolicy(SparsityPolicy):
         recall_threshold: share of the attention, in (0, 1], above which a head's blocks hold enough of it.
         sample: rows of a block of queries that a search visits, 8, 16, 32 or 64, evenly spread; None visits all, which
             is exact.
-        lse_dtype: "float32" or "bfloat16": how the lse is kept for the refresh.
+        lse_dtype: "float32" or "bfloat16": how the lse is kept for the refresh. What bfloat16 rounds off makes whole
+            query rows count some percent more or less; which keys they attend to stays.
         offload_state: keep maps and lse in the memory of the CPU between calls; not with compiled blocks.
 
     Raises:
