@@ -102,10 +102,11 @@ def expected_sampled(q, k, lse, layout, block, sample, dtype, scale=None):
 
 
 def assert_sampled(found, q, k, lse, layout, block, sample, scale=None):
-    """As exact as plain torch in fp32, which is asked twice: the second time products are summed from the other end."""
+    """As exact as plain torch in fp32, which is asked five times: a row of few visited rows is soon off by chance."""
     rest = (lse, layout, block, sample)
     truth = expected_sampled(q, k, *rest, torch.float64, scale)
-    tries = [expected_sampled(*x, *rest, torch.float32, scale) for x in ((q, k), (q.flip(3), k.flip(3)))]
+    orders = [torch.randperm(q.shape[3], device=q.device) for _ in range(5)]
+    tries = [expected_sampled(q[..., o], k[..., o], *rest, torch.float32, scale) for o in orders]
     error, allowed = worst_row(found, truth), max(allowed_error(truth, x) for x in tries)
     assert error <= allowed, (error, allowed)
 
