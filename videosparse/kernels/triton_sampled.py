@@ -59,7 +59,8 @@ def _levels(lse):
 def _estimate(
     q,
     level,
-    factor,
+    undo,
+    share,
     k_base,
     line,
     n,
@@ -86,11 +87,11 @@ def _estimate(
     x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - level[:, None]
     if MASKED:
         x = tl.where(k_valid[None, :], x, -float("inf"))
-    mass = tl.sum(tl.math.exp2(x), 1) * factor
+    mass = tl.sum(tl.math.exp2(x), 1) * undo
     blocks: tl.constexpr = mass.shape[0] // SAMPLE
     block = tl.arange(0, blocks)
     found = tl.sum(tl.reshape(mass, [blocks, SAMPLE]), 1)
-    tl.store(line + block.to(tl.int64) * columns + n, found, mask=block < rows_left)
+    tl.store(line + block.to(tl.int64) * columns + n, found * share, mask=block < rows_left)
 
 
 SIZES = ["lens_ptr", "video", "text_start", "length", "tiles", "rows", "columns", "heads"]
@@ -142,13 +143,13 @@ def sampled_kernel(
     q_valid = _is_token(q_pos, video, text_start, end)
     q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
     lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
-    level, factor = _levels(lse)
+    level, undo = _levels(lse)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
 
     first = tile * blocks
-    start = (first + visited // SAMPLE) * BLOCK_M
+    start = (first + tl.arange(0, blocks)) * BLOCK_M
     seen = _tokens(start, video, text_start, end, BLOCK_M // SAMPLE, SAMPLE)
-    factor *= _tokens(start, video, text_start, end, 1, BLOCK_M) / tl.maximum(seen, 1.0)
+    share = _tokens(start, video, text_start, end, 1, BLOCK_M) / tl.maximum(seen, 1.0)
 
     line = sums_ptr + ((sample * heads + head) * rows + first) * columns
     # one run of surely valid keys: the video, and the text where it follows without a gap
@@ -158,13 +159,13 @@ def sampled_kernel(
     whole = sure // TILE_N
     for n in tl.range(0, whole, num_stages=STAGES):
         _estimate(
-            q, level, factor, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns, rows - first,
-            HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=False,
+            q, level, undo, share, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns,
+            rows - first, HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=False,
         )  # fmt: skip
     for n in tl.range(whole, columns, num_stages=1):
         _estimate(
-            q, level, factor, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns, rows - first,
-            HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=True,
+            q, level, undo, share, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns,
+            rows - first, HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=True,
         )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.gpu import on_device
-from videosparse.layout import ceil_div
 
 MAX_COLUMNS = 16384
 """Longest row that the registers of one program hold."""
@@ -190,8 +189,3 @@ def expand(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: in
     with on_device(bits):
         expand_kernel[(rows,)](bits, row_ptr, ids, capacity, columns, PAD=pad, num_warps=_warps(pad))
     return ids
-
-
-def row_bytes(columns: int) -> int:
-    """Bytes of one row of a map of bits."""
-    return ceil_div(columns, 8)
