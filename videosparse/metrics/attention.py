@@ -38,9 +38,10 @@ def output_error(out: torch.Tensor, dense: torch.Tensor, layout: TokenLayout) ->
 
 
 def best_map(sums: torch.Tensor, density: float, layout: TokenLayout, block: tuple[int, int]) -> BlockMap:
-    """The map of greatest recall at a density: in each head the video blocks that hold the most, however many a row.
+    """The map of greatest mean recall at a density: in each sample the video blocks that hold the most, wherever.
 
-    Every row keeps its largest block, and every block of text is kept.
+    How many a head or a row keeps is free, so no rule at that density does better. Every row keeps its largest block,
+    and every block of text is kept.
 
     Args:
         sums: fp32 [B, H, Mq, Nk] with the lse of the same call.
@@ -51,10 +52,10 @@ def best_map(sums: torch.Tensor, density: float, layout: TokenLayout, block: tup
     rows, cols = (ceil_div(layout.video, b) for b in block)
     video = sums[:, :, :rows, :cols]
     largest = torch.zeros_like(video, dtype=torch.bool).scatter_(3, video.argmax(3, keepdim=True), True)
-    ranked = video.masked_fill(largest, torch.inf).flatten(2)
-    chosen = ranked.topk(max(rows, round(density * rows * cols)), dim=2).indices
-    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, chosen, True).view(video.shape)
-    return _with_text(keep, sums, layout, block)
+    ranked = video.masked_fill(largest, torch.inf).flatten(1)
+    count = max(sums.shape[1] * rows, round(density * sums.shape[1] * rows * cols))
+    keep = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, ranked.topk(count, dim=1).indices, True)
+    return _with_text(keep.view(video.shape), sums, layout, block)
 
 
 def random_map(sums: torch.Tensor, density: float, layout: TokenLayout, block: tuple[int, int], seed: int) -> BlockMap:
