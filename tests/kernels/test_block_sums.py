@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from inputs import BLOCKS, LAYOUTS, assert_sums_accurate, make_layout, make_map, make_qkv
+from inputs import BLOCKS, LAYOUTS, assert_sums_accurate, expected_sums, make_layout, make_map, make_qkv
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend, block_sums, torch_path
+from videosparse.kernels.accuracy import allowed_error, worst_row
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
