@@ -1,6 +1,6 @@
 """What AdaSpa's search costs on a GPU, kernel by kernel and as a share of a whole run's attention.
 
-    python eval/bench_search.py                     all cases, about 80 seconds of one H200
+    python eval/bench_search.py                     all cases, about 100 seconds of one H200
     python eval/bench_search.py --only hunyuan      the cases whose name matches
 
 One attention call of each case, in bf16 on random inputs that are new in every run:
@@ -14,24 +14,31 @@ and block sums against fp64 on some rows of two heads, at most twice the error o
 selection and lists against torch, without a difference. Rows go to `assets/results/search_cost.csv`: medians and the
 20th and 80th percentiles in ms.
 
-Rows of kernel `share` say what the two searches take of all attention of a run of 50 steps: 10 dense ones, by the
-fastest dense kernel, of which the last one searches (ours with lse, sums, selection), and 40 sparse ones, of which one
-refreshes (sums, selection). `percent` is their extra time over all attention time; the bar is 4, the goal 2.5.
+Most of `select` is not the kernel but some twenty small launches of torch, a hundredth of what a search costs at most.
+For Wan also the rest of a layer, eager and compiled: Diffusers' own block with random weights, in which a processor
+projects, norms and rotates as ours do, and then returns the values as they are (a copy, so that nothing is left out).
+
+Rows of kernel `share` say what the two searches of a run of 50 steps take: 10 steps are dense, by the fastest dense
+kernel, and the last of them searches (ours with lse, sums, selection); 40 are sparse, of which one refreshes (sums,
+selection). Their extra time in percent of all attention, which may be 4 and should be 2.5, and of the whole run,
+attention and the rest of all layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from videosparse.benchmark.checks import picked_rows
 from videosparse.benchmark.contenders import Call
@@ -39,11 +46,13 @@ from videosparse.benchmark.rows import WHERE, environment, write_rows
 from videosparse.benchmark.timing import interleave, quantiles
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.cases import CASES, Case
-from videosparse.kernels import attend, block_sums, selection, torch_select, triton_select
+from videosparse.kernels import KernelOptions, attend, block_sums, selection, torch_select, triton_select
 from videosparse.kernels.accuracy import allowed_error, measure, worst_row
 from videosparse.kernels.dense import DENSE_KERNELS
 from videosparse.kernels.selection import Selection
-from videosparse.layout import TokenLayout, ceil_div
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.models import FAMILIES
+from videosparse.policies.base import LayerPlan, Mode
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/search_cost.csv"
 RUNS = (
@@ -51,12 +60,15 @@ RUNS = (
     ("hunyuan-video 720x1280x129", ((128, 64),)),
 )
 DENSITY = 0.2
+FFN, PROMPT = 13824, 512
+"""Of Wan 14B: width of the feed-forward layer, tokens of the prompt."""
 SAMPLES = (None, 16, 8)
 DENSE_STEPS, SPARSE_STEPS = 10, 40
 ROUNDS, SECONDS = 9, 14.0
 COLUMNS = (
     "case", "tokens", "text", "batch", "heads", "head_dim", "dtype", "block", "kernel", "sample", "policy", "density",
-    "error", "allowed", "p20_ms", "p50_ms", "p80_ms", "percent_of_dense", "percent", "rounds", "note", *WHERE,
+    "error", "allowed", "p20_ms", "p50_ms", "p80_ms", "percent_of_dense", "share_of_attention",
+    "share_of_run_eager", "share_of_run_compiled", "rounds", "note", *WHERE,
 )  # fmt: skip
 Check = Callable[[Any], tuple[float, float]]
 """(error, the largest allowed one) of what a call returned."""
@@ -276,6 +288,68 @@ def search_calls(p: Problem) -> list[Timed]:
     ]
 
 
+@torch.library.custom_op("bench_search::values", mutates_args=())
+def values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """v, in place of attention; opaque, so that a compiler cannot leave q and k out."""
+    return v.clone()
+
+
+@values.register_fake
+def _values_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(v)
+
+
+class ValuesOnly:
+    """A processor of Wan's self-attention that does everything but attend."""
+
+    def __init__(self, fused_norm: str = "auto") -> None:
+        self.plan = LayerPlan(Mode.DENSE, TokenLayout(VideoGrid(1, 1, 1)), options=KernelOptions(fused_norm=fused_norm))
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """[B, L, C] from hidden states [B, L, C]."""
+        family = FAMILIES["wan"]
+        q, k, v = family.project(attn, hidden_states, None, rotary_emb, self.plan)
+        return family.finish(attn, values(q, k, v), self.plan)
+
+
+def rest_calls(p: Problem) -> list[Timed]:
+    """A layer of Wan without its self-attention, eager and compiled."""
+    if p.case.model.family != "wan":
+        return []
+    device, (_, length, heads, head_dim) = p.q.device, p.q.shape
+    width = heads * head_dim
+    with torch.device(device):
+        block = WanTransformerBlock(width, FFN * width // 5120, heads, cross_attn_norm=True).requires_grad_(False)
+        hidden, prompt, temb = torch.randn(1, length, width), torch.randn(1, PROMPT, width), torch.randn(1, 6, width)
+        angles = (torch.rand(1, length, 1, head_dim // 2) * 6.3).repeat_interleave(2, 3)
+    block, hidden, prompt = block.bfloat16(), hidden.bfloat16(), prompt.bfloat16()
+    rotary = (angles.cos(), angles.sin())
+    block.attn1.set_processor(ValuesOnly())
+
+    def check(out: torch.Tensor) -> tuple[float, float]:
+        """Without attention tokens are apart: some of them in fp32, and in bf16 by the steps of Diffusers."""
+        few = torch.randint(0, length, (256,), device=device)
+        turns = (rotary[0][:, few], rotary[1][:, few])
+        steps, exact = copy.deepcopy(block), copy.deepcopy(block).float()
+        for each in (steps, exact):
+            each.attn1.set_processor(ValuesOnly("off"))
+        truth = exact(hidden[:, few].float(), prompt.float(), temb, turns)
+        return worst_row(out[:, few], truth), allowed_error(truth, steps(hidden[:, few], prompt, temb, turns))
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    return [
+        Timed(p.row(f"rest of a layer, {name}"), partial(layer, hidden, prompt, temb, rotary), check)
+        for name, layer in (("eager", block), ("compiled", compiled))
+    ]
+
+
 def selection_density(p: Problem) -> float:
     """Kept / all blocks of the map."""
     samples, heads, rows, columns = p.index.shape
@@ -296,8 +370,8 @@ def is_right(timed: Timed) -> bool:
         return False
 
 
-def shares(p: Problem, dense: list[Timed], search: list[Timed]) -> list[dict[str, Any]]:
-    """Rows on what the two searches of a run take of its attention, for each way to sum."""
+def shares(p: Problem, dense: list[Timed], search: list[Timed], rest: list[Timed]) -> list[dict[str, Any]]:
+    """Rows on what the two searches of a run take of its time, for each way to sum."""
     fastest = min((t for t in dense if t.times and "with lse" not in t.row["kernel"]), key=lambda t: t.median)
     with_lse = dense[-1].median
     by_name = {(t.row["kernel"], t.row["sample"]): t.median for t in search}
@@ -307,10 +381,14 @@ def shares(p: Problem, dense: list[Timed], search: list[Timed]) -> list[dict[str
         once = by_name["block_sums", sample or ""] + select
         extra = with_lse - fastest.median + 2 * once
         sparse = SPARSE_STEPS * (by_name["sparse", ""] + by_name["expand", ""])
-        total = DENSE_STEPS * fastest.median + extra + sparse
-        note = f"{extra:.1f} of {total:.1f} ms a layer, dense by {fastest.row['kernel'].removeprefix('dense ')}"
+        attention = DENSE_STEPS * fastest.median + extra + sparse
         row = p.row("share", sample, selection_density(p))
-        found.append(row | {"percent": f"{100 * extra / total:.2f}", "note": note})
+        row["share_of_attention"] = f"{100 * extra / attention:.2f}"
+        for timed in rest:
+            run = attention + (DENSE_STEPS + SPARSE_STEPS) * timed.median
+            row[f"share_of_run_{timed.row['kernel'].split()[-1]}"] = f"{100 * extra / run:.2f}"
+        note = f"{extra:.1f} of {attention:.1f} ms a layer, dense by {fastest.row['kernel'].removeprefix('dense ')}"
+        found.append(row | {"note": note})
     return found
 
 
@@ -319,7 +397,8 @@ def run(name: str, blocks: tuple[tuple[int, int], ...], rounds: int, seconds: fl
     problems = make_problems(name, blocks, torch.device("cuda"))
     dense = dense_calls(problems[0])
     searches = [search_calls(p) for p in problems]
-    everything = [*dense, *(t for search in searches for t in search)]
+    rest = rest_calls(problems[0])
+    everything = [*dense, *(t for search in searches for t in search), *rest]
     times = interleave({t: t.call for t in everything if is_right(t)}, rounds, seconds)
     for timed, found in times.items():
         timed.times = found
@@ -331,7 +410,7 @@ def run(name: str, blocks: tuple[tuple[int, int], ...], rounds: int, seconds: fl
         }  # fmt: skip
     rows = [t.row for t in everything]
     for p, search in zip(problems, searches, strict=True):
-        rows += shares(p, dense, search)
+        rows += shares(p, dense, search, rest)
     return rows
 
 
@@ -339,7 +418,12 @@ def line(row: dict[str, Any]) -> str:
     """A row for people."""
     what = f"{row['case']:27} {row['block']:7} {row['kernel']:20} {row['sample'] or 'all':3}"
     if row["kernel"] == "share":
-        return f"{what} {row['percent']:>6} % of attention in {DENSE_STEPS + SPARSE_STEPS} steps ({row['note']})"
+        of = {
+            x.removeprefix("share_of_").replace("_", ", "): row[x]
+            for x in COLUMNS
+            if x.startswith("share") and x in row
+        }
+        return f"{what} {', '.join(f'{x} % of the {name}' for name, x in of.items())} ({row['note']})"
     timed = "{p50_ms:>9} ms ({p20_ms}..{p80_ms}) {percent_of_dense:>6} %".format(**row) if "p50_ms" in row else ""
     errors = f"error {row['error']} of {row['allowed']}" if "error" in row else ""
     return f"{what} {timed} {errors} {row.get('note', '')}"
