@@ -55,7 +55,7 @@ class AdaSpaPolicy(SparsityPolicy):
     Raises:
         TypeError, ValueError: a value of another type, or out of range.
 
-    Source: sections 4.2 to 4.4 of the paper; there is no public code of its authors. Of the heads, as many as have a
+    Source: the paper; there is no public code of its authors. Of the heads, as many as have a
     recall above the threshold, at most half, give blocks: those of highest recall keep density / 2, as many of lowest
     recall keep min(1, 1.5 density). Recall is the kept share of all that the video queries attend to, at `density`.
     Every sample has heads of its own.
