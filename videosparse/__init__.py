@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
     from videosparse.layout import TokenLayout, VideoGrid
-    from videosparse.processors import DenseProcessor, RadialProcessor
+    from videosparse.processors import AdaSpaProcessor, DenseProcessor, RadialProcessor
 
 __all__ = [
+    "AdaSpaProcessor",
     "BlockMap",
     "DenseProcessor",
     "RadialProcessor",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaSpaProcessor": "processors",
     "BlockMap": "blocks",
     "DenseProcessor": "processors",
     "RadialProcessor": "processors",

@@ -87,16 +87,22 @@ class HostProcessor:
         )
         return out
 
-    def check_parallel(self, *, joint: bool, sparse: bool) -> None:
+    def check_parallel(self, *, joint: bool, sparse: bool, searches: bool) -> None:
         """Raise NotImplementedError for context parallelism whose shards do not fit.
 
         Args:
             joint: text is part of the sequence.
             sparse: some calls read block maps.
+            searches: these maps are searched for while the video is made.
         """
         config = getattr(self._parallel_config, "context_parallel_config", None)
         if config is None:
             return
+        if searches:
+            raise NotImplementedError(
+                "Methods that search for their maps (AdaSpa) do not work with context parallelism: they compare all "
+                "heads of a layer, and a rank sees its share. Use one GPU, or RadialProcessor()."
+            )
         if sparse and config.ring_degree > 1:
             raise NotImplementedError(
                 f"Sparse attention does not work with ring attention (ring_degree={config.ring_degree}): a rank never "

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
+from videosparse.blocks import BlockIndex
 from videosparse.clock import Clock
 from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
-from videosparse.policies.base import LayerPlan, LayerState, Mode, RunStep
+from videosparse.policies.base import DenseSchedule, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
 from videosparse.report import RunRecord
 
@@ -39,9 +40,19 @@ class _Session:
     grid: VideoGrid | None = None
     active: RunTracker | None = None
 
-    def enter(self, tracker: RunTracker, grid: VideoGrid) -> None:
-        """Another grid is another run; another expert needs nothing of what the one before has kept."""
+    def enter(self, tracker: RunTracker, grid: VideoGrid, policy: SparsityPolicy | None) -> None:
+        """Another grid is another run; another expert needs nothing of what the one before has kept.
+
+        Raises:
+            RuntimeError: the grid changes in the middle of a run whose maps were searched for on another.
+        """
         if self.grid is not None and grid != self.grid:
+            if policy is not None and policy.searches and self.clock.continues():
+                raise RuntimeError(
+                    f"The token grid changed from {self.grid} to {grid} in the middle of a run, and the maps of "
+                    f"{type(policy).__name__} belong to the grid that was searched. Generate each size in a run of its "
+                    "own, or use RadialProcessor()."
+                )
             self.clock.end()
         if self.active is not None and self.active is not tracker:
             self.active.free()
@@ -66,6 +77,7 @@ class RunTracker:
         self._grid: VideoGrid | None = None
         self._resolved: Resolved | None = None
         self._seen = (0, 0)
+        self._searching: list[tuple[tuple[str, int], LayerProcessor, LayerState]] = []
         self._calls: dict[str | None, int] = {}
         self._warned = False
         self._handles: list[Any] = []
@@ -84,7 +96,7 @@ class RunTracker:
         self.events.install(transformer)
         self._handles = [
             transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            transformer.register_forward_hook(self.after_forward),
+            transformer.register_forward_hook(self.after_forward, always_call=True),
         ]
         setattr(transformer, _TRACKER, self)
 
@@ -104,6 +116,7 @@ class RunTracker:
     def free(self) -> None:
         """Let go of states and plans."""
         self.states.clear()
+        self._searching.clear()
         for _, layer in self.layers:
             layer.plan = None
 
@@ -113,9 +126,10 @@ class RunTracker:
 
         Raises:
             NotImplementedError: a kind of parallelism that sparse attention does not support.
-            RuntimeError: training with a method that keeps state.
+            RuntimeError: training with a method that keeps state; another grid in the middle of a run that searches.
             ValueError: inference with steps given as fractions, or last steps, where nobody says how many there are.
         """
+        self._settle()
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         layout = self.family.layout(self.config, inputs)
         resolved = self._resolve(layout.grid)
@@ -126,7 +140,7 @@ class RunTracker:
                 "checkpointing runs a forward twice. Use RadialProcessor; to generate, call the transformer under "
                 "torch.no_grad(), as pipelines do."
             )
-        self.layers[0][1].check_parallel(joint=self.family.joint, sparse=resolved.policy is not None)
+        _check_parallel(self.layers[0][1], self.family, resolved)
         if training and resolved.options.fused_norm == "auto":
             # a checkpoint that runs without gradients first must round as it does when it runs again
             resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
@@ -135,10 +149,14 @@ class RunTracker:
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(dense, RunStep("training", 0), replace(resolved, schedule=schedule), device)
+            self._plan(dense, RunStep("training", 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
         run = self._now(dense, inputs.get("timestep"), device)
-        self._plan(dense, run, resolved, device)
+        if resolved.policy is not None:
+            resolved.policy.check_run(resolved.schedule, run.total)
+        self._plan(dense, run, resolved, inputs["hidden_states"])
+        if any(layer.plan is not None and layer.plan.offloaded for _, layer in self.layers):
+            _check_not_compiled(module)
         record = self.session.processor.binding.record
         for _, layer in self.layers:
             if record is not None and layer.plan is not None:
@@ -152,7 +170,12 @@ class RunTracker:
         gradient of the output comes before that of any block, and forwards go through backward one after another. This
         serves compiled blocks, too; a loss on hidden states alone, which never gets here, is what
         `LayerProcessor._planned` is for.
+
+        Called without an output when the forward has failed: that was the end of the run.
         """
+        if output is None:
+            self.end_run()
+            return
         if not torch.is_grad_enabled():
             return
         plans = [(layer, layer.plan) for _, layer in self.layers]
@@ -178,16 +201,16 @@ class RunTracker:
         """When this forward happens; starts a record when it is the first of a run."""
         clock, binding = self.session.clock, self.session.processor.binding
         before = clock.run
-        self.session.enter(self, dense.layout.grid)
+        assert self._resolved is not None
+        self.session.enter(self, dense.layout.grid, self._resolved.policy)
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
-            assert self._resolved is not None
             _warn_if_all_dense(self._resolved, clock.total())
             runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title_of(dense.kernel)
             binding.record = RunRecord(dense.layout, _backend(self._resolved, device), runs_dense)
         binding.record.steps = clock.index + 1
         if clock.run != self._seen[0]:
-            self.states.clear()
+            self.free()
         if (clock.run, clock.index) != self._seen:
             self._seen, self._calls = (clock.run, clock.index), {}
         return RunStep(self._context(), clock.index, clock.total())
@@ -230,25 +253,74 @@ class RunTracker:
             return DensePlan(Mode.DENSE, layout, options=options, key_mask=key_mask)
         return DensePlan(Mode.DENSE, layout, options=options, kernel=kernel)
 
-    def _plan(self, dense: DensePlan, run: RunStep, resolved: Resolved, device: torch.device) -> None:
+    def _settle(self) -> None:
+        """Bring back the states of layers that were to search in the forward before, and were not called.
+
+        Step caches skip layers. Nothing was written then, so the next forward has to plan the search again.
+        """
+        for key, layer, before in self._searching:
+            if not layer.searched and key in self.states:
+                self.states[key] = before
+        self._searching.clear()
+
+    def _plan(self, dense: DensePlan, run: RunStep, resolved: Resolved, latents: torch.Tensor) -> None:
         """Give every layer its plan; layers with the same map share one."""
         depths = 1 + max(depth for depth, _ in self.layers)
         shared: dict[tuple[int, int], LayerPlan] = {}
         for number, (depth, layer) in enumerate(self.layers):
             layer.plan = dense
-            if resolved.policy is None or resolved.schedule.is_dense(run, depth, depths):
+            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths):
                 continue
-            state = self.states.setdefault((run.context, number), {})
-            plan = resolved.policy.plan(dense.layout, run, number, state, device=device)
+            plan = self._ask(resolved.policy, dense.layout, run, number, latents)
             if plan.mode is Mode.DENSE:
                 continue
             # only sparse plans are alike when their maps are: the others keep what belongs to one layer
             key = (id(plan.index), id(plan.order)) if plan.mode is Mode.SPARSE else (id(layer), 0)
             if key not in shared:
                 shared[key] = replace(plan, options=resolved.options)
-                if torch.is_grad_enabled() and plan.index is not None and _own_backend(resolved, device) == "triton":
+                own = _own_backend(resolved, latents.device) == "triton"
+                if torch.is_grad_enabled() and isinstance(plan.index, BlockIndex) and own:
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
             layer.plan = shared[key]
+
+    def _ask(
+        self, policy: SparsityPolicy, layout: TokenLayout, run: RunStep, number: int, latents: torch.Tensor
+    ) -> LayerPlan:
+        """What a method decides for one layer; remembers the state before, where that was to search."""
+        key = (run.context, number)
+        state = self.states.setdefault(key, {})
+        before = dict(state)
+        plan = policy.plan(
+            layout, run, number, state,
+            device=latents.device, samples=latents.shape[0], heads=int(self.config["num_attention_heads"]),
+        )  # fmt: skip
+        if plan.mode in (Mode.SEARCH, Mode.REFRESH):
+            layer = self.layers[number][1]
+            layer.searched = False
+            self._searching.append((key, layer, before))
+        return plan
+
+
+def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int) -> bool:
+    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches."""
+    if not schedule.is_dense(run, layer, layers):
+        return True
+    return policy.searches and schedule.searches_at(run, layer, layers)
+
+
+def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved) -> None:
+    """Raise NotImplementedError for context parallelism whose shards do not fit."""
+    policy = resolved.policy
+    host.check_parallel(joint=family.joint, sparse=policy is not None, searches=policy is not None and policy.searches)
+
+
+def _check_not_compiled(transformer: torch.nn.Module) -> None:
+    """Raise RuntimeError where blocks are compiled, in which state cannot be offloaded."""
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in transformer.modules()):
+        raise RuntimeError(
+            "offload_state=True copies maps between calls and does not work in compiled blocks; drop it, or do not "
+            "compile the transformer (lse_dtype='bfloat16' halves what is kept)."
+        )
 
 
 def _dense_options(options: KernelOptions) -> KernelOptions:
@@ -443,6 +515,5 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
-    host = HostProcessor(attentions[0].module.processor)
-    host.check_parallel(joint=family.joint, sparse=resolved.policy is not None)
+    _check_parallel(HostProcessor(attentions[0].module.processor), family, resolved)
     return resolved

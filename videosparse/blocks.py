@@ -1,8 +1,10 @@
-"""Which key blocks each query block reads: as a picture (`BlockMap`), as the lists that kernels walk (`BlockIndex`)."""
+"""Which key blocks each query block reads: `BlockMap` is the picture, `BlockIndex` the lists that kernels walk, and
+`PackedIndex` what a method that searches keeps between steps.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -232,6 +234,103 @@ class BlockIndex:
         return more + sum(t.numel() * t.element_size() for t in (self.row_ptr, self.ids, self.order))
 
 
+@dataclass(frozen=True, eq=False)
+class PackedIndex:
+    """A map that is found while a video is made, a bit a block: buffers of fixed size, written in place.
+
+    Lists take 32 times the memory of bits. So a method that searches keeps this between steps, and each call expands
+    its lists on the device (`kernels.selection`), which costs tens of microseconds. Wan 14B at 720p keeps .28 GB so,
+    not 1.8 GB.
+
+    Args:
+        bits: uint8 [samples, heads, rows, ceil(columns / 8)], lowest bit first; each row starts on a byte, and the
+            unused bits of its last byte are 0.
+        row_ptr: int32 [samples * heads * rows + 1], as in `BlockIndex`.
+        order: int32 [samples * heads * rows + 1], as in `BlockIndex`.
+        capacity: most blocks that the map may ever keep, known on the host.
+        shape: (samples, heads, rows, columns) of the map.
+        block: (row tokens, column tokens) of a block.
+        q_len, kv_len: tokens along rows and columns.
+    """
+
+    bits: torch.Tensor
+    row_ptr: torch.Tensor
+    order: torch.Tensor
+    capacity: int
+    shape: tuple[int, int, int, int]
+    block: tuple[int, int]
+    q_len: int
+    kv_len: int
+
+    @classmethod
+    def allocate(
+        cls,
+        layout: TokenLayout,
+        block: tuple[int, int],
+        samples: int,
+        heads: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        pinned: bool = False,
+    ) -> PackedIndex:
+        """An empty map over `layout.length` tokens; `pinned` in page-locked memory of the CPU.
+
+        Raises:
+            ValueError: the map has more rows, or may keep more blocks, than an index holds.
+        """
+        check_block(block)
+        rows, columns = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
+        count = samples * heads * rows
+        if max(count, capacity) > INDEX_LIMIT:
+            raise ValueError(
+                f"A block index holds at most {INDEX_LIMIT} rows and entries (got {count} rows, capacity {capacity}); "
+                "use a lower density, larger blocks or a smaller batch."
+            )
+        shape = (samples, heads, rows, columns)
+        size = (samples, heads, rows, ceil_div(columns, 8))
+        bits = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+        row_ptr, order = torch.zeros(2, count + 1, dtype=torch.int32, device=device, pin_memory=pinned)
+        return cls(bits, row_ptr, order, capacity, shape, block, layout.length, layout.length)
+
+    def to(self, device: torch.device | str) -> PackedIndex:
+        """A copy on `device`, ordered like the kernels of its current stream; the host does not wait."""
+        bits, row_ptr, order = (t.to(device, non_blocking=True, copy=True) for t in self._tensors)
+        return replace(self, bits=bits, row_ptr=row_ptr, order=order)
+
+    def copy_(self, other: PackedIndex) -> None:
+        """Take over the map of `other`, which may be on another device; for pinned memory the host does not wait."""
+        for mine, its in zip(self._tensors, other._tensors, strict=True):
+            mine.copy_(its, non_blocking=True)
+
+    def block_map(self) -> BlockMap:
+        """The map as a `BlockMap`, for tests and pictures: a byte a block."""
+        return BlockMap(unpack_rows(self.bits, self.shape[3]), self.block, self.q_len, self.kv_len)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers on their device."""
+        return sum(t.numel() * t.element_size() for t in self._tensors)
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.bits, self.row_ptr, self.order
+
+
+def pack_rows(keep: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., ceil(N / 8)] from bool [..., N]: eight blocks a byte, lowest bit first, each row on its own bytes."""
+    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).to(torch.uint8)
+    padded = padded.view(*keep.shape[:-1], padded.shape[-1] // 8, 8)
+    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (padded * weight).sum(-1, dtype=torch.uint8)
+
+
+def unpack_rows(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """bool [..., columns] from uint8 [..., ceil(columns / 8)]; the inverse of `pack_rows`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    keep: torch.Tensor = (bits[..., None] >> shifts & 1).flatten(-2)
+    return keep[..., :columns].bool()
+
+
 def transpose_lists(
     row_ptr: torch.Tensor, ids: torch.Tensor, shape: tuple[int, int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -280,7 +379,7 @@ def _lists(flat: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, torc
         row_ptr.clamp_(max=capacity)
     else:
         capacity = _checked_capacity(int(row_ptr[-1]), capacity)
-    return row_ptr.int(), _compact(flat, row_ptr, capacity), work_order(counts)
+    return row_ptr.int(), compact_rows(flat, row_ptr, capacity), work_order(counts)
 
 
 def _checked_capacity(total: int, capacity: int | None) -> int:
@@ -294,7 +393,7 @@ def _checked_capacity(total: int, capacity: int | None) -> int:
     return total if capacity is None else capacity
 
 
-def _compact(flat: torch.Tensor, row_ptr: torch.Tensor, capacity: int) -> torch.Tensor:
+def compact_rows(flat: torch.Tensor, row_ptr: torch.Tensor, capacity: int) -> torch.Tensor:
     """Column numbers of the kept entries of bool [rows, cols], row after row, int32 [capacity]; no device sync."""
     rows, cols = flat.shape
     column = torch.arange(cols, dtype=torch.int32, device=flat.device)

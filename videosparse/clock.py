@@ -47,6 +47,11 @@ class Clock:
         """The run is over: whatever comes next belongs to another."""
         self._ended = True
 
+    def continues(self) -> bool:
+        """Whether a scheduler says that the next forward belongs to the run so far; False where none tells."""
+        scheduler = self._scheduler()
+        return scheduler is not None and not self._ended and not self._is_fresh(scheduler)
+
     def tick(self, timestep: torch.Tensor | None) -> None:
         """Bring `run` and `index` up to date for a forward; `timestep` is the transformer's input, of any shape."""
         scheduler = self._scheduler()
@@ -88,14 +93,20 @@ class Clock:
 
     def _follow(self, scheduler: Any, timestep: torch.Tensor | None) -> None:
         mark, timeline = scheduler.step_index, scheduler.timesteps
-        # set_timesteps makes a new tensor: that also tells a new run from one that failed in its first step
-        fresh = self._ended or timeline is not self._timeline
-        if fresh or (self._mark is not None and (mark is None or mark < self._mark)):
+        if self._ended or self._is_fresh(scheduler):
             self._begin()
             self._total = self._count(timeline, timestep)
         elif mark != self._mark:
             self.index += 1
         self._mark, self._timeline = mark, timeline
+
+    def _is_fresh(self, scheduler: Any) -> bool:
+        """Whether a scheduler has begun anew since the last forward."""
+        mark = scheduler.step_index
+        # set_timesteps makes a new tensor: that also tells a new run from one that failed in its first step
+        if scheduler.timesteps is not self._timeline:
+            return True
+        return self._mark is not None and (mark is None or mark < self._mark)
 
     def _watch(self, mark: float | None) -> None:
         if self._ended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from videosparse._diffusers import HostProcessor
+from videosparse.blocks import PackedIndex
 from videosparse.cases import ModelSpec
 from videosparse.kernels import KernelOptions, attend
 from videosparse.kernels.dense import OWN, dense_by_library
+from videosparse.kernels.selection import expand
 from videosparse.layout import VideoGrid
 from videosparse.models import ModelFamily, Rotary, model_variant
+from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
 from videosparse.policies.radial import RadialPolicy
 from videosparse.report import RunRecord, RunReport
+from videosparse.searching import brought, refresh, search, take_back
 
 # Attribute of a rotary embedding: the plans of its forward, by layer.
 _NOTED = "_videosparse_plans"
@@ -52,12 +56,14 @@ class LayerProcessor(HostProcessor):
 
     Attributes:
         plan: what to do in the next call; set before every forward of the transformer, from outside any graph.
+        searched: whether a call has written what its plan was to search for; a step cache may skip this layer.
     """
 
     def __init__(self, family: ModelFamily, replaced: Any) -> None:
         super().__init__(replaced)
         self.family = family
         self.plan: LayerPlan | None = None
+        self.searched = False
 
     def __call__(
         self,
@@ -84,19 +90,23 @@ class LayerProcessor(HostProcessor):
         return self.family.finish(attn, out.to(q.dtype), plan)
 
     def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-        """Attention output [B, L, H, D] of q, k, v [B, L, H, D], L = plan.layout.length.
-
-        Raises:
-            NotImplementedError: a mode that searches.
-        """
+        """Attention output [B, L, H, D] of q, k, v [B, L, H, D], L = plan.layout.length."""
         if isinstance(plan, DensePlan):
             if plan.kernel is None:
                 return self.dense(q, k, v, plan.key_mask)
             return _attend(plan, q, k, v) if plan.kernel == OWN else dense_by_library(q, k, v, plan.kernel)
-        if plan.mode is not Mode.SPARSE:
-            raise NotImplementedError(
-                f"Attention cannot run in mode {plan.mode!s} yet; use RadialProcessor, whose plans are dense or sparse."
-            )
+        if plan.offloaded:
+            here = brought(plan, q.device)
+            out = self.core(q, k, v, here)
+            take_back(plan, here)
+            return out
+        if plan.mode is Mode.SEARCH:
+            out = search(plan, q, k, v)
+            self.searched = True
+            return out
+        if plan.mode is Mode.REFRESH:
+            refresh(plan, q, k)
+            self.searched = True
         return self.gathered(q, k, v, partial(_attend, plan))
 
     def _planned(self, rotary: Rotary | None) -> LayerPlan:
@@ -127,7 +137,10 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = attend(q, k, v, layout=plan.layout, index=plan.index, order=plan.order, options=plan.options)
+    index = plan.index
+    if isinstance(index, PackedIndex):
+        index = expand(index, plan.options.backend)
+    out: torch.Tensor = attend(q, k, v, layout=plan.layout, index=index, order=plan.order, options=plan.options)
     return out
 
 
@@ -275,6 +288,53 @@ class DenseProcessor(Processor):
         return Resolved(model_variant(model, experts=experts), None, DenseSchedule(), options)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseProcessor(Processor):
+    """What the processors of all sparse methods have in common: where attention stays dense, and how kernels run.
+
+    Args:
+        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a fraction of the run as a
+            float. Dense last steps remove flicker. None takes what suits the model.
+        first_layers, last_layers: dense layers at either end of the depth.
+        num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
+        backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
+        fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
+
+    Raises:
+        TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
+            first forward of a run, a fraction of steps without a pipeline or `num_steps`.
+    """
+
+    first_steps: int | float | None = field(default=None, kw_only=True)
+    last_steps: int | float | None = field(default=None, kw_only=True)
+    first_layers: int | None = field(default=None, kw_only=True)
+    last_layers: int | None = field(default=None, kw_only=True)
+    num_steps: int | None = field(default=None, kw_only=True)
+    backend: str = field(default="auto", kw_only=True)
+    fused_norm: str = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
+            raise ValueError(
+                f"num_steps must be an int of at least 1 (got {self.num_steps!r}); pass the number of denoising steps."
+            )
+        # what was given is checked here, where the mistake is, not at the first forward
+        self._schedule(0, 0)
+        self._options()
+
+    def _schedule(self, first_steps: int | float, first_layers: int) -> DenseSchedule:
+        """The schedule that was asked for; what was not given is that of the model."""
+        return DenseSchedule(
+            first_steps=first_steps if self.first_steps is None else self.first_steps,
+            last_steps=0 if self.last_steps is None else self.last_steps,
+            first_layers=first_layers if self.first_layers is None else self.first_layers,
+            last_layers=0 if self.last_layers is None else self.last_layers,
+        )
+
+    def _options(self) -> KernelOptions:
+        return KernelOptions(backend=self.backend, fused_norm=self.fused_norm)
+
+
 @dataclass(frozen=True)
 class RadialDefaults:
     """Radial Attention's settings for a model; see `RadialPolicy` and `DenseSchedule` for the fields."""
@@ -313,11 +373,11 @@ def radial_defaults(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RadialProcessor(Processor):
+class RadialProcessor(SparseProcessor):
     """Radial Attention (arXiv 2506.19852): static block maps that thin out with distance in time.
 
     Every argument that is None takes the value published for the model it gets bound to, or the nearest there is:
-    see `radial_defaults`. `repr` shows what was taken.
+    see `radial_defaults`. `repr` shows what was taken. Further arguments are those of `SparseProcessor`.
 
     Args:
         decay: width of the bands, > 0; larger is denser.
@@ -325,16 +385,9 @@ class RadialProcessor(Processor):
         coverage: "majority" or "any": when a block counts as inside a band.
         sink: whether all read the whole first latent frame.
         first_neighbour: "full" or "half": how much adjacent frames see of each other.
-        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a fraction of the run as a
-            float. Dense last steps remove flicker.
-        first_layers, last_layers: dense layers at either end of the depth.
-        num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
-        backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
-        fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
 
     Raises:
-        TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
-            first forward of a run, a fraction of steps without a pipeline or `num_steps`.
+        TypeError, ValueError: see `SparseProcessor`.
     """
 
     decay: float | None = None
@@ -342,25 +395,12 @@ class RadialProcessor(Processor):
     coverage: str | None = None
     sink: bool | None = None
     first_neighbour: str | None = None
-    first_steps: int | float | None = None
-    last_steps: int | float | None = None
-    first_layers: int | None = None
-    last_layers: int | None = None
-    num_steps: int | None = None
-    backend: str = "auto"
-    fused_norm: str = "auto"
 
     def __post_init__(self) -> None:
         if self.block is not None:
             object.__setattr__(self, "block", _pair(self.block))
-        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
-            raise ValueError(
-                f"num_steps must be an int of at least 1 (got {self.num_steps!r}); pass the number of denoising steps."
-            )
-        # what was given is checked here, where the mistake is, not at the first forward
+        super().__post_init__()
         self._policy(RadialDefaults(1.0, True, 0, 0))
-        self._schedule(RadialDefaults(1.0, True, 0, 0))
-        KernelOptions(backend=self.backend, fused_norm=self.fused_norm)
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
@@ -370,8 +410,8 @@ class RadialProcessor(Processor):
         return Resolved(
             model_variant(model, experts=experts),
             self._policy(defaults),
-            self._schedule(defaults),
-            KernelOptions(backend=self.backend, fused_norm=self.fused_norm),
+            self._schedule(defaults.first_steps, defaults.first_layers),
+            self._options(),
         )
 
     def _policy(self, defaults: RadialDefaults) -> RadialPolicy:
@@ -381,13 +421,73 @@ class RadialProcessor(Processor):
                 values[name] = getattr(self, name)
         return RadialPolicy(**values)  # type: ignore[arg-type]  # checked by the policy itself
 
-    def _schedule(self, defaults: RadialDefaults) -> DenseSchedule:
-        return DenseSchedule(
-            first_steps=defaults.first_steps if self.first_steps is None else self.first_steps,
-            last_steps=0 if self.last_steps is None else self.last_steps,
-            first_layers=defaults.first_layers if self.first_layers is None else self.first_layers,
-            last_layers=0 if self.last_layers is None else self.last_layers,
-        )
+
+# As published (arXiv 2502.21079): 10 of 50 steps are dense, the last of them searches; every layer is sparse.
+_ADASPA_FIRST_STEPS = 0.2
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdaSpaProcessor(SparseProcessor):
+    """AdaSpa (arXiv 2502.21079): block maps that are searched for in every layer and head while the video is made.
+
+    The last of the dense first steps measures the attention of every block; each row keeps the blocks that hold most,
+    and the map is refreshed once, later in the run, without another dense step. The defaults are the published ones,
+    for every model. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2 unless given, and 0 makes
+    the first step search. For generation only: what it keeps between steps rules training out.
+
+    Compiled blocks take four graphs for a video size, dense, search, refresh and sparse, those of Mochi twice as many:
+    to generate several sizes with compiled blocks, raise `torch._dynamo.config.recompile_limit`, which is 8.
+
+    Args:
+        density: share of the video blocks that a row keeps, in (0, 1], mean over heads.
+        refresh: when to search again: a fraction of the run, a step counted from 1, or a sequence of either; () never.
+        block: rows of a block, 64 or 128, or (query rows, key rows).
+        head_adaptive: whether heads with much of their attention in few blocks give blocks to the others.
+        recall_threshold: share of the attention above which a head can give, in (0, 1].
+        sample: rows of a block of queries that a search visits, 8, 16, 32 or 64; None visits all, which is exact.
+        lse_dtype: "float32" or "bfloat16": how the normalisers of the dense step are kept.
+        offload_state: keep maps and normalisers in the memory of the CPU between calls; not with compiled blocks.
+
+    Raises:
+        TypeError, ValueError: see `SparseProcessor`; at the first forward of a run, a refresh that is not after the
+            search.
+        NotImplementedError: at binding, or at a forward, context parallelism.
+        RuntimeError: training; a video that changes its size in the middle of a run.
+    """
+
+    density: float = 0.2
+    refresh: int | float | tuple[int | float, ...] = (0.6,)
+    block: int | tuple[int, int] = (128, 64)
+    head_adaptive: bool = True
+    recall_threshold: float = 0.8
+    sample: int | None = None
+    lse_dtype: str = "float32"
+    offload_state: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", _pair(self.block))
+        object.__setattr__(self, "refresh", _several(self.refresh))
+        super().__post_init__()
+        policy, schedule = self._policy(), self._schedule(_ADASPA_FIRST_STEPS, 0)
+        if self.num_steps is not None:
+            policy.check_run(schedule, self.num_steps)
+
+    def resolve(
+        self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
+    ) -> Resolved:
+        """The given arguments; the defaults are the same for every model."""
+        schedule = self._schedule(_ADASPA_FIRST_STEPS, 0)
+        return Resolved(model_variant(model, experts=experts), self._policy(), schedule, self._options())
+
+    def _policy(self) -> AdaSpaPolicy:
+        return AdaSpaPolicy(**{f.name: getattr(self, f.name) for f in fields(AdaSpaPolicy)})
+
+
+def _several(values: Any) -> Any:
+    """One number, or any sequence of them, as a tuple; the policy checks what it holds."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return (values,)
+    return tuple(values)
 
 
 def _pair(block: Any) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
-from videosparse.blocks import BlockIndex
+from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.policies.base import LayerPlan
+from videosparse.policies.base import LayerPlan, Mode
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class RunReport:
         grid: token grid of the video.
         tokens: video and text tokens that attend to each other, padding included.
         steps: denoising steps seen.
-        video_density: kept / all blocks where both sides are video, mean over sparse calls; 1 when there were none.
+        video_density: kept / all blocks where both sides are video, mean over sparse calls; 1 when there were none. For
+            maps that are searched for, what was asked, rounded to whole blocks: heads differ, their mean does not.
         density: the same, text and forced blocks included.
-        average_density: mean over all calls, dense ones counting 1: attention work relative to dense.
+        average_density: mean over all calls, dense ones counting 1: attention work relative to dense, searches left
+            out.
         dense_calls, sparse_calls: attention calls planned, layers x branches x steps. A step cache that skips layers
             skips some of them.
         backend: kernel of the sparse calls, "triton", "torch", "fa4" or "flex"; "none" for a dense processor.
@@ -43,7 +46,7 @@ class RunReport:
 
 @dataclass(eq=False)
 class RunRecord:
-    """Counts of a run in progress. Densities wait for `report`: reading one from the device would stall the run."""
+    """Counts of a run in progress. Densities of static maps wait for `report`: reading one would stall the run."""
 
     layout: TokenLayout
     backend: str
@@ -51,22 +54,26 @@ class RunRecord:
     steps: int = 0
     dense_calls: int = 0
     sparse: dict[BlockIndex, tuple[TokenLayout, int]] = field(default_factory=dict)
+    searched: Counter[tuple[float, float]] = field(default_factory=Counter)
 
     def add(self, plan: LayerPlan) -> None:
-        """Count one planned call."""
-        if plan.index is None:
+        """Count one planned call; keeps no map that was searched for, only how dense it is, which sizes tell."""
+        if plan.index is None or plan.mode is Mode.SEARCH:
             self.dense_calls += 1
+        elif isinstance(plan.index, PackedIndex):
+            assert plan.selection is not None
+            self.searched[plan.selection.densities(plan.index.shape)] += 1
         else:
             _, count = self.sparse.get(plan.index, (plan.layout, 0))
             self.sparse[plan.index] = plan.layout, count + 1
 
     def report(self) -> RunReport:
         """The figures; waits for the device once per map."""
-        calls = sum(count for _, count in self.sparse.values())
-        density = video = 0.0
-        for index, (layout, count) in self.sparse.items():
-            both = densities(index, layout)
-            density, video = density + both[0] * count, video + both[1] * count
+        maps = [(*densities(index, layout), count) for index, (layout, count) in self.sparse.items()]
+        maps += [(*both, count) for both, count in self.searched.items()]
+        calls = sum(count for *_, count in maps)
+        density = sum(every * count for every, _, count in maps)
+        video = sum(among_video * count for _, among_video, count in maps)
         return RunReport(
             grid=self.layout.grid,
             tokens=self.layout.video + self.layout.text,

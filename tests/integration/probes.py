@@ -20,7 +20,7 @@ class FullMap(SparsityPolicy):
     log: list[Any] = field(default_factory=list)
     name: ClassVar[str] = "full"
 
-    def plan(self, layout, run, layer, state, *, device):
+    def plan(self, layout, run, layer, state, *, device, samples=1, heads=1):
         state["calls"] = state.get("calls", 0) + 1
         self.log.append((run, layer, state["calls"]))
         aligned = layout.aligned(self.block)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from probes import FullMap, Probe
 
-import videosparse
 from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
 from videosparse.processors import LayerProcessor
 
@@ -198,14 +197,6 @@ def test_image_latents_instead_of_video(tiny_of):
     sparsify(model, DenseProcessor())
     with pytest.raises(ValueError, match=r"hidden_states must be \[batch, channels, .*unsqueeze\(2\)"):
         model(torch.zeros(1, 16, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32))
-
-
-def test_modes_that_are_not_built(tiny_of):
-    from videosparse.policies.base import LayerPlan, Mode
-
-    layer = LayerProcessor(None, None)
-    with pytest.raises(NotImplementedError, match="mode search"):
-        layer.core(None, None, None, LayerPlan(Mode.SEARCH, videosparse.TokenLayout(videosparse.VideoGrid(1, 1, 1))))
 
 
 def test_a_token_order_is_not_ignored(tiny_of, monkeypatch):

@@ -10,9 +10,13 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(
-    "name", ["interpreted.py", "interpreted_backward.py", "interpreted_norm.py", "interpreted_specialized.py"]
-)
+NAMES = [
+    "interpreted.py", "interpreted_backward.py", "interpreted_norm.py", "interpreted_select.py",
+    "interpreted_specialized.py",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_kernels_under_the_interpreter(name):
     path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(path)]

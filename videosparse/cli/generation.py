@@ -31,7 +31,7 @@ def generate(
         str | None,
         typer.Option(help="Diffusers folder, hub id or name (wan2.1-1.3b, ...).", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial or dense.")] = "radial",
+    method: Annotated[str, typer.Option(help="Attention: radial, adaspa or dense.")] = "radial",
     frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,

@@ -18,7 +18,7 @@ def plan(
         str | None,
         typer.Option(help="Name (wan2.1-14b, ...), Diffusers folder or hub id.", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial or dense.")] = "radial",
+    method: Annotated[str, typer.Option(help="Attention: radial, adaspa or dense.")] = "radial",
     frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
@@ -67,9 +67,9 @@ def _show(result: GenerationPlan, method: str) -> None:
             ("Method", method_text(method, result.method)),
         ]
     )
-    if result.block_map is not None:
-        count = " x ".join(str(n) for n in result.block_map.keep.shape[2:])
-        size = " x ".join(str(n) for n in result.block_map.block)
+    if result.blocks is not None and result.block is not None:
+        count = " x ".join(str(n) for n in result.blocks)
+        size = " x ".join(str(n) for n in result.block)
         rows(
             [
                 ("Blocks", f"{count} of {size} tokens"),
@@ -79,20 +79,25 @@ def _show(result: GenerationPlan, method: str) -> None:
         )
     step = f"{flops(result.dense_flops)} dense"
     run = f"{flops(result.dense_run_flops)} dense"
-    if result.block_map is not None:
+    if result.blocks is not None:
         step += f", {flops(result.sparse_flops)} sparse"
         run += f", {flops(result.run_flops)} with this method"
+    if result.search:
+        run += f", of which {flops(result.search_flops)} to search"
     rows(
         [
             ("A step", f"{step} (self-attention, {result.branches} forward{'s' if result.branches > 1 else ''})"),
             ("A run", f"{run} ({result.steps} steps)"),
         ]
     )
+    if result.blocks is None:
+        return
+    bound = f"attention at most {result.attention_bound:.2f}x faster over the run; the rest gains nothing"
+    rows([("Bound", bound), *_state(result)])
     if result.block_map is None:
         return
     rows(
         [
-            ("Bound", f"attention at most {result.attention_bound:.2f}x faster over the run; the rest gains nothing"),
             (
                 "Memory",
                 f"map {memory(result.map_bytes)}, lists {memory(result.index_bytes)}; one for all heads and layers",
@@ -101,6 +106,20 @@ def _show(result: GenerationPlan, method: str) -> None:
         ]
     )
     typer.echo(f"\n{result.block_map.picture()}")
+
+
+def _state(result: GenerationPlan) -> list[tuple[str, str]]:
+    """Rows on what a method keeps between steps, where it keeps something."""
+    if not result.kept_bytes:
+        return []
+    one = sum(result.state_bytes.values())
+    layers = result.kept_bytes // (one * result.branches)
+    parts = ", ".join(f"{kind} {memory(size * layers)}" for kind, size in result.state_bytes.items())
+    branch = "a branch" if result.branches == 1 else f"each of {result.branches} branches"
+    kept = f"{memory(result.kept_bytes)} between steps: {parts} for {branch} of {layers} layers"
+    lse = result.method.get("lse_dtype")
+    during = f"{memory(result.sums_bytes)} more while a layer searches"
+    return [("State", f"{kept} (lse in {lse})" if lse else kept), ("", during)]
 
 
 def _layers(result: GenerationPlan) -> str:

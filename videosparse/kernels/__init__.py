@@ -145,9 +145,10 @@ def block_sums(
     layout: TokenLayout,
     block: tuple[int, int],
     scale: float | None = None,
+    sample: int | None = None,
     options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
 ) -> torch.Tensor:
-    """The exact attention mass of every block: sum of exp(score - lse) over its valid rows and keys.
+    """The attention mass of every block: sum of exp(score - lse) over its valid rows and keys.
 
     With the lse of the same q and k, a block row sums to its number of valid query tokens; with an older lse
     (AdaSpa, arXiv 2502.21079, refreshes that way) it is an estimate. Scores are fp32. The Triton backend recomputes
@@ -160,16 +161,20 @@ def block_sums(
         layout: which positions are valid.
         block: (query rows, key rows) of a block, each 64 or 128.
         scale: factor of the scores; default D ** -0.5.
+        sample: rows of a block of queries to visit, 8, 16, 32 or 64: those whose place in it is a multiple of
+            block[0] / sample. Their sum, times the valid rows of the block over the visited ones, is an estimate at
+            sample / block[0] of the work. None visits all, which is exact.
         options: backend "auto", "triton" or "torch"; libraries of attention have no such kernel, and count as "auto".
 
     Returns:
         float32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
 
     Raises:
-        ValueError, TypeError: as `attend`, and for an lse of another shape or dtype.
+        ValueError, TypeError: as `attend`, and for an lse of another shape or dtype, or a sample of another size.
         RuntimeError: options.backend is "triton", which cannot run here.
     """
     check_block(block)
+    checks.check_sample(sample)
     checks.check_tensors({"q": q, "k": k}, layout)
     checks.check_lse(q, lse)
     sums: torch.Tensor = ops.block_sums(
@@ -182,5 +187,6 @@ def block_sums(
         *block,
         q.shape[3] ** -0.5 if scale is None else float(scale),
         options.backend,
+        sample or 0,
     )
     return sums

@@ -9,6 +9,7 @@ from videosparse.kernels.backend import TRITON_DTYPES
 from videosparse.layout import TokenLayout, ceil_div
 
 HEAD_DIMS = (8, 128)
+SAMPLES = (8, 16, 32, 64)
 DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
@@ -89,6 +90,14 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"BlockIndex.{name} must be on {q.device} like q (got {x.device}); build it there.")
+
+
+def check_sample(sample: int | None) -> None:
+    """Raise ValueError unless `sample` rows, evenly spread, can stand for a block of 64 or 128."""
+    if sample is not None and (isinstance(sample, bool) or sample not in SAMPLES):
+        raise ValueError(
+            f"sample must be one of {', '.join(map(str, SAMPLES))} rows of a block, or None for all (got {sample!r})."
+        )
 
 
 def check_lse(q: torch.Tensor, lse: torch.Tensor) -> None:

@@ -193,7 +193,7 @@ attend_forward.register_autograd(_backward, setup_context=_save)
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor? seq_lens, SymInt video, SymInt text_start, "
-        "int block_rows, int block_cols, float scale, str backend) -> Tensor"
+        "int block_rows, int block_cols, float scale, str backend, int sample=0) -> Tensor"
     ),
 )
 def block_sums(
@@ -207,12 +207,19 @@ def block_sums(
     block_cols: int,
     scale: float,
     backend: str,
+    sample: int = 0,
 ) -> torch.Tensor:
-    """Mass of every block, fp32 [B, H, Mq, Nk]."""
+    """Mass of every block, fp32 [B, H, Mq, Nk]; `sample` rows of each are visited, 0 visits all."""
     call = AttentionCall(None, seq_lens, video, text_start, scale)
+    block = block_rows, block_cols
     if choose_own(backend, q.device, q.dtype) == "torch":
-        return torch_path.block_sums(q, k, lse, call, (block_rows, block_cols))
-    return gpu.block_sums(q, k, lse, call, (block_rows, block_cols))
+        return torch_path.block_sums(q, k, lse, call, block, sample or block_rows)
+    if sample in (0, block_rows):
+        return gpu.block_sums(q, k, lse, call, block)
+    from videosparse.kernels import triton_sampled
+
+    sums: torch.Tensor = triton_sampled.block_sums(q, k, lse, call, block, sample)
+    return sums
 
 
 @block_sums.register_fake
@@ -227,6 +234,7 @@ def _block_sums_fake(
     block_cols: int,
     scale: float,
     backend: str,
+    sample: int = 0,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
     shape = (batch, heads, -(-length // block_rows), -(-length // block_cols))

@@ -98,27 +98,36 @@ def backward(
 
 
 def block_sums(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: AttentionCall, block: tuple[int, int]
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: AttentionCall, block: tuple[int, int], sample: int
 ) -> torch.Tensor:
     """Attention mass of every block, fp32 [B, H, ceil(L / block[0]), ceil(L / block[1])]; see `kernels.block_sums`."""
     batch, length, heads, _ = q.shape
     rows, cols = ceil_div(length, block[0]), ceil_div(length, block[1])
     sums = torch.zeros(batch, heads, rows, cols, dtype=torch.float32, device=q.device)
-    step = max(1, SCORE_ENTRIES // (block[0] * cols * block[1])) * block[0]
-    for sample, end in enumerate(_ends(call, batch, length)):
+    # the visited rows, `sample` of each block one after another
+    visited = torch.arange(0, length, block[0] // sample, device=q.device)
+    step = max(1, SCORE_ENTRIES // (sample * cols * block[1])) * sample
+    for number, end in enumerate(_ends(call, batch, length)):
         valid = _valid(call, end, length, cols * block[1], q.device)
+        factor = _visited_share(valid[:length], block[0], sample)
         for head in range(heads):
-            keys = k[sample, :, head].float()
-            for start in range(0, length, step):
-                stop = min(start + step, length)
-                level = lse[sample, head, start:stop].float()
-                level = torch.where(valid[start:stop], level, -torch.inf)
-                scores = q[sample, start:stop, head].float() @ keys.T * call.scale
+            keys = k[number, :, head].float()
+            for start in range(0, visited.shape[0], step):
+                places = visited[start : start + step]
+                level = torch.where(valid[places], lse[number, head, places].float(), -torch.inf)
+                scores = q[number, places, head].float() @ keys.T * call.scale
                 mass = _mass(scores, level, valid[:length])
-                mass = F.pad(mass, (0, cols * block[1] - length, 0, -(stop - start) % block[0]))
-                found = mass.view(-1, block[0], cols, block[1]).sum((1, 3))
-                sums[sample, head, start // block[0] : start // block[0] + found.shape[0]] = found
+                mass = F.pad(mass, (0, cols * block[1] - length, 0, -places.shape[0] % sample))
+                found = mass.view(-1, sample, cols, block[1]).sum((1, 3))
+                sums[number, head, start // sample : start // sample + found.shape[0]] = found
+        sums[number] *= factor[:, None]
     return sums
+
+
+def _visited_share(valid: torch.Tensor, block: int, sample: int) -> torch.Tensor:
+    """Valid rows of each block over the visited ones among them, fp32; `valid` is bool [L]."""
+    padded = F.pad(valid, (0, -valid.shape[0] % block)).view(-1, block)
+    return padded.sum(1) / padded[:, :: block // sample].sum(1).clamp(min=1)
 
 
 def _mass(scores: torch.Tensor, level: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

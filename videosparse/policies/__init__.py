@@ -1,8 +1,18 @@
 """The methods: one file each, none knows a model. A new method is a file here and a line in `POLICIES`."""
 
+from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, RunStep, SparsityPolicy
 from videosparse.policies.radial import RadialPolicy
 
-POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy}
+POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy, "adaspa": AdaSpaPolicy}
 
-__all__ = ["POLICIES", "DenseSchedule", "LayerPlan", "Mode", "RadialPolicy", "RunStep", "SparsityPolicy"]
+__all__ = [
+    "POLICIES",
+    "AdaSpaPolicy",
+    "DenseSchedule",
+    "LayerPlan",
+    "Mode",
+    "RadialPolicy",
+    "RunStep",
+    "SparsityPolicy",
+]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from videosparse.blocks import BlockIndex, BlockMap
+from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
 from videosparse.kernels import KernelOptions
+from videosparse.kernels.selection import Selection
 from videosparse.layout import TokenLayout
 from videosparse.ordering import TokenOrder
 
@@ -47,21 +48,26 @@ class LayerPlan:
     Args:
         mode: see `Mode`.
         layout: the sequence of this call; in sparse modes text starts on a fresh block.
-        index: lists of kept blocks; None in dense mode.
+        index: lists of kept blocks, or the packed map of a method that searches: written in the modes search and
+            refresh, read in the modes refresh and sparse; None in dense mode.
         order: token order; None is raster order.
-        lse: fp32 [B, H, L] kept from the last dense step, for refresh.
+        lse: [B, H, L], fp32 or bf16: written by search, read by refresh; None in the other modes.
+        selection: how many blocks a search keeps; None for static maps.
+        offloaded: whether index and lse lie in the memory of the CPU and are copied for each call.
         options: how kernels run.
     """
 
     mode: Mode
     layout: TokenLayout
-    index: BlockIndex | None = None
+    index: BlockIndex | PackedIndex | None = None
     order: TokenOrder | None = None
     lse: torch.Tensor | None = None
+    selection: Selection | None = None
+    offloaded: bool = False
     options: KernelOptions = field(default_factory=KernelOptions)
 
 
-LayerState = MutableMapping[str, torch.Tensor]
+LayerState = MutableMapping[str, Any]
 """What a method keeps for one (context, layer) between the steps of one run; the tracker owns and frees it."""
 
 
@@ -69,18 +75,53 @@ class SparsityPolicy(ABC):
     """A method and its configuration: a frozen dataclass that turns a layout and a moment into a plan.
 
     A policy knows no model and no step counter of its own. `pure` policies depend on the layout alone, so they also
-    work in training, where forward runs again under gradient checkpointing.
+    work in training, where forward runs again under gradient checkpointing. One that `searches` makes its maps while a
+    video is made: it is asked from the last of the dense first steps on, which searches and still is dense.
     """
 
     name: ClassVar[str]
     pure: ClassVar[bool]
+    searches: ClassVar[bool] = False
     block: tuple[int, int]
 
     @abstractmethod
     def plan(
-        self, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, *, device: torch.device
+        self,
+        layout: TokenLayout,
+        run: RunStep,
+        layer: int,
+        state: LayerState,
+        *,
+        device: torch.device,
+        samples: int = 1,
+        heads: int = 1,
     ) -> LayerPlan:
-        """What layer `layer` does at `run`. Called outside any graph, once per layer and forward."""
+        """What layer `layer` does at `run`. Called outside any graph, once per layer and forward.
+
+        Args:
+            layout: the sequence, without a gap.
+            run: when we are.
+            layer: number of the self-attention.
+            state: what this method keeps for this branch and layer. Its values may be exchanged here, but not changed:
+                where a step cache skips the layer, the tracker brings them back and asks again at the next forward.
+            device: of the tensors.
+            samples, heads: of q, k and v, for methods whose maps belong to one of each.
+        """
+
+    def check_run(self, schedule: DenseSchedule, total: int | None) -> None:  # noqa: B027  static maps fit any run
+        """Raise ValueError where the steps of this method do not fit a run of `total` steps under `schedule`."""
+
+    def densities(self, layout: TokenLayout) -> tuple[float, float] | None:
+        """(kept / all blocks, the same among video blocks) of maps that are searched for; None where maps tell."""
+        return None
+
+    def search_work(self, schedule: DenseSchedule, total: int, experts: int) -> tuple[int, float]:
+        """What searching costs a layer over a run: (steps dense on top of the schedule, passes in dense forwards)."""
+        return 0, 0.0
+
+    def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
+        """Memory kept between steps for one layer, by what it is kept for."""
+        return {}
 
     def static_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap | None:
         """The map that every call on this layout uses, or None for a method that searches. For plans and pictures."""
@@ -91,8 +132,12 @@ class SparsityPolicy(ABC):
         raise NotImplementedError(f"{type(self).__name__} has static maps: it selects nothing at run time.")
 
 
-def _count(name: str, value: int | float, total: int | None, unit: str) -> int:
-    """Resolve an int or a fraction of `total`, rounding halves up."""
+def part_of_run(name: str, value: int | float, total: int | None, unit: str) -> float:
+    """An int as it is, a fraction times `total`.
+
+    Raises:
+        ValueError: a fraction, and total is None.
+    """
     if isinstance(value, int):
         return value
     if total is None:
@@ -100,7 +145,12 @@ def _count(name: str, value: int | float, total: int | None, unit: str) -> int:
             f"{name}={value} is a fraction of the run, whose number of steps is unknown without a pipeline; "
             f"pass num_steps= to the processor, or give {name} as an int of {unit}."
         )
-    return int(value * total + 0.5)
+    return value * total
+
+
+def _count(name: str, value: int | float, total: int | None) -> int:
+    """Resolve an int or a fraction of `total`, rounding halves up."""
+    return int(part_of_run(name, value, total, "steps") + 0.5)
 
 
 @dataclass(frozen=True)
@@ -146,8 +196,8 @@ class DenseSchedule:
         Raises:
             ValueError: a fraction, or last steps, with `total` unknown.
         """
-        first = _count("first_steps", self.first_steps, total, "steps")
-        last = _count("last_steps", self.last_steps, total, "steps")
+        first = _count("first_steps", self.first_steps, total)
+        last = _count("last_steps", self.last_steps, total)
         if last and total is None:
             raise ValueError("last_steps needs the number of steps of the run; pass num_steps= to the processor.")
         return first, last
@@ -158,6 +208,13 @@ class DenseSchedule:
             return True
         first, last = self.dense_steps(run.total)
         return run.index < first or (run.total is not None and run.index >= run.total - last)
+
+    def searches_at(self, run: RunStep, layer: int, layers: int) -> bool:
+        """Whether a method that searches does so at a step that is dense by schedule: the last of the first ones."""
+        first, last = self.dense_steps(run.total)
+        if run.index != first - 1 or self.is_dense(replace(run, index=first), layer, layers):
+            return False
+        return run.total is None or first < run.total - last
 
     def average_density(self, density: float, total: int, layers: int) -> float:
         """Attention work of a run over a dense one, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""

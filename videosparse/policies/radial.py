@@ -76,7 +76,15 @@ class RadialPolicy(SparsityPolicy):
                 raise ValueError(f"{name} must be {' or '.join(known)} (got {getattr(self, name)!r}).")
 
     def plan(
-        self, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, *, device: torch.device
+        self,
+        layout: TokenLayout,
+        run: RunStep,
+        layer: int,
+        state: LayerState,
+        *,
+        device: torch.device,
+        samples: int = 1,
+        heads: int = 1,
     ) -> LayerPlan:
         """Sparse, on the one map of this layout: nothing depends on step, layer or data."""
         aligned = layout.aligned(self.block)
