@@ -105,6 +105,7 @@ def test_dtypes(block, dtype, dim):
     run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=dim))
 
 
+@only("special", "portable")
 @pytest.mark.parametrize("dim", [8, 12, 32, 80, 96])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_head_dims(dim, dtype):
@@ -120,6 +121,7 @@ def test_output_without_lse_is_the_same():
         assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=TRITON))
 
 
+@only("special", "portable")
 @pytest.mark.parametrize("share", MAP_SHARES)
 @pytest.mark.parametrize("view", ["contiguous", "fused", "head-major"])
 def test_shared_maps_and_strides(share, view):
@@ -134,6 +136,7 @@ def test_scale(scale):
     run_and_check(layout, None, *make_qkv(layout, torch.bfloat16, dim=128), scale=scale)
 
 
+@only("special", "portable")
 def test_unaligned_views():
     """Strides and pointers that are no multiple of 16 bytes."""
     layout = make_layout("video", "cuda")
@@ -155,6 +158,7 @@ def test_full_map_is_dense_and_sdpa():
     assert worst_row(out, expected) <= allowed
 
 
+@only("special", "portable")
 def test_disjoint_maps_merged_by_lse_are_one_call():
     layout = make_layout("ragged text", "cuda", MIDDLE).aligned((128, 128))
     q, k, v = make_qkv(layout, torch.float32)
@@ -215,6 +219,7 @@ def test_offsets_beyond_32_bits():
         )
 
 
+@only("special", "portable")
 def test_list_offsets_and_many_samples():
     """More programs than one grid dimension of 65,535 holds."""
     layout = TokenLayout(VideoGrid(1, 10, 13))
@@ -227,7 +232,7 @@ def test_list_offsets_and_many_samples():
 
 def test_nothing_waits_for_the_device():
     layout = make_layout("ragged text", "cuda").aligned((128, 128))
-    q, k, v = make_qkv(layout, torch.bfloat16)
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128)
     index = make_map(layout, (128, 128), device="cuda").index()
     for chosen in (None, index):
         attend(q, k, v, layout=layout, index=chosen, return_lse=True)
@@ -241,7 +246,7 @@ def test_nothing_waits_for_the_device():
 
 def test_calls_can_be_captured_in_a_graph():
     layout = make_layout("ragged text", "cuda").aligned((128, 128))
-    q, k, v = make_qkv(layout, torch.bfloat16)
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128)
     index = make_map(layout, (128, 128), device="cuda").index()
     expected = attend(q, k, v, layout=layout, index=index, options=TRITON)
     torch.cuda.synchronize()
@@ -283,7 +288,7 @@ def test_no_recompiles_over_lengths_densities_and_maps():
             grid, 40, seq_lens=torch.full((samples,), grid.tokens + 8, dtype=torch.int32, device="cuda")
         )
         layout = layout.aligned((128, 128))
-        q, k, v = make_qkv(layout, torch.bfloat16, batch=samples, heads=heads, view="fused")
+        q, k, v = make_qkv(layout, torch.bfloat16, batch=samples, heads=heads, dim=128, view="fused")
         block_map = make_map(layout, (128, 128), share, samples, heads, density, "cuda")
         index = block_map.index()
         # a view into a larger buffer, as a cached plan may hold, need not start on 16 bytes
@@ -303,6 +308,7 @@ def test_no_recompiles_over_lengths_densities_and_maps():
     assert count() == before
 
 
+@only("special", "portable")
 def test_compiles_to_one_graph():
     layout = make_layout("ragged text", "cuda").aligned((128, 128))
     q, k, v = make_qkv(layout, torch.bfloat16)
@@ -314,6 +320,7 @@ def test_compiles_to_one_graph():
     )
 
 
+@only("special", "portable")
 def test_the_op_is_well_formed():
     layout = make_layout("ragged text", "cuda").aligned((64, 64))
     q, k, v = (x.nan_to_num().requires_grad_() for x in make_qkv(layout, torch.bfloat16))
@@ -326,6 +333,7 @@ def test_the_op_is_well_formed():
     )
 
 
+@only("special", "portable")
 def test_gradients_are_as_accurate_as_on_the_cpu():
     layout = make_layout("ragged text", "cuda").aligned((64, 64))
     inputs = make_qkv(layout, torch.float32)

@@ -69,7 +69,7 @@ def specialized_kernel(
     SPARSE: tl.constexpr,
     HAS_LENS: tl.constexpr,
     MASKED: tl.constexpr,
-    GAP: tl.constexpr,
+    TEXT: tl.constexpr,
     NEED_LSE: tl.constexpr,
 ):
     """128 query rows: online softmax in base 2 over tiles of 128 keys, some of which, if MASKED, are no tokens."""
@@ -92,7 +92,7 @@ def specialized_kernel(
         if MASKED:
             position = start + tl.arange(0, BLOCK)
             token = position < extent
-            if GAP:
+            if TEXT:
                 token = _is_token(position, video, text_start, extent)
             scores = tl.where(token[None, :], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
@@ -162,6 +162,8 @@ def _launch(
 ) -> None:
     batch, length, heads, _ = q.shape
     lists, rows = call.lists, ceil_div(length, BLOCK)
+    # whether there is a gap before the text depends on the length, which must not choose what is compiled
+    text = call.seq_lens is not None or call.text_start > call.video
     arguments = (
         q,
         k,
@@ -191,8 +193,8 @@ def _launch(
         "STAGES": STAGES,
         "SPARSE": lists is not None,
         "HAS_LENS": call.seq_lens is not None,
-        "MASKED": length % BLOCK != 0 or call.seq_lens is not None or call.text_start > call.video,
-        "GAP": call.text_start > call.video,
+        "MASKED": text or length % BLOCK != 0,
+        "TEXT": text,
         "NEED_LSE": need_lse,
         "num_warps": 4,
         "num_stages": STAGES,
