@@ -130,7 +130,7 @@ def select_blocks(
     per_row = sums.new_full((batch, heads, rows), columns, dtype=torch.int64)
     per_row[:, :, :video_rows] = counts[..., None].long() + (columns - video_cols)
     per_row = per_row.flatten()
-    row_ptr[0] = 0
+    row_ptr[:1] = 0  # one element as a slice is filled, as a number copied, for which the host would wait
     row_ptr[1:] = per_row.cumsum(0)
     order.copy_(work_order(per_row))
 
