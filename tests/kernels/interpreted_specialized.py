@@ -5,6 +5,7 @@ import torch
 from inputs import LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, assert_accurate, make_layout, make_map, make_qkv
 
 from videosparse.kernels import attend, gpu, specialized_forward
+from videosparse.kernels.call import AttentionCall
 from videosparse.layout import TokenLayout, VideoGrid
 
 BLOCK = (128, 128)
@@ -27,20 +28,19 @@ def run_and_check(layout, block_map, q, k, v, lse=True, **kwargs):
     assert level is None or level.is_contiguous()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("tokens", [300, 384])
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_layouts(kind, sparse, aligned):
-    layout = make_layout(kind)
-    layout = layout.aligned(BLOCK) if aligned else layout
+@pytest.mark.parametrize("lse", [True, False])
+def test_lengths(tokens, sparse, lse):
+    layout = TokenLayout(VideoGrid(1, 1, tokens))
     block_map = make_map(layout, BLOCK, heads=1) if sparse else None
-    run_and_check(layout, block_map, *make_qkv(layout, torch.float16, heads=1, dim=128))
+    run_and_check(layout, block_map, *make_qkv(layout, torch.float16, heads=1, dim=128), lse=lse)
 
 
 @pytest.mark.parametrize("share", MAP_SHARES)
 @pytest.mark.parametrize("view", ["fused", "head-major"])
 def test_shared_maps_and_strides(share, view):
-    layout = make_layout("ragged text", grid=VideoGrid(1, 10, 13)).aligned(BLOCK)
+    layout = TokenLayout(VideoGrid(1, 10, 23))
     block_map = make_map(layout, BLOCK, share, heads=2)
     run_and_check(layout, block_map, *make_qkv(layout, torch.float16, heads=2, dim=128, view=view), lse=False)
 
@@ -52,7 +52,15 @@ def test_few_tokens(tokens):
 
 
 def test_scores_far_below_zero():
-    """A key that is no token, read as 0, has the highest score by far."""
-    layout = make_layout("ragged text").aligned(BLOCK)
+    """A key past the end, read as 0, has the highest score by far."""
+    layout = TokenLayout(VideoGrid(1, 10, 23))
     q, k, v = make_qkv(layout, torch.float16, heads=1, dim=128)
     run_and_check(layout, make_map(layout, BLOCK, heads=1), q.abs() + 4, -k.abs() - 4, v, scale=0.5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYOUTS if kind != "video"])
+def test_text_is_left_to_others(kind):
+    layout = make_layout(kind).aligned(BLOCK)
+    q, k, v = make_qkv(layout, torch.float16, heads=1, dim=128)
+    call = AttentionCall(None, layout.seq_lens, layout.video, layout.text_start, 0.1)
+    assert specialized_forward.unsuited(q, k, v, call) == "it takes video without text"

@@ -13,16 +13,14 @@ from triton.compiler import ASTSource  # noqa: E402
 from videosparse.kernels import specialized_forward  # noqa: E402
 
 
-def compile_forward(dtype, *, sparse, lens, masked, text, lse):
+def compile_forward(dtype, *, sparse, masked, lse):
     """The kernel with aligned pointers; on strides it is not specialised."""
     kernel = specialized_forward.specialized_kernel
     constants = {
         "BLOCK": specialized_forward.BLOCK, "HEAD_DIM": specialized_forward.HEAD_DIM,
-        "STAGES": specialized_forward.STAGES, "SPARSE": sparse, "HAS_LENS": lens, "MASKED": masked, "TEXT": text,
-        "NEED_LSE": lse,
+        "STAGES": specialized_forward.STAGES, "SPARSE": sparse, "MASKED": masked, "NEED_LSE": lse,
     }  # fmt: skip
     constants |= {} if sparse else dict.fromkeys(("row_ptr", "ids_ptr", "order_ptr"))
-    constants |= {} if lens else {"lens_ptr": None}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -41,12 +39,10 @@ def compile_forward(dtype, *, sparse, lens, masked, text, lse):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize(("lens", "masked", "text"), [
-    (False, False, False), (False, True, False), (False, True, True), (True, True, True),
-])  # fmt: skip
-def test_is_specialized(dtype, sparse, lens, masked, text, tmp_path):
+@pytest.mark.parametrize("masked", [True, False])
+def test_is_specialized(dtype, sparse, masked, tmp_path):
     """Triton drops the specialization without a word when it does not like a kernel."""
-    compiled = compile_forward(dtype, sparse=sparse, lens=lens, masked=masked, text=text, lse=sparse)
+    compiled = compile_forward(dtype, sparse=sparse, masked=masked, lse=sparse)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
@@ -59,5 +55,5 @@ def test_is_specialized(dtype, sparse, lens, masked, text, tmp_path):
 
 
 def test_offsets_are_64_bit():
-    ttir = compile_forward("bf16", sparse=True, lens=True, masked=True, text=True, lse=True).asm["ttir"]
+    ttir = compile_forward("bf16", sparse=True, masked=True, lse=True).asm["ttir"]
     assert set(re.findall(r"arith\.muli %\w+, %stride_\w+ : (\S+)", ttir)) == {"i64"}
