@@ -175,11 +175,13 @@ def norms() -> str:
     return markdown(head, lines)
 
 
-def recall() -> str:
-    """Recall and output error of every method at every density, over all steps after the search."""
+# frames and density: those that Radial's default reaches, and two below
+RECALL_AT = [("81", "0.444"), ("81", "0.2"), ("81", "0.1"), ("321", "0.176"), ("321", "0.1")]
+
+
+def recall(columns: list[tuple[str, str]] = RECALL_AT) -> str:
+    """Recall and output error of every method at some densities, over all steps after the search."""
     rows = [r for r in read("attention_recall") if r["step"] == "all"]
-    columns = list(dict.fromkeys((r["frames"], r["asked_density"]) for r in rows))
-    columns.sort(key=lambda c: (int(c[0]), float(c[1])))
     lines = []
     for method, block in dict.fromkeys((r["method"], r["block"]) for r in rows):
         if block == "64x64" or method == "adaspa":
@@ -206,6 +208,33 @@ def _mean(values: list[float], digits: int) -> str:
     return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in _interval(values)))
 
 
+def search() -> str:
+    """What a search costs, call by call, and as a share of a run."""
+    rows = read("search_cost")
+    cases = list(dict.fromkeys((r["case"], r["block"]) for r in rows))
+    lines = []
+    for (kernel, sample), name in SEARCH.items():
+        found = {(r["case"], r["block"]): r for r in rows if (r["kernel"], r["sample"]) == (kernel, sample)}
+        lines.append([name, *(f"{float(found[c]['p50_ms']):.1f} ms" if c in found else "-" for c in cases)])
+    for sample, name in (("", "all rows"), ("16", "16 rows of a block")):
+        found = {(r["case"], r["block"]): r for r in rows if (r["kernel"], r["sample"]) == ("share", sample)}
+        for column, of in SHARES.items():
+            cells = [found[c][column] if c in found else "" for c in cases]
+            lines.append([f"two searches, {name}, of {of}", *(f"{float(x):.1f} %" if x else "-" for x in cells)])
+    return markdown(["", *(" ".join(c) for c in cases)], lines)
+
+
+SEARCH = {
+    ("dense ours", ""): "dense attention, ours", ("block_sums", ""): "block sums, all rows",
+    ("block_sums", "16"): "block sums, 16 rows of a block", ("select", ""): "selection",
+    ("expand", ""): "lists from bits", ("sparse", ""): "sparse attention at density 0.2",
+}  # fmt: skip
+SHARES = {
+    "share_of_attention": "all attention of 50 steps", "share_of_run_eager": "the run, eager",
+    "share_of_run_compiled": "the run, compiled",
+}  # fmt: skip
+
+
 def goals() -> str:
     """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
     if not (RESULTS / "attention_goals.csv").exists():
@@ -217,10 +246,10 @@ def goals() -> str:
     ])  # fmt: skip
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    t.__name__: t
-    for t in (densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, goals)
-}
+ALL = (
+    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, search, goals,
+)  # fmt: skip
+TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 
 
 def fill(text: str) -> str:
