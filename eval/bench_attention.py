@@ -25,14 +25,12 @@ import csv
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ import torch
 from videosparse.benchmark.checks import check_backward, check_forward, check_sums
 from videosparse.benchmark.contenders import CONTENDERS, Call, Missing
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
+from videosparse.benchmark.rows import WHERE, environment, version, write_rows
 from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
 from videosparse.cases import CASES
 from videosparse.layout import TokenLayout, VideoGrid
@@ -54,8 +53,7 @@ PACKAGES = {"fa3": "fa3-fwd", "fa4": "flash-attn-4", "cudnn": "torch", "fa2": "t
 COLUMNS = (
     "set", "case", "tokens", "batch", "heads", "head_dim", "dtype", "pass", "kernel", "version", "policy", "share",
     "block", "density", "error", "allowed", "p20_ms", "p50_ms", "p80_ms", "tflops", "ceiling_tflops",
-    "percent_of_ceiling", "extra_mb", "extra_percent", "lists_mb", "rounds", "note", "run", "gpu", "driver", "torch",
-    "triton", "cuda", "commit",
+    "percent_of_ceiling", "extra_mb", "extra_percent", "lists_mb", "rounds", "note", *WHERE,
 )  # fmt: skip
 
 
@@ -188,18 +186,11 @@ def _row_of(what: str, p: Problem) -> dict[str, Any]:
     return {
         "case": workload.name, "tokens": p.layout.length, "batch": p.q.shape[0], "heads": workload.heads,
         "head_dim": workload.head_dim, "dtype": str(p.q.dtype).removeprefix("torch."), "pass": what,
-        "kernel": entry.kernel, "version": _version(name), "policy": entry.policy,
+        "kernel": entry.kernel, "version": version(name), "policy": entry.policy,
         "share": "" if p.block_map is None else workload.share if entry.policy != "radial" else "shared",
         "block": "" if plain else "x".join(map(str, entry.block)),
         "density": f"{p.density:.4f}",
     }  # fmt: skip
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None) -> list[dict[str, Any]]:
@@ -229,35 +220,6 @@ def _line(row: dict[str, Any]) -> str:
         return f"{what}  {row['p50_ms']:>9} ms ({row['p20_ms']}..{row['p80_ms']}) {rate} of {row['ceiling_tflops']}"
     text = f"error {row['error']} of {row['allowed']}" if "error" in row else ""
     return f"{what}  {text} {row.get('note', '')}"
-
-
-def environment(commit: str | None) -> dict[str, str]:
-    """Columns that say where and with what a row was measured."""
-    if commit is None:
-        root = Path(__file__).parent
-        told = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-        commit = told.stdout.strip() or "unknown"
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip().split("\n")[0]  # fmt: skip
-    return {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "gpu": torch.cuda.get_device_name(),
-        "driver": driver, "torch": torch.__version__, "triton": _version("triton"), "cuda": str(torch.version.cuda),
-        "commit": commit,
-    }  # fmt: skip
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -309,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{bench.name}  (at {time.perf_counter() - start:.0f} s)", flush=True)
         try:
             rows += [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels)]
-            write(args.output, rows)
+            write_rows(args.output, rows, COLUMNS)
         except Exception:  # one set, out of memory say, must not take the others along
             traceback.print_exc()
         torch.cuda.empty_cache()

@@ -17,22 +17,19 @@ the 20th and 80th percentiles in ms, GB/s of the bytes that have to move, and me
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import statistics
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.normalization import MochiRMSNorm, RMSNorm
 
+from videosparse.benchmark.rows import WHERE, environment, write_rows
 from videosparse.cases import CASES, Case
 from videosparse.kernels import KernelOptions
 from videosparse.kernels.accuracy import allowed_error, worst_row
@@ -47,7 +44,7 @@ BLOCK = (128, 128)
 COLUMNS = (
     "case", "form", "tokens", "text", "gap", "batch", "heads", "head_dim", "dtype", "kernel", "policy", "density",
     "error", "allowed", "p20_ms", "p50_ms", "p80_ms", "mb_moved", "gb_per_s", "percent_of_copy", "extra_mb", "rounds",
-    "note", "run", "gpu", "driver", "torch", "triton", "cuda", "commit",
+    "note", *WHERE,
 )  # fmt: skip
 RUNS = (
     ("wan2.1-14b 720x1280x81", ""), ("wan2.1-1.3b 480x832x81", ""), ("hunyuan-video 720x1280x129", "dual"),
@@ -270,26 +267,6 @@ def run(name: str, form: str, rounds: int) -> list[dict[str, Any]]:
     return [common | {"kernel": kernel} | row for kernel, row in found.items()]
 
 
-def environment(commit: str | None) -> dict[str, str]:
-    """Columns that say where and with what a row was measured."""
-    told = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip().split("\n")[0]  # fmt: skip
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    return {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "gpu": torch.cuda.get_device_name(),
-        "driver": driver, "torch": torch.__version__, "triton": triton, "cuda": str(torch.version.cuda),
-        "commit": commit or told.stdout.strip() or "unknown",
-    }  # fmt: skip
-
-
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
     timed = (
@@ -318,11 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(map(line, rows[-4:])), flush=True)
             torch.cuda.empty_cache()
     where = environment(args.commit)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(row | where for row in rows)
+    write_rows(args.output, [row | where for row in rows], COLUMNS)
     return 0
 
 

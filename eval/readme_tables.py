@@ -159,6 +159,18 @@ def radial_speed() -> str:
     return markdown(head, lines)
 
 
+def norms() -> str:
+    """What stands between projections and attention: step by step, compiled, and by one kernel."""
+    rows = read("norm_rotate")
+    head = ["model, size", "steps, ms", "steps compiled, ms", "one kernel, ms", "of the rate of a copy"]
+    lines = []
+    for case in dict.fromkeys((r["case"], r["form"]) for r in rows):
+        found = {r["kernel"]: r for r in rows if (r["case"], r["form"]) == case}
+        times = [f"{float(found[k]['p50_ms']):.2f}" for k in ("steps", "compiled", "fused")]
+        lines.append([" ".join(filter(None, case)), *times, f"{float(found['fused']['percent_of_copy']):.0f} %"])
+    return markdown(head, lines)
+
+
 def goals() -> str:
     """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
     if not (RESULTS / "attention_goals.csv").exists():
@@ -171,7 +183,7 @@ def goals() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    t.__name__: t for t in (densities, accuracy, coverage, cpu, figure, attention, radial_speed, goals)
+    t.__name__: t for t in (densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, goals)
 }
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 from videosparse.benchmark import checks, contenders, problems, timing
 from videosparse.benchmark.problems import Entry, Inputs, Workload
+from videosparse.benchmark.rows import write_rows
 from videosparse.kernels import KernelOptions, attend, block_sums
 from videosparse.layout import TokenLayout, VideoGrid
 
@@ -189,7 +190,7 @@ def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
     assert [row["note"].split(":")[0] for row in rows if "note" in row] == ["failed", "error above allowed", "missing"]
     assert [row["p50_ms"] for row in rows if "p50_ms" in row] == ["2.0000", "2.0000"]
     where = {"run": "now", "gpu": "none", "commit": "c"}
-    bench.write(tmp_path / "rows.csv", [row | where for row in rows])
+    write_rows(tmp_path / "rows.csv", [row | where for row in rows], bench.COLUMNS)
     again = bench.read(tmp_path / "rows.csv")
     assert len(again) == len(rows)
     assert set(again[0]) == set(bench.COLUMNS)
@@ -261,7 +262,7 @@ def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypat
         timed(where, "ours", 1.0, tflops="640.5", policy="uniform", density="0.1000"),
         timed(where, "ours", 1.0, tflops="1.0", policy="uniform", density="0.1000", run="1"),
     ]
-    bench.write(tmp_path / "attention.csv", rows)
+    write_rows(tmp_path / "attention.csv", rows, bench.COLUMNS)
     assert "| videosparse | - | - | - | - | 640 | - |" in tables.attention()
     assert "| cuDNN | 600 | - |" in tables.attention()
     goals.main(["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "attention_goals.csv")])
@@ -274,7 +275,7 @@ def test_figures_are_drawn(bench, tmp_path):
     where = {"tflops": "600", "ceiling_tflops": "750", "dtype": "bfloat16"}
     rows = [timed("forward 12x30720 128x128", "cudnn", 12.0, **where)]
     rows += [timed("forward 12x30720 128x128", "ours", 1.0, policy="uniform", density=d, **where) for d in ("0.1", "1")]
-    bench.write(tmp_path / "rows.csv", rows)
+    write_rows(tmp_path / "rows.csv", rows, bench.COLUMNS)
     assert plots.main(["--rows", str(tmp_path / "rows.csv"), "--figures", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"attention_density.png"}
 

@@ -56,7 +56,11 @@ def test_image_to_video_and_control(device, fused):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("fused_norm", ["auto", "on"])
-def test_compiled_blocks(name, fused_norm):
+def test_compiled_blocks(name, fused_norm, monkeypatch):
+    from videosparse.kernels import triton_norm
+
+    ran, kernel = [], triton_norm.forward
+    monkeypatch.setattr(triton_norm, "forward", lambda *a: ran.append(1) or kernel(*a))
     model = TINY[name].build()
     torch.manual_seed(1)
     inputs = {k: v.cuda() for k, v in TINY[name].inputs((3, 8, 8), 2, [12, 7]).items()}
@@ -73,5 +77,7 @@ def test_compiled_blocks(name, fused_norm):
         with torch.no_grad():
             return twin(**halves, return_dict=False)[0]
 
-    truth = forward(torch.float32, "off", False)
-    assert_as_accurate(forward(torch.bfloat16, fused_norm, True), forward(torch.bfloat16, "off", False), truth)
+    truth, steps = forward(torch.float32, "off", False), forward(torch.bfloat16, "off", False)
+    assert not ran
+    assert_as_accurate(forward(torch.bfloat16, fused_norm, True), steps, truth)
+    assert ran

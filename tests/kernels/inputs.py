@@ -6,7 +6,7 @@ import torch
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import KernelOptions
-from videosparse.kernels.accuracy import measure
+from videosparse.kernels.accuracy import allowed_error, measure, worst_row
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 
 TORCH = KernelOptions(backend="torch")
@@ -85,14 +85,23 @@ class PoisonedEmpty:
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
 
-def expected_sums(q, k, lse, layout, block, dtype, scale=None):
-    """Block sums of probabilities [B, H, L, L] in a given precision; in base 2, as hardware computes exponentials."""
+def expected_sums(q, k, lse, layout, block, dtype, scale=None, base=math.e):
+    """Block sums of probabilities [B, H, L, L] in a given precision, with exponentials of a given base."""
     valid = layout.key_mask(q.shape[0], q.device)
     q, k = (x.masked_fill(~valid[:, :, None, None], 0).to(dtype) for x in (q, k))
-    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * ((q.shape[3] ** -0.5 if scale is None else scale) / math.log(2))
-    level = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf) / math.log(2)
-    p = torch.exp2(scores - level[..., None])
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * ((q.shape[3] ** -0.5 if scale is None else scale) / math.log(base))
+    level = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf) / math.log(base)
+    p = torch.exp2(scores - level[..., None]) if base == 2 else torch.exp(scores - level[..., None])
     p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
     rows, cols = (ceil_div(layout.length, b) for b in block)
     p = torch.nn.functional.pad(p, (0, cols * block[1] - layout.length, 0, rows * block[0] - layout.length))
     return p.unflatten(3, (cols, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))
+
+
+def assert_sums_accurate(found, q, k, lse, layout, block, scale=None):
+    """At most twice as far from fp64 as plain torch in fp32, asked in several orders and bases as `measure` does."""
+    truth = expected_sums(q, k, lse, layout, block, torch.float64, scale)
+    orders = (q, k), (q.flip(3), k.flip(3))
+    tries = [expected_sums(*x, lse, layout, block, torch.float32, scale, base) for x in orders for base in (math.e, 2)]
+    error, allowed = worst_row(found, truth), max(allowed_error(truth, x) for x in tries)
+    assert error <= allowed, (error, allowed)

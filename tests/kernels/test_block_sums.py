@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from inputs import BLOCKS, LAYOUTS, expected_sums, make_layout, make_map, make_qkv
+from inputs import BLOCKS, LAYOUTS, assert_sums_accurate, make_layout, make_map, make_qkv
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend, block_sums, torch_path
-from videosparse.kernels.accuracy import allowed_error, worst_row
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -17,9 +16,7 @@ def test_block_sums_are_exact(kind, block, monkeypatch):
     q, k, v = make_qkv(layout, torch.float32, dim=16)
     _, lse = attend(q, k, v, layout=layout, return_lse=True)
     found = block_sums(q, k, lse, layout=layout, block=block)
-    truth = expected_sums(q, k, lse, layout, block, torch.float64)
-    plain = expected_sums(q, k, lse, layout, block, torch.float32)
-    assert worst_row(found, truth) <= allowed_error(truth, plain)
+    assert_sums_accurate(found, q, k, lse, layout, block)
 
 
 def assert_tokens(sums, tokens, lse):

@@ -224,7 +224,7 @@ def test_group_offload(name, kind, calls):
 @EVERY
 @pytest.mark.parametrize("fused_norm", ["auto", "on"])
 def test_compiled_blocks(name, fused_norm, calls, monkeypatch):
-    """The compiler fuses the steps of "auto"; "on" is one node of one graph."""
+    """Without a GPU the compiler fuses the steps of "auto"; "on" is one node of one graph."""
     from videosparse.kernels import norm_op
 
     monkeypatch.setattr(norm_op, "choose", lambda *a: "torch")

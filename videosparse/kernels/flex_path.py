@@ -1,7 +1,8 @@
 """Attention by PyTorch's FlexAttention, taken when asked for by backend="flex".
 
 The block mask is made from our lists directly: `create_block_mask` evaluates its rule for every pair of tokens, which
-takes seconds and gigabytes at the length of a video. FlexAttention compiles on first use, again for new lengths.
+takes seconds and gigabytes at the length of a video. FlexAttention compiles on first use, and again for every new
+length, head count or block: its kernels for shapes that vary were once seen to give a wrong result, and are not used.
 
 Shapes: q, k, v [B, L, H, D], as everywhere; FlexAttention sees them as [B, H, L, D]. lse fp32 [B, H, L], natural log.
 """
@@ -22,6 +23,7 @@ from videosparse.kernels.padded import PaddedLists, padded
 from videosparse.layout import ceil_div
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_GRAPHS = 256
 MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -62,8 +64,11 @@ def forward(
         v = v.masked_fill(invalid[:, :, None, None], 0)
     mask = None if call.lists is None else block_mask(call, q.shape[0], q.shape[1])
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    with torch.no_grad():
-        found = _compiled()(*heads_first, block_mask=mask, scale=call.scale, return_lse=need_lse)
+    # past the usual limit of 8 recompiles a full graph raises
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+        found = _compiled()(
+            *heads_first, block_mask=mask, scale=call.scale, return_lse=need_lse, kernel_options=_tiles(call)
+        )
     out, lse = found if need_lse else (found, torch.empty(0, dtype=torch.float32, device=q.device))
     out = out.transpose(1, 2).contiguous()
     if invalid is not None:
@@ -76,7 +81,12 @@ def forward(
 @cache
 def _compiled() -> Any:
     # fullgraph: past the limit of recompiles this raises, instead of holding the whole score matrix in eager mode
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+def _tiles(call: AttentionCall) -> dict[str, int] | None:
+    """FlexAttention's tile of keys where its own choice may not divide our block."""
+    return None if call.lists is None or call.lists.block[1] >= 128 else {"BLOCK_N": call.lists.block[1]}
 
 
 @dataclass(frozen=True, eq=False)

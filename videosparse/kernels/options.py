@@ -19,8 +19,8 @@ class KernelOptions:
         quant: integer attention ("int8", "int8-fp8"); not built yet, so anything but None raises.
         logit: a change of the scores before the softmax; not built yet, so anything but None raises.
         fused_norm: whether a model family norms and rotates queries and keys with one kernel, `norm_rotate`, instead
-            of step by step: "auto" does so in eager inference on a GPU, unless backend is "torch"; "on" always does,
-            compiled models included, and raises where it cannot; "off" never does.
+            of step by step: "auto" does so in inference on a GPU, unless backend is "torch"; "on" always does, and
+            raises where it cannot; "off" never does.
 
     Raises:
         ValueError: an unknown backend or fused_norm.
