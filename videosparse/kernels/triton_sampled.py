@@ -1,0 +1,194 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The attention mass of every block from some of its query rows, in Triton, for any GPU, length and strides.
+
+Shapes
+    q, k          [B, L, H, D] by strides, contiguous along D; offsets are 64-bit
+    lse           fp32 [B, H, L], natural log, -inf for rows that count nothing
+    sums          fp32 [B, H, ceil(L / BLOCK_M), ceil(L / TILE_N)]
+    lens          int32 [B], where each sample's text ends
+Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read.
+
+Of a block of query rows those are visited whose place in it is a multiple of BLOCK_M / SAMPLE. Their sum, times the
+valid rows of the block over the visited ones, estimates the sum over all. One program gathers the visited rows of
+several blocks into one tile and walks all keys: first those that are surely valid, then the others under a mask. So
+matrix products are as large as in the exact kernel, and there are SAMPLE / BLOCK_M as many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from videosparse.kernels.call import AttentionCall
+from videosparse.kernels.gpu import on_device
+from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
+from videosparse.kernels.triton_sums import SumTiles, _gather, _tile_mass, choose_tiles
+from videosparse.layout import ceil_div
+
+
+@triton.jit
+def _count(start, limit, step, COUNT: tl.constexpr):
+    """How many of the COUNT positions start, start + step, ... lie before `limit`."""
+    return tl.minimum(tl.cdiv(tl.maximum(limit - start, 0), step), COUNT)
+
+
+@triton.jit
+def _tokens(start, video, text_start, end, step, COUNT: tl.constexpr):
+    """How many of the COUNT positions start, start + step, ... are tokens; fp32."""
+    text = _count(start, end, step, COUNT) - _count(start, text_start, step, COUNT)
+    return (_count(start, video, step, COUNT) + tl.maximum(text, 0)).to(tl.float32)
+
+
+@triton.jit
+def _write(line, tile, mass, factor, columns, rows_left, SAMPLE: tl.constexpr):
+    """Store the estimates of the blocks of a tile."""
+    blocks: tl.constexpr = mass.shape[0] // SAMPLE
+    found = tl.sum(tl.reshape(mass, [blocks, SAMPLE]), 1)
+    block = tl.arange(0, blocks)
+    tl.store(line + block.to(tl.int64) * columns + tile, found * factor, mask=block < rows_left)
+
+
+SIZES = ["lens_ptr", "video", "text_start", "length", "tiles", "rows", "columns", "heads"]
+
+
+# sizes change from call to call: specialising would compile again and again
+@triton.jit(do_not_specialize=SIZES)
+def sampled_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    sums_ptr,
+    lens_ptr,
+    stride_qb: tl.int64,
+    stride_ql: tl.int64,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_kl: tl.int64,
+    stride_kh: tl.int64,
+    video,
+    text_start,
+    length,
+    tiles,
+    rows,
+    columns,
+    heads,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The visited rows of TILE_M / SAMPLE blocks against all keys; a head has `rows` of blocks in `tiles` such tiles."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = (program // tiles % heads).to(tl.int64)
+    sample = (program // tiles // heads).to(tl.int64)
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+
+    blocks: tl.constexpr = TILE_M // SAMPLE
+    visited = tl.arange(0, TILE_M)
+    q_pos = (tile * blocks + visited // SAMPLE) * BLOCK_M + visited % SAMPLE * (BLOCK_M // SAMPLE)
+    q_valid = _is_token(q_pos, video, text_start, end)
+    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+    lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
+    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
+    level = tl.where(lse == -float("inf"), float("inf"), lse)
+    k_base = k_ptr + sample * stride_kb + head * stride_kh
+
+    first = tile * blocks
+    start = (first + tl.arange(0, blocks)) * BLOCK_M
+    seen = _tokens(start, video, text_start, end, BLOCK_M // SAMPLE, SAMPLE)
+    factor = _tokens(start, video, text_start, end, 1, BLOCK_M) / tl.maximum(seen, 1.0)
+
+    line = sums_ptr + ((sample * heads + head) * rows + first) * columns
+    # one run of surely valid keys: the video, and the text where it follows without a gap
+    sure = video
+    if text_start == video:
+        sure = tl.maximum(video, end)
+    whole = sure // TILE_N
+    for n in tl.range(0, whole, num_stages=STAGES):
+        mass = _tile_mass(
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
+            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False,
+        )  # fmt: skip
+        _write(line, n, mass, factor, columns, rows - first, SAMPLE)
+    for n in tl.range(whole, columns, num_stages=1):
+        mass = _tile_mass(
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
+            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True,
+        )  # fmt: skip
+        _write(line, n, mass, factor, columns, rows - first, SAMPLE)
+
+
+def block_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+    block: tuple[int, int],
+    sample: int,
+    tiles: SumTiles | None = None,
+) -> torch.Tensor:
+    """Launch the kernel on checked tensors; see `kernels.block_sums`. `tiles` overrides the choice, for benchmarks.
+
+    Args:
+        q, k, lse, call, block: as in `triton_sums.block_sums`.
+        sample: visited rows of a block, a power of two up to block[0]: those whose place in the block is a multiple of
+            block[0] / sample. A block none of whose visited rows is a token gives 0.
+
+    Returns:
+        fp32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
+
+    Raises:
+        ValueError: sample does not fit.
+    """
+    from videosparse.kernels.triton_forward import _shared_kb, _strides
+
+    if not 1 <= sample <= min(64, block[0]) or sample & (sample - 1):
+        raise ValueError(f"sample must be a power of two of at most 64 rows and the block's {block[0]} (got {sample}).")
+    batch, length, heads, head_dim = q.shape
+    tiles = replace(tiles or choose_tiles(head_dim, q.dtype, block, _shared_kb(q.device)), unit=sample)
+    rows, columns = ceil_div(length, block[0]), ceil_div(length, tiles.keys)
+    sums = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
+    if sums.numel() == 0:
+        return sums
+    row_tiles = ceil_div(rows * sample, tiles.rows)
+    with on_device(q):
+        sampled_kernel[(batch * heads * row_tiles,)](
+            q,
+            k,
+            lse.float().contiguous(),
+            sums,
+            call.seq_lens,
+            *_strides(q),
+            *_strides(k),
+            call.video,
+            call.text_start,
+            length,
+            row_tiles,
+            rows,
+            columns,
+            heads,
+            call.scale,
+            HEAD_DIM=head_dim,
+            HEAD_PAD=head_pad(head_dim),
+            BLOCK_M=block[0],
+            SAMPLE=sample,
+            TILE_M=tiles.rows,
+            TILE_N=tiles.keys,
+            HAS_LENS=call.seq_lens is not None,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            enable_fp_fusion=True,
+        )
+    return _gather(sums, (1, block[1] // tiles.keys))
