@@ -1,4 +1,5 @@
-"""The only door to the kernels: `attend`, `block_sums` for methods that search, and `norm_rotate` before attention.
+"""The only door to the kernels: `attend`, `block_sums` and `block_stats` for methods that look at attention, and
+`norm_rotate` before it.
 
 Importing this package needs neither Triton nor a GPU: Triton is imported when a call first takes its backend.
 """
@@ -14,11 +15,21 @@ from videosparse.kernels import checks, ops
 from videosparse.kernels.backend import choose_own, describe_backend
 from videosparse.kernels.norm_op import norm_rotate
 from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.stats import BlockStats, block_stats
 from videosparse.kernels.stream import Stream
 from videosparse.layout import TokenLayout
 from videosparse.ordering import TokenOrder
 
-__all__ = ["KernelOptions", "Stream", "attend", "block_sums", "describe_backend", "norm_rotate"]
+__all__ = [
+    "BlockStats",
+    "KernelOptions",
+    "Stream",
+    "attend",
+    "block_stats",
+    "block_sums",
+    "describe_backend",
+    "norm_rotate",
+]
 
 
 @overload
