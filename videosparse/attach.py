@@ -17,7 +17,15 @@ from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
-from videosparse.policies.base import DenseSchedule, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
+from videosparse.policies.base import (
+    TRAINING,
+    DenseSchedule,
+    LayerPlan,
+    LayerState,
+    Mode,
+    RunStep,
+    SparsityPolicy,
+)
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
 from videosparse.report import RunRecord
 
@@ -149,7 +157,7 @@ class RunTracker:
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(dense, RunStep("training", 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
+            self._plan(dense, RunStep(TRAINING, 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
         run = self._now(dense, inputs.get("timestep"), device)
         if resolved.policy is not None:

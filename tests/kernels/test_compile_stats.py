@@ -4,13 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_compile import DTYPES, SHARED_KB, TENSOR_CORES, resources  # noqa: E402
-from triton import compile as compile_kernel  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from test_compile import DTYPES, SHARED_KB, TENSOR_CORES, resources
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from videosparse.kernels import triton_stats  # noqa: E402
-from videosparse.kernels.triton_forward import head_pad  # noqa: E402
+from videosparse.kernels import triton_stats
+from videosparse.kernels.triton_forward import head_pad
 
 
 def compile_stats(capability, dtype, head_dim, block, *, lens=False):

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Sum, largest entry and number of large entries of every block of probabilities, in Triton. Imported on first use only.
+"""Sum, largest entry and number of large entries of every block of probabilities, in Triton. Imported on first use.
 
 Shapes
     q, k          [B, L, H, D] by strides, contiguous along D; offsets are 64-bit
@@ -198,7 +198,10 @@ def gather(stats: torch.Tensor, parts: tuple[int, int]) -> torch.Tensor:
     for dim, count in ((3, parts[0]), (4, parts[1])):
         if count > 1:
             padding = [0, 0] * (4 - dim) + [0, -stats.shape[dim] % count]
-            units = torch.nn.functional.pad(stats, padding).unflatten(dim, (-1, count))
+            padded = torch.nn.functional.pad(stats, padding)
+            units = padded.view(*padded.shape[:dim], -1, count, *padded.shape[dim + 1 :])
             sums, peaks, large = units
-            stats = torch.stack([sums.sum(dim), peaks.amax(dim), large.sum(dim)])
+            stats = torch.stack(
+                [sums.sum(dim), peaks.amax(dim), large.sum(dim)]
+            )  # one dimension fewer, so dim is right
     return stats

@@ -2,8 +2,19 @@
 
 from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, RunStep, SparsityPolicy
+from videosparse.policies.paro import PAROPolicy
 from videosparse.policies.radial import RadialPolicy
 
-POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy, "adaspa": AdaSpaPolicy}
+POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy, "adaspa": AdaSpaPolicy, "paro": PAROPolicy}
 
-__all__ = ["POLICIES", "AdaSpaPolicy", "DenseSchedule", "LayerPlan", "Mode", "RadialPolicy", "RunStep", "SparsityPolicy"]
+__all__ = [
+    "POLICIES",
+    "AdaSpaPolicy",
+    "DenseSchedule",
+    "LayerPlan",
+    "Mode",
+    "PAROPolicy",
+    "RadialPolicy",
+    "RunStep",
+    "SparsityPolicy",
+]

@@ -12,9 +12,13 @@ import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
 from videosparse.kernels import KernelOptions
+from videosparse.kernels.order_search import OrderSelection
 from videosparse.kernels.selection import Selection
 from videosparse.layout import TokenLayout
 from videosparse.ordering import TokenOrder
+
+TRAINING = "training"
+"""The context of a `RunStep` that is no step of a run."""
 
 
 class Mode(StrEnum):
@@ -31,7 +35,8 @@ class RunStep:
     """When we are.
 
     Args:
-        context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step).
+        context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step), or
+            `TRAINING`.
         index: denoising step, from 0.
         total: denoising steps of this run, None when nobody said.
     """
@@ -52,7 +57,10 @@ class LayerPlan:
             refresh, read in the modes refresh and sparse; None in dense mode.
         order: token order; None is raster order.
         lse: [B, H, L], fp32 or bf16: written by search, read by refresh; None in the other modes.
-        selection: how many blocks a search keeps; None for static maps.
+        codes: int32 [H], the token order of each head for later calls: written by a search that chooses orders, read by
+            one that keeps them; None in the other modes.
+        selection: how many blocks a search keeps, and how it chooses orders; None for static maps.
+        densities: (kept / all blocks, the same among video blocks) of a packed map that is not searched for.
         offloaded: whether index and lse lie in the memory of the CPU and are copied for each call.
         options: how kernels run.
     """
@@ -62,7 +70,9 @@ class LayerPlan:
     index: BlockIndex | PackedIndex | None = None
     order: TokenOrder | None = None
     lse: torch.Tensor | None = None
-    selection: Selection | None = None
+    codes: torch.Tensor | None = None
+    selection: Selection | OrderSelection | None = None
+    densities: tuple[float, float] | None = None
     offloaded: bool = False
     options: KernelOptions = field(default_factory=KernelOptions)
 
