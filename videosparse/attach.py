@@ -248,6 +248,8 @@ class RunTracker:
                 shared[key] = replace(plan, options=resolved.options)
                 if torch.is_grad_enabled() and plan.index is not None and _own_backend(resolved, device) == "triton":
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
+                if plan.order is not None:
+                    plan.order.table(device)  # likewise
             layer.plan = shared[key]
 
 

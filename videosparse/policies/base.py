@@ -13,7 +13,7 @@ import torch
 from videosparse.blocks import BlockIndex, BlockMap
 from videosparse.kernels import KernelOptions
 from videosparse.layout import TokenLayout
-from videosparse.ordering import TokenOrder
+from videosparse.ordering import AnyOrder
 
 
 class Mode(StrEnum):
@@ -48,7 +48,7 @@ class LayerPlan:
         mode: see `Mode`.
         layout: the sequence of this call; in sparse modes text starts on a fresh block.
         index: lists of kept blocks; None in dense mode.
-        order: token order; None is raster order.
+        order: token order of q, k, v and of the index, in sparse modes; None is raster order.
         lse: fp32 [B, H, L] kept from the last dense step, for refresh.
         options: how kernels run.
     """
@@ -56,7 +56,7 @@ class LayerPlan:
     mode: Mode
     layout: TokenLayout
     index: BlockIndex | None = None
-    order: TokenOrder | None = None
+    order: AnyOrder | None = None
     lse: torch.Tensor | None = None
     options: KernelOptions = field(default_factory=KernelOptions)
 
