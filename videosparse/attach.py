@@ -288,6 +288,8 @@ class RunTracker:
                 own = isinstance(plan.index, BlockIndex) and _own_backend(resolved, latents.device) == "triton"
                 if torch.is_grad_enabled() and own:
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
+                if plan.order is not None:
+                    plan.order.table(latents.device)  # likewise
             layer.plan = shared[key]
 
     def _ask(

@@ -208,17 +208,19 @@ def test_modes_that_are_not_built(tiny_of):
         layer.core(None, None, None, LayerPlan(Mode.SEARCH, videosparse.TokenLayout(videosparse.VideoGrid(1, 1, 1))))
 
 
-def test_a_token_order_is_not_ignored(tiny_of, monkeypatch):
+def test_a_token_order_of_another_model_or_grid(tiny_of, monkeypatch):
     from dataclasses import replace
 
+    from videosparse.ordering import TokenOrder
     from videosparse.policies.radial import RadialPolicy
 
     plan = RadialPolicy.plan
-    order = object()
-    monkeypatch.setattr(RadialPolicy, "plan", lambda *a, **k: replace(plan(*a, **k), order=order))
-    sparsify(tiny_of("wan"), RadialProcessor(first_steps=0, first_layers=0))
-    with pytest.raises(NotImplementedError, match=r"attend\(order=\.\.\.\) is not available"):
-        TINY["wan"].forward(tiny_of("wan"))
+    for grid, codes, got in (((5, 15, 25), (1, 2, 3), "3 heads"), ((5, 15, 24), (1, 2), "2 heads on grid 5x15x24")):
+        order = TokenOrder(videosparse.VideoGrid(*grid), codes)
+        monkeypatch.setattr(RadialPolicy, "plan", lambda *a, order=order, **k: replace(plan(*a, **k), order=order))
+        sparsify(tiny_of("wan"), RadialProcessor(first_steps=0, first_layers=0))
+        with pytest.raises(ValueError, match=f"TokenOrder is for {got}"):
+            TINY["wan"].forward(tiny_of("wan"))
 
 
 def test_stock_processors_pass_through(pipe_of):

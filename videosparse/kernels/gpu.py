@@ -14,6 +14,10 @@ from videosparse.kernels.call import AttentionCall
 
 logger = logging.getLogger("videosparse")
 
+MOST_ORDERED = 2**20
+"""Video tokens up to which kernels write a token order back themselves: they divide positions in fp32, exactly up to
+there."""
+
 _portable_only = False
 
 

@@ -140,6 +140,8 @@ def forward(
         v_desc,
         tail_desc,
         _describe(out, 64, head_dim),
+        out,
+        counter if call.order is None else call.order,
         lse,
         row_ptr,
         ids,
@@ -157,7 +159,7 @@ def forward(
         text_start,
         call.scale * LOG2_E,
     )
-    constants = (keys, head_dim, lists is not None, text, need_lse)
+    constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None)
     kernel = _kernel(device, q.dtype, arguments, constants)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)
     return out, lse

@@ -9,6 +9,7 @@ Shapes
     ids, order    int32 [capacity], int32 [map_rows + 1], see `BlockIndex`
     lens          int32 [B], where each sample's text ends
     tail          [B, L - T, H, D], the values from position T = video // KEYS * KEYS on, see `value_tail`
+    table         int32 [H, 8], see `ordering.axis_table`
 Positions [0, video) are video, [text_start, lens[b]) are text, what all others hold never counts.
 
 One persistent program per multiprocessor. A producer warp draws rows (128 queries each) from a counter and copies
@@ -16,6 +17,7 @@ their queries, keys and values to shared memory; two groups of four warps, the c
 is 128 keys: one list entry of 128 or two of 64. The lists are walked from their end, where the blocks are that may
 hold something else than tokens (the last video block, text): only these `masked` tiles look at positions. A row's
 first scores are multiplied beside the last product of the row before it, and its output leaves while the next one runs.
+With a token order, rows of the output leave one by one to where they are in raster order.
 
 Gluon is an experimental part of Triton and its names change: versions 3.6 to 3.9 are known to work.
 """
@@ -379,16 +381,50 @@ def _continue(
     return _operand(p, k_slots.dtype, HEAD_DIM), new_top, total, acc
 
 
+@gluon.constexpr_function
+def _by_row(head_dim):
+    """Layout of 64 rows of a head that leave one by one, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _raster(position, head, table_ptr, video):
+    """Where positions of a head are in raster order; those past the video stay where they are.
+
+    Divides in fp32, which is exact for positions up to 2 ** 20.
+    """
+    row = table_ptr + head * 8
+    big = gl.load(row + 3)
+    middle = gl.load(row + 4)
+    slow = ((position.to(gl.float32) + 0.5) * (1.0 / gl.cast(big, gl.float32))).to(gl.int32)
+    rest = position - slow * big
+    mid = ((rest.to(gl.float32) + 0.5) * (1.0 / gl.cast(middle, gl.float32))).to(gl.int32)
+    token = slow * gl.load(row + 5) + mid * gl.load(row + 6) + (rest - mid * middle) * gl.load(row + 7)
+    return gl.where(position < video, token, position)
+
+
+@gluon.jit
+def _scatter(q, out_ptr, token, inside, sample, head, heads, length, HEAD_DIM: gl.constexpr):
+    """Write 64 rows, which lie in a slot of queries, to where their tokens are."""
+    column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _by_row(HEAD_DIM)))
+    rows = q.reshape([64, HEAD_DIM]).load(_by_row(HEAD_DIM))
+    _barrier()  # all have read when one of them frees the slot
+    start = (gl.cast(sample, gl.int64) * length * heads + head) * HEAD_DIM
+    offset = gl.cast(token, gl.int64) * (heads * HEAD_DIM)
+    gl.store(out_ptr + start + offset[:, None] + column[None, :], rows, mask=inside[:, None])
+
+
 @gluon.jit
 def _consume(
-    w: gl.constexpr, out_desc, lse_ptr, heads, layout, scale, queries, keys, values, mail, spots,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, NEED_LSE: gl.constexpr,
+    w: gl.constexpr, out, lse_ptr, heads, layout, scale, queries, keys, values, mail, spots,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, NEED_LSE: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_full, q_empty = queries
     k_slots, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     length, video, text_start = layout
+    out_desc, out_ptr, table_ptr = out
     by_score: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
     by_out: gl.constexpr = gl.SliceLayout(1, _accumulator(HEAD_DIM))
     mbarrier.wait(q_full.index(0), 0)
@@ -431,6 +467,11 @@ def _consume(
             valid = (row < video) | ((row >= text_start) & (row < end))
             factor = gl.where(valid, factor, -1.0)
             lse = gl.where(valid, lse, -float("inf"))
+        target = row
+        if ORDER:
+            target = _raster(row, where & 0xFFFF, table_ptr, video)
+            position = start + w * 64 + gl.arange(0, 64, gl.SliceLayout(1, _by_row(HEAD_DIM)))
+            token = _raster(position, where & 0xFFFF, table_ptr, video)
         scores = warpgroup_mma_wait(1, [s_run])
         top, p, total = _open(scores, spots, k_slot, masked, end2, layout, scale, KEYS, TEXT)
         mbarrier.arrive(k_empty.index(k_slot))
@@ -442,11 +483,14 @@ def _consume(
         if TEXT:
             acc = gl.where((factor < 0)[:, None], 0.0, acc)
         q.reshape([64, HEAD_DIM]).store(acc.to(q.dtype))
+        if ORDER:
+            _scatter(q, out_ptr, token, position < length, where >> 16, where & 0xFFFF, heads, length, HEAD_DIM)
         fence_async_shared()
-        _store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
+        if not ORDER:
+            _store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
         if NEED_LSE:
             offset = gl.cast((where >> 16) * heads + (where & 0xFFFF), gl.int64) * length
-            gl.store(lse_ptr + offset + row, lse, mask=row < length)
+            gl.store(lse_ptr + offset + target, lse, mask=row < length)
         where, start, end = where2, start2, end2
         before, q_slot, q_phase = q_slot, q_slot2, q_phase2
         n += 1
@@ -467,8 +511,8 @@ def _barriers(SLOTS: gl.constexpr):
 # nothing is specialised: sizes change from call to call, and lists may start anywhere in a buffer
 @gluon.jit(
     do_not_specialize=[
-        "lse_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr", "next_ptr", "total", "rows", "heads", "map_rows",
-        "map_heads", "shares", "length", "video", "text_start",
+        "table_ptr", "lse_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr", "next_ptr", "total", "rows", "heads",
+        "map_rows", "map_heads", "shares", "length", "video", "text_start",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -477,6 +521,8 @@ def forward_kernel(
     v_desc,
     tail_desc,
     out_desc,
+    out_ptr,
+    table_ptr,
     lse_ptr,
     row_ptr,
     ids_ptr,
@@ -498,6 +544,7 @@ def forward_kernel(
     SPARSE: gl.constexpr,
     TEXT: gl.constexpr,
     NEED_LSE: gl.constexpr,
+    ORDER: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     slots: gl.constexpr = _slots(HEAD_DIM)
@@ -516,12 +563,13 @@ def forward_kernel(
     descs = (q_desc, k_desc, v_desc, tail_desc)
     lists = (row_ptr, ids_ptr, order_ptr)
     work = (total, rows, heads, map_rows, map_heads, shares)
+    out = (out_desc, out_ptr, table_ptr)
     gl.warp_specialize(
         [
-            (_consume, (0, out_desc, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, TEXT, NEED_LSE)),
-            (_consume, (1, out_desc, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, TEXT, NEED_LSE)),
+            (_consume, (0, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
+            (_consume, (1, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
             (_produce, (descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
                         KEYS, HEAD_DIM, SPARSE, TEXT)),
         ],

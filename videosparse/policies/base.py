@@ -15,7 +15,7 @@ from videosparse.kernels import KernelOptions
 from videosparse.kernels.order_search import OrderSelection
 from videosparse.kernels.selection import Selection
 from videosparse.layout import TokenLayout
-from videosparse.ordering import TokenOrder
+from videosparse.ordering import AnyOrder
 
 TRAINING = "training"
 """The context of a `RunStep` that is no step of a run."""
@@ -55,7 +55,7 @@ class LayerPlan:
         layout: the sequence of this call; in sparse modes text starts on a fresh block.
         index: lists of kept blocks, or the packed map of a method that searches: written in the modes search and
             refresh, read in the modes refresh and sparse; None in dense mode.
-        order: token order; None is raster order.
+        order: token order of q, k, v and of the index, in sparse modes; None is raster order.
         lse: [B, H, L], fp32 or bf16: written by search, read by refresh; None in the other modes.
         codes: int32 [H], the token order of each head for later calls: written by a search that chooses orders, read by
             one that keeps them; None in the other modes.
@@ -68,7 +68,7 @@ class LayerPlan:
     mode: Mode
     layout: TokenLayout
     index: BlockIndex | PackedIndex | None = None
-    order: TokenOrder | None = None
+    order: AnyOrder | None = None
     lse: torch.Tensor | None = None
     codes: torch.Tensor | None = None
     selection: Selection | OrderSelection | None = None
