@@ -383,6 +383,16 @@ def type_name(transformer: object, family: ModelFamily) -> str:
     return next(cls.__name__ for cls in type(transformer).__mro__ if cls.__name__ in family.transformers)
 
 
+def tracker_of(transformer: torch.nn.Module) -> RunTracker:
+    """What follows the forwards of a transformer to which a processor is bound.
+
+    Raises:
+        KeyError: none is.
+    """
+    tracker: RunTracker = vars(_unwrap(transformer))[_TRACKER]
+    return tracker
+
+
 def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
     """Bind `processor` to every self-attention of a pipeline or a transformer. Attaching again replaces.
 

@@ -19,7 +19,13 @@ Debug = Annotated[
 
 _LABEL = 14  # the longest is "transformers"
 
-_PHASES = {"load": "loading", "prompt": "reading the prompt", "denoise": "denoising", "decode": "decoding"}
+_PHASES = {
+    "load": "loading",
+    "prompt": "reading the prompt",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "maps": "finding maps",
+}
 
 
 @contextmanager
