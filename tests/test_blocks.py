@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from videosparse.blocks import BlockMap, work_order
+from videosparse.blocks import BlockMap, PackedIndex, pack_rows, unpack_rows, work_order
 from videosparse.layout import TokenLayout, VideoGrid
 
 
@@ -184,3 +184,37 @@ def test_prints_itself_as_a_picture_and_saves_a_png(tmp_path):
 def test_refuses_what_does_not_fit(keep, block, error, message):
     with pytest.raises(error, match=message):
         BlockMap(keep, block, 128, 100)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 31])
+def test_packed_rows_start_on_a_byte(columns):
+    keep = torch.rand(2, 3, columns) > 0.5
+    bits = pack_rows(keep)
+    assert bits.shape == (2, 3, -(-columns // 8))
+    assert torch.equal(unpack_rows(bits, columns), keep)
+    assert [bits[1, 2, 0].item() >> i & 1 for i in range(min(8, columns))] == keep[1, 2, :8].int().tolist()
+    assert unpack_rows(bits, bits.shape[2] * 8)[..., columns:].sum() == 0
+
+
+def test_a_packed_index_has_buffers_of_fixed_size():
+    layout = TokenLayout(VideoGrid(3, 9, 10), text=40).aligned((128, 64))
+    index = PackedIndex.allocate(layout, (128, 64), 2, 3, 50)
+    assert index.shape == (2, 3, 4, 7)
+    assert index.bits.shape == (2, 3, 4, 1)
+    assert index.row_ptr.shape == index.order.shape == (25,)
+    assert index.bytes == 24 + 2 * 25 * 4
+    assert not index.block_map().keep.any()
+    other = index.to("cpu")
+    other.bits.fill_(5)
+    other.row_ptr.fill_(7)
+    assert not index.bits.any(), "a copy"
+    index.copy_(other)
+    assert (index.bits == 5).all()
+    assert (index.row_ptr == 7).all()
+    assert index.block_map().density == pytest.approx(2 / 7)
+
+
+def test_a_packed_index_that_is_too_large():
+    layout = TokenLayout(VideoGrid(3, 9, 10))
+    with pytest.raises(ValueError, match=r"at most 2147483647 rows and entries .*lower density, larger blocks"):
+        PackedIndex.allocate(layout, (128, 64), 1, 1, 2**31)

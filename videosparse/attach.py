@@ -208,10 +208,10 @@ class RunTracker:
         """When this forward happens; starts a record when it is the first of a run."""
         clock, binding = self.session.clock, self.session.processor.binding
         before = clock.run
-        self.session.enter(self, dense.layout.grid, self._resolved and self._resolved.policy)
+        assert self._resolved is not None
+        self.session.enter(self, dense.layout.grid, self._resolved.policy)
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
-            assert self._resolved is not None
             _warn_if_all_dense(self._resolved, clock.total())
             runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title_of(dense.kernel)
             binding.record = RunRecord(dense.layout, _backend(self._resolved, device), runs_dense)
@@ -285,8 +285,8 @@ class RunTracker:
             key = (id(plan.index), id(plan.order)) if plan.mode is Mode.SPARSE else (id(layer), 0)
             if key not in shared:
                 shared[key] = replace(plan, options=resolved.options)
-                own = isinstance(plan.index, BlockIndex) and _own_backend(resolved, latents.device) == "triton"
-                if torch.is_grad_enabled() and own:
+                own = _own_backend(resolved, latents.device) == "triton"
+                if torch.is_grad_enabled() and isinstance(plan.index, BlockIndex) and own:
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
                 if plan.order is not None:
                     plan.order.table(latents.device)  # likewise
@@ -320,9 +320,7 @@ def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, lay
 def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved) -> None:
     """Raise NotImplementedError for context parallelism whose shards do not fit."""
     policy = resolved.policy
-    host.check_parallel(
-        joint=family.joint, sparse=policy is not None, searches=policy is not None and policy.searches
-    )
+    host.check_parallel(joint=family.joint, sparse=policy is not None, searches=policy is not None and policy.searches)
 
 
 def _check_offload(transformer: torch.nn.Module, resolved: Resolved) -> None:

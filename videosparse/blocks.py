@@ -1,5 +1,6 @@
-"""Which key blocks each query block reads: as a picture (`BlockMap`), as the lists that kernels walk (`BlockIndex`), and
-as what a method that searches keeps between steps (`PackedIndex`)."""
+"""Which key blocks each query block reads: `BlockMap` is the picture, `BlockIndex` the lists that kernels walk, and
+`PackedIndex` what a method that searches keeps between steps.
+"""
 
 from __future__ import annotations
 
@@ -295,18 +296,18 @@ class PackedIndex:
         shape = (samples, heads, rows, columns)
         size = (samples, heads, rows, ceil_div(columns, 8))
         bits = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        numbers = [torch.zeros(count + 1, dtype=torch.int32, device=device, pin_memory=pinned) for _ in range(2)]
-        return cls(bits, *numbers, capacity, shape, block, layout.length, layout.length)
+        row_ptr, order = torch.zeros(2, count + 1, dtype=torch.int32, device=device, pin_memory=pinned)
+        return cls(bits, row_ptr, order, capacity, shape, block, layout.length, layout.length)
 
     def to(self, device: torch.device | str) -> PackedIndex:
         """A copy on `device`, ordered like the kernels of its current stream; the host does not wait."""
-        copies = (t.to(device, non_blocking=True, copy=True) for t in (self.bits, self.row_ptr, self.order))
-        return replace(self, **dict(zip(("bits", "row_ptr", "order"), copies, strict=True)))
+        bits, row_ptr, order = (t.to(device, non_blocking=True, copy=True) for t in self._tensors)
+        return replace(self, bits=bits, row_ptr=row_ptr, order=order)
 
     def copy_(self, other: PackedIndex) -> None:
-        """Take over the map of `other`, which may be on another device; the host does not wait where memory is pinned."""
-        for name in ("bits", "row_ptr", "order"):
-            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+        """Take over the map of `other`, which may be on another device; for pinned memory the host does not wait."""
+        for mine, its in zip(self._tensors, other._tensors, strict=True):
+            mine.copy_(its, non_blocking=True)
 
     def block_map(self) -> BlockMap:
         """The map as a `BlockMap`, for tests and pictures: a byte a block."""
@@ -315,12 +316,17 @@ class PackedIndex:
     @property
     def bytes(self) -> int:
         """Memory of the buffers on their device."""
-        return sum(t.numel() * t.element_size() for t in (self.bits, self.row_ptr, self.order))
+        return sum(t.numel() * t.element_size() for t in self._tensors)
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.bits, self.row_ptr, self.order
 
 
 def pack_rows(keep: torch.Tensor) -> torch.Tensor:
     """uint8 [..., ceil(N / 8)] from bool [..., N]: eight blocks a byte, lowest bit first, each row on its own bytes."""
-    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).to(torch.uint8)
+    padded = padded.view(*keep.shape[:-1], padded.shape[-1] // 8, 8)
     weight = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
     return (padded * weight).sum(-1, dtype=torch.uint8)
 
@@ -328,7 +334,8 @@ def pack_rows(keep: torch.Tensor) -> torch.Tensor:
 def unpack_rows(bits: torch.Tensor, columns: int) -> torch.Tensor:
     """bool [..., columns] from uint8 [..., ceil(columns / 8)]; the inverse of `pack_rows`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits[..., None] >> shifts & 1).flatten(-2)[..., :columns].bool()
+    keep: torch.Tensor = (bits[..., None] >> shifts & 1).flatten(-2)
+    return keep[..., :columns].bool()
 
 
 def transpose_lists(

@@ -73,6 +73,37 @@ def test_compare(run, tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["method"]["set"] == {"decay": 0.5, "first_steps": 0}
 
 
+@pytest.mark.parametrize("compare", [False, True])
+def test_adaspa(run, tmp_path, compare):
+    sets = ["--set", "adaspa.density=0.4", "--set", "adaspa.refresh=0.5,0.8", "--set", "adaspa.lse_dtype=bfloat16"]
+    more = ["--compare"] if compare else []
+    result = make(run, "--method", "adaspa", *sets, "--steps", 6, "-o", "a.mp4", *more)
+    assert result.exit_code == 0, result.output
+    assert "adaspa density=0.4 refresh=(0.5, 0.8)" in result.stdout
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["method"]["set"] == {"density": 0.4, "refresh": [0.5, 0.8], "lse_dtype": "bfloat16"}
+    assert record["method"]["options"]["recall_threshold"] == 0.8
+    attention = record["attention"]
+    # 3 blocks of keys, of which a row keeps one; the first step searches, and is dense
+    assert attention["video_density"] == attention["density"] == pytest.approx(1 / 3)
+    assert (attention["dense_calls"], attention["sparse_calls"]) == (4, 20)
+    assert ("PSNR" in result.stdout) == compare
+
+
+def test_plan_of_adaspa(run):
+    size = ["--height", "720", "--width", "1280", "--frames", "81", "--steps", "50"]
+    result = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size)
+    assert result.exit_code == 0, result.output
+    for word in (
+        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.63x",
+        "1.18 GiB between steps: lse 461 MiB, bits 133 MiB, lists 7 MiB for each of 2 branches of 40 layers",
+        "lse in float32",
+    ):  # fmt: skip
+        assert word in result.stdout
+    half = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size, "--set", "adaspa.lse_dtype=bfloat16")
+    assert "lse 231 MiB" in half.stdout
+
+
 def test_demo(run, tmp_path, model_folder, monkeypatch):
     monkeypatch.setattr("videosparse.generation.sources._embedded_candidates", lambda: iter([model_folder]))
     monkeypatch.setattr("videosparse.generation.sources._FAMILY_DEFAULTS", {"wan": "tiny-wan"})
@@ -105,11 +136,13 @@ def test_overwrite(run, tmp_path):
         (["--output", "a.gif"], "must end in .mp4"),
         (["--dtype", "fp16"], "fp16 is slow and inexact on a CPU"),
         (["--steps", "-3"], "steps must be 1 to 1000 (got -3); the model's is 50."),
-        (["--method", "radail"], "Unknown method 'radail'; use radial or dense. Did you mean 'radial'?"),
+        (["--method", "radail"], "Unknown method 'radail'; use radial, adaspa or dense. Did you mean 'radial'?"),
         (["--set", "radial.dekay=1"], "Did you mean 'decay'?"),
         (["--set", "radial.decay=x"], "radial.decay must be a number, such as 0.5 (got 'x')."),
         (["--set", "radial.sink=maybe"], "radial.sink must be yes or no (got 'maybe')."),
         (["--set", "radial.decay"], "expects method.option=value"),
+        (["--method", "adaspa", "--set", "adaspa.refresh=0.1", "--steps", "20"], "refresh=0.1 is step 2 of 20"),
+        (["--method", "adaspa", "--set", "adaspa.density=2"], "density must lie in 0..1"),
         (["--method", "dense", "--compare"], "sets a sparse method against dense"),
         (["--device", "gpu"], "Unknown device 'gpu'"),
         (["--offload", "model"], "this run is on cpu"),
@@ -267,6 +300,7 @@ def test_plan_of_a_folder_and_of_dense(run):
         (["--model", "wan2.1-14b", "--method", "dense", "--set", "radial.decay=1"], "this run uses dense"),
         (["--model", "wan2.1-14b", "--png", "map.jpg"], "must end in .png"),
         (["--model", "mochi", "--method", "dense", "--png", "map.png"], "no block map to draw"),
+        (["--model", "mochi", "--method", "adaspa", "--png", "map.png"], "there is no block map to draw before"),
         (["--model", "wan9"], "No model folder at wan9"),
         (["--model", "hunyuan-video", "--frames", "100001"], "are possible; use fewer frames or a smaller size"),
         (["--model", "mochi", "--frames", "999999999999999997"], "are possible; use fewer frames or a smaller size"),

@@ -57,6 +57,40 @@ def test_values_are_read_as_the_type_of_the_option(text, value):
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("refresh=0.6", (0.6,)), ("refresh=30", (30,)), ("refresh=0.4,0.7", (0.4, 0.7)),
+        ("refresh=(20, 0.7)", (20, 0.7)),
+        ("refresh=(0.6,)", (0.6,)), ("refresh=()", ()), ("density=0.3", 0.3), ("block=64", (64, 64)),
+        ("block=128x128", (128, 128)), ("sample=16", 16), ("sample=none", None), ("head_adaptive=no", False),
+        ("lse_dtype=bfloat16", "bfloat16"), ("offload_state=yes", True), ("recall_threshold=1", 1),
+        ("first_steps=0.3", 0.3), ("backend=torch", "torch"),
+    ],
+)  # fmt: skip
+def test_options_of_adaspa(text, value):
+    option = text.partition("=")[0]
+    read = parse_overrides([f"adaspa.{text}"])["adaspa"][option]
+    assert read == value
+    assert make_processor("adaspa", {option: read})
+
+
+@pytest.mark.parametrize("text", ["refresh=late", "refresh=0.4;0.5", "refresh=,", "refresh=(0.4"])
+def test_refreshes_that_are_no_numbers(text):
+    value = text.partition("=")[2]
+    message = f"adaspa.refresh must be a number or several, such as 0.6 or 0.4,0.7 (got {value!r})."
+    with pytest.raises(GenerationError, match=re.escape(message)):
+        parse_overrides([f"adaspa.{text}"])
+
+
+def test_a_refresh_that_does_not_fit_the_steps():
+    resolve_method(WAN, GRID, "adaspa", {"refresh": 5}, 8)
+    with pytest.raises(GenerationError, match="refresh=5 is step 5 of 50, which is not after the search at step 10"):
+        resolve_method(WAN, GRID, "adaspa", {"refresh": 5}, 50)
+    with pytest.raises(GenerationError, match="refresh=5 is step 5 of 50"):
+        check_method_fits(WAN, GRID, "adaspa", {"refresh": 5}, torch.device("cpu"), 50)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sink=maybe", "radial.sink must be yes or no (got 'maybe')."),
@@ -124,7 +158,7 @@ def test_bad_values(options, message):
 def test_method_names():
     check_method("dense")
     assert "decay" in option_names("radial")
-    with pytest.raises(GenerationError, match=r"Unknown method 'sparse'; use radial or dense"):
+    with pytest.raises(GenerationError, match=r"Unknown method 'sparse'; use radial, adaspa or dense"):
         check_method("sparse")
 
 
@@ -138,6 +172,8 @@ def test_resolved_options_are_the_models_with_what_was_given():
     options = resolved_options(resolve_method(WAN, GRID, "radial", {"first_steps": 2}))
     assert (options["decay"], options["first_steps"], options["sink"]) == (0.2, 2, True)
     assert resolved_options(resolve_method(WAN, GRID, "dense", None)) == {}
+    options = resolved_options(resolve_method(WAN, GRID, "adaspa", {"density": 0.3}, 50))
+    assert (options["density"], options["refresh"], options["first_steps"]) == (0.3, (0.6,), 0.2)
 
 
 def test_more_dense_layers_than_the_model_has():

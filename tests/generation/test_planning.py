@@ -73,6 +73,39 @@ def test_a_new_static_method_is_planned_and_one_that_searches_is_refused(monkeyp
     methods.check_method_fits(source, plan.grid, "banded", {"searches": True}, torch.device("cpu"))
 
 
+def test_adaspa_on_wan_14b():
+    """50 steps: ten dense, the last of which searches, and a refresh; each pass is half a dense forward."""
+    plan = plan_run(find_spec("wan2.1-14b"), num_frames=81, height=720, width=1280, steps=50, method="adaspa")
+    assert (plan.blocks, plan.block, plan.block_map) == ((591, 1182), (128, 64), None)
+    assert plan.density == plan.video_density == pytest.approx(0.2, abs=5e-4)
+    assert plan.average_density == pytest.approx((10 + 40 * plan.density) / 50)
+    assert plan.search == pytest.approx(2 * 0.5 / 50)
+    assert plan.search_flops == pytest.approx(0.02 * plan.dense_run_flops)
+    assert plan.run_flops == pytest.approx((plan.average_density + 0.02) * plan.dense_run_flops)
+    assert plan.attention_bound == pytest.approx(plan.dense_run_flops / plan.run_flops)
+    assert plan.state_bytes["lse"] == 75_600 * 40 * 4
+    assert plan.state_bytes["bits"] == 40 * 591 * 148
+    assert plan.kept_bytes == 2 * 40 * sum(plan.state_bytes.values())
+    assert plan.method["refresh"] == (0.6,)
+    with pytest.raises(GenerationError, match="chooses blocks while it runs: there is no block map to draw before"):
+        plan.save_png("unused.png")
+
+
+def test_adaspa_with_text_dense_layers_and_experts():
+    spec = find_spec("hunyuan-video")
+    plan = plan_run(spec, method="adaspa", options={"first_layers": 2, "lse_dtype": "bfloat16", "sample": 16})
+    assert plan.density > plan.video_density
+    assert plan.search == pytest.approx(58 / 60 * 2 * 0.5 * 16 / 128 / plan.steps)
+    assert plan.kept_bytes == 58 * sum(plan.state_bytes.values())
+    assert plan.state_bytes["lse"] == 24 * 2 * plan.layout.aligned((128, 64)).length
+    experts = plan_run(find_spec("wan2.2-a14b"), steps=40, method="adaspa")
+    # the second expert's first step is dense, too
+    assert experts.average_density == pytest.approx((9 + 31 * experts.density) / 40)
+    assert experts.search == pytest.approx(3 * 0.5 / 40)
+    with pytest.raises(GenerationError, match="refresh=3 is step 3 of 50"):
+        plan_run(spec, method="adaspa", options={"refresh": 3}, steps=50)
+
+
 def test_no_guidance_is_one_branch():
     assert plan_run(find_spec("wan2.1-1.3b"), guidance=1.0).branches == 1
 

@@ -200,14 +200,6 @@ def test_image_latents_instead_of_video(tiny_of):
         model(torch.zeros(1, 16, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32))
 
 
-def test_modes_that_are_not_built(tiny_of):
-    from videosparse.policies.base import LayerPlan, Mode
-
-    layer = LayerProcessor(None, None)
-    with pytest.raises(NotImplementedError, match="mode search"):
-        layer.core(None, None, None, LayerPlan(Mode.SEARCH, videosparse.TokenLayout(videosparse.VideoGrid(1, 1, 1))))
-
-
 def test_a_token_order_of_another_model_or_grid(tiny_of, monkeypatch):
     from dataclasses import replace
 

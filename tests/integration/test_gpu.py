@@ -5,7 +5,7 @@ from pipes import PIPES, TINY, assert_as_accurate
 import pytest
 import torch
 
-from videosparse import DenseProcessor, RadialProcessor, sparsify
+from videosparse import AdaSpaProcessor, DenseProcessor, RadialProcessor, sparsify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -147,3 +147,62 @@ def test_model_cpu_offload():
     videos = [kind.run(pipe, height=128, width=128).cpu() for _ in range(3)]
     assert processor.report().sparse_calls == 8
     assert all(torch.equal(v, videos[0]) for v in videos)
+
+
+def five_steps(model, inputs):
+    model._reset_stateful_cache()
+    return [forward(model, {**inputs, "timestep": torch.full((2,), 900.0 - t, device="cuda")}) for t in range(5)]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_adaspa(name):
+    """With every block it is as accurate as stock; with fewer it is the same twice."""
+    model, inputs = on_gpu(name, torch.bfloat16)
+    exact, wide = on_gpu(name, torch.float32)
+    truth, stock = five_steps(exact, wide), five_steps(model, inputs)
+    sparsify(model, AdaSpaProcessor(density=1.0, num_steps=5))
+    for ours, plain, true in zip(five_steps(model, inputs), stock, truth, strict=True):
+        assert_as_accurate(ours, plain, true)
+    videos = []
+    for more in ({}, {}, {"offload_state": True}):
+        processor = AdaSpaProcessor(density=0.3, num_steps=5, backend="triton", **more)
+        sparsify(model, processor)
+        videos.append(five_steps(model, inputs)[-1])
+        assert processor.report().backend == "triton"
+        assert processor.report().density < 0.5
+    assert all(torch.equal(video, videos[0]) for video in videos)
+
+
+@pytest.mark.parametrize("more", [{}, {"sample": 16, "lse_dtype": "bfloat16"}, {"offload_state": True}], ids=str)
+def test_searching_does_not_wait_for_the_device(more, monkeypatch):
+    """Attention of searches, refreshes and sparse calls, once kernels are compiled."""
+    from videosparse.processors import LayerProcessor
+
+    core, watched = LayerProcessor.core, []
+
+    def watching(self, *arguments):
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        try:
+            return core(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(LayerProcessor, "core", watching)
+    model, inputs = on_gpu("hunyuan_video", torch.bfloat16)
+    sparsify(model, AdaSpaProcessor(density=0.3, num_steps=5, **more))
+    first = five_steps(model, inputs)
+    watched.append(True)
+    for one, other in zip(first, five_steps(model, inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_adaspa_in_compiled_blocks():
+    model, inputs = on_gpu("wan", torch.bfloat16)
+    exact, wide = on_gpu("wan", torch.float32)
+    for each in (model, exact):
+        sparsify(each, AdaSpaProcessor(density=1.0, num_steps=5))
+    truth, eager = five_steps(exact, wide), five_steps(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True)
+    for compiled, plain, true in zip(five_steps(model, inputs), eager, truth, strict=True):
+        assert_as_accurate(compiled, plain, true)

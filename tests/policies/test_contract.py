@@ -46,6 +46,42 @@ def test_plan_fits_the_layout(policy, layout):
         assert not text_rows or (counts.view(-1, rows)[:, -text_rows:] == cols).all(), "text rows are not dense"
 
 
+def test_a_method_that_searches_keeps_its_map(policy, layout):
+    if not policy.searches:
+        pytest.skip("static")
+    state = {}
+    first = policy.plan(layout, RunStep("cond", 20, 50), 3, state, device=CPU, samples=2, heads=3)
+    later = policy.plan(layout, RunStep("cond", 21, 50), 3, state, device=CPU, samples=2, heads=3)
+    assert (first.mode, later.mode) == (Mode.SEARCH, Mode.SPARSE)
+    assert later.index is first.index
+    rows, cols = (ceil_div(first.layout.length, b) for b in policy.block)
+    assert first.index.shape == (2, 3, rows, cols)
+    assert first.lse is None or first.lse.shape == (2, 3, first.layout.length)
+    density, video_density = policy.densities(layout)
+    assert 0 < video_density <= density < 1
+    assert density * rows * cols * 6 <= first.index.capacity <= density * rows * cols * 6 + 6 * rows
+    kept = policy.state_bytes(layout, 2, 3)
+    lse = 0 if first.lse is None else first.lse.numel() * first.lse.element_size()
+    assert sum(kept.values()) == first.index.bytes + lse
+
+
+def test_a_selection_fits_the_layout(policy, layout):
+    if not policy.searches:
+        pytest.skip("static")
+    aligned = layout.aligned(policy.block)
+    rows, cols = (ceil_div(aligned.length, b) for b in policy.block)
+    if rows * cols > 2**20:
+        pytest.skip("much to sort on a CPU")
+    index = policy.select(torch.rand(1, 2, rows, cols), layout)
+    counts = index.row_ptr.diff().view(2, rows)
+    video_rows, text_cols = ceil_div(layout.video, policy.block[0]), ceil_div(layout.text, policy.block[1])
+    assert counts.min() > text_cols
+    assert (counts[:, video_rows:] == cols).all(), "text rows are not dense"
+    ids = index.ids[: int(index.row_ptr[-1])]
+    for column in range(cols - text_cols, cols):
+        assert (ids == column).sum() == 2 * rows, "a row does not read the text"
+
+
 def test_a_static_map_is_what_the_plan_reads(policy, layout):
     block_map = policy.static_map(layout)
     if block_map is None:

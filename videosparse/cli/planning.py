@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, flops, guard, memory, rows, seconds
-from videosparse.cli.generation import Set, density_text, method_text
+from videosparse.cli.generation import Set, density_text, method_text, with_plan
 
 if TYPE_CHECKING:
     from videosparse.generation.planning import GenerationPlan
@@ -18,12 +18,13 @@ def plan(
         str | None,
         typer.Option(help="Name (wan2.1-14b, ...), Diffusers folder or hub id.", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial or dense.")] = "radial",
+    method: Annotated[str, typer.Option(help="Attention: radial, adaspa, paro or dense.")] = "radial",
     frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    plan_file: Annotated[str | None, typer.Option("--plan", help="For paro: what videosparse calibrate made.")] = None,
     options: Set = None,
     png: Annotated[str | None, typer.Option(help="Also draw the block map to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
@@ -36,7 +37,7 @@ def plan(
         from videosparse.generation.planning import plan_run
         from videosparse.generation.sources import find_spec
 
-        given = parse_overrides(options or ())
+        given = parse_overrides(with_plan(plan_file, options))
         check_method(method)
         check_options_used(given, method)
         place = None if png is None else picture_place(png, overwrite)
@@ -67,9 +68,9 @@ def _show(result: GenerationPlan, method: str) -> None:
             ("Method", method_text(method, result.method)),
         ]
     )
-    if result.block_map is not None:
-        count = " x ".join(str(n) for n in result.block_map.keep.shape[2:])
-        size = " x ".join(str(n) for n in result.block_map.block)
+    if result.blocks is not None and result.block is not None:
+        count = " x ".join(str(n) for n in result.blocks)
+        size = " x ".join(str(n) for n in result.block)
         rows(
             [
                 ("Blocks", f"{count} of {size} tokens"),
@@ -79,20 +80,25 @@ def _show(result: GenerationPlan, method: str) -> None:
         )
     step = f"{flops(result.dense_flops)} dense"
     run = f"{flops(result.dense_run_flops)} dense"
-    if result.block_map is not None:
+    if result.blocks is not None:
         step += f", {flops(result.sparse_flops)} sparse"
         run += f", {flops(result.run_flops)} with this method"
+    if result.search:
+        run += f", of which {flops(result.search_flops)} to search"
     rows(
         [
             ("A step", f"{step} (self-attention, {result.branches} forward{'s' if result.branches > 1 else ''})"),
             ("A run", f"{run} ({result.steps} steps)"),
         ]
     )
+    if result.blocks is None:
+        return
+    bound = f"attention at most {result.attention_bound:.2f}x faster over the run; the rest gains nothing"
+    rows([("Bound", bound), *_state(result)])
     if result.block_map is None:
         return
     rows(
         [
-            ("Bound", f"attention at most {result.attention_bound:.2f}x faster over the run; the rest gains nothing"),
             (
                 "Memory",
                 f"map {memory(result.map_bytes)}, lists {memory(result.index_bytes)}; one for all heads and layers",
@@ -101,6 +107,19 @@ def _show(result: GenerationPlan, method: str) -> None:
         ]
     )
     typer.echo(f"\n{result.block_map.picture()}")
+
+
+def _state(result: GenerationPlan) -> list[tuple[str, str]]:
+    """Rows on what a method keeps between steps, where it keeps something."""
+    if not result.kept_bytes:
+        return []
+    one = sum(result.state_bytes.values())
+    layers = result.kept_bytes // (one * result.branches)
+    parts = ", ".join(f"{kind} {memory(size * layers)}" for kind, size in result.state_bytes.items())
+    branch = "a branch" if result.branches == 1 else f"each of {result.branches} branches"
+    kept = f"{memory(result.kept_bytes)} between steps: {parts} for {branch} of {layers} layers"
+    lse = result.method.get("lse_dtype")
+    return [("State", f"{kept} (lse in {lse})" if lse else kept)]
 
 
 def _layers(result: GenerationPlan) -> str:

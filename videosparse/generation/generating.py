@@ -199,16 +199,18 @@ def compare(
 def check_comparable(method: str) -> None:
     """Raise GenerationError when a comparison with dense would compare dense with itself."""
     if method == "dense":
-        raise GenerationError("--compare sets a sparse method against dense; choose --method radial.")
+        raise GenerationError("--compare sets a sparse method against dense; choose --method radial, adaspa or paro.")
 
 
 def _warm_up(pipe: Any, settings: Settings, runs: Mapping[str, Options], progress: Progress) -> None:
-    """Run each method for two steps with nothing dense by schedule, so that every kernel is used once."""
+    """Run each method for two steps with nothing dense by schedule, so that every kernel is used once.
+
+    What searches does so at the first step, and again at the second, which is sparse.
+    """
     short = replace(settings, steps=_WARM_UP_STEPS)
+    at_once: dict[str, object] = {"first_steps": 0, "last_steps": 0, "refresh": _WARM_UP_STEPS}
     for method, options in runs.items():
-        sparse_at_once: dict[str, object] = {
-            name: 0 for name in ("first_steps", "last_steps") if name in option_names(method)
-        }
+        sparse_at_once = {name: value for name, value in at_once.items() if name in option_names(method)}
         run_method(pipe, short, method, {**options, **sparse_at_once}, _labelled(progress, f"warm-up {method}"))
 
 

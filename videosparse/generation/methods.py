@@ -18,11 +18,23 @@ from videosparse.generation.sources import ModelSource
 from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import SparsityPolicy
-from videosparse.processors import DenseProcessor, PAROProcessor, Processor, RadialProcessor, Resolved
+from videosparse.processors import (
+    AdaSpaProcessor,
+    DenseProcessor,
+    PAROProcessor,
+    Processor,
+    RadialProcessor,
+    Resolved,
+)
 
 Options = Mapping[str, object]
 
-METHODS: dict[str, type[Processor]] = {"radial": RadialProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
+METHODS: dict[str, type[Processor]] = {
+    "radial": RadialProcessor,
+    "adaspa": AdaSpaProcessor,
+    "paro": PAROProcessor,
+    "dense": DenseProcessor,
+}
 
 # A pipeline's own clock knows the number of steps; the processor's argument is for bare transformers. How queries and
 # keys are normed changes no more than rounding.
@@ -47,7 +59,8 @@ def refusals(before: str = "") -> Iterator[None]:
 def check_method(name: str) -> None:
     """Raise GenerationError unless `name` is a method."""
     if name not in METHODS:
-        raise GenerationError(f"Unknown method {name!r}; use {' or '.join(METHODS)}.{nearest(name, METHODS)}")
+        *others, last = METHODS
+        raise GenerationError(f"Unknown method {name!r}; use {', '.join(others)} or {last}.{nearest(name, METHODS)}")
 
 
 def option_names(method: str) -> tuple[str, ...]:
@@ -60,7 +73,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
     """Options by method from texts such as "radial.decay=0.5"; later ones win.
 
     A value is read as the type that the processor declares: yes, no, on, off, true or false; 64, 64x128 or "64, 128";
-    numbers; words. "none" is the model's default.
+    numbers; several numbers, such as 0.4,0.7; words. "none" is the model's default.
 
     Raises:
         GenerationError: no "method.option=value", an unknown method, an unknown option (with the nearest name), or a
@@ -91,24 +104,34 @@ def make_processor(method: str, options: Options | None = None) -> Processor:
         return METHODS[method](**options)
 
 
-def resolve_method(source: ModelSource, grid: VideoGrid, method: str, options: Options | None) -> Resolved:
+def resolve_method(
+    source: ModelSource, grid: VideoGrid, method: str, options: Options | None, steps: int | None = None
+) -> Resolved:
     """What a method chooses for a model and grid, without weights.
 
     Raises:
-        GenerationError: an unknown method or option, a bad value, or more dense layers than the model has.
+        GenerationError: an unknown method or option, a bad value, more dense layers than the model has, or something
+            that does not fit a run of `steps`, where given.
     """
     processor = make_processor(method, options)
     with refusals():
         resolved = processor.resolve(source.described, experts=source.experts, grid=grid)
         resolved.schedule.check_layers(source.spec.layers)
+        if steps is not None and resolved.policy is not None:
+            resolved.policy.check_run(resolved.schedule, steps)
     return resolved
 
 
 def check_method_fits(
-    source: ModelSource, grid: VideoGrid, method: str, options: Options | None, device: torch.device
+    source: ModelSource,
+    grid: VideoGrid,
+    method: str,
+    options: Options | None,
+    device: torch.device,
+    steps: int | None = None,
 ) -> None:
-    """Raise GenerationError where a method cannot run on a model, grid and device."""
-    resolved = resolve_method(source, grid, method, options)
+    """Raise GenerationError where a method cannot run on a model, grid and device, or for so many steps."""
+    resolved = resolve_method(source, grid, method, options, steps)
     if resolved.policy is not None:
         static_map(resolved.policy, TokenLayout(grid, source.spec.text))
     if reason := unavailable(resolved.options.backend, device, torch.bfloat16):
@@ -157,14 +180,20 @@ def _value(method: str, option: str, text: str) -> object:
     """`text` as the type that the processor declares for `option`."""
     hint = typing.get_type_hints(METHODS[method])[option]
     kinds = typing.get_args(hint) or (hint,)
+    tuples = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple]
+    inside = text[1:-1].strip() if text[0] + text[-1] == "()" else text.lower()
     if text.lower() == "none" and type(None) in kinds:
         return None
     if bool in kinds:
         if text.lower() in _SWITCH:
             return _SWITCH[text.lower()]
         expected = "yes or no"
-    elif any(typing.get_origin(kind) is tuple for kind in kinds):
-        inside = text[1:-1].strip() if text[0] + text[-1] == "()" else text.lower()
+    elif any(Ellipsis in parts for parts in tuples):
+        numbers = tuple(_int_or_float(part) for part in inside.rstrip(",").split(",")) if inside else ()
+        if None not in numbers:
+            return numbers
+        expected = "a number or several, such as 0.6 or 0.4,0.7"
+    elif tuples:
         if found := _SIZES.fullmatch(inside):
             return tuple(int(size or found[1]) for size in found.groups())
         expected = "one size or two, such as 64 or 64x128"
@@ -177,6 +206,11 @@ def _value(method: str, option: str, text: str) -> object:
             return number
         expected = "a number, such as 0.5" if float in kinds else "a whole number, such as 2"
     raise GenerationError(f"{method}.{option} must be {expected} (got {text!r}).")
+
+
+def _int_or_float(text: str) -> int | float | None:
+    text = text.strip()
+    return int(text) if _WHOLE.fullmatch(text) else _number(text)
 
 
 def _number(text: str) -> float | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.methods import Options, refusals, resolve_method, resolved_options, static_map
 from videosparse.generation.request import GUIDANCES, MOST_STEPS, within
 from videosparse.generation.sources import ModelSource
-from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.policies.base import DenseSchedule
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.policies.base import DenseSchedule, SparsityPolicy
+from videosparse.processors import Resolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +29,14 @@ class GenerationPlan:
         branches: forwards of the transformer a step (2 under classifier-free guidance).
         schedule: where attention stays dense.
         method: its configuration for this model, by option; empty for dense.
+        blocks: blocks of queries, of keys; block: (query rows, key rows) of one; None for dense.
         video_density: kept share of the blocks where both sides are video.
         density: kept share of all blocks, text and forced ones included.
         average_density: attention work of the run relative to dense, dense steps and layers included.
-        block_map: the map, None for dense.
+        search: work of the searches of the run relative to that of all its attention, when dense.
+        block_map: the map, None for dense and for a method that chooses blocks while it runs.
         index_bytes: the lists that kernels read, once per video shape.
+        state_bytes: what a method that searches keeps between steps, by kind, for one layer and branch.
         build_seconds: time that map and lists took on this machine's CPU.
     """
 
@@ -40,11 +46,15 @@ class GenerationPlan:
     branches: int
     schedule: DenseSchedule
     method: Options
+    blocks: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
     video_density: float = 1.0
     density: float = 1.0
     average_density: float = 1.0
+    search: float = 0.0
     block_map: BlockMap | None = None
     index_bytes: int = 0
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
     build_seconds: float = 0.0
 
     @property
@@ -72,13 +82,24 @@ class GenerationPlan:
 
     @property
     def run_flops(self) -> float:
-        """The same of this run."""
-        return self.dense_run_flops * self.average_density
+        """The same of this run, its searches included."""
+        return self.dense_run_flops * (self.average_density + self.search)
+
+    @property
+    def search_flops(self) -> float:
+        """The part of it that is for searching."""
+        return self.dense_run_flops * self.search
 
     @property
     def attention_bound(self) -> float:
         """The most that attention can gain over the whole run (Amdahl). What is not attention gains nothing."""
-        return 1 / self.average_density
+        return 1 / (self.average_density + self.search)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What a method that searches keeps between steps, over all layers and branches."""
+        searched = self.source.spec.layers - self.schedule.first_layers - self.schedule.last_layers
+        return sum(self.state_bytes.values()) * max(0, searched) * self.branches
 
     @property
     def map_bytes(self) -> int:
@@ -89,8 +110,12 @@ class GenerationPlan:
         """Draw the block map.
 
         Raises:
-            GenerationError: dense attention has none.
+            GenerationError: dense attention has none, nor has a method that chooses blocks while it runs.
         """
+        if self.blocks is not None and self.block_map is None:
+            raise GenerationError(
+                "This method chooses blocks while it runs: there is no block map to draw before; drop --png."
+            )
         if self.block_map is None:
             raise GenerationError("Dense attention has no block map to draw; drop --png or choose a sparse method.")
         self.block_map.save_png(path)
@@ -123,20 +148,20 @@ def plan_run(
     layout = TokenLayout(grid, source.spec.text)
     guided = guidance > 1 and source.spec.family != "hunyuan_video"
     branches = 2 if guided else 1
-    resolved = resolve_method(source, grid, method, options)
-    policy = resolved.policy
-    if policy is None:
+    resolved = resolve_method(source, grid, method, options, steps)
+    if resolved.policy is None:
         return GenerationPlan(source, layout, steps, branches, resolved.schedule, {})
-    start = time.perf_counter()
-    block_map = static_map(policy, layout)
-    if block_map is None:
+    found = _static(resolved.policy, layout) or _searched(resolved, layout, source, steps)
+    if found is None:
         raise GenerationError(
             f"{method} chooses blocks while it runs: there is no map to plan. Use generate --compare, which measures."
         )
-    with refusals():
-        index = block_map.index()
-    seconds = time.perf_counter() - start
-    density = block_map.density
+    values = {
+        "average_density": resolved.schedule.average_density(found["density"], steps, source.spec.layers),
+        **found,
+    }
+    size = resolved.policy.block
+    aligned = layout.aligned(size)
     return GenerationPlan(
         source,
         layout,
@@ -144,10 +169,44 @@ def plan_run(
         branches,
         resolved.schedule,
         resolved_options(resolved),
-        video_density=block_map.video_density(layout),
-        density=density,
-        average_density=resolved.schedule.average_density(density, steps, source.spec.layers),
-        block_map=block_map,
-        index_bytes=index.bytes,
-        build_seconds=seconds,
+        blocks=(ceil_div(aligned.length, size[0]), ceil_div(aligned.length, size[1])),
+        block=size,
+        **values,
     )
+
+
+def _static(policy: SparsityPolicy, layout: TokenLayout) -> dict[str, Any] | None:
+    """What is known of a static map, by field of `GenerationPlan`; None when the method has none."""
+    start = time.perf_counter()
+    block_map = static_map(policy, layout)
+    if block_map is None:
+        return None
+    with refusals():
+        index = block_map.index()
+    return {
+        "build_seconds": time.perf_counter() - start,
+        "video_density": block_map.video_density(layout),
+        "density": block_map.density,
+        "block_map": block_map,
+        "index_bytes": index.bytes,
+    }
+
+
+def _searched(resolved: Resolved, layout: TokenLayout, source: ModelSource, steps: int) -> dict[str, Any] | None:
+    """What is known before of maps that are searched for, likewise; None when the method cannot tell."""
+    policy, schedule, spec = resolved.policy, resolved.schedule, source.spec
+    assert policy is not None
+    both = policy.densities(layout)
+    if both is None:
+        return None
+    density, video_density = both
+    searched = max(0, spec.layers - schedule.first_layers - schedule.last_layers) / spec.layers
+    more_dense, passes = policy.search_work(schedule, steps, source.experts)
+    average = schedule.average_density(density, steps, spec.layers) + searched * more_dense * (1 - density) / steps
+    return {
+        "video_density": video_density,
+        "density": density,
+        "average_density": average,
+        "search": searched * passes / steps,
+        "state_bytes": policy.state_bytes(layout, 1, spec.heads),
+    }

@@ -38,7 +38,7 @@ class GenerationRequest:
     Args:
         prompt: what the video shows; longer than the model reads is cut by its pipeline.
         model: Diffusers folder, hub id or a name from `videosparse.cases.MODELS`; None is the embedded model.
-        method: "radial" or "dense".
+        method: "radial", "adaspa", "paro" or "dense".
         options: of each method by name, such as {"radial": {"decay": 0.5}}.
         num_frames: pixel frames.
         height, width: pixels.
@@ -95,7 +95,8 @@ class GenerationRequest:
             raise GenerationError(f"offload={self.offload!r} frees GPU memory, and this run is on {device}; drop it.")
         dtype = choose_dtype(self.dtype, device)
         grid = source.grid(num_frames, height, width)
-        check_method_fits(source, grid, self.method, self.options.get(self.method), device)
+        steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
+        check_method_fits(source, grid, self.method, self.options.get(self.method), device, steps)
         return Settings(
             request=self,
             source=source,
@@ -103,7 +104,7 @@ class GenerationRequest:
             num_frames=num_frames,
             height=height,
             width=width,
-            steps=within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS)),
+            steps=steps,
             guidance=within("guidance", self.guidance, defaults.guidance, GUIDANCES),
             guidance_2=defaults.guidance_2 if self.guidance is None else None,
             fps=within("fps", self.fps, defaults.fps, (1, 240)),

@@ -219,7 +219,8 @@ def find_spec(name: str | None = None) -> ModelSource:
     """As `find_model`, but a name from `MODELS` needs no files: only its numbers are known then."""
     if name is not None and name.lower() in MODELS:
         spec = MODELS[name.lower()]
-        return ModelSource(spec.name, None, "", spec, _defaults(spec))
+        experts = 2 if spec.variant == "wan2.2-a14b" else 1
+        return ModelSource(spec.name, None, "", spec, _defaults(spec), experts=experts)
     return find_model(name)
 
 

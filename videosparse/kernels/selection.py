@@ -8,7 +8,7 @@ waits for the device, and nothing depends on the order in which threads run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -152,9 +152,7 @@ def _select_blocks_fake(
     mutates_args=(),
     schema="(Tensor bits, Tensor row_ptr, SymInt capacity, SymInt columns, str backend) -> Tensor",
 )
-def expand_blocks(
-    bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: int, backend: str
-) -> torch.Tensor:
+def expand_blocks(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: int, backend: str) -> torch.Tensor:
     """The lists of a map of bits, int32 [capacity]; see `torch_select.expand`."""
     ids: torch.Tensor = kernels_for(backend, bits).expand(bits, row_ptr, capacity, columns)
     return ids
@@ -220,7 +218,7 @@ def head_counts(recall: torch.Tensor, base: int, low: int, high: int, threshold:
     return counts.masked_fill_(is_low, low).masked_fill_(is_high, high)
 
 
-def kernels_for(backend: str, x: torch.Tensor) -> ModuleType:
+def kernels_for(backend: str, x: torch.Tensor) -> Any:
     """The module whose kernels run on the device of `x`."""
     if choose_own(backend, x.device, torch.float32) == "torch":
         return torch_select

@@ -108,7 +108,7 @@ class AdaSpaPolicy(SparsityPolicy):
 
         Raises:
             RuntimeError: the sequence is not the one that was searched.
-            ValueError: `refresh` has fractions and the number of steps is unknown, or the map is too large for an index.
+            ValueError: a fraction of an unknown number of steps in `refresh`, or a map too large for an index.
         """
         aligned = layout.aligned(self.block)
         due = sum(step <= run.index + 1 for step in self.refresh_steps(run.total))
@@ -122,9 +122,9 @@ class AdaSpaPolicy(SparsityPolicy):
         index = state["index"]
         if (index.q_len, *index.shape[:2]) != (aligned.length, samples, heads):
             raise RuntimeError(
-                f"AdaSpa searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads in branch "
-                f"{run.context}, and now gets {aligned.length} of {samples} and {heads}: one run is one size. End it "
-                "first, or use RadialProcessor()."
+                f"AdaSpa searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads in "
+                f"branch {run.context}, and now gets {aligned.length} of {samples} and {heads}: one run is one size. "
+                "End it first, or use RadialProcessor()."
             )
         if due > state["done"]:
             state["done"] = due
@@ -139,8 +139,7 @@ class AdaSpaPolicy(SparsityPolicy):
         self, layout: TokenLayout, samples: int, heads: int, device: torch.device, pinned: bool = False
     ) -> tuple[PackedIndex, torch.Tensor]:
         """Buffers for the map and the lse of one layer."""
-        shape = (samples, heads, *(ceil_div(layout.length, b) for b in self.block))
-        capacity = self.selection(layout).capacity(shape)
+        capacity = self._capacity(layout, samples, heads)
         index = PackedIndex.allocate(layout, self.block, samples, heads, capacity, device, pinned)
         dtype = LSE_DTYPES[self.lse_dtype]
         return index, torch.empty(samples, heads, layout.length, dtype=dtype, device=device, pin_memory=pinned)
@@ -167,12 +166,14 @@ class AdaSpaPolicy(SparsityPolicy):
         """
         aligned = layout.aligned(self.block)
         samples, heads = sums.shape[:2]
-        chosen = self.selection(aligned)
-        shape = (samples, heads, *(ceil_div(aligned.length, b) for b in self.block))
-        capacity = chosen.capacity(shape)
+        capacity = self._capacity(aligned, samples, heads)
         index = PackedIndex.allocate(aligned, self.block, samples, heads, capacity, sums.device)
-        select(sums, index, chosen)
+        select(sums, index, self.selection(aligned))
         return expand(index)
+
+    def _capacity(self, layout: TokenLayout, samples: int, heads: int) -> int:
+        rows, columns = (ceil_div(layout.length, b) for b in self.block)
+        return self.selection(layout).capacity((samples, heads, rows, columns))
 
     def refresh_steps(self, total: int | None) -> list[int]:
         """The steps to refresh at, counted from 1, of a run of `total` steps.

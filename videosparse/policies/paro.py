@@ -242,14 +242,14 @@ class PAROPolicy(SparsityPolicy):
         return experts - (first > 0), experts * looks * _LOOK_SHARE
 
     def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
-        """Memory kept between steps for one layer: the bits of its maps, and where their lists start.
+        """Memory kept between steps for one layer: the bits of its map, and where its lists start.
 
-        By a plan that is two maps for all samples and branches, this part's of the run and the next one's.
+        A plan's maps, two on the device at a time, belong to no branch or sample, and are not counted.
         """
-        aligned, maps = layout.aligned(self.block), 1 if self.searches else 2
-        samples = samples if self.searches else 1
-        index = PackedIndex.allocate(aligned, self.block, samples, heads, 1, torch.device("meta"))
-        return {"bits": maps * index.bits.numel(), "lists": maps * (index.bytes - index.bits.numel())}
+        if not self.searches:
+            return {}
+        index = PackedIndex.allocate(layout.aligned(self.block), self.block, samples, heads, 1, torch.device("meta"))
+        return {"bits": index.bits.numel(), "lists": index.bytes - index.bits.numel()}
 
 
 def _check_fits(plan: PAROPlan, layer: int, heads: int) -> None:

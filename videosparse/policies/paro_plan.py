@@ -16,6 +16,7 @@ import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -266,21 +267,28 @@ class PAROPlan:
         Raises:
             ValueError: there is no such file, it is no plan, damaged, or of another format.
         """
-        from safetensors import SafetensorError, safe_open
-
-        name = str(path)
         if not Path(path).is_file():
-            raise ValueError(f"There is no plan at {name}; make one with videosparse calibrate --output {name}.")
-        try:
-            with safe_open(name, framework="pt") as file:
-                about = (file.metadata() or {}).get(_METADATA)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{name} is no whole safetensors file ({' '.join(str(error).split())}); copy it again, or calibrate "
-                "anew with --overwrite."
-            ) from error
-        return cls(**_checked(name, about, tensors), source=Path(name).name)
+            raise ValueError(f"There is no plan at {path}; make one with videosparse calibrate --output {path}.")
+        status = Path(path).stat()
+        return _read(str(path), status.st_mtime_ns, status.st_size)
+
+
+# a command reads its plan several times, and checking it takes a second for a large model
+@lru_cache(maxsize=1)
+def _read(name: str, changed: int, size: int) -> PAROPlan:
+    """The plan in a file that was `changed` then; see `PAROPlan.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(name, framework="pt") as file:
+            about = (file.metadata() or {}).get(_METADATA)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no whole safetensors file ({' '.join(str(error).split())}); copy it again, or calibrate anew "
+            "with --overwrite."
+        ) from error
+    return PAROPlan(**_checked(name, about, tensors), source=Path(name).name)
 
 
 def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
