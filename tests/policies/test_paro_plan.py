@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from plans import CONFIG, GRID, make_plan
+from random_plans import CONFIG, GRID, make_plan
 from safetensors.torch import load_file, save_file
 
 from videosparse.blocks import unpack_rows
