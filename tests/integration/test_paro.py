@@ -221,13 +221,13 @@ def _processor(model, online):
     return PAROProcessor(PAROPlan(codes, counts, pack_rows(rank < 2), facts), first_steps=1, num_steps=6)
 
 
-def test_offloaded_layers(plan_of, tmp_path):
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_offloaded_layers(kind, plan_of):
     pipe = PIPES["wan"].build()
     pipe.set_attn_processor(PAROProcessor(plan_of("wan", pipe), first_steps=1))
     expected = run("wan", pipe)
-    pipe.transformer.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
-    )
+    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **groups)
     assert torch.equal(run("wan", pipe), expected)
 
 
