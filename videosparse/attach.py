@@ -162,8 +162,9 @@ class RunTracker:
         run = self._now(dense, inputs.get("timestep"), device)
         if resolved.policy is not None:
             resolved.policy.check_run(resolved.schedule, run.total)
-        _check_offload(module, resolved)
         self._plan(dense, run, resolved, inputs["hidden_states"])
+        if any(layer.plan is not None and layer.plan.offloaded for _, layer in self.layers):
+            _check_not_compiled(module)
         record = self.session.processor.binding.record
         for _, layer in self.layers:
             if record is not None and layer.plan is not None:
@@ -323,10 +324,8 @@ def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved
     host.check_parallel(joint=family.joint, sparse=policy is not None, searches=policy is not None and policy.searches)
 
 
-def _check_offload(transformer: torch.nn.Module, resolved: Resolved) -> None:
-    """Raise RuntimeError where state is to be offloaded in blocks that are compiled."""
-    if not getattr(resolved.policy, "offload_state", False):
-        return
+def _check_not_compiled(transformer: torch.nn.Module) -> None:
+    """Raise RuntimeError where blocks are compiled, in which state cannot be offloaded."""
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in transformer.modules()):
         raise RuntimeError(
             "offload_state=True copies maps between calls and does not work in compiled blocks; drop it, or do not "

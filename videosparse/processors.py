@@ -438,6 +438,9 @@ class AdaSpaProcessor(SparseProcessor):
     for every model. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2 unless given, and 0 makes
     the first step search. For generation only: what it keeps between steps rules training out.
 
+    Compiled blocks take four graphs for a video size, dense, search, refresh and sparse, those of Mochi twice as many:
+    to generate several sizes with compiled blocks, raise `torch._dynamo.config.recompile_limit`, which is 8.
+
     Args:
         density: share of the video blocks that a row keeps, in (0, 1], mean over heads.
         refresh: when to search again: a fraction of the run, a step counted from 1, or a sequence of either; () never.

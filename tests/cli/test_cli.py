@@ -97,7 +97,7 @@ def test_plan_of_adaspa(run):
     for word in (
         "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.63x",
         "1.18 GiB between steps: lse 461 MiB, bits 133 MiB, lists 7 MiB for each of 2 branches of 40 layers",
-        "lse in float32",
+        "lse in float32", "107 MiB more while a layer searches",
     ):  # fmt: skip
         assert word in result.stdout
     half = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size, "--set", "adaspa.lse_dtype=bfloat16")

@@ -290,3 +290,17 @@ def test_a_prompt_that_just_fits_is_not_noticed(ask, pipe):
     text = next("a" * n for n in range(1, 99) if length("a" * n) == 48)
     assert generate(ask(prompt=text, steps=1), pipe=pipe).run.notices == ()
     assert len(generate(ask(prompt=text + "a", steps=1), pipe=pipe).run.notices) == 1
+
+
+def test_the_warm_up_of_a_search(ask, pipe, monkeypatch):
+    """Two steps, a search and a refresh, whatever refresh was asked for."""
+    seen = []
+
+    def run(pipe, settings, method, options, progress):
+        result = run_method(pipe, settings, method, options, progress)
+        seen.append((method, settings.steps, result.report.dense_calls, result.report.sparse_calls))
+        return result
+
+    monkeypatch.setattr("videosparse.generation.generating.run_method", run)
+    compare(ask(steps=8, method="adaspa", options={"adaspa": {"refresh": (0.3,)}}), pipe=pipe, warm_up=True)
+    assert seen == [("adaspa", 2, 4, 4), ("dense", 2, 8, 0), ("adaspa", 8, 8, 24), ("dense", 8, 32, 0)]

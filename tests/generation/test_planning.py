@@ -86,6 +86,7 @@ def test_adaspa_on_wan_14b():
     assert plan.state_bytes["lse"] == 75_600 * 40 * 4
     assert plan.state_bytes["bits"] == 40 * 591 * 148
     assert plan.kept_bytes == 2 * 40 * sum(plan.state_bytes.values())
+    assert plan.sums_bytes == 40 * 591 * 1182 * 4
     assert plan.method["refresh"] == (0.6,)
     with pytest.raises(GenerationError, match="chooses blocks while it runs: there is no block map to draw before"):
         plan.save_png("unused.png")

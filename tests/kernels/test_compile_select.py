@@ -41,7 +41,7 @@ def compile_kernel(kernel, capability, constants, dtype="bf16", **options):
         elif name.startswith("stride"):
             signature[name] = "i64"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name == "scale_log2" else "i32"
         aligned = name.startswith("stride") or ("ptr" in name and name not in ("lens_ptr", "row_ptr"))
         if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -119,7 +119,8 @@ def _state(result: GenerationPlan) -> list[tuple[str, str]]:
     branch = "a branch" if result.branches == 1 else f"each of {result.branches} branches"
     kept = f"{memory(result.kept_bytes)} between steps: {parts} for {branch} of {layers} layers"
     lse = result.method.get("lse_dtype")
-    return [("State", f"{kept} (lse in {lse})" if lse else kept)]
+    during = f"{memory(result.sums_bytes)} more while a layer searches"
+    return [("State", f"{kept} (lse in {lse})" if lse else kept), ("", during)]
 
 
 def _layers(result: GenerationPlan) -> str:

@@ -102,6 +102,12 @@ class GenerationPlan:
         return sum(self.state_bytes.values()) * max(0, searched) * self.branches
 
     @property
+    def sums_bytes(self) -> int:
+        """What a search holds for the layer that it is in, beside that: the mass of every block, fp32."""
+        rows, columns = self.blocks if self.state_bytes and self.blocks is not None else (0, 0)
+        return 4 * self.source.spec.heads * rows * columns
+
+    @property
     def map_bytes(self) -> int:
         """Memory of the map, a byte a block."""
         return 0 if self.block_map is None else self.block_map.keep.numel()

@@ -25,8 +25,10 @@ import triton.language as tl
 from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.gpu import on_device
 from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
-from videosparse.kernels.triton_sums import SumTiles, _gather, _tile_mass, choose_tiles
+from videosparse.kernels.triton_sums import SumTiles, _gather, choose_tiles
 from videosparse.layout import ceil_div
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -43,12 +45,53 @@ def _tokens(start, video, text_start, end, step, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _write(line, tile, mass, factor, columns, rows_left, SAMPLE: tl.constexpr):
-    """Store the estimates of the blocks of a tile."""
+def _levels(lse):
+    """lse in base 2, fp32, and exp2 of what rounding added, by which all masses of the row would be off alike."""
+    empty = lse == -float("inf")
+    exact = tl.where(empty, 0.0, lse).to(tl.float64) * LOG2_E
+    level = exact.to(tl.float32)
+    added = (level.to(tl.float64) - exact).to(tl.float32)
+    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
+    return tl.where(empty, float("inf"), level), tl.math.exp2(added)
+
+
+@triton.jit
+def _estimate(
+    q,
+    level,
+    undo,
+    share,
+    k_base,
+    line,
+    n,
+    stride_kl,
+    video,
+    text_start,
+    end,
+    scale_log2,
+    columns,
+    rows_left,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Store the sums of key tile `n`, for each SAMPLE rows one."""
+    k_pos = n * TILE_N + tl.arange(0, TILE_N)
+    k_valid = _is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
+    if MASKED or HEAD_DIM != HEAD_PAD:
+        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+    else:  # no mask at all, which costs registers
+        k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
+    x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - level[:, None]
+    if MASKED:
+        x = tl.where(k_valid[None, :], x, -float("inf"))
+    mass = tl.sum(tl.math.exp2(x), 1) * undo
     blocks: tl.constexpr = mass.shape[0] // SAMPLE
-    found = tl.sum(tl.reshape(mass, [blocks, SAMPLE]), 1)
     block = tl.arange(0, blocks)
-    tl.store(line + block.to(tl.int64) * columns + tile, found * factor, mask=block < rows_left)
+    found = tl.sum(tl.reshape(mass, [blocks, SAMPLE]), 1)
+    tl.store(line + block.to(tl.int64) * columns + n, found * share, mask=block < rows_left)
 
 
 SIZES = ["lens_ptr", "video", "text_start", "length", "tiles", "rows", "columns", "heads"]
@@ -75,7 +118,7 @@ def sampled_kernel(
     rows,
     columns,
     heads,
-    scale,
+    scale_log2,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -85,7 +128,7 @@ def sampled_kernel(
     HAS_LENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The visited rows of TILE_M / SAMPLE blocks against all keys; a head has `rows` of blocks in `tiles` such tiles."""
+    """The visited rows of TILE_M / SAMPLE blocks against all keys; a head has `rows` blocks, in `tiles` such tiles."""
     program = tl.program_id(0)
     tile = program % tiles
     head = (program // tiles % heads).to(tl.int64)
@@ -100,14 +143,13 @@ def sampled_kernel(
     q_valid = _is_token(q_pos, video, text_start, end)
     q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
     lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
-    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
-    level = tl.where(lse == -float("inf"), float("inf"), lse)
+    level, undo = _levels(lse)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
 
     first = tile * blocks
     start = (first + tl.arange(0, blocks)) * BLOCK_M
     seen = _tokens(start, video, text_start, end, BLOCK_M // SAMPLE, SAMPLE)
-    factor = _tokens(start, video, text_start, end, 1, BLOCK_M) / tl.maximum(seen, 1.0)
+    share = _tokens(start, video, text_start, end, 1, BLOCK_M) / tl.maximum(seen, 1.0)
 
     line = sums_ptr + ((sample * heads + head) * rows + first) * columns
     # one run of surely valid keys: the video, and the text where it follows without a gap
@@ -116,17 +158,15 @@ def sampled_kernel(
         sure = tl.maximum(video, end)
     whole = sure // TILE_N
     for n in tl.range(0, whole, num_stages=STAGES):
-        mass = _tile_mass(
-            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
-            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False,
+        _estimate(
+            q, level, undo, share, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns,
+            rows - first, HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=False,
         )  # fmt: skip
-        _write(line, n, mass, factor, columns, rows - first, SAMPLE)
     for n in tl.range(whole, columns, num_stages=1):
-        mass = _tile_mass(
-            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
-            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True,
+        _estimate(
+            q, level, undo, share, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns,
+            rows - first, HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=True,
         )  # fmt: skip
-        _write(line, n, mass, factor, columns, rows - first, SAMPLE)
 
 
 def block_sums(
@@ -178,7 +218,7 @@ def block_sums(
             rows,
             columns,
             heads,
-            call.scale,
+            call.scale * LOG2_E.value,
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad(head_dim),
             BLOCK_M=block[0],

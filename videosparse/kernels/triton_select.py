@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.gpu import on_device
-from videosparse.layout import ceil_div
 
 MAX_COLUMNS = 16384
 """Longest row that the registers of one program hold."""
@@ -106,17 +105,17 @@ def expand_kernel(bits_ptr, row_ptr, ids_ptr, capacity, columns, PAD: tl.constex
     """One row: the numbers of its columns, where its list starts, and not past its end."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(row_ptr + row)
-    stop = tl.minimum(tl.load(row_ptr + row + 1), capacity)
+    room = tl.minimum(tl.load(row_ptr + row + 1), capacity) - start
     byte = tl.arange(0, PAD // 8)
     bit = tl.arange(0, 8)
     row_bytes = tl.cdiv(columns, 8)
     packed = tl.load(bits_ptr + row * row_bytes + byte, mask=byte < row_bytes, other=0).to(tl.int32)
     ones = _ones(packed)
-    first = start + tl.cumsum(ones, 0) - ones
+    first = tl.cumsum(ones, 0) - ones
     column = byte[:, None] * 8 + bit[None, :]
     place = first[:, None] + _ones(packed[:, None] & ((1 << bit) - 1)[None, :])
-    keep = (((packed[:, None] >> bit[None, :]) & 1) != 0) & (column < columns) & (place < stop)
-    tl.store(ids_ptr + place, column, mask=keep)
+    keep = (((packed[:, None] >> bit[None, :]) & 1) != 0) & (column < columns) & (place < room)
+    tl.store(ids_ptr + start.to(tl.int64) + place, column, mask=keep)
 
 
 def _pad(columns: int) -> int:
@@ -190,8 +189,3 @@ def expand(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: in
     with on_device(bits):
         expand_kernel[(rows,)](bits, row_ptr, ids, capacity, columns, PAD=pad, num_warps=_warps(pad))
     return ids
-
-
-def row_bytes(columns: int) -> int:
-    """Bytes of one row of a map of bits."""
-    return ceil_div(columns, 8)

@@ -48,13 +48,14 @@ class AdaSpaPolicy(SparsityPolicy):
         recall_threshold: share of the attention, in (0, 1], above which a head's blocks hold enough of it.
         sample: rows of a block of queries that a search visits, 8, 16, 32 or 64, evenly spread; None visits all, which
             is exact.
-        lse_dtype: "float32" or "bfloat16": how the lse is kept for the refresh.
+        lse_dtype: "float32" or "bfloat16": how the lse is kept for the refresh. What bfloat16 rounds off makes whole
+            query rows count some percent more or less; which keys they attend to stays.
         offload_state: keep maps and lse in the memory of the CPU between calls; not with compiled blocks.
 
     Raises:
         TypeError, ValueError: a value of another type, or out of range.
 
-    Source: sections 4.2 to 4.4 of the paper; there is no public code of its authors. Of the heads, as many as have a
+    Source: the paper; there is no public code of its authors. Of the heads, as many as have a
     recall above the threshold, at most half, give blocks: those of highest recall keep density / 2, as many of lowest
     recall keep min(1, 1.5 density). Recall is the kept share of all that the video queries attend to, at `density`.
     Every sample has heads of its own.
