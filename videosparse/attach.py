@@ -321,7 +321,12 @@ def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, lay
 def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved) -> None:
     """Raise NotImplementedError for context parallelism whose shards do not fit."""
     policy = resolved.policy
-    host.check_parallel(joint=family.joint, sparse=policy is not None, searches=policy is not None and policy.searches)
+    host.check_parallel(
+        joint=family.joint,
+        sparse=policy is not None,
+        searches=policy is not None and policy.searches,
+        by_head=policy is not None and policy.by_head,
+    )
 
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:

@@ -94,6 +94,11 @@ class SparsityPolicy(ABC):
     searches: ClassVar[bool] = False
     block: tuple[int, int]
 
+    @property
+    def by_head(self) -> bool:
+        """Whether heads differ in what they read, so that who attends needs all heads of a layer."""
+        return self.searches
+
     @abstractmethod
     def plan(
         self,

@@ -123,6 +123,11 @@ class PAROPolicy(SparsityPolicy):
         """Whether maps are found while a video is made."""
         return self.calibrated is None or self.online_maps
 
+    @property
+    def by_head(self) -> bool:
+        """Every head has an order and a map of its own."""
+        return True
+
     def plan(
         self,
         layout: TokenLayout,
