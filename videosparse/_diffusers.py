@@ -106,8 +106,8 @@ class HostProcessor:
             )
         if by_head:
             raise NotImplementedError(
-                "Plans of PAROAttention do not work with context parallelism: every head has its own order and map, and "
-                "a rank sees its share of the heads. Use one GPU, or RadialProcessor()."
+                "Plans of PAROAttention do not work with context parallelism: every head has its own order and map, "
+                "and a rank sees its share of the heads. Use one GPU, or RadialProcessor()."
             )
         if sparse and config.ring_degree > 1:
             raise NotImplementedError(

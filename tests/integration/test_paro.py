@@ -269,6 +269,19 @@ def test_a_plan_of_another_model_or_for_two_experts_is_refused_at_binding(pipe_o
         sparsify(TINY["wan"].build(num_layers=3), PAROProcessor(plan))
 
 
+def test_context_parallelism():
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ring_anything=False)
+    model = TINY["wan"].build()
+    processor = _processor(model, online=False)
+    sparsify(model, processor)
+    for block in model.blocks:
+        block.attn1.processor._parallel_config = SimpleNamespace(context_parallel_config=config)
+    with pytest.raises(NotImplementedError, match=r"Plans of PAROAttention do not work with context parallelism"):
+        TINY["wan"].forward(model, (3, 8, 8))
+
+
 def test_arguments_are_checked_at_once(tmp_path):
     with pytest.raises(ValueError, match="There is no plan at"):
         PAROProcessor(tmp_path / "none.safetensors")
