@@ -390,3 +390,15 @@ def test_a_plan_is_for_paro(run, tmp_path):
     result = make(run, "--plan", "plan.safetensors")
     assert result.exit_code == 2
     assert "An option of method paro was set, but this run uses radial" in result.stderr
+
+
+def test_ctrl_c_while_calibrating(run, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.setattr("videosparse.generation.looking.Watch.replay", stop)
+    result = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors")
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted; the same command goes on after the last finished prompt or map.\n"
+    assert files(tmp_path) == ["plan.safetensors.partial", "prompts.txt"]

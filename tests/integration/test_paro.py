@@ -292,6 +292,8 @@ def test_arguments_are_checked_at_once(tmp_path):
     with pytest.raises(ValueError, match="online_maps=True keeps the orders of a plan"):
         PAROProcessor(online_maps=True)
     assert PAROProcessor(block=64).block == (64, 64)
+    with pytest.raises((ValueError, NotImplementedError), match="quant"):
+        PAROProcessor(quant="int3")
 
 
 def test_a_bound_processor_lets_go_of_its_plan(pipe_of, plan_of, tmp_path):

@@ -150,6 +150,13 @@ def test_bad_arguments(arguments, message):
         PAROPolicy(**arguments)
 
 
+def test_copies_read_the_same_plan():
+    import copy
+
+    policy = PAROPolicy(make_plan())
+    assert copy.deepcopy(policy).calibrated is policy.calibrated
+
+
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PAROPolicy().density = 0.5

@@ -46,7 +46,7 @@ def calibrate(
 
     An interrupted calibration goes on where it was when the same command is given again.
     """
-    with guard(debug):
+    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map."):
         from videosparse.generation.calibrating import CalibrationRequest
         from videosparse.generation.calibrating import calibrate as run
 

@@ -87,6 +87,10 @@ class PAROPolicy(SparsityPolicy):
         if self.block is None:
             object.__setattr__(self, "block", BLOCK if plan is None else plan.facts.block)
         check_block(self.block)
+        if self.searches and self.density is None:
+            object.__setattr__(self, "density", DENSITY if plan is None else plan.density)
+        if plan is None and self.alpha is None:
+            object.__setattr__(self, "alpha", OrderMetric().alpha)
 
     def _check_given(self) -> None:
         """Raise where a value is out of range, or not open any more."""
@@ -193,15 +197,9 @@ class PAROPolicy(SparsityPolicy):
 
     def selection(self, layout: TokenLayout) -> OrderSelection:
         """What an online search writes: density x video columns a row, rounded, at least 1."""
-        return _selection(layout.grid, self.block, self._density(), self._metric(), self.calibrated is None)
-
-    def _metric(self) -> OrderMetric:
-        return OrderMetric() if self.alpha is None else OrderMetric(alpha=self.alpha)
-
-    def _density(self) -> float:
-        if self.density is not None:
-            return self.density
-        return DENSITY if self.calibrated is None else self.calibrated.density
+        metric = OrderMetric() if self.alpha is None else OrderMetric(alpha=self.alpha)
+        density = DENSITY if self.density is None else self.density
+        return _selection(layout.grid, self.block, density, metric, self.calibrated is None)
 
     def select(self, sums: torch.Tensor, layout: TokenLayout) -> BlockIndex:
         """The lists that keep the largest blocks of every row, from their mass in whatever order.

@@ -150,6 +150,10 @@ class PAROPlan:
         """Kept / all video blocks, mean over layers, maps and heads."""
         return float(self.counts.float().mean()) / self.blocks[1]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PAROPlan:
+        # nothing of it changes, and it is large: the copy of a transformer reads the same plan
+        return self
+
     def __repr__(self) -> str:
         return f"PAROPlan({self.source}: {self.facts.model_class}, grid {self.grid}, density {self.density:.3f})"
 
