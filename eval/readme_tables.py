@@ -71,11 +71,15 @@ def accuracy() -> str:
     return markdown(["setting", "videos", "colour", "shape", "motion class"], rows)
 
 
-def _share(right: list[float], draws: int = 2000) -> str:
+def _interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval."""
     rng = random.Random(0)
-    means = sorted(fmean(rng.choices(right, k=len(right))) for _ in range(draws))
-    low, high = means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
-    return f"{100 * fmean(right):.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return fmean(values), means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
+
+
+def _share(right: list[float]) -> str:
+    return "{} % ({} to {})".format(*(f"{100 * x:.0f}" for x in _interval(right)))
 
 
 def coverage() -> str:
@@ -171,6 +175,37 @@ def norms() -> str:
     return markdown(head, lines)
 
 
+def recall() -> str:
+    """Recall and output error of every method at every density, over all steps after the search."""
+    rows = [r for r in read("attention_recall") if r["step"] == "all"]
+    columns = list(dict.fromkeys((r["frames"], r["asked_density"]) for r in rows))
+    columns.sort(key=lambda c: (int(c[0]), float(c[1])))
+    lines = []
+    for method, block in dict.fromkeys((r["method"], r["block"]) for r in rows):
+        if block == "64x64" or method == "adaspa":
+            found = {(r["frames"], r["asked_density"]): r for r in rows if (r["method"], r["block"]) == (method, block)}
+            cells = [f"{found[c]['recall']}, {found[c]['error']}" if c in found else "-" for c in columns]
+            lines.append([method, block, *cells])
+    return markdown(
+        ["recall, error", "block", *(f"{frames} frames at {density}" for frames, density in columns)], lines
+    )
+
+
+def fidelity() -> str:
+    """PSNR and SSIM of every setting against dense, with 95 % bootstrap intervals over prompts."""
+    lines = []
+    rows = read("video_fidelity")
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        videos = [r for r in rows if r["setting"] == setting]
+        cells = [_mean([float(v[name]) for v in videos], digits) for name, digits in (("psnr_db", 1), ("ssim", 3))]
+        lines.append([setting, videos[0]["video_density"], videos[0]["average_density"], *cells])
+    return markdown(["setting", "video density", "averaged over the run", "PSNR, dB", "SSIM"], lines)
+
+
+def _mean(values: list[float], digits: int) -> str:
+    return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in _interval(values)))
+
+
 def goals() -> str:
     """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
     if not (RESULTS / "attention_goals.csv").exists():
@@ -183,7 +218,8 @@ def goals() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    t.__name__: t for t in (densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, goals)
+    t.__name__: t
+    for t in (densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, goals)
 }
 
 

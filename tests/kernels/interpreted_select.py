@@ -18,7 +18,7 @@ from selections import (
     row_ptr_of,
 )
 
-from videosparse.kernels import attend, triton_sampled, triton_select, triton_sums
+from videosparse.kernels import attend, torch_select, triton_sampled, triton_select, triton_sums
 from videosparse.layout import TokenLayout, VideoGrid
 
 SMALL = VideoGrid(2, 7, 10)
@@ -75,6 +75,16 @@ def test_negative_numbers_count_as_zero():
     for count, expected in ((1, 0b010000), (2, 0b010001), (3, 0b010011), (4, 0b010111), (5, 0b011111)):
         triton_select.keep_largest(sums, torch.tensor([[count]], dtype=torch.int32), bits, 1, 6)
         assert bits.item() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_selects_the_same_bits(kind):
+    sums = make_sums(kind, (2, 2, 3, 75)) - (0.1 if kind == "random" else 0.0)
+    counts = counts_for(sums.shape, 70)
+    bits, same = (torch.zeros(2, 2, 3, 10, dtype=torch.uint8) for _ in range(2))
+    kept = triton_select.keep_largest(sums, counts, bits, 2, 70)
+    torch.testing.assert_close(kept, torch_select.keep_largest(sums, counts, same, 2, 70), equal_nan=True)
+    assert torch.equal(bits, same)
 
 
 def test_no_rows():
@@ -146,11 +156,12 @@ def test_all_rows_are_the_exact_sums():
     torch.testing.assert_close(triton_sampled.block_sums(q, k, lse, call, (64, 64), 64), exact)
 
 
-def test_rows_without_a_level_count_nothing():
+@pytest.mark.parametrize("level", [torch.inf, -torch.inf])
+def test_rows_without_a_level_count_nothing(level):
     layout = TokenLayout(SMALL)
     q, k, v = make_qkv(layout, torch.float32, dim=16)
     _, lse = attend(q, k, v, layout=layout, return_lse=True, options=TORCH)
-    lse[:, :, 64:128] = -torch.inf
+    lse[:, :, 64:128] = level
     sums = triton_sampled.block_sums(q, k, lse, call_of(layout, 16), (64, 64), 8)
     assert (sums[:, :, 1] == 0).all()
     assert (sums[:, :, 0] > 0).all()

@@ -38,7 +38,7 @@ def test_a_full_map_equals_dense(name, tiny_of, monkeypatch):
     model = tiny_of(name)
     stock = TINY[name].forward(model)
 
-    def full(policy, layout, run, layer, state, *, device):
+    def full(policy, layout, run, layer, state, *, device, samples, heads):
         aligned = layout.aligned((64, 64))
         return LayerPlan(Mode.SPARSE, aligned, BlockMap.full(aligned, (64, 64), device).index())
 

@@ -80,9 +80,9 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); eval/bench_attention.py writes such a file.") from error
+        raise ValueError(f"{path} cannot be read ({error}); a program under eval/ writes such a file.") from error
     missing = [name for name in needed if name not in columns]
     if missing or not rows:
         what = f"has no column {missing[0]}" if missing else "has no rows"
-        raise ValueError(f"{path} {what}; expected rows of eval/bench_attention.py.")
+        raise ValueError(f"{path} {what}; expected rows with columns {', '.join(needed)}.")
     return rows

@@ -47,7 +47,7 @@ def _tokens(start, video, text_start, end, step, COUNT: tl.constexpr):
 @triton.jit
 def _levels(lse):
     """lse in base 2, fp32, and exp2 of what rounding added, by which all masses of the row would be off alike."""
-    empty = lse == -float("inf")
+    empty = tl.abs(lse) == float("inf")
     exact = tl.where(empty, 0.0, lse).to(tl.float64) * LOG2_E
     level = exact.to(tl.float32)
     added = (level.to(tl.float64) - exact).to(tl.float32)
