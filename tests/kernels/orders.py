@@ -81,4 +81,3 @@ def check_attend(layout, block_map, q, k, v, options, order=None):
     assert torch.equal(attend(q, k, v, **call, order=order), order.restore(attend(q, k, v, **call), layout))
     found = measure(*plain, q, k, v, layout=layout, block_map=block_map)
     assert found.ok, found
-
