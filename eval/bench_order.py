@@ -10,13 +10,15 @@ that an order touches, with it and without:
     attention   `attend` on a random map; "copied" writes in order and copies afterwards, as other backends have to
     sum         what the order adds to norm, values and attention, in percent of attention without
     copy        a plain copy of as many bytes as values have
-Everything in a case is timed in turn, round after round. What an order does is compared bit by bit with the same call
+Everything in a case is timed in turn, in a new random turn every round: a power-limited card multiplies slower after it
+has multiplied than after it has copied. What an order does is compared bit by bit with the same call
 without, and attention without is checked against fp64 on some rows. Rows go to `assets/results/reorder.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -29,7 +31,7 @@ import torch
 from videosparse.benchmark.checks import check_forward
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
 from videosparse.benchmark.rows import WHERE, environment, write_rows
-from videosparse.benchmark.timing import interleave, quantiles
+from videosparse.benchmark.timing import quantiles
 from videosparse.cases import CASES
 from videosparse.kernels import Stream, attend, norm_rotate, reorder
 from videosparse.layout import TokenLayout
@@ -37,8 +39,7 @@ from videosparse.ordering import AXIS_ORDERS, TokenOrder
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/reorder.csv"
 RUNS = ("wan2.1-14b 720x1280x81", "hunyuan-video 720x1280x129")
-ROUNDS = 25
-SECONDS = 20.0
+ROUNDS = 40
 COLUMNS = (
     "case", "part", "form", "tokens", "text", "heads", "head_dim", "dtype", "density", "error", "allowed", "p20_ms",
     "p50_ms", "p80_ms", "percent", "rounds", "note", *WHERE,
@@ -71,6 +72,7 @@ class Parts:
         return self.problem.layout
 
     def norm(self, order: TokenOrder | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [1, L, H, D]."""
         start = None if self.text is None else self.layout.text_start
         heads = self.order.heads
         return norm_rotate(self.video, self.text, heads=heads, rotary=self.rotary, text_start=start, order=order)
@@ -87,12 +89,15 @@ class Parts:
         return torch.cat([video, video.new_zeros(1, gap, *video.shape[2:]), text], 1)
 
     def attention(self, order: TokenOrder | None) -> torch.Tensor:
+        """The sparse call."""
         return attend(*self.problem.qkv, layout=self.layout, index=self.problem.index, order=order)
 
     def copied(self) -> torch.Tensor:
+        """The sparse call, and its output brought back to raster order by a copy."""
         return reorder(self.attention(None), self.order, self.layout, inverse=True)
 
     def calls(self) -> dict[Key, Call]:
+        """What is timed, by part and form."""
         found: dict[Key, Call] = {
             ("norm", "raster"): lambda: self.norm(None),
             ("norm", "ordered"): lambda: self.norm(self.order),
@@ -151,6 +156,24 @@ def _same(equal: bool) -> dict[str, str]:
     return {"error": "0", "allowed": "0"} if equal else {"note": "not the same bits: not timed"}
 
 
+def shuffled(calls: dict[Key, Call], rounds: int, seed: int = 0) -> dict[Key, list[float]]:
+    """Milliseconds of each call; every round takes them in another order."""
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    turn, keys = random.Random(seed), list(calls)
+    for number in range(-2, rounds):  # two rounds warm up
+        turn.shuffle(keys)
+        events = {key: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for key in keys}
+        for key in keys:
+            events[key][0].record()
+            calls[key]()
+            events[key][1].record()
+        torch.cuda.synchronize()
+        if number >= 0:
+            for key, (start, end) in events.items():
+                times[key].append(start.elapsed_time(end))
+    return times
+
+
 def added(times: dict[Key, list[float]]) -> dict[str, str]:
     """Columns of the sum: what the order adds, in ms and in percent of attention without."""
     parts = ("norm", "values", "attention")
@@ -170,7 +193,7 @@ def run(name: str, density: float, rounds: int, device: torch.device) -> list[di
     parts = make_parts(name, density, device, seed=0)
     found = check(parts)
     calls = {key: call for key, call in parts.calls().items() if "note" not in found.get(key, {})}
-    times = interleave(calls, rounds, SECONDS)
+    times = shuffled(calls, rounds)
     common = {
         "case": name, "tokens": parts.layout.video, "text": parts.layout.text, "heads": parts.order.heads,
         "head_dim": parts.problem.q.shape[3], "dtype": "bfloat16", "density": f"{parts.problem.density:.3f}",

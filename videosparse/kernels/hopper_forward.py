@@ -157,6 +157,7 @@ def forward(
         length,
         video,
         text_start,
+        call.video,
         call.scale * LOG2_E,
     )
     constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None)

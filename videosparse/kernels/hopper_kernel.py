@@ -36,7 +36,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 FLOOR = gl.constexpr(-1.0e30)  # below every score, yet finite: a tile without keys gives 0, no NaN
 FAR = gl.constexpr(1 << 23)  # a block outside every tensor: it reads as zeros
 QUERY_SLOTS = gl.constexpr(3)  # the row at work, the one ahead, and the one whose output is still leaving
-MAIL = gl.constexpr(5)  # what a consumer is told of a row: sample and head, first query, tiles, masked, end
+MAIL = gl.constexpr(10)  # what a consumer is told of a row: sample and head, first query, tiles, masked, end, way back
 REGISTERS = gl.constexpr([232, 40])  # a thread of the second consumer, and of the producer; the first takes the rest
 TAIL_BLOCKS = gl.constexpr(128)  # entries at the end of a list among which the masked ones are counted
 
@@ -196,7 +196,10 @@ def _told(box, i):
 
 
 @gluon.jit
-def _announce(desc, sample, head, block_row, tiles, masked, end, queries, mail, slot, phase, HEAD_DIM: gl.constexpr):
+def _announce(
+    desc, sample, head, block_row, tiles, masked, end, table_ptr, queries, mail, slot, phase,
+    HEAD_DIM: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
     """Copy a row's queries, and tell the consumers about the row; 0 tiles say that there is none left."""
     slots, full, empty = queries
     mbarrier.wait(empty.index(slot), phase)
@@ -205,6 +208,9 @@ def _announce(desc, sample, head, block_row, tiles, masked, end, queries, mail, 
     _tell(mail, slot * MAIL + 2, tiles)
     _tell(mail, slot * MAIL + 3, masked)
     _tell(mail, slot * MAIL + 4, end)
+    if ORDER:
+        for i in gl.static_range(5):
+            _tell(mail, slot * MAIL + 5 + i, gl.load(table_ptr + head * 8 + 3 + i))
     _barrier()
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM * 2)
     for w in gl.static_range(2):
@@ -271,8 +277,8 @@ def _starts(tile, first, count, lists, layout, KEYS: gl.constexpr, SPARSE: gl.co
 
 @gluon.jit
 def _produce(
-    descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr,
+    descs, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, keys, values, mail, spots,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: runs ahead of the consumers by as many tiles as there are slots."""
     q_desc, k_desc, v_desc, tail_desc = descs
@@ -282,7 +288,9 @@ def _produce(
     item = gl.program_id(0)
     row, block_row, sample, head = _place(item, lists, work, SPARSE)
     first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
-    q_slot, q_phase = _announce(q_desc, sample, head, block_row, tiles, masked, end, queries, mail, 0, 1, HEAD_DIM)
+    q_slot, q_phase = _announce(
+        q_desc, sample, head, block_row, tiles, masked, end, table_ptr, queries, mail, 0, 1, HEAD_DIM, ORDER
+    )
     key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
     _fetch_keys(k_desc, sample, head, key, key2, keys, spots, 0, KEYS, HEAD_DIM, TEXT)
     n = 0
@@ -300,7 +308,7 @@ def _produce(
         first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
         q_slot, q_phase = _announce(
             q_desc, sample, head, block_row, gl.where(item < total, tiles, 0), masked, end,
-            queries, mail, q_slot, q_phase, HEAD_DIM,
+            table_ptr, queries, mail, q_slot, q_phase, HEAD_DIM, ORDER,
         )  # fmt: skip
         key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
         _fetch_keys(k_desc, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
@@ -388,27 +396,35 @@ def _by_row(head_dim):
 
 
 @gluon.jit
-def _raster(position, head, table_ptr, video):
-    """Where positions of a head are in raster order; those past the video stay where they are.
-
-    Divides in fp32, which is exact for positions up to 2 ** 20.
-    """
-    row = table_ptr + head * 8
-    big = gl.load(row + 3)
-    middle = gl.load(row + 4)
-    slow = ((position.to(gl.float32) + 0.5) * (1.0 / gl.cast(big, gl.float32))).to(gl.int32)
-    rest = position - slow * big
-    mid = ((rest.to(gl.float32) + 0.5) * (1.0 / gl.cast(middle, gl.float32))).to(gl.int32)
-    token = slow * gl.load(row + 5) + mid * gl.load(row + 6) + (rest - mid * middle) * gl.load(row + 7)
-    return gl.where(position < video, token, position)
+def _way_back(mail, letter):
+    """What leads from positions of a row's head to raster order, see `ordering.axis_table`."""
+    return (
+        _told(mail, letter + 5), _told(mail, letter + 6), _told(mail, letter + 7), _told(mail, letter + 8),
+        _told(mail, letter + 9),
+    )  # fmt: skip
 
 
 @gluon.jit
-def _scatter(q, out_ptr, token, inside, sample, head, heads, length, HEAD_DIM: gl.constexpr):
-    """Write 64 rows, which lie in a slot of queries, to where their tokens are."""
+def _raster(position, back, ordered):
+    """Where positions of a head are in raster order; those from `ordered` on stay where they are.
+
+    Divides in fp32, which is exact for positions up to 2 ** 20.
+    """
+    big, middle, a, b, c = back
+    slow = ((position.to(gl.float32) + 0.5) * (1.0 / gl.cast(big, gl.float32))).to(gl.int32)
+    rest = position - slow * big
+    mid = ((rest.to(gl.float32) + 0.5) * (1.0 / gl.cast(middle, gl.float32))).to(gl.int32)
+    token = slow * a + mid * b + (rest - mid * middle) * c
+    return gl.where(position < ordered, token, position)
+
+
+@gluon.jit
+def _scatter(q, empty, out_ptr, token, inside, sample, head, heads, length, HEAD_DIM: gl.constexpr):
+    """Write 64 rows, which lie in a slot of queries, to where their tokens are; frees the slot."""
     column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _by_row(HEAD_DIM)))
     rows = q.reshape([64, HEAD_DIM]).load(_by_row(HEAD_DIM))
-    _barrier()  # all have read when one of them frees the slot
+    fence_async_shared()
+    mbarrier.arrive(empty)
     start = (gl.cast(sample, gl.int64) * length * heads + head) * HEAD_DIM
     offset = gl.cast(token, gl.int64) * (heads * HEAD_DIM)
     gl.store(out_ptr + start + offset[:, None] + column[None, :], rows, mask=inside[:, None])
@@ -424,7 +440,7 @@ def _consume(
     k_slots, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     length, video, text_start = layout
-    out_desc, out_ptr, table_ptr = out
+    out_desc, out_ptr, ordered = out
     by_score: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
     by_out: gl.constexpr = gl.SliceLayout(1, _accumulator(HEAD_DIM))
     mbarrier.wait(q_full.index(0), 0)
@@ -457,8 +473,9 @@ def _consume(
         s_run = _scores(q_slots.index(q_slot2 * 2 + w), k_slots.index(k_slot), HEAD_DIM)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         acc_run = warpgroup_mma(operand, v_slots.index(v_slot).reshape([128, HEAD_DIM]), acc, is_async=True)
-        tma.store_wait(0)  # by now the row before has left its slot
-        mbarrier.arrive(q_empty.index(gl.maximum(before, 0)), pred=before >= 0)
+        if not ORDER:
+            tma.store_wait(0)  # by now the row before has left its slot
+            mbarrier.arrive(q_empty.index(gl.maximum(before, 0)), pred=before >= 0)
         row = start + w * 64 + gl.arange(0, 64, by_score)
         denominator = gl.convert_layout(gl.sum(total, 1), by_score)
         factor = gl.where(denominator == 0.0, 0.0, 1.0 / denominator)
@@ -469,9 +486,10 @@ def _consume(
             lse = gl.where(valid, lse, -float("inf"))
         target = row
         if ORDER:
-            target = _raster(row, where & 0xFFFF, table_ptr, video)
+            back = _way_back(mail, q_slot * MAIL)
+            target = _raster(row, back, ordered)
             position = start + w * 64 + gl.arange(0, 64, gl.SliceLayout(1, _by_row(HEAD_DIM)))
-            token = _raster(position, where & 0xFFFF, table_ptr, video)
+            token = _raster(position, back, ordered)
         scores = warpgroup_mma_wait(1, [s_run])
         top, p, total = _open(scores, spots, k_slot, masked, end2, layout, scale, KEYS, TEXT)
         mbarrier.arrive(k_empty.index(k_slot))
@@ -484,9 +502,12 @@ def _consume(
             acc = gl.where((factor < 0)[:, None], 0.0, acc)
         q.reshape([64, HEAD_DIM]).store(acc.to(q.dtype))
         if ORDER:
-            _scatter(q, out_ptr, token, position < length, where >> 16, where & 0xFFFF, heads, length, HEAD_DIM)
-        fence_async_shared()
-        if not ORDER:
+            _scatter(
+                q, q_empty.index(q_slot), out_ptr, token, position < length, where >> 16, where & 0xFFFF, heads, length,
+                HEAD_DIM,
+            )  # fmt: skip
+        else:
+            fence_async_shared()
             _store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
         if NEED_LSE:
             offset = gl.cast((where >> 16) * heads + (where & 0xFFFF), gl.int64) * length
@@ -512,7 +533,7 @@ def _barriers(SLOTS: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "table_ptr", "lse_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr", "next_ptr", "total", "rows", "heads",
-        "map_rows", "map_heads", "shares", "length", "video", "text_start",
+        "map_rows", "map_heads", "shares", "length", "video", "text_start", "ordered",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -538,6 +559,7 @@ def forward_kernel(
     length,
     video,
     text_start,
+    ordered,
     scale_log2,
     KEYS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -563,15 +585,15 @@ def forward_kernel(
     descs = (q_desc, k_desc, v_desc, tail_desc)
     lists = (row_ptr, ids_ptr, order_ptr)
     work = (total, rows, heads, map_rows, map_heads, shares)
-    out = (out_desc, out_ptr, table_ptr)
+    out = (out_desc, out_ptr, ordered)
     gl.warp_specialize(
         [
             (_consume, (0, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
                         KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
             (_consume, (1, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
                         KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
-            (_produce, (descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, SPARSE, TEXT)),
+            (_produce, (descs, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, SPARSE, TEXT, ORDER)),
         ],
         [4, 1],
         REGISTERS,

@@ -105,41 +105,37 @@ def _store_part(
 
 @triton.jit
 def _row(
-    ptr, present, eps, out_ptr, places, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, HEADS: tl.constexpr,
+    ptr, present, eps, out_ptr, order, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, HEADS: tl.constexpr,
     DIM: tl.constexpr, PAD: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, ACROSS: tl.constexpr,
     ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr, GAP: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, of q or of k."""
     SIZE: tl.constexpr = HEADS * DIM if ACROSS else DIM
     x = _load_part(ptr, present, 0, PART, HEADS, DIM, PAD, GAP)
-    total = _sum_of_squares(x, ACROSS)
+    place = 0
+    rest_place = 0
     if REST > 0:
         rest = _load_part(ptr, present, PART, REST, HEADS, DIM, PAD, GAP)
+    if ORDER:  # after the long loads, to be there when these are
+        table_ptr, token, height, width = order
+        place = place_of(token, load_steps(table_ptr, 0, PART, HEADS), height, width)
+        if REST > 0:
+            rest_place = place_of(token, load_steps(table_ptr, PART, REST, HEADS), height, width)
+    total = _sum_of_squares(x, ACROSS)
+    if REST > 0:
         rest_total = _sum_of_squares(rest, ACROSS)
         if ACROSS:
             total += rest_total
             rest_total = total
     _store_part(
-        x, total / SIZE, eps, out_ptr, places[0], weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+        x, total / SIZE, eps, out_ptr, place, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
         0, PART, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR, ORDER,
     )  # fmt: skip
     if REST > 0:
         _store_part(
-            rest, rest_total / SIZE, eps, out_ptr, places[1], weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            rest, rest_total / SIZE, eps, out_ptr, rest_place, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
             PART, REST, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR, ORDER,
         )  # fmt: skip
-
-
-@triton.jit
-def _places(
-    table_ptr, token, height, width, PART: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr
-):  # fmt: skip
-    """The positions of a token in both parts of the heads, int32 [PART] and [REST]."""
-    first = place_of(token, load_steps(table_ptr, 0, PART, HEADS), height, width)
-    second = first
-    if REST > 0:
-        second = place_of(token, load_steps(table_ptr, PART, REST, HEADS), height, width)
-    return first, second
 
 
 # sizes change from call to call: specialising on them would compile again and again
@@ -187,10 +183,9 @@ def norm_rotate_kernel(
     token = position - start
     present = token >= 0
     out = (sample * length + position) * (HEADS * DIM)
-    places = (0, 0)
+    order = (table_ptr, token.to(tl.int32), height, width)
     if ORDER:
         out = sample * length * (HEADS * DIM)
-        places = _places(table_ptr, token.to(tl.int32), height, width, PART, REST, HEADS)
     cos = 1.0
     sin = 0.0
     if ROTARY != NO_ROTARY:
@@ -202,12 +197,12 @@ def norm_rotate_kernel(
     k_ptr += sample * stride_kb + token * stride_ks
     if SPLIT == 0 or program % 2 == 0:
         _row(
-            q_ptr, present, eps, q_out_ptr + out, places, q_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            q_ptr, present, eps, q_out_ptr + out, order, q_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
             HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP, ORDER,
         )  # fmt: skip
     if SPLIT == 0 or program % 2 == 1:
         _row(
-            k_ptr, present, eps, k_out_ptr + out, places, k_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            k_ptr, present, eps, k_out_ptr + out, order, k_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
             HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP, ORDER,
         )  # fmt: skip
 
