@@ -15,10 +15,12 @@ import torch.nn.functional as F
 
 from videosparse.blocks import PackedIndex
 from videosparse.kernels import selection
+from videosparse.kernels.ops import block_sums
 from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.reorder_op import reorder
 from videosparse.kernels.stats import BlockStats, block_stats
 from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.ordering import AXIS_ORDERS
+from videosparse.ordering import AXIS_ORDERS, SearchedOrder
 
 ORDERS = tuple(range(len(AXIS_ORDERS)))
 
@@ -257,20 +259,45 @@ def search_orders_op(
     batch, length, heads, _ = q.shape
     rows, columns = bits.shape[2], -(-length // block_cols)
     sums = torch.zeros(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
-    for looks in look(q, k, lse, grid, block, metric=metric, scale=scale, options=options):
-        part = looks[0].heads
-        if choose:
-            sparse, uneven = (torch.stack([getattr(x, n).mean(0) for x in looks]) for n in ("sparse", "uneven"))
-            codes[part] = _choose(sparse, uneven, alpha).to(codes.dtype)
-        found = torch.stack([x.sums for x in looks], 2)  # [B, h, orders, Mq, Nk]
-        own = codes[part].long()[None, :, None, None, None].expand(batch, -1, 1, *found.shape[3:])
-        sums[:, part, :video_rows, :video_cols] = found.gather(2, own)[:, :, 0]
+    video = sums[:, :, :video_rows, :video_cols]
+    if choose:
+        for looks in look(q, k, lse, grid, block, metric=metric, scale=scale, options=options):
+            _take_best(looks, codes, video, alpha)
+    else:
+        video.copy_(_sums_in_order(q, k, lse, grid, codes, block, scale, options))
     kept = torch.full((batch, heads), base, dtype=torch.int32, device=q.device)
     selection.kernels_for(backend, sums).keep_largest(sums, kept, bits, video_rows, video_cols)
     selection.write_places(kept, row_ptr, order, (rows, columns), (video_rows, video_cols))
 
 
-_choose = choose  # the op has an argument of that name
+def _take_best(looks: list[Look], codes: torch.Tensor, sums: torch.Tensor, alpha: float) -> None:
+    """Write the codes [H] of a group of heads, and their sums [B, H, Mq, Nk] in these orders."""
+    part = looks[0].heads
+    sparse, uneven = (torch.stack([getattr(one, name).mean(0) for one in looks]) for name in ("sparse", "uneven"))
+    codes[part] = choose(sparse, uneven, alpha).to(codes.dtype)
+    found = torch.stack([one.sums for one in looks], 2)  # [B, h, orders, Mq, Nk]
+    own = codes[part].long()[None, :, None, None, None].expand(found.shape[0], -1, 1, *found.shape[3:])
+    sums[:, part] = found.gather(2, own)[:, :, 0]
+
+
+def _sums_in_order(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    grid: VideoGrid,
+    codes: torch.Tensor,
+    block: tuple[int, int],
+    scale: float,
+    options: KernelOptions,
+) -> torch.Tensor:
+    """Mass of the video blocks in the orders that the device knows, fp32 [B, H, Mq, Nk]."""
+    layout, order = TokenLayout(grid), SearchedOrder(grid, codes)
+    q, k = (reorder(x[:, : grid.tokens], order, layout, options=options) for x in (q, k))
+    raster = torch.arange(grid.tokens, device=codes.device)
+    places = torch.stack([in_order(raster, grid, code, 0) for code in ORDERS]).index_select(0, codes)
+    level = lse[:, :, : grid.tokens].gather(2, places[None].expand(q.shape[0], -1, -1))
+    sums: torch.Tensor = block_sums(q, k, level, None, grid.tokens, grid.tokens, *block, scale, options.backend)
+    return sums
 
 
 @search_orders_op.register_fake
