@@ -36,7 +36,7 @@ def test_norm_rotate_of_another_grid():
     stream = Stream(*(torch.zeros(1, 60, 48) for _ in range(2)), *(torch.ones(48) for _ in range(2)), 1e-6)
     with pytest.raises(ValueError, match=r"The order is for 24 video tokens, video.q has 60"):
         norm_rotate(stream, heads=6, order=TokenOrder(VideoGrid(2, 3, 4), CODES))
-    with pytest.raises(ValueError, match="TokenOrder is for 6 heads on grid 3x4x5 .got 3 heads"):
+    with pytest.raises(ValueError, match=r"TokenOrder is for 6 heads on grid 3x4x5 \(got 3 heads"):
         norm_rotate(stream, heads=3, order=TokenOrder(GRIDS[0], CODES))
 
 
