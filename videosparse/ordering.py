@@ -44,12 +44,16 @@ class TokenOrder:
         grid: the token grid that is permuted.
         codes: one index into `AXIS_ORDERS` per head.
 
+    Attributes:
+        heads: how many there are.
+
     Raises:
         ValueError: no codes, or a code outside 0..5.
     """
 
     grid: VideoGrid
     codes: tuple[int, ...]
+    heads: int = field(init=False, repr=False, compare=False)
     _tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +62,8 @@ class TokenOrder:
             raise ValueError(
                 f"TokenOrder.codes must be indices 0..5 into {AXIS_ORDERS}, one per head (got {self.codes})."
             )
+        # kept apart: a compiled block that counts the codes would be compiled again for others
+        object.__setattr__(self, "heads", len(self.codes))
 
     @classmethod
     def from_names(cls, grid: VideoGrid, names: Sequence[str]) -> TokenOrder:
@@ -77,11 +83,6 @@ class TokenOrder:
             rows = axis_table(self.grid)
             found = self._tables[device] = _upload([rows[c] for c in self.codes], device)
         return found
-
-    @property
-    def heads(self) -> int:
-        """Heads that the order is for."""
-        return len(self.codes)
 
     def permutation(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """int64 [heads, video]: position t of the reordered sequence holds raster token permutation[h, t]."""

@@ -84,9 +84,15 @@ class LayerProcessor(HostProcessor):
 
         Raises:
             RuntimeError: called before the transformer's own forward has made a plan.
+            NotImplementedError: a token order under context parallelism.
         """
         rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
         plan = self._planned(rotary)
+        if plan.order is not None and self.is_parallel():
+            raise NotImplementedError(
+                "Token orders do not work with context parallelism: a rank projects a part of the video, and an order "
+                "moves tokens between the parts. Use one GPU, or RadialProcessor()."
+            )
         q, k, v = self.family.project(attn, hidden_states, encoder_hidden_states, rotary, plan)
         q, k, v = autocast(q), autocast(k), autocast(v)
         out = self.core(q, k, v, plan)

@@ -106,6 +106,11 @@ def next_power(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
+def choose_warps(heads: int, head_dim: int, element_size: int) -> int:
+    """Warps of a program that copies a token: one for each 2560 bytes, 80 a thread."""
+    return min(8, next_power(-(-heads * head_dim * element_size // 2560)))
+
+
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Strides of batch, token and head; 0 along a dimension of 1, whose stride means nothing but selects a compile."""
     batch, token, head, _ = (n if size > 1 else 0 for n, size in zip(x.stride(), x.shape, strict=True))
@@ -130,8 +135,7 @@ def reorder(x: torch.Tensor, steps: Steps, inverse: bool, out: torch.Tensor | No
     if batch * heads == 0:
         return out
     part = 1 << (heads.bit_length() - 1)
-    rest, pad = next_power(heads - part), next_power(head_dim)
-    size = (part + rest) * pad * x.element_size()
+    pad = next_power(head_dim)
     with gpu.on_device(x):
         reorder_kernel[(batch * video,)](
             x,
@@ -146,8 +150,8 @@ def reorder(x: torch.Tensor, steps: Steps, inverse: bool, out: torch.Tensor | No
             DIM=head_dim,
             PAD=pad,
             PART=part,
-            REST=rest,
+            REST=next_power(heads - part),
             INVERSE=inverse,
-            num_warps=max(1, min(8, next_power(-(-size // 2560)))),  # 80 bytes a thread
+            num_warps=choose_warps(heads, pad, x.element_size()),
         )
     return out

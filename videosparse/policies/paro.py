@@ -18,7 +18,7 @@ from videosparse.blocks import BlockIndex, PackedIndex, check_block
 from videosparse.kernels.order_search import ORDERS, OrderMetric, OrderSelection
 from videosparse.kernels.selection import Selection, expand, select
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.ordering import SearchedOrder
+from videosparse.ordering import AnyOrder, SearchedOrder
 from videosparse.policies.base import (
     TRAINING,
     DenseSchedule,
@@ -28,7 +28,7 @@ from videosparse.policies.base import (
     RunStep,
     SparsityPolicy,
 )
-from videosparse.policies.paro_plan import PAROPlan
+from videosparse.policies.paro_plan import PAROPlan, send
 
 DENSITY = 0.2
 BLOCK = (128, 64)
@@ -170,9 +170,9 @@ class PAROPolicy(SparsityPolicy):
         chosen = self.selection(layout)
         if "index" not in state:
             index = self._allocate(layout, chosen.counts, samples, heads, device)
-            order = self._order(layout, layer, heads, device)
+            codes, order = self._order(layout, layer, heads, device)
             state.update(index=index, order=order)
-            return LayerPlan(Mode.SEARCH, layout, index, codes=order.codes, selection=chosen)
+            return LayerPlan(Mode.SEARCH, layout, index, codes=codes, selection=chosen)
         index = state["index"]
         if (index.q_len, *index.shape[:2]) != (layout.length, samples, heads):
             raise RuntimeError(
@@ -189,11 +189,14 @@ class PAROPolicy(SparsityPolicy):
         capacity = counts.capacity((samples, heads, rows, columns))
         return PackedIndex.allocate(layout, self.block, samples, heads, capacity, device)
 
-    def _order(self, layout: TokenLayout, layer: int, heads: int, device: torch.device) -> SearchedOrder:
-        """The order of the plan, or one whose codes the search will write."""
+    def _order(
+        self, layout: TokenLayout, layer: int, heads: int, device: torch.device
+    ) -> tuple[torch.Tensor, AnyOrder]:
+        """(int32 [H] codes on the device, the order that they are): the plan's, or what the search will write."""
         if self.calibrated is not None:
-            return self.calibrated.order(layer, layout.grid, device)
-        return SearchedOrder(layout.grid, torch.zeros(heads, dtype=torch.int32, device=device))
+            return send(self.calibrated.codes[layer].int(), device), self.calibrated.order(layer, layout.grid)
+        codes = torch.zeros(heads, dtype=torch.int32, device=device)
+        return codes, SearchedOrder(layout.grid, codes)
 
     def selection(self, layout: TokenLayout) -> OrderSelection:
         """What an online search writes: density x video columns a row, rounded, at least 1."""
@@ -263,7 +266,7 @@ def _planned(
     """What a plan says about a layer at a step; `state` holds on to the maps of this part of the run and the next."""
     plan.check_grid(layout.grid)
     last = plan.facts.buckets
-    order = plan.order(layer, layout.grid, device)
+    order = plan.order(layer, layout.grid)
     if run.context == TRAINING:
         # key-major lists are made of these once, not in every backward pass
         if "lists" not in state:

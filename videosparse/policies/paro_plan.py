@@ -25,7 +25,7 @@ import torch
 from videosparse.blocks import BLOCK_SIZES, PackedIndex, pack_rows
 from videosparse.kernels.selection import write_places
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.ordering import AXIS_ORDERS, SearchedOrder
+from videosparse.ordering import AXIS_ORDERS, TokenOrder
 
 FORMAT = "videosparse-paro-1"
 _METADATA = "videosparse_plan"
@@ -112,7 +112,7 @@ class PAROPlan:
     bits: torch.Tensor
     facts: PlanFacts
     source: str = "the plan"
-    _orders: dict[tuple[int, VideoGrid, torch.device], SearchedOrder] = field(default_factory=dict, init=False)
+    _orders: dict[tuple[int, VideoGrid], TokenOrder] = field(default_factory=dict, init=False)
     _uploads: weakref.WeakValueDictionary[tuple[Any, ...], PackedIndex] = field(
         default_factory=weakref.WeakValueDictionary, init=False
     )
@@ -161,15 +161,11 @@ class PAROPlan:
         """Number of the map that step `index` (from 0) of `total` reads."""
         return bucket_of(index, total, self.facts.buckets)
 
-    def order(self, layer: int, grid: VideoGrid, device: torch.device) -> SearchedOrder:
-        """The order of a layer's heads, on any grid, with its codes on the device.
-
-        So that blocks which are compiled for one layer serve all: they would be compiled again for codes on the host.
-        """
-        key = layer, grid, device
+    def order(self, layer: int, grid: VideoGrid) -> TokenOrder:
+        """The order of a layer's heads, on any grid."""
+        key = layer, grid
         if key not in self._orders:
-            with torch.inference_mode(False):
-                self._orders[key] = SearchedOrder(grid, send(self.codes[layer].int(), device))
+            self._orders[key] = TokenOrder(grid, tuple(self.codes[layer].tolist()))
         return self._orders[key]
 
     def densities(self, layout: TokenLayout, layer: int, bucket: int) -> tuple[float, float]:
