@@ -169,3 +169,24 @@ def test_steps_fall_into_buckets():
     assert [bucket_of(i, 4, 5) for i in range(4)] == [0, 2, 5, 5]
     assert [bucket_of(i, 5, 1) for i in range(5)] == [0, 0, 0, 1, 1]
     assert bucket_of(0, 1, 5) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("text", [0, 40])
+def test_maps_reach_a_gpu_without_a_wait(text):
+    plan, layout = make_plan(), TokenLayout(GRID, text).aligned((128, 64))
+    device = torch.device("cuda", torch.cuda.current_device())
+    first = plan.index(layout, 0, 0, device)  # compiles and allocates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = plan.index(layout, 1, 2, device)
+        order = plan.order(1, GRID).table(device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = plan.index(layout, 1, 2, CPU)
+    for name in ("bits", "row_ptr", "order"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
+    assert torch.equal(order.cpu(), plan.order(1, GRID).table(CPU))
+    assert first is not found
