@@ -184,7 +184,7 @@ def write_places(
     per_row = torch.full((*counts.shape, rows), columns, dtype=torch.int64, device=counts.device)
     per_row[:, :, : video[0]] = counts[..., None].long() + (columns - video[1])
     per_row = per_row.flatten()
-    row_ptr[0] = 0
+    row_ptr[:1] = 0  # one element as a slice is filled, as a number copied, for which the host would wait
     row_ptr[1:] = per_row.cumsum(0)
     order.copy_(work_order(per_row))
 
