@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
     from videosparse.layout import TokenLayout, VideoGrid
-    from videosparse.processors import AdaSpaProcessor, DenseProcessor, RadialProcessor
+    from videosparse.processors import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
 
 __all__ = [
     "AdaSpaProcessor",
     "BlockMap",
     "DenseProcessor",
+    "PAROProcessor",
     "RadialProcessor",
     "TokenLayout",
     "VideoGrid",
@@ -40,6 +41,7 @@ _HOME = {
     "AdaSpaProcessor": "processors",
     "BlockMap": "blocks",
     "DenseProcessor": "processors",
+    "PAROProcessor": "processors",
     "RadialProcessor": "processors",
     "TokenLayout": "layout",
     "VideoGrid": "layout",

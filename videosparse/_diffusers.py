@@ -87,13 +87,14 @@ class HostProcessor:
         )
         return out
 
-    def check_parallel(self, *, joint: bool, sparse: bool, searches: bool) -> None:
+    def check_parallel(self, *, joint: bool, sparse: bool, searches: bool, by_head: bool) -> None:
         """Raise NotImplementedError for context parallelism whose shards do not fit.
 
         Args:
             joint: text is part of the sequence.
             sparse: some calls read block maps.
             searches: these maps are searched for while the video is made.
+            by_head: these maps differ from head to head.
         """
         config = getattr(self._parallel_config, "context_parallel_config", None)
         if config is None:
@@ -102,6 +103,11 @@ class HostProcessor:
             raise NotImplementedError(
                 "Methods that search for their maps (AdaSpa) do not work with context parallelism: they compare all "
                 "heads of a layer, and a rank sees its share. Use one GPU, or RadialProcessor()."
+            )
+        if by_head:
+            raise NotImplementedError(
+                "Plans of PAROAttention do not work with context parallelism: every head has its own order and map, "
+                "and a rank sees its share of the heads. Use one GPU, or RadialProcessor()."
             )
         if sparse and config.ring_degree > 1:
             raise NotImplementedError(

@@ -17,7 +17,15 @@ from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
-from videosparse.policies.base import DenseSchedule, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
+from videosparse.policies.base import (
+    TRAINING,
+    DenseSchedule,
+    LayerPlan,
+    LayerState,
+    Mode,
+    RunStep,
+    SparsityPolicy,
+)
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
 from videosparse.report import RunRecord
 
@@ -149,7 +157,7 @@ class RunTracker:
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(dense, RunStep("training", 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
+            self._plan(dense, RunStep(TRAINING, 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
         run = self._now(dense, inputs.get("timestep"), device)
         if resolved.policy is not None:
@@ -281,6 +289,8 @@ class RunTracker:
                 own = _own_backend(resolved, latents.device) == "triton"
                 if torch.is_grad_enabled() and isinstance(plan.index, BlockIndex) and own:
                     plan.index.prepare_backward()  # here, outside the graphs that compiled blocks are
+                if plan.order is not None:
+                    plan.order.table(latents.device)  # likewise
             layer.plan = shared[key]
 
     def _ask(
@@ -311,7 +321,12 @@ def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, lay
 def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved) -> None:
     """Raise NotImplementedError for context parallelism whose shards do not fit."""
     policy = resolved.policy
-    host.check_parallel(joint=family.joint, sparse=policy is not None, searches=policy is not None and policy.searches)
+    host.check_parallel(
+        joint=family.joint,
+        sparse=policy is not None,
+        searches=policy is not None and policy.searches,
+        by_head=policy is not None and policy.by_head,
+    )
 
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:
@@ -368,6 +383,16 @@ def _own_backend(resolved: Resolved, device: torch.device) -> str:
 def type_name(transformer: object, family: ModelFamily) -> str:
     """The class name by which a family knows a transformer: sharding wrappers put a subclass in front."""
     return next(cls.__name__ for cls in type(transformer).__mro__ if cls.__name__ in family.transformers)
+
+
+def tracker_of(transformer: torch.nn.Module) -> RunTracker:
+    """What follows the forwards of a transformer to which a processor is bound.
+
+    Raises:
+        KeyError: none is.
+    """
+    tracker: RunTracker = vars(_unwrap(transformer))[_TRACKER]
+    return tracker
 
 
 def sparsify(pipe_or_transformer: object, processor: Processor) -> None:

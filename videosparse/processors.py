@@ -6,8 +6,9 @@ import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from videosparse.layout import VideoGrid
 from videosparse.models import ModelFamily, Rotary, model_variant
 from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
+from videosparse.policies.paro import PAROPolicy
+from videosparse.policies.paro_plan import PAROPlan
 from videosparse.policies.radial import RadialPolicy
 from videosparse.report import RunRecord, RunReport
 from videosparse.searching import brought, refresh, search, take_back
@@ -81,9 +84,15 @@ class LayerProcessor(HostProcessor):
 
         Raises:
             RuntimeError: called before the transformer's own forward has made a plan.
+            NotImplementedError: a token order under context parallelism.
         """
         rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
         plan = self._planned(rotary)
+        if plan.order is not None and self.is_parallel():
+            raise NotImplementedError(
+                "Token orders do not work with context parallelism: a rank projects a part of the video, and an order "
+                "moves tokens between the parts. Use one GPU, or RadialProcessor()."
+            )
         q, k, v = self.family.project(attn, hidden_states, encoder_hidden_states, rotary, plan)
         q, k, v = autocast(q), autocast(k), autocast(v)
         out = self.core(q, k, v, plan)
@@ -481,6 +490,92 @@ class AdaSpaProcessor(SparseProcessor):
 
     def _policy(self) -> AdaSpaPolicy:
         return AdaSpaPolicy(**{f.name: getattr(self, f.name) for f in fields(AdaSpaPolicy)})
+
+
+# The paper leaves no step dense that could be told from its text; as for AdaSpa, whose search needs such steps, too.
+_PARO_FIRST_STEPS = 0.2
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PAROProcessor(SparseProcessor):
+    """PAROAttention (arXiv 2506.16054): every head reads the video in the order of axes that suits it, by block maps.
+
+    With a plan, a file that `videosparse calibrate` makes, orders and maps are known beforehand: see
+    `PAROPlan`. Without one it is *online*, our extension: the last of the dense first steps looks at all six
+    orders and chooses orders and maps for the rest of the run, at the cost of about three dense attention calls per
+    layer and branch. Token orders of a plan serve other sizes of video, its maps do not: with `online_maps` that step
+    finds maps in the plan's orders. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2 unless
+    given, and 0 makes an online run search in its first step. Training works with a plan alone.
+
+    Args:
+        plan: a file, or a `PAROPlan`; None is online.
+        density: online, the share of the video blocks that a row keeps; None takes the plan's, else .2.
+        block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64).
+        alpha: online, the weight of sparsity in the choice of an order, 0..1; None takes .5.
+        online_maps: find maps in the run, in the orders of the plan.
+        quant: integer attention, "int8" or "int8-fp8"; see `KernelOptions`.
+
+    Raises:
+        TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
+            model; at a forward, one for another grid.
+        NotImplementedError: quant, as far as it is not built; at binding, context parallelism with an online search.
+        RuntimeError: training without a plan; a video that changes its size in the middle of an online run.
+    """
+
+    plan: str | Path | PAROPlan | None = None
+    density: float | None = None
+    block: int | tuple[int, int] | None = None
+    alpha: float | None = None
+    online_maps: bool = False
+    quant: str | None = field(default=None, kw_only=True)
+    _loaded: list[PAROPlan] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.block is not None:
+            object.__setattr__(self, "block", _pair(self.block))
+        if self.plan is not None and not isinstance(self.plan, str | Path | PAROPlan):
+            raise TypeError(f"plan must be the path of a plan or a PAROPlan (got {type(self.plan).__name__}).")
+        super().__post_init__()
+        self._policy()
+
+    def resolve(
+        self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
+    ) -> Resolved:
+        """The given arguments and the defaults, the same for every model, once the plan is found to fit.
+
+        Raises:
+            ValueError: the plan is for another model or grid, or there are two experts.
+        """
+        variant, policy = model_variant(model, experts=experts), self._policy()
+        found = policy.calibrated
+        if found is not None:
+            if experts > 1:
+                raise ValueError(
+                    f"{found.source} is for one transformer, and this pipeline has {experts} experts; "
+                    "PAROProcessor() without a plan finds orders and maps for each."
+                )
+            if isinstance(model, ModelSpec):
+                found.check_sizes(model.layers, model.heads)
+            else:
+                found.check_model(model)
+            if grid is not None and not policy.searches:
+                found.check_grid(grid)
+        return Resolved(variant, policy, self._schedule(_PARO_FIRST_STEPS, 0), self._options())
+
+    def _policy(self) -> PAROPolicy:
+        block: Any = self.block
+        return PAROPolicy(self._plan(), self.density, block, self.alpha, self.online_maps)
+
+    def _plan(self) -> PAROPlan | None:
+        """The plan, read once."""
+        if self.plan is None or isinstance(self.plan, PAROPlan):
+            return self.plan
+        if not self._loaded:
+            self._loaded.append(PAROPlan.load(self.plan))
+        return self._loaded[0]
+
+    def _options(self) -> KernelOptions:
+        return replace(super()._options(), quant=self.quant)
 
 
 def _several(values: Any) -> Any:

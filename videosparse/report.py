@@ -61,8 +61,11 @@ class RunRecord:
         if plan.index is None or plan.mode is Mode.SEARCH:
             self.dense_calls += 1
         elif isinstance(plan.index, PackedIndex):
-            assert plan.selection is not None
-            self.searched[plan.selection.densities(plan.index.shape)] += 1
+            known = plan.densities
+            if known is None:
+                assert plan.selection is not None
+                known = plan.selection.densities(plan.index.shape)
+            self.searched[known] += 1
         else:
             _, count = self.sparse.get(plan.index, (plan.layout, 0))
             self.sparse[plan.index] = plan.layout, count + 1

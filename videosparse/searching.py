@@ -8,6 +8,7 @@ import torch
 
 from videosparse.blocks import PackedIndex
 from videosparse.kernels import KernelOptions, attend, block_sums
+from videosparse.kernels.order_search import OrderSelection, search_orders
 from videosparse.kernels.selection import select
 from videosparse.policies.base import LayerPlan, Mode
 
@@ -15,8 +16,8 @@ from videosparse.policies.base import LayerPlan, Mode
 def search(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Dense attention [B, L, H, D] that writes its lse, and the map that comes of it, into the plan's buffers."""
     out, lse = attend(q, k, v, layout=plan.layout, return_lse=True, options=_own(plan.options))
-    assert plan.lse is not None
-    plan.lse.copy_(lse.detach())
+    if plan.lse is not None:
+        plan.lse.copy_(lse.detach())
     _select(plan, q, k, lse)
     return out
 
@@ -49,6 +50,10 @@ def _select(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor
     index, chosen = plan.index, plan.selection
     assert isinstance(index, PackedIndex)
     assert chosen is not None
+    if isinstance(chosen, OrderSelection):
+        assert plan.codes is not None
+        search_orders(q.detach(), k.detach(), lse.detach(), index, plan.codes, chosen, plan.options.backend)
+        return
     sums = block_sums(
         q.detach(), k.detach(), lse.detach(), layout=plan.layout, block=index.block, sample=chosen.sample,
         options=_own(plan.options),

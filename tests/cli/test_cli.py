@@ -136,7 +136,7 @@ def test_overwrite(run, tmp_path):
         (["--output", "a.gif"], "must end in .mp4"),
         (["--dtype", "fp16"], "fp16 is slow and inexact on a CPU"),
         (["--steps", "-3"], "steps must be 1 to 1000 (got -3); the model's is 50."),
-        (["--method", "radail"], "Unknown method 'radail'; use radial, adaspa or dense. Did you mean 'radial'?"),
+        (["--method", "radail"], "Unknown method 'radail'; use radial, adaspa, paro or dense. Did you mean 'radial'?"),
         (["--set", "radial.dekay=1"], "Did you mean 'decay'?"),
         (["--set", "radial.decay=x"], "radial.decay must be a number, such as 0.5 (got 'x')."),
         (["--set", "radial.sink=maybe"], "radial.sink must be yes or no (got 'maybe')."),
@@ -332,3 +332,73 @@ def test_python_dash_m():
     code = [sys.executable, "-m", "videosparse", "--version"]
     done = subprocess.run(code, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.split()[0]) == (0, "videosparse")
+
+
+CALIBRATE = ("calibrate", "--prompts", "prompts.txt", "--model", "small", "--steps", 4, "--buckets", 2, "--block", 64)
+PLANNED = ("--frames", 9, "--height", 64, "--width", 64, "--device", "cpu")
+
+
+def test_calibrate_then_generate(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# typical\na red circle bounces\n\na blue square\n")
+    result = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors", "--density", 0.4)
+    assert result.exit_code == 0, result.output
+    for word in ("grid 3x8x8", "2, 12 calls looked at", "Orders", "in blocks of 64x64", "Recall", "plan.safetensors ("):
+        assert word in result.stdout
+    again = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors")
+    assert (again.exit_code, again.stderr.count("\n")) == (2, 1)
+    assert "plan.safetensors exists; choose another name, or pass --overwrite" in again.stderr
+    made = run("generate", "a red circle", "--model", "small", *PLANNED, "--steps", 4, "--method", "paro",
+               "--plan", "plan.safetensors", "-o", "a.mp4")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "paro calibrated=PAROPlan(plan.safetensors" in made.stdout
+    planned = run(
+        "plan", "--model", "small", *PLANNED[:-2], "--steps", 4, "--method", "paro", "--plan", "plan.safetensors"
+    )
+    assert planned.exit_code == 0, planned.output
+    online = run("generate", "a red circle", "--model", "small", *PLANNED, "--steps", 4, "--method", "paro",
+                 "--set", "paro.density=0.4", "-o", "b.mp4")  # fmt: skip
+    assert online.exit_code == 0, online.output
+    other = run("generate", "a", "--model", "small", "--frames", 13, *PLANNED[2:], "--method", "paro",
+                "--plan", "plan.safetensors")  # fmt: skip
+    assert (other.exit_code, other.stderr.count("\n")) == (2, 1)
+    assert "this video has grid 4x8x8" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "none.txt"], "Cannot read prompts from none.txt: No such file"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
+        (["--block", "x"], "block must be one size or two"),
+        (["--block", "32"], "block must be"),
+        (["--mass", "2"], "mass must lie in"),
+        (["--output", "plan.bin"], "must end in .safetensors"),
+        (["--buckets", "9"], "buckets must be 1 to 2"),
+    ],
+)
+def test_bad_calibrations_are_one_line(run, tmp_path, arguments, message):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    result = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert files(tmp_path) == ["empty.txt", "prompts.txt"]
+
+
+def test_a_plan_is_for_paro(run, tmp_path):
+    result = make(run, "--plan", "plan.safetensors")
+    assert result.exit_code == 2
+    assert "An option of method paro was set, but this run uses radial" in result.stderr
+
+
+def test_ctrl_c_while_calibrating(run, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.setattr("videosparse.generation.looking.Watch.replay", stop)
+    result = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors")
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted; the same command goes on after the last finished prompt or map.\n"
+    assert files(tmp_path) == ["plan.safetensors.partial", "prompts.txt"]

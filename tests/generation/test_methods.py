@@ -158,7 +158,7 @@ def test_bad_values(options, message):
 def test_method_names():
     check_method("dense")
     assert "decay" in option_names("radial")
-    with pytest.raises(GenerationError, match=r"Unknown method 'sparse'; use radial, adaspa or dense"):
+    with pytest.raises(GenerationError, match=r"Unknown method 'sparse'; use radial, adaspa, paro or dense"):
         check_method("sparse")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from probes import FullMap, Probe
 
+import videosparse
 from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
 from videosparse.processors import LayerProcessor
 
@@ -199,17 +200,19 @@ def test_image_latents_instead_of_video(tiny_of):
         model(torch.zeros(1, 16, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32))
 
 
-def test_a_token_order_is_not_ignored(tiny_of, monkeypatch):
+def test_a_token_order_of_another_model_or_grid(tiny_of, monkeypatch):
     from dataclasses import replace
 
+    from videosparse.ordering import TokenOrder
     from videosparse.policies.radial import RadialPolicy
 
     plan = RadialPolicy.plan
-    order = object()
-    monkeypatch.setattr(RadialPolicy, "plan", lambda *a, **k: replace(plan(*a, **k), order=order))
-    sparsify(tiny_of("wan"), RadialProcessor(first_steps=0, first_layers=0))
-    with pytest.raises(NotImplementedError, match=r"attend\(order=\.\.\.\) is not available"):
-        TINY["wan"].forward(tiny_of("wan"))
+    for grid, codes, got in (((5, 15, 25), (1, 2, 3), "3 heads"), ((5, 15, 24), (1, 2), "2 heads on grid 5x15x24")):
+        order = TokenOrder(videosparse.VideoGrid(*grid), codes)
+        monkeypatch.setattr(RadialPolicy, "plan", lambda *a, order=order, **k: replace(plan(*a, **k), order=order))
+        sparsify(tiny_of("wan"), RadialProcessor(first_steps=0, first_layers=0))
+        with pytest.raises(ValueError, match=f"TokenOrder is for {got}"):
+            TINY["wan"].forward(tiny_of("wan"))
 
 
 def test_stock_processors_pass_through(pipe_of):

@@ -53,6 +53,7 @@ def load(pointer, mask=True, other=0):
 
 
 def store(pointer, x, mask):
+    mask = mask.expand(x.shape)
     pointer.memory[pointer.offset[mask].long()] = x[mask].to(pointer.memory.dtype)
 
 

@@ -100,7 +100,7 @@ def test_split_programs_give_the_same_bits():
     problem = make_problem("hunyuan dual", torch.float16, gap=4)
     work = triton_norm.choose_work(3, 16)
     outs = [
-        triton_norm.forward(*problem.streams(), problem.turns(), 3, problem.layout.text_start, choice)
+        triton_norm.forward(*problem.streams(), problem.turns(), 3, problem.layout.text_start, work=choice)
         for choice in (work, replace(work, split=True))
     ]
     assert all(torch.equal(x, y) for x, y in zip(*outs, strict=True))

@@ -31,7 +31,7 @@ def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=Tru
     constants = {
         "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "BLOCK_ROWS": block[0], "BLOCK_COLS": block[1],
         "TILE_M": tiles.rows, "TILE_N": tiles.keys, "SPARSE": sparse, "HAS_LENS": lens, "NEED_LSE": lse,
-        "STAGES": tiles.stages,
+        "STAGES": tiles.stages, "ORDER": False, "table_ptr": None,
     }  # fmt: skip
     if not sparse:
         constants |= {"row_ptr": None, "ids_ptr": None, "order_ptr": None}

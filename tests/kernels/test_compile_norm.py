@@ -37,6 +37,7 @@ def compile_norm(capability, dtype, heads, across, rotary, dim=128, *, split=Fal
     constants = {
         "HEADS": heads, "DIM": dim, "PAD": next_power(dim), "PART": work.part, "REST": work.rest, "ACROSS": across,
         "ROTARY": rotary, "STRIDE_PAIR": 2 if rotary == SHARED else 1, "GAP": rotary == NONE, "SPLIT": split,
+        "ORDER": False, "table_ptr": None,
     }  # fmt: skip
     if rotary == NONE:
         constants |= {"cos_ptr": None, "sin_ptr": None}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from inputs import TRITON, make_layout, make_map
 
-from videosparse.kernels import KernelOptions, attend, block_sums
+from videosparse.kernels import KernelOptions, attend, block_sums, reorder
 from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.ordering import TokenOrder
+from videosparse.ordering import SearchedOrder, TokenOrder
 
 LAYOUT = TokenLayout(VideoGrid(2, 6, 8))
 SHAPE = (2, 96, 3, 16)
@@ -65,10 +65,26 @@ def test_index_of_another_geometry():
             attend(**tensors(), layout=LAYOUT, index=dataclasses.replace(index, **change))
 
 
-def test_order_is_not_built_yet():
+def test_orders_of_other_heads_grids_and_devices():
+    refused = {
+        "TokenOrder is for 2 heads on grid 2x6x8 .got 3 heads": TokenOrder(LAYOUT.grid, (0, 1)),
+        "TokenOrder is for 3 heads on grid 2x8x6 .got 3 heads on grid 2x6x8": TokenOrder(VideoGrid(2, 8, 6), (0, 1, 2)),
+        "order's codes must be on cpu": SearchedOrder(LAYOUT.grid, torch.zeros(3, dtype=torch.int32, device="meta")),
+    }
+    for message, order in refused.items():
+        with pytest.raises(ValueError, match=message):
+            attend(**tensors(), layout=LAYOUT, order=order)
+        with pytest.raises(ValueError, match=message):
+            reorder(torch.zeros(SHAPE), order, LAYOUT)
+
+
+def test_reorder_of_another_sequence():
     order = TokenOrder(LAYOUT.grid, (0, 1, 2))
-    with pytest.raises(NotImplementedError, match="apply TokenOrder to q, k and v instead"):
-        attend(**tensors(), layout=LAYOUT, order=order)
+    with pytest.raises(ValueError, match=r"x must be \[batch, 96 tokens, heads, head_dim\]"):
+        reorder(torch.zeros(2, 95, 3, 16), order, LAYOUT)
+    layout = TokenLayout(LAYOUT.grid, 5)
+    with pytest.raises(ValueError, match=r"text must be \[2, 5, 3, 16\] for this layout \(got \[2, 4, 3, 16\]\)"):
+        reorder(torch.zeros(SHAPE), order, layout, text=torch.zeros(2, 4, 3, 16))
 
 
 def test_triton_on_the_cpu():

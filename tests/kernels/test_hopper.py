@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from inputs import LAYOUTS, MAP_SHARES, PoisonedEmpty, assert_accurate, make_layout, make_map, make_qkv
+from orders import check_attend
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -19,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 
 from videosparse.blocks import BlockMap  # noqa: E402
-from videosparse.kernels import KernelOptions, attend, backend, describe_backend, gpu, hopper_forward  # noqa: E402
+from videosparse.kernels import KernelOptions, attend, backend, describe_backend, gpu, hopper_forward, torch_order  # noqa: E402
 from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
 from videosparse.kernels.hopper_kernel import forward_kernel  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div  # noqa: E402
@@ -139,22 +140,44 @@ def test_the_stand_in_notices_what_is_not_waited_for(monkeypatch, on_cpu):
         run_and_check(layout, None, *make_qkv(layout, torch.bfloat16, batch=1, heads=1))
 
 
-def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True):
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize(("dim", "block"), [(128, (128, 64)), (64, (128, 128)), (64, None)])
+def test_token_orders(on_cpu, monkeypatch, kind, dim, block):
+    layout = make_layout(kind)
+    layout = layout.aligned(block) if block else layout
+    block_map = make_map(layout, block, heads=3) if block else None
+    check_attend(layout, block_map, *make_qkv(layout, torch.bfloat16, dim=dim), KernelOptions(backend="triton"))
+
+
+def test_more_tokens_than_the_kernel_divides_are_copied(on_cpu, monkeypatch):
+    monkeypatch.setattr(gpu, "MOST_ORDERED", 269)
+    monkeypatch.setattr(
+        "videosparse.kernels.ops.move", lambda x, steps, inverse, _: torch_order.reorder(x, steps, inverse)
+    )
+    layout = make_layout("video")
+    check_attend(layout, None, *make_qkv(layout, torch.bfloat16), KernelOptions(backend="triton"))
+
+
+def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True, order=False):
     """The kernel as its launcher compiles it."""
-    constants = {"KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "NEED_LSE": lse}
+    constants = {"KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "NEED_LSE": lse, "ORDER": order}
+    constants |= {} if order else {"out_ptr": None, "table_ptr": None, "ordered": None}
     blocks = {"q_desc": (64, head_dim), "out_desc": (64, head_dim)}
-    signature = {}
-    for name in forward_kernel.arg_names:
+    signature, attributes = {}, {}
+    for i, name in enumerate(forward_kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
             rows, columns = blocks.get(name, (keys, 64))
             signature[name] = f"tensordesc<{dtype}[1,1,{rows},{columns}],{NVMMASharedLayout(128, 16, 4)!r}>"
+        elif name == "out_ptr":
+            signature[name] = f"*{dtype}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
         else:
             signature[name] = "fp32" if name == "scale_log2" else "i32"
-    source = GluonASTSource(forward_kernel, signature, constants, {})
+    source = GluonASTSource(forward_kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
@@ -174,6 +197,20 @@ def test_compiles_for_hopper(dtype, head_dim, keys, sparse, text, tmp_path):
     assert "LOCAL:0 " in used
     # a few words may wait in local memory around the loops: arguments that later roles read
     assert int(re.search(r"STACK:(\d+)", used)[1]) <= 32, used
+    assert spilled_in_loops(disassemble("nvdisasm", tmp_path), 2) == []
+
+
+@pytest.mark.parametrize(("head_dim", "keys", "text"), [(128, 128, False), (128, 64, True), (64, 128, True)])
+def test_rows_in_order_leave_16_bytes_at_a_time(head_dim, keys, text, tmp_path):
+    compiled = compile_forward("bf16", head_dim, keys, True, text, lse=text, order=True)
+    stores = re.findall(r"st\.global\.\S+", compiled.asm["ptx"])
+    assert stores.count("st.global.v4.b32") == 2 * 64 * head_dim // 128 // 8
+    assert not any("b16" in store for store in stores)
+    assert compiled.metadata.shared <= 227 * 1024
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    used = disassemble("cuobjdump", "-res-usage", tmp_path)
+    assert "LOCAL:0 " in used
+    assert "STACK:0 " in used, used
     assert spilled_in_loops(disassemble("nvdisasm", tmp_path), 2) == []
 
 

@@ -10,13 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 
-NAMES = [
-    "interpreted.py", "interpreted_backward.py", "interpreted_norm.py", "interpreted_select.py",
-    "interpreted_specialized.py",
-]  # fmt: skip
+NAMES = ["", "_backward", "_norm", "_order", "_select", "_specialized", "_stats"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [f"interpreted{name}.py" for name in NAMES])
 def test_kernels_under_the_interpreter(name):
     path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(path)]

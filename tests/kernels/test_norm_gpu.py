@@ -60,7 +60,7 @@ def test_split_programs_give_the_same_bits(form):
     problem = make_problem(form, torch.bfloat16, heads=24, dim=128, gap=4, device="cuda", grid=MIDDLE)
     work = triton_norm.choose_work(24, 128)
     outs = [
-        triton_norm.forward(*problem.streams(), problem.turns(), 24, problem.layout.text_start, choice)
+        triton_norm.forward(*problem.streams(), problem.turns(), 24, problem.layout.text_start, work=choice)
         for choice in (work, replace(work, split=True))
     ]
     assert all(torch.equal(x, y) for x, y in zip(*outs, strict=True))

@@ -56,12 +56,14 @@ def test_a_method_that_searches_keeps_its_map(policy, layout):
     assert later.index is first.index
     rows, cols = (ceil_div(first.layout.length, b) for b in policy.block)
     assert first.index.shape == (2, 3, rows, cols)
-    assert first.lse.shape == (2, 3, first.layout.length)
+    assert first.lse is None or first.lse.shape == (2, 3, first.layout.length)
     density, video_density = policy.densities(layout)
     assert 0 < video_density <= density < 1
-    assert density * rows * cols * 6 <= first.index.capacity <= density * rows * cols * 6 + 6 * rows
+    expected = density * rows * cols * 6
+    assert expected - 0.5 <= first.index.capacity <= expected + 6 * rows
     kept = policy.state_bytes(layout, 2, 3)
-    assert sum(kept.values()) == first.index.bytes + first.lse.numel() * first.lse.element_size()
+    lse = 0 if first.lse is None else first.lse.numel() * first.lse.element_size()
+    assert sum(kept.values()) == first.index.bytes + lse
 
 
 def test_a_selection_fits_the_layout(policy, layout):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from videosparse.cli.calibration import calibrate
 from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
 from videosparse.cli.planning import plan
@@ -67,7 +68,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (generate, plan, doctor, demo):
+for command in (generate, calibrate, plan, doctor, demo):
     app.command()(command)
 
 

@@ -19,15 +19,21 @@ Debug = Annotated[
 
 _LABEL = 14  # the longest is "transformers"
 
-_PHASES = {"load": "loading", "prompt": "reading the prompt", "denoise": "denoising", "decode": "decoding"}
+_PHASES = {
+    "load": "loading",
+    "prompt": "reading the prompt",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "maps": "finding maps",
+}
 
 
 @contextmanager
-def guard(debug: bool) -> Iterator[None]:
+def guard(debug: bool, interrupted: str = "Interrupted; nothing was written.") -> Iterator[None]:
     """End a command on an error with one line on stderr and the right exit code.
 
     2 when the request cannot be carried out, 1 for anything unexpected, 130 after Ctrl-C. With `debug` the traceback
-    comes through instead.
+    comes through instead. `interrupted` is what Ctrl-C says.
     """
     from videosparse.generation.errors import GenerationError, one_line
 
@@ -36,7 +42,7 @@ def guard(debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail("Interrupted; nothing was written.", 130)
+        _fail(interrupted, 130)
     except GenerationError as error:
         if debug:
             raise

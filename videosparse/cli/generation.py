@@ -25,13 +25,23 @@ Set = Annotated[
 ]
 
 
+Plan = Annotated[
+    str | None, typer.Option(help="For paro: what videosparse calibrate made; short for --set paro.plan=FILE.")
+]
+
+
+def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
+    """What was --set, and the plan as one of them."""
+    return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
+
+
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     model: Annotated[
         str | None,
         typer.Option(help="Diffusers folder, hub id or name (wan2.1-1.3b, ...).", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial, adaspa or dense.")] = "radial",
+    method: Annotated[str, typer.Option(help="Attention: radial, adaspa, paro or dense.")] = "radial",
     frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
@@ -47,6 +57,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: keep only the part in use on the GPU.")] = "none",
+    plan: Plan = None,
     options: Set = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run dense from the same noise: times, PSNR, SSIM, side by side.")
@@ -63,7 +74,7 @@ def generate(
             prompt=prompt,
             model=model,
             method=method,
-            options=parse_overrides(options or ()),
+            options=parse_overrides(with_plan(plan, options)),
             num_frames=frames,
             height=height,
             width=width,
@@ -170,7 +181,7 @@ def _show_comparison(result: Comparison) -> None:
 
 def method_text(method: str, options: Mapping[str, object]) -> str:
     """A method and its options in one line."""
-    return " ".join([method, *(f"{name}={value}" for name, value in options.items())])
+    return " ".join([method, *(f"{name}={value}" for name, value in options.items() if value is not None)])
 
 
 def density_text(video: float, every: float, average: float) -> str:

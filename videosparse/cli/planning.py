@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, flops, guard, memory, rows, seconds
-from videosparse.cli.generation import Set, density_text, method_text
+from videosparse.cli.generation import Set, density_text, method_text, with_plan
 
 if TYPE_CHECKING:
     from videosparse.generation.planning import GenerationPlan
@@ -18,12 +18,13 @@ def plan(
         str | None,
         typer.Option(help="Name (wan2.1-14b, ...), Diffusers folder or hub id.", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial, adaspa or dense.")] = "radial",
+    method: Annotated[str, typer.Option(help="Attention: radial, adaspa, paro or dense.")] = "radial",
     frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    plan_file: Annotated[str | None, typer.Option("--plan", help="For paro: what videosparse calibrate made.")] = None,
     options: Set = None,
     png: Annotated[str | None, typer.Option(help="Also draw the block map to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
@@ -36,7 +37,7 @@ def plan(
         from videosparse.generation.planning import plan_run
         from videosparse.generation.sources import find_spec
 
-        given = parse_overrides(options or ())
+        given = parse_overrides(with_plan(plan_file, options))
         check_method(method)
         check_options_used(given, method)
         place = None if png is None else picture_place(png, overwrite)

@@ -199,7 +199,7 @@ def compare(
 def check_comparable(method: str) -> None:
     """Raise GenerationError when a comparison with dense would compare dense with itself."""
     if method == "dense":
-        raise GenerationError("--compare sets a sparse method against dense; choose --method radial or adaspa.")
+        raise GenerationError("--compare sets a sparse method against dense; choose --method radial, adaspa or paro.")
 
 
 def _warm_up(pipe: Any, settings: Settings, runs: Mapping[str, Options], progress: Progress) -> None:

@@ -18,11 +18,23 @@ from videosparse.generation.sources import ModelSource
 from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import SparsityPolicy
-from videosparse.processors import AdaSpaProcessor, DenseProcessor, Processor, RadialProcessor, Resolved
+from videosparse.processors import (
+    AdaSpaProcessor,
+    DenseProcessor,
+    PAROProcessor,
+    Processor,
+    RadialProcessor,
+    Resolved,
+)
 
 Options = Mapping[str, object]
 
-METHODS: dict[str, type[Processor]] = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "dense": DenseProcessor}
+METHODS: dict[str, type[Processor]] = {
+    "radial": RadialProcessor,
+    "adaspa": AdaSpaProcessor,
+    "paro": PAROProcessor,
+    "dense": DenseProcessor,
+}
 
 # A pipeline's own clock knows the number of steps; the processor's argument is for bare transformers. How queries and
 # keys are normed changes no more than rounding.

@@ -38,7 +38,7 @@ class GenerationRequest:
     Args:
         prompt: what the video shows; longer than the model reads is cut by its pipeline.
         model: Diffusers folder, hub id or a name from `videosparse.cases.MODELS`; None is the embedded model.
-        method: "radial", "adaspa" or "dense".
+        method: "radial", "adaspa", "paro" or "dense".
         options: of each method by name, such as {"radial": {"decay": 0.5}}.
         num_frames: pixel frames.
         height, width: pixels.

@@ -171,7 +171,7 @@ def _call(pipe: Any, settings: Settings, progress: Progress) -> tuple[torch.Tens
     progress("prompt", 0, 1)
     begin = now(settings.device)
     try:
-        video = pipe(**_arguments(settings), callback_on_step_end=phases.step_ends).frames[0]
+        video = pipe(**call_arguments(settings), callback_on_step_end=phases.step_ends).frames[0]
     finally:
         for hook in hooks:
             hook.remove()
@@ -188,7 +188,7 @@ def _call(pipe: Any, settings: Settings, progress: Progress) -> tuple[torch.Tens
     return frames, Timings(started - begin, ends[-1] - started, end - ends[-1], steps)
 
 
-def _arguments(settings: Settings) -> dict[str, Any]:
+def call_arguments(settings: Settings) -> dict[str, Any]:
     """What the pipeline is called with."""
     request = settings.request
     arguments: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""The only door to the kernels: `attend`, `block_sums` for methods that search, and `norm_rotate` before attention.
+"""The only door to the kernels: `attend`, `block_sums` and `block_stats` for methods that look at attention, and
+`norm_rotate` and `reorder` before it.
 
 Importing this package needs neither Triton nor a GPU: Triton is imported when a call first takes its backend.
 """
@@ -10,15 +11,28 @@ from typing import Literal, overload
 import torch
 
 from videosparse.blocks import BlockIndex, check_block
-from videosparse.kernels import checks, ops
+from videosparse.kernels import checks, ops, torch_order
 from videosparse.kernels.backend import choose_own, describe_backend
 from videosparse.kernels.norm_op import norm_rotate
 from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.reorder_op import reorder
+from videosparse.kernels.stats import BlockStats, block_stats
+from videosparse.kernels.steps import steps_of
 from videosparse.kernels.stream import Stream
 from videosparse.layout import TokenLayout
-from videosparse.ordering import TokenOrder
+from videosparse.ordering import AnyOrder
 
-__all__ = ["KernelOptions", "Stream", "attend", "block_sums", "describe_backend", "norm_rotate"]
+__all__ = [
+    "BlockStats",
+    "KernelOptions",
+    "Stream",
+    "attend",
+    "block_stats",
+    "block_sums",
+    "describe_backend",
+    "norm_rotate",
+    "reorder",
+]
 
 
 @overload
@@ -29,7 +43,7 @@ def attend(
     *,
     layout: TokenLayout,
     index: BlockIndex | None = None,
-    order: TokenOrder | None = None,
+    order: AnyOrder | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
     options: KernelOptions = ...,
@@ -44,7 +58,7 @@ def attend(
     *,
     layout: TokenLayout,
     index: BlockIndex | None = None,
-    order: TokenOrder | None = None,
+    order: AnyOrder | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
     options: KernelOptions = ...,
@@ -58,7 +72,7 @@ def attend(
     *,
     layout: TokenLayout,
     index: BlockIndex | None = None,
-    order: TokenOrder | None = None,
+    order: AnyOrder | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
@@ -78,7 +92,8 @@ def attend(
         q, k, v: [B, L, H, D] with L = layout.length and D 8..128; any strides, contiguous along D.
         layout: which positions are video, gap, text and padding.
         index: block lists for all or some samples and heads ([B or 1] x [H or 1]); None reads every valid key.
-        order: a token order to read q, k and v in; not built yet, so anything but None raises.
+        order: the token order that q, k and v come in, which is also that of the index; out and lse are returned in
+            raster order, without a copy where our Triton kernels run and nothing needs a gradient.
         scale: factor of the scores; default D ** -0.5.
         return_lse: also return the log-sum-exp of each row's scaled scores.
         options: backend and variants; see `KernelOptions`.
@@ -88,13 +103,10 @@ def attend(
         float64 inputs), natural log, -inf where out is 0 for want of keys.
 
     Raises:
-        ValueError: shapes, devices or strides that do not fit one another, the layout or the index.
+        ValueError: shapes, devices or strides that do not fit one another, the layout, the index or the order.
         TypeError: dtypes that differ or are not supported.
-        NotImplementedError: order is given.
         RuntimeError: options.backend cannot run here, or is a library that cannot take this call.
     """
-    if order is not None:
-        raise NotImplementedError("attend(order=...) is not available yet; apply TokenOrder to q, k and v instead.")
     checks.check_tensors({"q": q, "k": k, "v": v}, layout)
     if index is not None:
         checks.check_index(q, index)
@@ -102,7 +114,7 @@ def attend(
     key_major = _key_major(q, index, options) if need_grad else None
     rows, cols = (0, 0) if index is None else index.block
     samples, heads = (1, 1) if index is None else index.shape[:2]
-    out, lse = ops.attend_forward(
+    call = (
         q,
         k,
         v,
@@ -119,11 +131,22 @@ def attend(
         q.shape[3] ** -0.5 if scale is None else float(scale),
         return_lse,
         options.backend,
+    )
+    steps = None if order is None else steps_of(order, q.shape[2], layout.grid, q.device)
+    if steps is not None and not need_grad:
+        out, lse = ops.attend_in_order(*call, steps.table, steps.height, steps.width)
+        return (out, lse) if return_lse else out
+    out, lse = ops.attend_forward(
+        *call,
         need_grad,
         None if key_major is None else key_major.row_ptr,
         None if key_major is None else key_major.ids,
         None if key_major is None else key_major.order,
     )
+    if order is not None and steps is not None:
+        # the backward kernels read out and lse in the order of q: these are turned by copies, whose gradient is known
+        out = reorder(out, order, layout, inverse=True, options=options)
+        lse = torch_order.raster_lse(lse, steps) if return_lse else lse
     return (out, lse) if return_lse else out
 
 

@@ -49,6 +49,8 @@ class AttentionCall:
         video: positions [0, video) are valid tokens.
         text_start: positions [text_start, seq_lens[b]) are valid tokens; equal to `video` when there is no gap.
         scale: factor of the scores.
+        order: int32 [H, 8], see `ordering.axis_table`: q, k and v come in that token order, and out and lse are to be
+            written in raster order; None when positions are what they are.
     """
 
     lists: Lists | None
@@ -56,6 +58,7 @@ class AttentionCall:
     video: int
     text_start: int
     scale: float
+    order: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layout: TokenLayout, index: BlockIndex | None, scale: float) -> AttentionCall:

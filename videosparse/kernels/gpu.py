@@ -23,6 +23,10 @@ from videosparse.kernels.compiled import CannotCompile
 
 logger = logging.getLogger("videosparse")
 
+MOST_ORDERED = 2**20
+"""Video tokens up to which kernels write a token order back themselves: they divide positions in fp32, exactly up to
+there."""
+
 
 @dataclass(frozen=True)
 class Operation:

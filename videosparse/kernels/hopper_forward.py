@@ -90,6 +90,8 @@ def forward(
         v_desc,
         tail_desc,
         describe(out, 64, head_dim),
+        None if call.order is None else out,
+        call.order,
         lse,
         row_ptr,
         ids,
@@ -105,9 +107,10 @@ def forward(
         length,
         video,
         text_start,
+        None if call.order is None else call.video,
         call.scale * LOG2_E,
     )
-    constants = (keys, head_dim, lists is not None, text, need_lse)
+    constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None)
     key = (device, q.dtype, constants)
     kernel = compiled(forward_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)

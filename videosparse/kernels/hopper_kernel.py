@@ -9,6 +9,7 @@ Shapes
     ids, order    int32 [capacity], int32 [map_rows + 1], see `BlockIndex`
     lens          int32 [B], where each sample's text ends
     tail          [B, L - T, H, D], the values from position T = video // KEYS * KEYS on, see `value_tail`
+    table         int32 [H, 8], see `ordering.axis_table`
 Positions [0, video) are video, [text_start, lens[b]) are text, what all others hold never counts.
 
 One persistent program per multiprocessor. A producer warp draws rows (128 queries each) from a counter and copies
@@ -16,6 +17,7 @@ their queries, keys and values to shared memory; two groups of four warps, the c
 is 128 keys: one list entry of 128 or two of 64. The lists are walked from their end, where the blocks are that may
 hold something else than tokens (the last video block, text): only these `masked` tiles look at positions. A row's
 first scores are multiplied beside the last product of the row before it, and its output leaves while the next one runs.
+With a token order, rows of the output leave one by one to where they are in raster order.
 
 Gluon is an experimental part of Triton and its names change: versions 3.6 to 3.9 are known to work.
 """
@@ -35,6 +37,7 @@ FLOOR = gl.constexpr(-1.0e30)  # below every score, yet finite: a tile without k
 FAR = gl.constexpr(1 << 23)  # a block outside every tensor: it reads as zeros
 QUERY_SLOTS = gl.constexpr(3)  # the row at work, the one ahead, and the one whose output is still leaving
 MAIL = gl.constexpr(5)  # what a consumer is told of a row: sample and head, first query, tiles, masked, end
+WAY_BACK = gl.constexpr(5)  # with a token order, what more it is told: the way back to raster order
 REGISTERS = gl.constexpr([232, 40])  # a thread of the second consumer, and of the producer; the first takes the rest
 TAIL_BLOCKS = gl.constexpr(128)  # entries at the end of a list among which the masked ones are counted
 
@@ -49,6 +52,12 @@ _view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_m
 def _accumulator(columns):
     """Layout of a product of 64 rows by one consumer."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def _words(order):
+    """Words of mail for all rows at work; ways back lie behind the rest."""
+    return QUERY_SLOTS * (MAIL + (WAY_BACK if order else 0))
 
 
 @gluon.constexpr_function
@@ -194,7 +203,10 @@ def _told(box, i):
 
 
 @gluon.jit
-def _announce(desc, sample, head, block_row, tiles, masked, end, queries, mail, slot, phase, HEAD_DIM: gl.constexpr):
+def _announce(
+    desc, sample, head, block_row, tiles, masked, end, table_ptr, queries, mail, slot, phase,
+    HEAD_DIM: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
     """Copy a row's queries, and tell the consumers about the row; 0 tiles say that there is none left."""
     slots, full, empty = queries
     mbarrier.wait(empty.index(slot), phase)
@@ -203,6 +215,9 @@ def _announce(desc, sample, head, block_row, tiles, masked, end, queries, mail, 
     _tell(mail, slot * MAIL + 2, tiles)
     _tell(mail, slot * MAIL + 3, masked)
     _tell(mail, slot * MAIL + 4, end)
+    if ORDER:
+        for i in gl.static_range(WAY_BACK):
+            _tell(mail, QUERY_SLOTS * MAIL + slot * WAY_BACK + i, gl.load(table_ptr + head * 8 + 3 + i))
     _barrier()
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM * 2)
     for w in gl.static_range(2):
@@ -269,8 +284,8 @@ def _starts(tile, first, count, lists, layout, KEYS: gl.constexpr, SPARSE: gl.co
 
 @gluon.jit
 def _produce(
-    descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr,
+    descs, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, keys, values, mail, spots,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: runs ahead of the consumers by as many tiles as there are slots."""
     q_desc, k_desc, v_desc, tail_desc = descs
@@ -280,7 +295,9 @@ def _produce(
     item = gl.program_id(0)
     row, block_row, sample, head = _place(item, lists, work, SPARSE)
     first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
-    q_slot, q_phase = _announce(q_desc, sample, head, block_row, tiles, masked, end, queries, mail, 0, 1, HEAD_DIM)
+    q_slot, q_phase = _announce(
+        q_desc, sample, head, block_row, tiles, masked, end, table_ptr, queries, mail, 0, 1, HEAD_DIM, ORDER
+    )
     key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
     _fetch_keys(k_desc, sample, head, key, key2, keys, spots, 0, KEYS, HEAD_DIM, TEXT)
     n = 0
@@ -298,7 +315,7 @@ def _produce(
         first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
         q_slot, q_phase = _announce(
             q_desc, sample, head, block_row, gl.where(item < total, tiles, 0), masked, end,
-            queries, mail, q_slot, q_phase, HEAD_DIM,
+            table_ptr, queries, mail, q_slot, q_phase, HEAD_DIM, ORDER,
         )  # fmt: skip
         key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
         _fetch_keys(k_desc, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
@@ -379,16 +396,56 @@ def _continue(
     return _operand(p, k_slots.dtype, HEAD_DIM), new_top, total, acc
 
 
+@gluon.constexpr_function
+def _by_row(head_dim):
+    """Layout of 64 rows of a head that leave one by one, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _way_back(mail, slot):
+    """What leads from positions of a row's head to raster order, see `ordering.axis_table`."""
+    at = QUERY_SLOTS * MAIL + slot * WAY_BACK
+    return _told(mail, at), _told(mail, at + 1), _told(mail, at + 2), _told(mail, at + 3), _told(mail, at + 4)
+
+
+@gluon.jit
+def _raster(position, back, ordered):
+    """Where positions of a head are in raster order; those from `ordered` on stay where they are.
+
+    Divides in fp32, which is exact for positions up to 2 ** 20.
+    """
+    big, middle, a, b, c = back
+    slow = ((position.to(gl.float32) + 0.5) * (1.0 / gl.cast(big, gl.float32))).to(gl.int32)
+    rest = position - slow * big
+    mid = ((rest.to(gl.float32) + 0.5) * (1.0 / gl.cast(middle, gl.float32))).to(gl.int32)
+    token = slow * a + mid * b + (rest - mid * middle) * c
+    return gl.where(position < ordered, token, position)
+
+
+@gluon.jit
+def _scatter(q, empty, out_ptr, token, inside, sample, head, heads, length, HEAD_DIM: gl.constexpr):
+    """Write 64 rows, which lie in a slot of queries, to where their tokens are; frees the slot."""
+    column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _by_row(HEAD_DIM)))
+    rows = q.reshape([64, HEAD_DIM]).load(_by_row(HEAD_DIM))
+    fence_async_shared()
+    mbarrier.arrive(empty)
+    start = (gl.cast(sample, gl.int64) * length * heads + head) * HEAD_DIM
+    offset = gl.cast(token, gl.int64) * (heads * HEAD_DIM)
+    gl.store(out_ptr + start + offset[:, None] + column[None, :], rows, mask=inside[:, None])
+
+
 @gluon.jit
 def _consume(
-    w: gl.constexpr, out_desc, lse_ptr, heads, layout, scale, queries, keys, values, mail, spots,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, NEED_LSE: gl.constexpr,
+    w: gl.constexpr, out, lse_ptr, heads, layout, scale, queries, keys, values, mail, spots,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, NEED_LSE: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_full, q_empty = queries
     k_slots, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     length, video, text_start = layout
+    out_desc, out_ptr, ordered = out
     by_score: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
     by_out: gl.constexpr = gl.SliceLayout(1, _accumulator(HEAD_DIM))
     mbarrier.wait(q_full.index(0), 0)
@@ -421,8 +478,9 @@ def _consume(
         s_run = _scores(q_slots.index(q_slot2 * 2 + w), k_slots.index(k_slot), HEAD_DIM)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         acc_run = warpgroup_mma(operand, v_slots.index(v_slot).reshape([128, HEAD_DIM]), acc, is_async=True)
-        tma.store_wait(0)  # by now the row before has left its slot
-        mbarrier.arrive(q_empty.index(gl.maximum(before, 0)), pred=before >= 0)
+        if not ORDER:
+            tma.store_wait(0)  # by now the row before has left its slot
+            mbarrier.arrive(q_empty.index(gl.maximum(before, 0)), pred=before >= 0)
         row = start + w * 64 + gl.arange(0, 64, by_score)
         denominator = gl.convert_layout(gl.sum(total, 1), by_score)
         factor = gl.where(denominator == 0.0, 0.0, 1.0 / denominator)
@@ -431,6 +489,12 @@ def _consume(
             valid = (row < video) | ((row >= text_start) & (row < end))
             factor = gl.where(valid, factor, -1.0)
             lse = gl.where(valid, lse, -float("inf"))
+        target = row
+        if ORDER:
+            back = _way_back(mail, q_slot)
+            target = _raster(row, back, ordered)
+            position = start + w * 64 + gl.arange(0, 64, gl.SliceLayout(1, _by_row(HEAD_DIM)))
+            token = _raster(position, back, ordered)
         scores = warpgroup_mma_wait(1, [s_run])
         top, p, total = _open(scores, spots, k_slot, masked, end2, layout, scale, KEYS, TEXT)
         mbarrier.arrive(k_empty.index(k_slot))
@@ -442,11 +506,17 @@ def _consume(
         if TEXT:
             acc = gl.where((factor < 0)[:, None], 0.0, acc)
         q.reshape([64, HEAD_DIM]).store(acc.to(q.dtype))
-        fence_async_shared()
-        _store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
+        if ORDER:
+            _scatter(
+                q, q_empty.index(q_slot), out_ptr, token, position < length, where >> 16, where & 0xFFFF, heads, length,
+                HEAD_DIM,
+            )  # fmt: skip
+        else:
+            fence_async_shared()
+            _store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
         if NEED_LSE:
             offset = gl.cast((where >> 16) * heads + (where & 0xFFFF), gl.int64) * length
-            gl.store(lse_ptr + offset + row, lse, mask=row < length)
+            gl.store(lse_ptr + offset + target, lse, mask=row < length)
         where, start, end = where2, start2, end2
         before, q_slot, q_phase = q_slot, q_slot2, q_phase2
         n += 1
@@ -467,8 +537,8 @@ def _barriers(SLOTS: gl.constexpr):
 # nothing is specialised: sizes change from call to call, and lists may start anywhere in a buffer
 @gluon.jit(
     do_not_specialize=[
-        "lse_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr", "next_ptr", "total", "rows", "heads", "map_rows",
-        "map_heads", "shares", "length", "video", "text_start",
+        "table_ptr", "lse_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr", "next_ptr", "total", "rows", "heads",
+        "map_rows", "map_heads", "shares", "length", "video", "text_start", "ordered",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -477,6 +547,8 @@ def forward_kernel(
     v_desc,
     tail_desc,
     out_desc,
+    out_ptr,
+    table_ptr,
     lse_ptr,
     row_ptr,
     ids_ptr,
@@ -492,12 +564,14 @@ def forward_kernel(
     length,
     video,
     text_start,
+    ordered,
     scale_log2,
     KEYS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     SPARSE: gl.constexpr,
     TEXT: gl.constexpr,
     NEED_LSE: gl.constexpr,
+    ORDER: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     slots: gl.constexpr = _slots(HEAD_DIM)
@@ -507,7 +581,7 @@ def forward_kernel(
     q_slots = gl.allocate_shared_memory(q_desc.dtype, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
     k_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)
     v_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)
-    mail = gl.allocate_shared_memory(gl.int32, [QUERY_SLOTS * MAIL, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mail = gl.allocate_shared_memory(gl.int32, [_words(ORDER), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     spots = gl.allocate_shared_memory(gl.int32, [slots * 2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries = (q_slots, q_full, q_empty)
     keys = (k_slots, k_full, k_empty)
@@ -516,14 +590,15 @@ def forward_kernel(
     descs = (q_desc, k_desc, v_desc, tail_desc)
     lists = (row_ptr, ids_ptr, order_ptr)
     work = (total, rows, heads, map_rows, map_heads, shares)
+    out = (out_desc, out_ptr, ordered)
     gl.warp_specialize(
         [
-            (_consume, (0, out_desc, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, TEXT, NEED_LSE)),
-            (_consume, (1, out_desc, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, TEXT, NEED_LSE)),
-            (_produce, (descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, SPARSE, TEXT)),
+            (_consume, (0, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
+            (_consume, (1, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
+            (_produce, (descs, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, SPARSE, TEXT, ORDER)),
         ],
         [4, 1],
         REGISTERS,

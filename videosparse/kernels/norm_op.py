@@ -13,7 +13,9 @@ import torch
 from videosparse.kernels import torch_norm
 from videosparse.kernels.backend import TRITON_DTYPES, choose, missing
 from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.steps import Steps, steps_of
 from videosparse.kernels.stream import Pair, Stream
+from videosparse.ordering import AnyOrder
 
 logger = logging.getLogger("videosparse")
 
@@ -53,18 +55,22 @@ def norm_rotate_forward(
     heads: int,
     text_start: int,
     backend: str,
+    table: torch.Tensor | None = None,
+    height: int = 1,
+    width: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k [B, L, H, D]."""
     video, text = Stream(q, k, q_weight, k_weight, eps), None
     if text_q is not None and text_k is not None and text_q_weight is not None and text_k_weight is not None:
         text = Stream(text_q, text_k, text_q_weight, text_k_weight, text_eps)
     rotary = None if cos is None or sin is None else (cos, sin)
+    order = None if table is None else Steps(table, q.shape[1], height, width)
     backend = _take_automatically(q.device, q.dtype) if backend == "auto" else choose(backend, q.device, q.dtype)
     if backend == "torch":
-        return torch_norm.forward(video, text, rotary, heads, text_start)
+        return torch_norm.forward(video, text, rotary, heads, text_start, order)
     from videosparse.kernels import triton_norm
 
-    return triton_norm.forward(video, text, rotary, heads, text_start)
+    return triton_norm.forward(video, text, rotary, heads, text_start, order)
 
 
 @norm_rotate_forward.register_fake
@@ -84,6 +90,9 @@ def _norm_rotate_fake(
     heads: int,
     text_start: int,
     backend: str,
+    table: torch.Tensor | None = None,
+    height: int = 1,
+    width: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     length = q.shape[1] if text_q is None else text_start + text_q.shape[1]
     shape = (q.shape[0], length, heads, q.shape[2] // heads)
@@ -97,6 +106,7 @@ def norm_rotate(
     heads: int,
     rotary: Pair | None = None,
     text_start: int | None = None,
+    order: AnyOrder | None = None,
     options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
 ) -> Pair:
     """RMS norm of queries and keys, and rotation of the video's, into the one sequence that attention reads.
@@ -110,6 +120,7 @@ def norm_rotate(
         heads: H.
         rotary: cos and sin [S, 1 or H, D / 2], any strides: the pair (2i, 2i + 1) of a head turns by angle i.
         text_start: position of the first text token, default S; positions from S to there are zeros.
+        order: in which heads take the video tokens, whose grid has S; rotary angles belong to raster tokens.
         options: `backend` "auto", "triton" or "torch"; a library for attention is as "auto". Nothing else is read.
 
     Returns:
@@ -132,14 +143,23 @@ def norm_rotate(
         _check_rotary(rotary, video.q, heads)
     _check_gradient([video, *([] if text is None else [text])], rotary)
     cos, sin = (None, None) if rotary is None else rotary
+    steps = () if order is None else _steps(order, heads, video.q)
     of_text = (None, None, None, None, 1.0)
     if text is not None:
         of_text = (text.q, text.k, text.q_weight, text.k_weight, text.eps)  # type: ignore[assignment]
     found: Pair = norm_rotate_forward(
         video.q, video.k, video.q_weight, video.k_weight, video.eps, *of_text, cos, sin, heads, text_start,
-        options.backend if options.backend in ("triton", "torch") else "auto",
+        options.backend if options.backend in ("triton", "torch") else "auto", *steps,
     )  # fmt: skip
     return found
+
+
+def _steps(order: AnyOrder, heads: int, q: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """What the op is given of an order for q [B, S, H * D]."""
+    if order.grid.tokens != q.shape[1]:
+        raise ValueError(f"The order is for {order.grid.tokens} video tokens, video.q has {q.shape[1]}.")
+    steps = steps_of(order, heads, order.grid, q.device)
+    return steps.table, steps.height, steps.width
 
 
 def _check_stream(name: str, stream: Stream, heads: int, model: Stream) -> None:

@@ -7,15 +7,18 @@ that swapping the tensors of a plan never recompiles.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from videosparse.blocks import transpose_lists
-from videosparse.kernels import gpu, torch_path
+from videosparse.kernels import gpu, torch_order, torch_path
 from videosparse.kernels.backend import choose, choose_own
 from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.reorder_op import move
+from videosparse.kernels.steps import Steps
 from videosparse.layout import ceil_div
 
 logger = logging.getLogger("videosparse")
@@ -63,12 +66,19 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     *geometry, need_lse, backend, need_grad, _, _, _ = rest
     call = _call(*geometry)
     chosen = choose(backend, q.device, q.dtype)
+    out, lse = _run(chosen, q, k, v, call, need_lse or (need_grad and chosen != "torch"))
+    return out, _no_lse(q) if need_grad and not need_lse and chosen == "torch" else lse
+
+
+def _run(
+    chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by a backend."""
     if chosen == "torch":
-        out, lse = torch_path.forward(q, k, v, call, need_lse)
-        return out, _no_lse(q) if need_grad and not need_lse else lse
+        return torch_path.forward(q, k, v, call, need_lse)
     if chosen in ("fa4", "flex"):
-        return _library(chosen, q, k, v, call, need_lse or need_grad)
-    return gpu.forward(q, k, v, call, need_lse or need_grad)
+        return _library(chosen, q, k, v, call, need_lse)
+    return gpu.forward(q, k, v, call, need_lse)
 
 
 def _no_lse(q: torch.Tensor) -> torch.Tensor:
@@ -186,6 +196,39 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
 
 
 attend_forward.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "videosparse::attend_in_order",
+    mutates_args=(),
+    schema=(
+        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, Tensor table, SymInt height, "
+        "SymInt width) -> (Tensor, Tensor)"
+    ),
+)
+def attend_in_order(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q, k and v [B, L, H, D] in a token order; out and lse in raster order. No gradient.
+
+    Our Triton kernels write their rows where they belong; what the others return is reordered by a copy.
+    """
+    *geometry, need_lse, backend, table, height, width = rest
+    call = _call(*geometry)
+    chosen = choose(backend, q.device, q.dtype)
+    if chosen == "triton" and call.video <= gpu.MOST_ORDERED:
+        return gpu.forward(q, k, v, replace(call, order=table), need_lse)
+    out, lse = _run(chosen, q, k, v, call, need_lse)
+    steps = Steps(table, call.video, height, width)
+    return move(out, steps, True, backend), torch_order.raster_lse(lse, steps) if need_lse else lse
+
+
+@attend_in_order.register_fake
+def _attend_in_order_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    need_lse = rest[-5]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op(

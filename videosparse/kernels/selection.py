@@ -119,7 +119,7 @@ def select_blocks(
 ) -> None:
     """See `select`."""
     batch, heads, rows, columns = sums.shape
-    kernels = _kernels(backend, sums)
+    kernels = kernels_for(backend, sums)
     sums = sums.contiguous()
     counts = torch.full((batch, heads), base, dtype=torch.int32, device=sums.device)
     kept = kernels.keep_largest(sums, counts, bits, video_rows, video_cols)
@@ -127,12 +127,7 @@ def select_blocks(
         recall = head_recall(sums, kept, video_rows)
         counts = head_counts(recall, base, low, high, threshold)
         kernels.keep_largest(sums, counts, bits, video_rows, video_cols)
-    per_row = sums.new_full((batch, heads, rows), columns, dtype=torch.int64)
-    per_row[:, :, :video_rows] = counts[..., None].long() + (columns - video_cols)
-    per_row = per_row.flatten()
-    row_ptr[:1] = 0  # one element as a slice is filled, as a number copied, for which the host would wait
-    row_ptr[1:] = per_row.cumsum(0)
-    order.copy_(work_order(per_row))
+    write_places(counts, row_ptr, order, (rows, columns), (video_rows, video_cols))
 
 
 @select_blocks.register_fake
@@ -159,7 +154,7 @@ def _select_blocks_fake(
 )
 def expand_blocks(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: int, backend: str) -> torch.Tensor:
     """The lists of a map of bits, int32 [capacity]; see `torch_select.expand`."""
-    ids: torch.Tensor = _kernels(backend, bits).expand(bits, row_ptr, capacity, columns)
+    ids: torch.Tensor = kernels_for(backend, bits).expand(bits, row_ptr, capacity, columns)
     return ids
 
 
@@ -168,6 +163,30 @@ def _expand_blocks_fake(
     bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: int, backend: str
 ) -> torch.Tensor:
     return bits.new_empty((capacity,), dtype=torch.int32)
+
+
+def write_places(
+    counts: torch.Tensor,
+    row_ptr: torch.Tensor,
+    order: torch.Tensor,
+    blocks: tuple[int, int],
+    video: tuple[int, int],
+) -> None:
+    """Write where the lists of every row start, and in which order to start them, from how many blocks rows keep.
+
+    Args:
+        counts: int [B, H], video columns that a video row keeps, beside all of text; a text row keeps everything.
+        row_ptr, order: int32 [B * H * rows + 1], written; see `BlockIndex`.
+        blocks: (rows, columns) of the map.
+        video: (rows, columns) of it before the text.
+    """
+    rows, columns = blocks
+    per_row = torch.full((*counts.shape, rows), columns, dtype=torch.int64, device=counts.device)
+    per_row[:, :, : video[0]] = counts[..., None].long() + (columns - video[1])
+    per_row = per_row.flatten()
+    row_ptr[:1] = 0  # one element as a slice is filled, as a number copied, for which the host would wait
+    row_ptr[1:] = per_row.cumsum(0)
+    order.copy_(work_order(per_row))
 
 
 def head_recall(sums: torch.Tensor, kept: torch.Tensor, video_rows: int) -> torch.Tensor:
@@ -199,10 +218,15 @@ def head_counts(recall: torch.Tensor, base: int, low: int, high: int, threshold:
     return counts.masked_fill_(is_low, low).masked_fill_(is_high, high)
 
 
-def _kernels(backend: str, x: torch.Tensor) -> Any:
+def kernels_for(backend: str, x: torch.Tensor) -> Any:
     """The module whose kernels run on the device of `x`."""
     if choose_own(backend, x.device, torch.float32) == "torch":
         return torch_select
     from videosparse.kernels import triton_select
 
     return triton_select
+
+
+def own(backend: str) -> str:
+    """A backend for what libraries of attention do not do: "auto" where one of them is asked for."""
+    return backend if backend in ("triton", "torch") else "auto"

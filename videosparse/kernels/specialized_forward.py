@@ -116,6 +116,8 @@ def unsuited(
         return f"it takes head_dim {HEAD_DIM} (got {q.shape[3]})"
     if call.seq_lens is not None or call.text_start > call.video:
         return "it takes video without text"
+    if call.order is not None:
+        return "it takes calls without a token order"
     if not call.scale > 0:
         return "it takes scales above 0"
     if call.lists is not None and call.lists.block != (BLOCK, BLOCK):

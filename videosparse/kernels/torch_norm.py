@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from videosparse.kernels import torch_order
+from videosparse.kernels.steps import Steps
 from videosparse.kernels.stream import Pair, Stream
 
 
-def forward(video: Stream, text: Stream | None, rotary: Pair | None, heads: int, text_start: int) -> Pair:
-    """q and k [B, L, H, D], contiguous, normed and rotated: video, zeros up to `text_start`, then text.
+def forward(
+    video: Stream, text: Stream | None, rotary: Pair | None, heads: int, text_start: int, order: Steps | None = None
+) -> Pair:
+    """q and k [B, L, H, D], contiguous, normed and rotated: video in its order, zeros up to `text_start`, then text.
 
     Computed in float32, or in float64 for float64 projections, and rounded once.
     """
@@ -16,6 +20,8 @@ def forward(video: Stream, text: Stream | None, rotary: Pair | None, heads: int,
     if rotary is not None:
         q, k = _rotated(q, *rotary), _rotated(k, *rotary)
     q, k = q.to(video.q.dtype), k.to(video.q.dtype)
+    if order is not None:
+        q, k = torch_order.reorder(q, order, inverse=False), torch_order.reorder(k, order, inverse=False)
     if text is None:
         return q.contiguous(), k.contiguous()
     ends = _normed(text, heads)

@@ -8,7 +8,9 @@ Shapes
     row_ptr       int32 [samples * heads * rows + 1], over the samples and heads of the map
     ids, order    int32 [capacity], int32 [samples * heads * rows + 1], see `BlockIndex`
     lens          int32 [B], where each sample's text ends
-Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read.
+    table         int32 [H, 8], see `ordering.axis_table`
+Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read. With a token order, out and
+lse are written in raster order, row by row.
 
 One program owns one tile of query rows and walks its key tiles. With lists it takes rows in `order`: the long rows of
 all samples and heads first, then the others head by head, so that neighbours in time share keys in L2. A query block
@@ -64,6 +66,17 @@ def _load_rows(ptr, positions, stride, valid, HEAD_DIM: tl.constexpr, HEAD_PAD: 
     return tl.load(pointers, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
+@triton.jit
+def _raster(table_ptr, head, position, video):
+    """Where rows of a head go in raster order; those past the video stay where they are."""
+    row = table_ptr + head * 8
+    big = tl.load(row + 3)
+    middle = tl.load(row + 4)
+    token = position // big * tl.load(row + 5)
+    token += position % big // middle * tl.load(row + 6) + position % middle * tl.load(row + 7)
+    return tl.where(position < video, token, position)
+
+
 LISTS = ["row_ptr", "ids_ptr", "order_ptr", "lens_ptr"]
 SIZES = ["video", "text_start", "length", "rows", "heads", "map_rows", "map_heads", "shares"]
 
@@ -80,6 +93,7 @@ def forward_kernel(
     ids_ptr,
     order_ptr,
     lens_ptr,
+    table_ptr,
     stride_qb: tl.int64,
     stride_ql: tl.int64,
     stride_qh: tl.int64,
@@ -108,6 +122,7 @@ def forward_kernel(
     HAS_LENS: tl.constexpr,
     NEED_LSE: tl.constexpr,
     STAGES: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     """One tile of query rows: online softmax in base 2 over its key tiles, accumulated in fp32."""
     program = tl.program_id(0)
@@ -175,8 +190,10 @@ def forward_kernel(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     acc = tl.where(empty[:, None], 0.0, acc)
     dims = tl.arange(0, HEAD_PAD)
-    out_rows = (sample * length + q_pos) * heads + head
     inside = q_pos < length
+    if ORDER:
+        q_pos = _raster(table_ptr, head, q_pos, video)
+    out_rows = (sample * length + q_pos) * heads + head
     tl.store(
         out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -264,6 +281,7 @@ def forward(
         None if lists is None else lists.ids,
         None if lists is None else lists.order,
         call.seq_lens,
+        call.order,
         *_strides(q),
         *_strides(k),
         *_strides(v),
@@ -286,6 +304,7 @@ def forward(
         HAS_LENS=call.seq_lens is not None,
         NEED_LSE=need_lse,
         STAGES=tiles.stages,
+        ORDER=call.order is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=True,

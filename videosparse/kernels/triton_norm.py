@@ -6,7 +6,9 @@ Shapes
     q_out, k_out  [B, L, H, D] contiguous
     weights       [H * D] (one norm across all heads) or [D] (every head by itself)
     cos, sin      [S, 1 or H, D / 2] by strides; the pair (2i, 2i + 1) of a head turns by angle i
-Position p of the output takes token p - start; positions of a launch before `start` are a gap and get zeros.
+    table         int32 [H, 8], see `ordering.axis_table`
+Position p of the output takes token p - start; positions of a launch before `start` are a gap and get zeros. With an
+order, every head of token p goes to the position that the order gives it instead.
 
 One program owns one token, with all heads of q and then of k. The heads fall into two parts of a power of two each,
 40 = 32 + 8, which stay in registers from load to store: everything is read once and written once. Arithmetic is fp32,
@@ -22,7 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
+from videosparse.kernels.steps import Steps
 from videosparse.kernels.stream import Pair, Stream
+from videosparse.kernels.triton_order import load_steps, next_power, place_of
 
 NO_ROTARY = tl.constexpr(0)
 SHARED_ROTARY = tl.constexpr(1)
@@ -80,11 +84,11 @@ def _load_turns(
 
 @triton.jit
 def _store_part(
-    x, mean_square, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, FIRST: tl.constexpr,
+    x, mean_square, eps, out_ptr, place, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, FIRST: tl.constexpr,
     PART: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, ACROSS: tl.constexpr,
-    ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr,
+    ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate, round and store heads FIRST.. of a row."""
+    """Norm, rotate, round and store heads FIRST.. of a row; with ORDER, `place` rows after `out_ptr` each."""
     offsets, mask = _tile(FIRST, PART, HEADS, DIM if ACROSS else 0, DIM, PAD, 1)
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     y = x.to(tl.float32) * tl.rsqrt(mean_square + eps) * weight
@@ -94,38 +98,48 @@ def _store_part(
         even, odd = tl.split(tl.reshape(y, [PART, PAD // 2, 2]))
         y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [PART, PAD])
     offsets, mask = _tile(FIRST, PART, HEADS, DIM, DIM, PAD, 1)
+    if ORDER:
+        offsets = place.to(tl.int64)[:, None] * (HEADS * DIM) + offsets
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _row(
-    ptr, present, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, HEADS: tl.constexpr,
+    ptr, present, eps, out_ptr, order, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin, HEADS: tl.constexpr,
     DIM: tl.constexpr, PAD: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, ACROSS: tl.constexpr,
-    ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr, GAP: tl.constexpr,
+    ROTARY: tl.constexpr, STRIDE_PAIR: tl.constexpr, GAP: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, of q or of k."""
     SIZE: tl.constexpr = HEADS * DIM if ACROSS else DIM
     x = _load_part(ptr, present, 0, PART, HEADS, DIM, PAD, GAP)
-    total = _sum_of_squares(x, ACROSS)
+    place = 0
+    rest_place = 0
     if REST > 0:
         rest = _load_part(ptr, present, PART, REST, HEADS, DIM, PAD, GAP)
+    if ORDER:  # after the long loads, to be there when these are
+        table_ptr, token, height, width = order
+        place = place_of(token, load_steps(table_ptr, 0, PART, HEADS), height, width)
+        if REST > 0:
+            rest_place = place_of(token, load_steps(table_ptr, PART, REST, HEADS), height, width)
+    total = _sum_of_squares(x, ACROSS)
+    if REST > 0:
         rest_total = _sum_of_squares(rest, ACROSS)
         if ACROSS:
             total += rest_total
             rest_total = total
     _store_part(
-        x, total / SIZE, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
-        0, PART, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR,
+        x, total / SIZE, eps, out_ptr, place, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+        0, PART, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR, ORDER,
     )  # fmt: skip
     if REST > 0:
         _store_part(
-            rest, rest_total / SIZE, eps, out_ptr, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
-            PART, REST, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR,
+            rest, rest_total / SIZE, eps, out_ptr, rest_place, weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            PART, REST, HEADS, DIM, PAD, ACROSS, ROTARY, STRIDE_PAIR, ORDER,
         )  # fmt: skip
 
 
 # sizes change from call to call: specialising on them would compile again and again
-@triton.jit(do_not_specialize=["count", "first", "start", "length"])
+@triton.jit(do_not_specialize=["count", "first", "start", "length", "height", "width"])
 def norm_rotate_kernel(
     q_ptr,
     k_ptr,
@@ -135,6 +149,7 @@ def norm_rotate_kernel(
     k_weight_ptr,
     cos_ptr,
     sin_ptr,
+    table_ptr,
     stride_qb: tl.int64,
     stride_qs: tl.int64,
     stride_kb: tl.int64,
@@ -145,6 +160,8 @@ def norm_rotate_kernel(
     first,
     start,
     length,
+    height,
+    width,
     eps,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -156,6 +173,7 @@ def norm_rotate_kernel(
     STRIDE_PAIR: tl.constexpr,
     GAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     """Positions [first, first + count) of every sample; with SPLIT, q and k of a token in programs of their own."""
     program = tl.program_id(0)
@@ -165,6 +183,9 @@ def norm_rotate_kernel(
     token = position - start
     present = token >= 0
     out = (sample * length + position) * (HEADS * DIM)
+    order = (table_ptr, token.to(tl.int32), height, width)
+    if ORDER:
+        out = sample * length * (HEADS * DIM)
     cos = 1.0
     sin = 0.0
     if ROTARY != NO_ROTARY:
@@ -176,13 +197,13 @@ def norm_rotate_kernel(
     k_ptr += sample * stride_kb + token * stride_ks
     if SPLIT == 0 or program % 2 == 0:
         _row(
-            q_ptr, present, eps, q_out_ptr + out, q_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
-            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP,
+            q_ptr, present, eps, q_out_ptr + out, order, q_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP, ORDER,
         )  # fmt: skip
     if SPLIT == 0 or program % 2 == 1:
         _row(
-            k_ptr, present, eps, k_out_ptr + out, k_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
-            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP,
+            k_ptr, present, eps, k_out_ptr + out, order, k_weight_ptr, cos_ptr, sin_ptr, stride_rh, cos, sin,
+            HEADS, DIM, PAD, PART, REST, ACROSS, ROTARY, STRIDE_PAIR, GAP, ORDER,
         )  # fmt: skip
 
 
@@ -207,11 +228,6 @@ def choose_work(heads: int, head_dim: int) -> Work:
     return Work(part, rest, min(8, warps), split=False)
 
 
-def next_power(n: int) -> int:
-    """The smallest power of two that is at least n; 0 for 0."""
-    return 1 << (n - 1).bit_length() if n else 0
-
-
 def _launch(
     stream: Stream,
     out: Pair,
@@ -219,6 +235,7 @@ def _launch(
     start: int,
     rotary: Pair | None,
     work: Work,
+    order: Steps | None = None,
 ) -> None:
     """Fill positions [positions[0], positions[1]) of `out` [B, L, H, D] with tokens of a stream from `start` on."""
     q, k = stream.q, stream.k
@@ -240,6 +257,7 @@ def _launch(
         stream.k_weight,
         cos,
         sin,
+        None if order is None else order.table,
         *_strides(q),
         *_strides(k),
         stride_token,
@@ -248,6 +266,8 @@ def _launch(
         positions[0],
         start,
         length,
+        1 if order is None else order.height,
+        1 if order is None else order.width,
         stream.eps,
         HEADS=heads,
         DIM=head_dim,
@@ -259,6 +279,7 @@ def _launch(
         STRIDE_PAIR=stride_pair,  # known, for loads of 16 bytes
         GAP=positions[0] < start,
         SPLIT=work.split,
+        ORDER=order is not None,
         num_warps=work.warps,
         enable_fp_fusion=True,
     )
@@ -270,12 +291,19 @@ def _strides(x: torch.Tensor) -> tuple[int, int]:
 
 
 def forward(
-    video: Stream, text: Stream | None, rotary: Pair | None, heads: int, text_start: int, work: Work | None = None
+    video: Stream,
+    text: Stream | None,
+    rotary: Pair | None,
+    heads: int,
+    text_start: int,
+    order: Steps | None = None,
+    work: Work | None = None,
 ) -> Pair:
     """q and k [B, L, H, D], contiguous, of checked streams: video, zeros up to `text_start`, then text.
 
     Args:
         video, text, rotary, heads, text_start: as in `norm_rotate`.
+        order: in which heads take the video tokens.
         work: how programs work; for benchmarks.
     """
     batch, tokens, width = video.q.shape
@@ -286,7 +314,7 @@ def forward(
         rotary = rotary[0].contiguous(), rotary[1].contiguous()
     work = choose_work(heads, width // heads) if work is None else work
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        _launch(video, (q, k), (0, tokens), 0, rotary, work)
+        _launch(video, (q, k), (0, tokens), 0, rotary, work, order)
         if text is not None:
             _launch(text, (q, k), (tokens, length), text_start, None, work)
     return q, k

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.normalization import MochiRMSNorm, RMSNorm
 
-from videosparse.kernels import KernelOptions, Stream, norm_rotate
+from videosparse.kernels import KernelOptions, Stream, norm_rotate, reorder
 from videosparse.kernels.backend import TRITON_DTYPES, interpreted, missing
 from videosparse.kernels.norm_op import MAX_WIDTH, row_width
 from videosparse.layout import TokenLayout, VideoGrid
@@ -77,17 +77,22 @@ class ModelFamily(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v [B, plan.layout.length, H, D] from hidden states, normed and rotated: video, gap, then text.
 
+        Video tokens come in `plan.order`.
+
         Args:
             attn: the attention module.
             video: [B, V, C] hidden states of the video tokens.
             text: [B, T, C'] hidden states of the text tokens, None for families whose self-attention has none.
             rotary: (cos, sin) as the transformer makes them.
-            plan: where text starts.
+            plan: where text starts, and the token order.
         """
 
     @abstractmethod
     def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What the attention module returns, from the attention output [B, plan.layout.length, H, D]."""
+        """What the attention module returns, from the attention output [B, plan.layout.length, H, D].
+
+        The output is in raster order, whatever the order of q, k and v.
+        """
 
     def variant(self, config: Mapping[str, Any], experts: int) -> str:
         """Which of `variants` a transformer's configuration describes; `experts` transformers share its run."""
@@ -146,11 +151,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out
 
 
-def join(video: torch.Tensor, text: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """[B, layout.length, ...] from [B, V, ...] and [B, T, ...], zeros in the gap.
+def ordered(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """x [B, plan.layout.length, H, D] in the token order of a plan; as it is where there is none."""
+    return x if plan.order is None else reorder(x, plan.order, plan.layout, options=plan.options)
+
+
+def join(video: torch.Tensor, text: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """[B, plan.layout.length, H, D] from [B, V, H, D] and [B, T, H, D], zeros in the gap, video in the plan's order.
 
     Kernels mask the gap; zeros rather than uninitialised memory keep NaN out of checks for NaN.
     """
+    layout = plan.layout
+    if plan.order is not None:  # one copy for both
+        return reorder(video, plan.order, layout, text=text, options=plan.options)
     gap = layout.text_start - layout.video
     parts = [video, text] if gap == 0 else [video, video.new_zeros(video.shape[0], gap, *video.shape[2:]), text]
     return torch.cat(parts, 1)
@@ -184,7 +197,7 @@ def norm_fused(
         text: of the text tokens, for joint families.
         rotary: cos and sin that broadcast to [B, S, H, D / 2], one for each pair.
         heads: H.
-        plan: where text starts, and `options.fused_norm`.
+        plan: where text starts, the token order, and `options.fused_norm`.
 
     Raises:
         RuntimeError: options.fused_norm is "on" and something is in the way.
@@ -208,7 +221,7 @@ def norm_fused(
     text_start = None if text is None else plan.layout.text_start
     return norm_rotate(
         _stream(video), None if text is None else _stream(text), heads=heads, rotary=rotary, text_start=text_start,
-        options=_FORCED if forced else _FREE,
+        order=plan.order, options=_FORCED if forced else _FREE,
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class HunyuanVideoFamily(ModelFamily):
             return self._single(attn, torch.cat([video, text], 1), turns, plan)
         q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
         tq, tk, tv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-        v = join(split_heads(v, attn.heads), split_heads(tv, attn.heads), plan.layout)
+        v = join(split_heads(v, attn.heads), split_heads(tv, attn.heads), plan)
         fused = norm_fused(
             Projected(q, k, attn.norm_q, attn.norm_k),
             Projected(tq, tk, attn.norm_added_q, attn.norm_added_k),
@@ -78,7 +78,7 @@ class HunyuanVideoFamily(ModelFamily):
         tq, tk = self._normed(tq, attn.norm_added_q, attn.heads), self._normed(tk, attn.norm_added_k, attn.heads)
         if turns is not None:
             q, k = rotate(q, *turns), rotate(k, *turns)
-        return join(q, tq, plan.layout), join(k, tk, plan.layout), v
+        return join(q, tq, plan), join(k, tk, plan), v
 
     def _single(
         self, attn: Any, x: torch.Tensor, turns: Rotary | None, plan: LayerPlan
@@ -86,8 +86,9 @@ class HunyuanVideoFamily(ModelFamily):
         """The same from one sequence [B, V + T, C], video then text."""
         layout = plan.layout
         q, k, v = attn.to_q(x), attn.to_k(x), split_heads(attn.to_v(x), attn.heads)
-        if layout.text_start != layout.video:  # without a gap it still is the one sequence that it was projected as
-            v = join(v[:, : layout.video], v[:, layout.video :], layout)
+        # without a gap and an order it still is the one sequence that it was projected as
+        if layout.text_start != layout.video or plan.order is not None:
+            v = join(v[:, : layout.video], v[:, layout.video :], plan)
         fused = norm_fused(
             Projected(q[:, : layout.video], k[:, : layout.video], attn.norm_q, attn.norm_k),
             Projected(q[:, layout.video :], k[:, layout.video :], attn.norm_q, attn.norm_k),
@@ -101,7 +102,7 @@ class HunyuanVideoFamily(ModelFamily):
         pairs = [(y[:, : layout.video], y[:, layout.video :]) for y in (q, k)]
         if turns is not None:
             pairs = [(rotate(y, *turns), t) for y, t in pairs]
-        q, k = (join(y, t, layout) for y, t in pairs)
+        q, k = (join(y, t, plan) for y, t in pairs)
         return q, k, v
 
     def _normed(self, x: torch.Tensor, norm: Any, heads: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ class MochiFamily(ModelFamily):
         """RMS norm per head; rotary [S, H, D/2] is learned per head and turns video only."""
         q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
         eq, ek, ev = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-        v = join(split_heads(v, attn.heads), split_heads(ev, attn.heads), plan.layout)
+        v = join(split_heads(v, attn.heads), split_heads(ev, attn.heads), plan)
         fused = norm_fused(
             Projected(q, k, attn.norm_q, attn.norm_k),
             Projected(eq, ek, attn.norm_added_q, attn.norm_added_k),
@@ -67,7 +67,7 @@ class MochiFamily(ModelFamily):
         ek = ek if attn.norm_added_k is None else attn.norm_added_k(ek)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return join(q, eq, plan.layout), join(k, ek, plan.layout), v
+        return join(q, eq, plan), join(k, ek, plan), v
 
     def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """(video [B, V, C], text [B, T, C']); the last block drops its text.

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from videosparse.models.base import ModelFamily, Projected, Rotary, SelfAttention, norm_fused, rotate, split_heads
+from videosparse.models.base import (
+    ModelFamily,
+    Projected,
+    Rotary,
+    SelfAttention,
+    norm_fused,
+    ordered,
+    rotate,
+    split_heads,
+)
 from videosparse.policies.base import LayerPlan
 
 
@@ -54,13 +63,15 @@ class WanFamily(ModelFamily):
             q, k, v = attn.to_qkv(video).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(video), attn.to_k(video), attn.to_v(video)
-        v = split_heads(v, attn.heads)
+        v = ordered(split_heads(v, attn.heads), plan)
         turns = None if rotary is None else (rotary[0][..., 0::2], rotary[1][..., 1::2])
         fused = norm_fused(Projected(q, k, attn.norm_q, attn.norm_k), None, turns, attn.heads, plan)
         if fused is not None:
             return *fused, v
         q, k = split_heads(attn.norm_q(q), attn.heads), split_heads(attn.norm_k(k), attn.heads)
-        return (q, k, v) if turns is None else (rotate(q, *turns), rotate(k, *turns), v)
+        if turns is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
+        return ordered(q, plan), ordered(k, plan), v
 
     def finish(self, attn: Any, out: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         """Output projection and dropout: [B, V, C]."""

@@ -2,9 +2,10 @@
 
 from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, RunStep, SparsityPolicy
+from videosparse.policies.paro import PAROPolicy
 from videosparse.policies.radial import RadialPolicy
 
-POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy, "adaspa": AdaSpaPolicy}
+POLICIES: dict[str, type[SparsityPolicy]] = {"radial": RadialPolicy, "adaspa": AdaSpaPolicy, "paro": PAROPolicy}
 
 __all__ = [
     "POLICIES",
@@ -12,6 +13,7 @@ __all__ = [
     "DenseSchedule",
     "LayerPlan",
     "Mode",
+    "PAROPolicy",
     "RadialPolicy",
     "RunStep",
     "SparsityPolicy",

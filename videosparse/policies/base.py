@@ -12,9 +12,13 @@ import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
 from videosparse.kernels import KernelOptions
+from videosparse.kernels.order_search import OrderSelection
 from videosparse.kernels.selection import Selection
 from videosparse.layout import TokenLayout
-from videosparse.ordering import TokenOrder
+from videosparse.ordering import AnyOrder
+
+TRAINING = "training"
+"""The context of a `RunStep` that is no step of a run."""
 
 
 class Mode(StrEnum):
@@ -31,7 +35,8 @@ class RunStep:
     """When we are.
 
     Args:
-        context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step).
+        context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step), or
+            `TRAINING`.
         index: denoising step, from 0.
         total: denoising steps of this run, None when nobody said.
     """
@@ -50,9 +55,12 @@ class LayerPlan:
         layout: the sequence of this call; in sparse modes text starts on a fresh block.
         index: lists of kept blocks, or the packed map of a method that searches: written in the modes search and
             refresh, read in the modes refresh and sparse; None in dense mode.
-        order: token order; None is raster order.
+        order: token order of q, k, v and of the index, in sparse modes; None is raster order.
         lse: [B, H, L], fp32 or bf16: written by search, read by refresh; None in the other modes.
-        selection: how many blocks a search keeps; None for static maps.
+        codes: int32 [H], the token order of each head for later calls: written by a search that chooses orders, read by
+            one that keeps them; None in the other modes.
+        selection: how many blocks a search keeps, and how it chooses orders; None for static maps.
+        densities: (kept / all blocks, the same among video blocks) of a packed map that is not searched for.
         offloaded: whether index and lse lie in the memory of the CPU and are copied for each call.
         options: how kernels run.
     """
@@ -60,9 +68,11 @@ class LayerPlan:
     mode: Mode
     layout: TokenLayout
     index: BlockIndex | PackedIndex | None = None
-    order: TokenOrder | None = None
+    order: AnyOrder | None = None
     lse: torch.Tensor | None = None
-    selection: Selection | None = None
+    codes: torch.Tensor | None = None
+    selection: Selection | OrderSelection | None = None
+    densities: tuple[float, float] | None = None
     offloaded: bool = False
     options: KernelOptions = field(default_factory=KernelOptions)
 
@@ -83,6 +93,11 @@ class SparsityPolicy(ABC):
     pure: ClassVar[bool]
     searches: ClassVar[bool] = False
     block: tuple[int, int]
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads differ in what they read, so that who attends needs all heads of a layer."""
+        return self.searches
 
     @abstractmethod
     def plan(

@@ -1,0 +1,252 @@
+"""From prompts to a plan: what it holds, that it repeats, goes on after an interruption, and what it refuses."""
+
+import dataclasses
+import errno
+import os
+
+import pytest
+import torch
+
+from videosparse.blocks import unpack_rows
+from videosparse.generation import GenerationError, GenerationRequest, generate
+from videosparse.generation.calibrating import (
+    CalibrationRequest,
+    calibrate,
+    keep_blocks,
+)
+from videosparse.generation.looking import Watch
+from videosparse.generation.methods import resolve_method
+from videosparse.generation.partial import Partial
+from videosparse.generation.running import load_pipeline
+from videosparse.generation.sources import find_spec
+from videosparse.layout import VideoGrid
+from videosparse.policies.paro_plan import PAROPlan
+
+PROMPTS = ("a red circle bounces", "a blue square")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def request_of(model_folder):
+    def make(**fields):
+        small = {
+            "prompts": PROMPTS, "model": str(model_folder), "num_frames": 9, "height": 64, "width": 64, "steps": 4,
+            "buckets": 2, "density": 0.4, "block": (64, 64), "device": "cpu",
+        }  # fmt: skip
+        return CalibrationRequest(**{**small, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {}
+
+
+@pytest.fixture
+def pipe(pipes, request_of):
+    if not pipes:
+        pipes["small"], _ = load_pipeline(request_of().resolve().runs[0])
+    return pipes["small"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "plan.safetensors"
+
+
+def test_what_a_plan_holds(request_of, pipe, path):
+    processors = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
+    phases = []
+    found = calibrate(request_of(), path, pipe=pipe, progress=lambda *call: phases.append(call))
+    plan = PAROPlan.load(path)
+    assert torch.equal(plan.bits, found.plan.bits)
+    facts = plan.facts
+    assert (facts.model_class, facts.layers, facts.heads) == ("WanTransformer3DModel", 2, 2)
+    assert (facts.grid, facts.video, facts.block, facts.buckets) == ((3, 8, 8), (9, 64, 64), (64, 64), 2)
+    assert (facts.density, facts.mass, facts.text) == (0.4, None, 0)
+    assert facts.method["alpha"] == 0.5
+    assert facts.method["calls"] == 3 * 2 * 2, "three steps, two branches, two prompts"
+    assert len(facts.method["recall"]) == 3
+    assert (plan.counts == 1).all(), ".4 of 3 columns"
+    assert (unpack_rows(plan.bits, 3).sum(-1) == 1).all()
+    assert os.listdir(path.parent) == ["plan.safetensors"]
+    assert {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")} == processors
+    assert not pipe.transformer._forward_pre_hooks
+    assert phases[0] == ("1/2 denoise", 0, 4)
+    assert phases[-1] == ("maps", 3, 3)
+    assert not found.resumed
+
+
+def test_the_same_seed_gives_the_same_bytes(request_of, pipe, path, tmp_path):
+    calibrate(request_of(), path, pipe=pipe)
+    calibrate(request_of(), tmp_path / "again.safetensors", pipe=pipe)
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    calibrate(request_of(seed=1), tmp_path / "other.safetensors", pipe=pipe)
+    assert path.read_bytes() != (tmp_path / "other.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("after", ["a prompt", "a map"])
+def test_an_interrupted_calibration_goes_on(request_of, pipe, path, tmp_path, monkeypatch, after):
+    calibrate(request_of(), tmp_path / "whole.safetensors", pipe=pipe)
+    runs, replays, run, replay = [], [], Watch.run, Watch.replay
+
+    def interrupted_run(self, *args):
+        if after == "a prompt" and len(runs) == 1:
+            raise KeyboardInterrupt
+        runs.append(1)
+        return run(self, *args)
+
+    def interrupted_replay(self, *args):
+        if after == "a map" and len(replays) == 1:
+            raise KeyboardInterrupt
+        replays.append(1)
+        return replay(self, *args)
+
+    monkeypatch.setattr(Watch, "run", interrupted_run)
+    monkeypatch.setattr(Watch, "replay", interrupted_replay)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(request_of(), path, pipe=pipe)
+    assert sorted(os.listdir(tmp_path)) == ["plan.safetensors.partial", "whole.safetensors"]
+    done = len(runs), len(replays)
+    monkeypatch.setattr(Watch, "run", lambda self, *args: runs.append(1) or run(self, *args))
+    monkeypatch.setattr(Watch, "replay", lambda self, *args: replays.append(1) or replay(self, *args))
+    assert calibrate(request_of(), path, pipe=pipe).resumed
+    assert done == ((1, 0) if after == "a prompt" else (2, 1))
+    assert (len(runs), len(replays)) == (2, 3), "nothing is done twice"
+    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not Partial.path(path).exists()
+
+
+def test_statistics_of_something_else_are_refused(request_of, pipe, path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    replay = Watch.replay
+    monkeypatch.setattr(Watch, "replay", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(request_of(), path, pipe=pipe)
+    monkeypatch.setattr(Watch, "replay", replay)
+    message = (
+        r"partial is of an interrupted calibration with another seed \(0 there, 7 now\); delete it, or pass --over"
+    )
+    with pytest.raises(GenerationError, match=message):
+        calibrate(request_of(seed=7), path, pipe=pipe)
+    assert not path.exists()
+    calibrate(request_of(seed=7), path, pipe=pipe, overwrite=True)
+    path.unlink()
+    Partial.path(path).write_bytes(b"x" * 100)
+    with pytest.raises(GenerationError, match=r"partial is damaged .*; delete it, or pass --overwrite to begin anew"):
+        calibrate(request_of(), path, pipe=pipe)
+
+
+def test_statistics_that_are_no_numbers_stop_it(request_of, pipe, path, monkeypatch):
+    from videosparse.kernels.order_search import look
+
+    def broken(*args, **kwargs):
+        for looks in look(*args, **kwargs):
+            yield [dataclasses.replace(one, uneven=one.uneven * float("nan")) for one in looks]
+
+    monkeypatch.setattr("videosparse.generation.looking.look", broken)
+    with pytest.raises(
+        GenerationError, match=r"Self-attention 0 gave statistics that are not finite .*try --dtype bf16"
+    ):
+        calibrate(request_of(), path, pipe=pipe)
+    assert os.listdir(path.parent) == []
+
+
+def test_nan_in_the_model_stops_it(request_of, path):
+    pipe, _ = load_pipeline(request_of().resolve().runs[0])
+    pipe.transformer.blocks[1].attn1.to_q.weight.data.fill_(float("nan"))
+    with pytest.raises(GenerationError, match="Self-attention 1 gave statistics that are not finite"):
+        calibrate(request_of(), path, pipe=pipe)
+    assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_full_disk_is_one_line(request_of, pipe, path, monkeypatch, after):
+    calls, sync = [], os.fsync
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sync(*args)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(GenerationError, match=r"Cannot write .*partial: No space left on device"):
+        calibrate(request_of(), path, pipe=pipe)
+    assert os.listdir(path.parent) == ["plan.safetensors.partial"][:after]
+
+
+def test_mass_decides_how_many_blocks_a_head_keeps(request_of, pipe, path):
+    plan = calibrate(request_of(density=None, mass=0.95), path, pipe=pipe).plan
+    assert plan.facts.density is None
+    assert all(recall >= 0.95 for recall in plan.facts.method["recall"])
+
+
+def test_the_fewest_blocks_that_keep_a_mass():
+    sums = torch.rand(3, 5, 40) ** 4
+    sums[2] = 1e-6
+    sums[2, :, 7] = 1.0
+    counts, bits, recall = keep_blocks(sums, None, 0.8, CPU)
+    assert counts[2] == 2, "at least 5 % of the columns"
+    for head in range(2):
+        kept = sums[head].topk(int(counts[head]), 1).values.sum() / sums[head].sum()
+        fewer = sums[head].topk(int(counts[head]) - 1, 1).values.sum() / sums[head].sum()
+        assert fewer < 0.8 <= kept
+        assert recall[head] == pytest.approx(float(kept))
+    assert torch.equal(unpack_rows(bits, 40).sum(-1), counts[:, None].expand(-1, 5))
+    assert (keep_blocks(sums, None, 1.0, CPU)[0] == 40).all()
+    assert (keep_blocks(sums, 0.25, None, CPU)[0] == 10).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompts": ()}, "There is no prompt to calibrate with"),
+        ({"density": 0.0}, "density must lie in 0..1, 0 excluded"),
+        ({"density": None, "mass": 1.5}, "mass must lie in 0..1"),
+        ({"mass": 0.9}, "density and mass both say how many blocks are kept"),
+        ({"block": (32, 64)}, "block must be"),
+        ({"alpha": -1}, "alpha must lie in 0..1"),
+        ({"buckets": 3}, "buckets must be 1 to 2, half of the 4 steps"),
+        ({"num_frames": 10}, "num_frames must be 4k"),
+        ({"prompts": ("a", " ")}, "The prompt is empty"),
+    ],
+)
+def test_bad_requests(request_of, fields, message):
+    with pytest.raises(GenerationError, match=message):
+        request_of(**fields).resolve()
+
+
+def test_outputs_are_checked_first(request_of, path, tmp_path):
+    for output, message in (
+        (tmp_path / "plan.pt", r"must end in \.safetensors .*use plan\.safetensors"),
+        (tmp_path, "must end in"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            calibrate(request_of(), output)
+    path.write_text("mine")
+    with pytest.raises(GenerationError, match=r"plan\.safetensors exists; choose another name, or pass --overwrite"):
+        calibrate(request_of(), path)
+    assert path.read_text() == "mine"
+    with pytest.raises(GenerationError, match="Cannot write to"):
+        calibrate(request_of(), path / "below.safetensors")
+
+
+def test_a_plan_makes_videos_and_says_so(request_of, pipe, path, model_folder):
+    calibrate(request_of(), path, pipe=pipe)
+    size = {"num_frames": 9, "height": 64, "width": 64, "steps": 4, "device": "cpu", "model": str(model_folder)}
+    options = {"paro": {"plan": str(path), "first_steps": 1}}
+    first = generate(GenerationRequest(PROMPTS[0], method="paro", options=options, **size), pipe=pipe)
+    assert first.run.report.video_density == pytest.approx(1 / 3)
+    assert "plan.safetensors" in str(first.run.options["calibrated"])
+    wrong = {**size, "num_frames": 13}
+    with pytest.raises(GenerationError, match=r"are for grid 3x8x8 \(9 frames of 64x64\), this video has grid 4x8x8"):
+        GenerationRequest(PROMPTS[0], method="paro", options=options, **wrong).resolve()
+    with pytest.raises(GenerationError, match="a model with 2 layers, this one has 30"):
+        resolve_method(find_spec("wan2.1-1.3b"), VideoGrid(3, 8, 8), "paro", options["paro"])
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(GenerationError, match=r"Bad option of method paro: .*is no whole safetensors file"):
+        GenerationRequest(PROMPTS[0], method="paro", options=options, **size).resolve()

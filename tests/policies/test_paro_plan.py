@@ -1,0 +1,192 @@
+"""The plan file: the same bytes for the same plan, whole or not at all, and every mismatch told in one line."""
+
+import errno
+import gc
+import os
+
+import pytest
+import torch
+from random_plans import CONFIG, GRID, make_plan
+from safetensors.torch import load_file, save_file
+
+from videosparse.blocks import unpack_rows
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.policies.paro_plan import PAROPlan, bucket_of, plain_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "plan.safetensors"
+
+
+def test_what_is_saved_is_what_is_loaded(path, tmp_path):
+    plan = make_plan(method={"alpha": 0.5}, prompts="ab", versions={"torch": "2"})
+    plan.save(path)
+    found = PAROPlan.load(path)
+    assert found.facts == plan.facts
+    assert found.source == "plan.safetensors"
+    for name in ("codes", "counts", "bits"):
+        assert torch.equal(getattr(found, name), getattr(plan, name))
+    found.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_nothing_is_overwritten_unasked(path):
+    make_plan().save(path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"plan\.safetensors exists; choose another name, or pass --overwrite"):
+        make_plan(seed=1).save(path)
+    assert path.read_bytes() == before
+    make_plan(seed=1).save(path, overwrite=True)
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interruption_leaves_nothing(path, monkeypatch, failure):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(failure)):
+        make_plan().save(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_missing_plan(path):
+    with pytest.raises(ValueError, match=r"There is no plan at .*plan\.safetensors; make one with videosparse calibra"):
+        PAROPlan.load(path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_plan(path, size):
+    make_plan().save(path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"plan\.safetensors is no whole safetensors file") as error:
+        PAROPlan.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit(path):
+    make_plan().save(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="its contents do not match their checksum"):
+        PAROPlan.load(path)
+
+
+def test_some_other_safetensors(path):
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is a safetensors file, but no plan"):
+        PAROPlan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("videosparse-paro-1", "videosparse-paro-9", "its format is videosparse-paro-9, this version reads"),
+        ('"heads": 3', '"heads": 4', r"codes must be torch.uint8 \[2, 4\]"),
+        ('"block": [128, 64]', '"block": [32, 64]', "block"),
+        ('"layers": 2, ', "", "it lacks 'layers'"),
+        ('"grid": [3, 9, 10]', '"grid": [0, 9, 10]', "must be at least 1"),
+    ],
+)
+def test_a_changed_plan(path, old, new, message):
+    from safetensors import safe_open
+
+    make_plan().save(path)
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["videosparse_plan"]
+    assert old in text
+    save_file(load_file(path), path, {"videosparse_plan": text.replace(old, new)})
+    with pytest.raises(ValueError, match=f"is no plan that can be used: .*{message}"):
+        PAROPlan.load(path)
+
+
+def test_another_model_is_refused_with_what_differs():
+    plan = make_plan()
+    config = {**CONFIG, "_class_name": "WanTransformer3DModel", "_name_or_path": "x", "patch_size": (1, 2, 2)}
+    plan.check_model(config)
+    plan.check_model({**config, "a_key_of_a_later_version": 1})
+    with pytest.raises(ValueError, match="for a WanTransformer3DModel, this model is a MochiTransformer3DModel; calib"):
+        plan.check_model({**config, "_class_name": "MochiTransformer3DModel"})
+    with pytest.raises(ValueError, match="with num_layers=2, this model has num_layers=40; calibrate for it"):
+        plan.check_model({**config, "num_layers": 40})
+
+
+def test_other_sizes_are_refused_with_what_differs():
+    plan = make_plan()
+    plan.check_sizes(2, 3)
+    plan.check_grid(GRID)
+    with pytest.raises(ValueError, match="a model with 2 layers, this one has 30"):
+        plan.check_sizes(30, 3)
+    with pytest.raises(ValueError, match="a model with 3 heads, this one has 12"):
+        plan.check_sizes(2, 12)
+    with pytest.raises(
+        ValueError, match=r"for grid 3x9x10 \(9 frames of 144x160\), this video has grid 5x9x10; calibr"
+    ):
+        plan.check_grid(VideoGrid(5, 9, 10))
+
+
+def test_configurations_are_compared_as_json():
+    assert plain_config({"_x": 1, "a": (1, 2), "quantization_config": object()}) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize("text", [0, 40])
+@pytest.mark.parametrize("block", [(64, 64), (128, 64), (128, 128)])
+def test_maps_get_their_text_on_the_device(text, block):
+    plan = make_plan(block=block)
+    layout = TokenLayout(GRID, text).aligned(block)
+    rows, columns = (ceil_div(layout.length, b) for b in block)
+    video_rows, video_columns = plan.blocks
+    index = plan.index(layout, 1, 2, CPU)
+    keep = index.block_map().keep
+    assert keep.shape == (1, 3, rows, columns)
+    assert torch.equal(keep[0, :, :video_rows, :video_columns], unpack_rows(plan.bits[1, 2], video_columns))
+    assert keep[:, :, video_rows:].all()
+    assert keep[:, :, :, video_columns:].all()
+    assert torch.equal(index.row_ptr.diff(), keep.sum(3).flatten().int())
+    assert index.row_ptr[-1] == index.capacity
+    every, video = plan.densities(layout, 1, 2)
+    assert every == pytest.approx(float(keep.float().mean()))
+    assert video == pytest.approx(float(keep[0, :, :video_rows, :video_columns].float().mean()))
+
+
+def test_maps_are_shared_while_someone_holds_them():
+    plan, layout = make_plan(), TokenLayout(GRID)
+    index = plan.index(layout, 0, 0, CPU)
+    assert plan.index(layout, 0, 0, CPU) is index
+    assert len(plan._uploads) == 1
+    del index
+    gc.collect()
+    assert len(plan._uploads) == 0
+
+
+def test_steps_fall_into_buckets():
+    assert [bucket_of(i, 50, 5) for i in range(50)] == [i // 5 for i in range(25)] + [5] * 25
+    assert [bucket_of(i, 4, 5) for i in range(4)] == [0, 2, 5, 5]
+    assert [bucket_of(i, 5, 1) for i in range(5)] == [0, 0, 0, 1, 1]
+    assert bucket_of(0, 1, 5) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("text", [0, 40])
+def test_maps_reach_a_gpu_without_a_wait(text):
+    plan, layout = make_plan(), TokenLayout(GRID, text).aligned((128, 64))
+    device = torch.device("cuda", torch.cuda.current_device())
+    first = plan.index(layout, 0, 0, device)  # compiles and allocates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = plan.index(layout, 1, 2, device)
+        order = plan.order(1, GRID).table(device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = plan.index(layout, 1, 2, CPU)
+    for name in ("bits", "row_ptr", "order"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
+    assert torch.equal(order.cpu(), plan.order(1, GRID).table(CPU))
+    assert first is not found

@@ -1,0 +1,123 @@
+"""`videosparse calibrate`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from videosparse.cli.console import Debug, bars, guard, memory, rows, seconds
+
+if TYPE_CHECKING:
+    from videosparse.generation.calibrating import Calibration
+
+
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="Text file with one or two typical prompts, a line each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a .safetensors file.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Diffusers folder, hub id or name (wan2.1-1.3b, ...).", show_default="the embedded model"),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the blocks that every row keeps.", show_default="0.2")
+    ] = None,
+    mass: Annotated[
+        float | None, typer.Option(help="Instead: share of the attention that each head keeps, such as 0.95.")
+    ] = None,
+    block: Annotated[str, typer.Option(help="Tokens of a block: 64 or 128, or queries x keys.")] = "128x64",
+    buckets: Annotated[int, typer.Option(help="Parts of the first half of a run with maps of their own.")] = 5,
+    alpha: Annotated[float, typer.Option(help="Weight of sparsity against evenness in choosing orders.")] = 0.5,
+    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same plan.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    offload: Annotated[str, typer.Option(help="none, or model: keep only the part in use on the GPU.")] = "none",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a plan for --method paro: token orders and block maps of a model at one size, from a few dense runs.
+
+    An interrupted calibration goes on where it was when the same command is given again.
+    """
+    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map."):
+        from videosparse.generation.calibrating import CalibrationRequest
+        from videosparse.generation.calibrating import calibrate as run
+
+        request = CalibrationRequest(
+            prompts=_prompts(prompts),
+            model=model,
+            density=density,
+            mass=mass,
+            block=_block(block),
+            buckets=buckets,
+            alpha=alpha,
+            num_frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+        )
+        with bars() as progress:
+            result = run(request, output, overwrite=overwrite, progress=progress)
+        _show(result)
+
+
+def _prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a file that are neither empty nor comments (#)."""
+    from videosparse.generation.errors import GenerationError
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise GenerationError(f"Cannot read prompts from {path}: {reason}.") from None
+    found = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not found:
+        raise GenerationError(f"{path} holds no prompt; write one or two, a line each.")
+    return found
+
+
+def _block(text: str) -> tuple[int, int]:
+    from videosparse.generation.errors import GenerationError
+
+    found = re.fullmatch(r"(\d{1,4})(?:\s*[x×,]\s*(\d{1,4}))?", text.strip())
+    if found is None:
+        raise GenerationError(f"block must be one size or two, such as 64 or 128x64 (got {text!r}).")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _show(result: Calibration) -> None:
+    from videosparse.ordering import AXIS_ORDERS
+
+    plan, run = result.plan, result.settings.runs[0]
+    facts = plan.facts
+    codes = plan.codes.flatten().tolist()
+    chosen = ", ".join(f"{name} {codes.count(code)}" for code, name in enumerate(AXIS_ORDERS) if code in codes)
+    recall = facts.method["recall"]
+    load = "" if result.load_seconds is None else f", loading {seconds(result.load_seconds)}"
+    rows(
+        [
+            ("Model", f"{run.source.name}, {run.dtype} on {run.device}; {facts.layers} layers of {facts.heads} heads"),
+            ("Size", f"{run.num_frames} frames of {run.height}x{run.width}, grid {plan.grid}; {run.steps} steps"),
+            ("Prompts", f"{len(result.settings.runs)}, {facts.method['calls']} calls looked at"),
+            ("Orders", f"{chosen} (heads of {len(codes)})"),
+            ("Density", f"{plan.density:.3f} video-video, in blocks of {facts.block[0]}x{facts.block[1]}"),
+            (
+                "Recall",
+                f"{min(recall):.3f} to {max(recall):.3f} of the attention among video tokens, by part of the run",
+            ),
+            ("Time", f"{seconds(result.seconds)}{load}" + ("; went on from an interrupted run" * result.resumed)),
+            ("Plan", f"{result.path} ({memory(result.path.stat().st_size)})"),
+        ]
+    )

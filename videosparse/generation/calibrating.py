@@ -1,0 +1,386 @@
+"""From a few prompts to a plan of PAROAttention (arXiv 2506.16054): what `videosparse calibrate` is made of.
+
+Every prompt is generated once, densely. One step of each part of the run is looked at: five parts of the first half,
+and the second half as a whole. From all of them each head gets its token order; then, from the same calls made again,
+part by part, the blocks that hold most in that order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videosparse.blocks import check_block
+from videosparse.generation.environment import now, versions
+from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.looking import Figures, MapSums, Watch, watching
+from videosparse.generation.methods import refusals
+from videosparse.generation.partial import Partial
+from videosparse.generation.request import GenerationRequest, Settings
+from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
+from videosparse.kernels.order_search import OrderMetric, choose
+from videosparse.kernels.selection import kernels_for
+from videosparse.policies.paro import BLOCK, DENSITY
+from videosparse.policies.paro_plan import PAROPlan, PlanFacts, bucket_of, config_hash, plain_config
+
+BUCKETS = 5
+
+LEAST_DENSITY = 0.05
+"""The fewest blocks that `mass` leaves a head."""
+
+_LIMITS = {"density": (0.0, 1.0), "mass": (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """A plan to make. What is None is taken from the model's defaults.
+
+    Args:
+        prompts: one or two that are typical.
+        model, num_frames, height, width, steps, guidance, device, dtype, offload: see `GenerationRequest`. The plan is
+            for this model and size.
+        density: share of the video blocks that every row keeps, in (0, 1]; None takes .2, unless `mass` decides.
+        mass: share of the attention among video tokens that each head keeps, in (0, 1], with as few blocks a row as
+            that takes, but 5 % of them; instead of `density`.
+        block: (query rows, key rows) of the maps, each 64 or 128.
+        buckets: parts of the first half of a run with maps of their own.
+        alpha: weight of sparsity against evenness in the choice of orders, 0..1; not published.
+        seed: of the noise of the first prompt; each further one takes the next.
+    """
+
+    prompts: Sequence[str]
+    model: str | None = None
+    density: float | None = None
+    mass: float | None = None
+    block: tuple[int, int] = BLOCK
+    buckets: int = BUCKETS
+    alpha: float = 0.5
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: str = "none"
+
+    def resolve(self) -> CalibrationSettings:
+        """Fill the gaps and check everything that can be checked without loading weights.
+
+        Raises:
+            GenerationError: the first thing that is wrong.
+        """
+        if not self.prompts:
+            raise GenerationError("There is no prompt to calibrate with; give one or two, a line each.")
+        runs = tuple(self._run(prompt, self.seed + number) for number, prompt in enumerate(self.prompts))
+        first = runs[0]
+        with refusals():
+            check_block(self.block)
+            metric = OrderMetric(alpha=self.alpha)
+        for name, limits in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not limits[0] < value <= limits[1]:
+                raise GenerationError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
+        if self.density is not None and self.mass is not None:
+            raise GenerationError("density and mass both say how many blocks are kept; give one of them.")
+        if not 1 <= self.buckets <= first.steps // 2:
+            raise GenerationError(
+                f"buckets must be 1 to {first.steps // 2}, half of the {first.steps} steps, so that each has one "
+                f"(got {self.buckets}); lower --buckets, or raise --steps."
+            )
+        if first.source.experts > 1:
+            raise GenerationError(
+                f"A plan is for one transformer, and {first.source.name} has {first.source.experts} experts; use "
+                "--method paro without a plan, which finds orders and maps for each."
+            )
+        density = DENSITY if self.density is None and self.mass is None else self.density
+        return CalibrationSettings(self, runs, metric, density)
+
+    def _run(self, prompt: str, seed: int) -> Settings:
+        return GenerationRequest(
+            prompt, model=self.model, method="dense", num_frames=self.num_frames, height=self.height, width=self.width,
+            steps=self.steps, guidance=self.guidance, seed=seed, device=self.device, dtype=self.dtype,
+            offload=self.offload,
+        ).resolve()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """A request with every gap filled.
+
+    Args:
+        request: what was asked.
+        runs: the dense run of each prompt.
+        metric: how orders are judged.
+        density: see `CalibrationRequest`; None where `request.mass` decides.
+    """
+
+    request: CalibrationRequest
+    runs: tuple[Settings, ...]
+    metric: OrderMetric
+    density: float | None
+
+    @property
+    def looked_at(self) -> dict[int, int]:
+        """Bucket of each step that is looked at: the middle one of every bucket's."""
+        steps = self.runs[0].steps
+        buckets = [bucket_of(step, steps, self.request.buckets) for step in range(steps)]
+        members = {bucket: [s for s in range(steps) if buckets[s] == bucket] for bucket in sorted(set(buckets))}
+        return {own[len(own) // 2]: bucket for bucket, own in members.items()}
+
+    def asked(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What decides the statistics, as plain values."""
+        request, run = self.request, self.runs[0]
+        return {
+            "model": run.source.name,
+            "configuration": config_hash(config),
+            "frames": run.num_frames,
+            "height": run.height,
+            "width": run.width,
+            "steps": run.steps,
+            "guidance": run.guidance,
+            "seed": request.seed,
+            "dtype": run.dtype,
+            "prompts": _hash(request.prompts),
+            "density": self.density,
+            "mass": request.mass,
+            "block": list(request.block),
+            "buckets": request.buckets,
+            "alpha": self.metric.alpha,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A finished calibration.
+
+    Args:
+        plan: what was found; it is saved.
+        path: where.
+        settings: what was asked.
+        resumed: whether it went on from an interrupted one.
+        seconds: wall seconds, loading left out.
+        load_seconds: of loading the pipeline; None when it was given.
+    """
+
+    plan: PAROPlan
+    path: Path
+    settings: CalibrationSettings
+    resumed: bool
+    seconds: float
+    load_seconds: float | None
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """Where the plan goes; decided before anything expensive runs.
+
+    Raises:
+        GenerationError: another ending, a name that is taken, or a folder that cannot be written.
+    """
+    path = Path(output)
+    if path.suffix != ".safetensors":
+        raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {path.stem}.safetensors.")
+    if path.is_dir():
+        raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
+    if path.exists() and not overwrite:
+        raise GenerationError(f"{path} exists; choose another name, or pass --overwrite.")
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise GenerationError(f"Cannot write to {path.parent}: {error.strerror}; choose another folder.") from error
+    return path
+
+
+def calibrate(
+    request: CalibrationRequest,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    pipe: Any = None,
+    progress: Progress = quiet,
+) -> Calibration:
+    """Make a plan and save it.
+
+    What is known is saved beside it after every prompt and every map, as `<output>.partial`, from which a rerun goes
+    on; the file is gone when the plan is there. The same request gives the same plan, byte for byte on the same
+    machine.
+
+    Args:
+        request: what to make.
+        output: a .safetensors file.
+        overwrite: replace it if it exists, and statistics that do not belong to this request.
+        pipe: a pipeline of the request's model, loaded and placed; None loads it.
+        progress: told about every phase: "load", "1/2 denoise" and so on, "maps".
+
+    Raises:
+        GenerationError: anything that cannot be carried out, statistics that are no numbers included. No plan is
+            written then.
+    """
+    settings = request.resolve()
+    path = check_output(output, overwrite)
+    load_seconds = None
+    if pipe is None:
+        pipe, load_seconds = load_pipeline(settings.runs[0], progress)
+    begin = now(settings.runs[0].device)
+    with watching(pipe, settings.runs[0].device) as watch, memory_errors():
+        config = watch.tracker.config
+        asked = settings.asked(plain_config(config))
+        partial, resumed = _begin(Partial.path(path), asked, overwrite)
+        _look_at_prompts(watch, settings, partial, Partial.path(path), progress)
+        codes = _codes(partial, settings.metric)
+        _find_maps(watch, settings, partial, codes, Partial.path(path), progress)
+        plan = PAROPlan(
+            codes, torch.stack(partial.counts, 1), torch.stack(partial.bits, 1),
+            _facts(settings, config, partial, codes), path.name,
+        )  # fmt: skip
+    try:
+        plan.save(path, overwrite)
+        Partial.path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise GenerationError(f"Cannot write {path}: {error.strerror or one_line(error)}.") from error
+    return Calibration(plan, path, settings, resumed, time.perf_counter() - begin, load_seconds)
+
+
+def _begin(path: Path, asked: dict[str, Any], overwrite: bool) -> tuple[Partial, bool]:
+    """(what is known already, whether anything is)."""
+    if not path.exists():
+        return Partial(asked), False
+    try:
+        return Partial.load(path, asked), True
+    except GenerationError:
+        if not overwrite:
+            raise
+        return Partial(asked), False
+
+
+def _look_at_prompts(
+    watch: Watch, settings: CalibrationSettings, partial: Partial, path: Path, progress: Progress
+) -> None:
+    """Generate the prompts that are not done, adding what they show to `partial`."""
+    figures = Figures(watch.layers, int(watch.tracker.config["num_attention_heads"]), settings.metric)
+    if partial.sparse is not None and partial.uneven is not None:
+        figures.sparse, figures.uneven, figures.calls = partial.sparse, partial.uneven, partial.calls_seen
+    for number, run in enumerate(settings.runs):
+        if number < len(partial.calls):
+            continue
+        phase = f"{number + 1}/{len(settings.runs)} denoise"
+        progress(phase, 0, run.steps)
+
+        def step_ends(
+            pipe: Any, index: int, timestep: Any, tensors: dict[str, Any], phase: str = phase, steps: int = run.steps
+        ) -> dict[str, Any]:
+            progress(phase, index + 1, steps)
+            return {}
+
+        arguments = {**call_arguments(run), "callback_on_step_end": step_ends}
+        partial.calls.append(watch.run(settings.looked_at, figures, arguments))
+        partial.sparse, partial.uneven, partial.calls_seen = figures.sparse, figures.uneven, figures.calls
+        assert watch.layout is not None
+        partial.text = watch.layout.text
+        partial.save(path)
+
+
+def _codes(partial: Partial, metric: OrderMetric) -> torch.Tensor:
+    """The order of every head, uint8 [layers, heads]."""
+    assert partial.sparse is not None
+    assert partial.uneven is not None
+    means = (total.movedim(2, 0) / partial.calls_seen for total in (partial.sparse, partial.uneven))
+    sparse, uneven = (x.flatten(1) for x in means)
+    return choose(sparse, uneven, metric.alpha).view(partial.sparse.shape[:2]).to(torch.uint8)
+
+
+def _find_maps(
+    watch: Watch, settings: CalibrationSettings, partial: Partial, codes: torch.Tensor, path: Path, progress: Progress
+) -> None:
+    """Make the looked-at calls again, bucket by bucket, and keep the largest blocks of each."""
+    request, run = settings.request, settings.runs[0]
+    maps = request.buckets + 1
+    for bucket in range(len(partial.bits), maps):
+        progress("maps", bucket, maps)
+        sums = MapSums(codes, run.grid, request.block)
+        watch.replay((call for prompt in partial.calls for call in prompt if call.bucket == bucket), sums)
+        found = [keep_blocks(x, settings.density, request.mass, run.device) for x in sums.sums]
+        partial.counts.append(torch.stack([counts for counts, _, _ in found]))
+        partial.bits.append(torch.stack([bits for _, bits, _ in found]))
+        partial.recall.append(round(float(torch.stack([recall for _, _, recall in found]).mean()), 6))
+        partial.save(path)
+    progress("maps", maps, maps)
+
+
+def keep_blocks(
+    sums: torch.Tensor, density: float | None, mass: float | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest blocks of every row, as many in each row of a head.
+
+    Args:
+        sums: fp32 [H, M, N], mass of every video block of a layer.
+        density: how many: this share of the columns, rounded, at least one; None leaves it to `mass`.
+        mass: how many: the fewest that keep this share of a head's sums, at least `LEAST_DENSITY` of the columns.
+        device: where to work.
+
+    Returns:
+        int32 [H] blocks a row, uint8 [H, M, ceil(N / 8)] bits, fp32 [H] kept share of the sums; on the CPU.
+    """
+    heads, rows, columns = sums.shape
+    sums = sums.to(device)
+    if density is not None:
+        base = min(columns, max(1, int(density * columns + 0.5)))
+        counts = torch.full((heads,), base, dtype=torch.int32, device=device)
+    else:
+        assert mass is not None
+        counts = torch.stack([_fewest(one, mass) for one in sums])
+    bits = torch.zeros(1, heads, rows, -(-columns // 8), dtype=torch.uint8, device=device)
+    kept = kernels_for("auto", sums).keep_largest(
+        sums[None].contiguous(), counts[None].contiguous(), bits, rows, columns
+    )
+    recall = kept[0].sum(1) / sums.sum((1, 2))
+    return counts.cpu(), bits[0].cpu(), recall.cpu()
+
+
+def _fewest(sums: torch.Tensor, mass: float) -> torch.Tensor:
+    """int32: the fewest blocks a row that keep a share of sums [M, N]."""
+    columns = sums.shape[1]
+    kept = sums.double().sort(1, descending=True).values.sum(0).cumsum(0)
+    # rounding must not make a share of all unreachable
+    enough = (kept >= mass * kept[-1] * (1 - 1e-12)).int()
+    least = max(1, int(LEAST_DENSITY * columns + 0.5))
+    return (enough.argmax() + 1).clamp(min=least).int()
+
+
+def _facts(settings: CalibrationSettings, config: dict[str, Any], partial: Partial, codes: torch.Tensor) -> PlanFacts:
+    request, run, metric = settings.request, settings.runs[0], settings.metric
+    return PlanFacts(
+        model_class=str(config["_class_name"]),
+        config=plain_config(config),
+        grid=(run.grid.frames, run.grid.height, run.grid.width),
+        text=partial.text,
+        layers=codes.shape[0],
+        heads=codes.shape[1],
+        block=request.block,
+        buckets=request.buckets,
+        density=settings.density,
+        mass=request.mass,
+        video=(run.num_frames, run.height, run.width),
+        method={
+            "alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma, "steps": run.steps,
+            "guidance": run.guidance, "seed": request.seed, "dtype": run.dtype, "model": run.source.name,
+            "calls": partial.calls_seen, "recall": partial.recall,
+        },
+        prompts=_hash(request.prompts),
+        versions={name: version for name, version in versions().items() if version is not None},
+    )  # fmt: skip
+
+
+def _hash(prompts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

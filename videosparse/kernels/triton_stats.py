@@ -1,0 +1,206 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Sum, largest entry and number of large entries of every block of probabilities, in Triton. Imported on first use.
+
+Shapes
+    q, k          [B, L, H, D] by strides, contiguous along D; offsets are 64-bit
+    lse           fp32 [B, H, L], natural log, -inf for rows that count nothing
+    stats         fp32 [3, B, H, ceil(L / UNIT_M), ceil(L / TILE_N)]: sums, largest, entries of at least eps
+    lens          int32 [B], where each sample's text ends
+Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read.
+
+The walk of `triton_sums`: one program owns one tile of query rows and goes over all keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.gpu import on_device
+from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
+from videosparse.kernels.triton_sums import SIZES, SumTiles, choose_tiles
+from videosparse.layout import ceil_div
+
+LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def _probabilities(
+    q,
+    level,
+    k_base,
+    start,
+    stride_kl,
+    video,
+    text_start,
+    end,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """exp(score - lse), fp32 [TILE_M, TILE_N], of the TILE_N keys from `start`; 0 where there is no key or no row."""
+    k_pos = start + tl.arange(0, TILE_N)
+    k_valid = _is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
+    if MASKED or HEAD_DIM != HEAD_PAD:
+        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+    else:  # no mask at all, which costs registers
+        k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
+    x = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - level[:, None]) * LOG2_E_IN_KERNEL
+    if MASKED:
+        x = tl.where(k_valid[None, :], x, -float("inf"))
+    return tl.math.exp2(x)
+
+
+@triton.jit
+def _write(stats_row, tile, p, eps, plane, columns, rows_left, UNIT_M: tl.constexpr, TILE_M: tl.constexpr):
+    """Store the three figures of a tile's units; one unit is the whole tile or half of its rows."""
+    mass, peak, large = tl.sum(p, 1), tl.max(p, 1), tl.sum((p >= eps).to(tl.float32), 1)
+    parts: tl.constexpr = TILE_M // UNIT_M
+    unit = tl.arange(0, parts)
+    place = stats_row + unit.to(tl.int64) * columns + tile
+    inside = unit < rows_left
+    tl.store(place, tl.sum(tl.reshape(mass, [parts, UNIT_M]), 1), mask=inside)
+    tl.store(place + plane, tl.max(tl.reshape(peak, [parts, UNIT_M]), 1), mask=inside)
+    tl.store(place + 2 * plane, tl.sum(tl.reshape(large, [parts, UNIT_M]), 1), mask=inside)
+
+
+# sizes change from call to call: specialising would compile again and again
+@triton.jit(do_not_specialize=[*SIZES, "plane"])
+def stats_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    stats_ptr,
+    lens_ptr,
+    stride_qb: tl.int64,
+    stride_ql: tl.int64,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_kl: tl.int64,
+    stride_kh: tl.int64,
+    plane: tl.int64,
+    video,
+    text_start,
+    length,
+    tiles,
+    rows,
+    columns,
+    heads,
+    scale,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    UNIT_M: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of query rows against all keys; `rows` and `columns` of units, `tiles` of TILE_M rows in a head."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = (program // tiles % heads).to(tl.int64)
+    sample = (program // tiles // heads).to(tl.int64)
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+
+    q_pos = tile * TILE_M + tl.arange(0, TILE_M)
+    q_valid = _is_token(q_pos, video, text_start, end)
+    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+    lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
+    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
+    level = tl.where(lse == -float("inf"), float("inf"), lse)
+    k_base = k_ptr + sample * stride_kb + head * stride_kh
+
+    first_row = tile * (TILE_M // UNIT_M)
+    stats_row = stats_ptr + ((sample * heads + head) * rows + first_row) * columns
+    # one run of surely valid keys: the video, and the text where it follows without a gap
+    sure = video
+    if text_start == video:
+        sure = tl.maximum(video, end)
+    whole = sure // TILE_N
+    for n in tl.range(0, whole, num_stages=STAGES):
+        p = _probabilities(
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
+            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False,
+        )  # fmt: skip
+        _write(stats_row, n, p, eps, plane, columns, rows - first_row, UNIT_M, TILE_M)
+    for n in tl.range(whole, columns, num_stages=1):
+        p = _probabilities(
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
+            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True,
+        )  # fmt: skip
+        _write(stats_row, n, p, eps, plane, columns, rows - first_row, UNIT_M, TILE_M)
+
+
+def block_stats(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+    block: tuple[int, int],
+    eps: float,
+    tiles: SumTiles | None = None,
+) -> torch.Tensor:
+    """Launch the kernel on checked tensors; `tiles` overrides the choice, for benchmarks.
+
+    Returns:
+        fp32 [3, B, H, ceil(L / block[0]), ceil(L / block[1])]: sum, largest entry, entries of at least `eps`.
+    """
+    from videosparse.kernels.triton_forward import _shared_kb, _strides
+
+    batch, length, heads, head_dim = q.shape
+    tiles = tiles or choose_tiles(head_dim, q.dtype, block, _shared_kb(q.device))
+    rows, columns = ceil_div(length, tiles.unit), ceil_div(length, tiles.keys)
+    stats = torch.empty(3, batch, heads, rows, columns, dtype=torch.float32, device=q.device)
+    row_tiles = ceil_div(length, tiles.rows)
+    with on_device(q):
+        stats_kernel[(batch * heads * row_tiles,)](
+            q,
+            k,
+            lse.float().contiguous(),
+            stats,
+            call.seq_lens,
+            *_strides(q),
+            *_strides(k),
+            stats[0].numel(),
+            call.video,
+            call.text_start,
+            length,
+            row_tiles,
+            rows,
+            columns,
+            heads,
+            call.scale,
+            eps,
+            HEAD_DIM=head_dim,
+            HEAD_PAD=head_pad(head_dim),
+            UNIT_M=tiles.unit,
+            TILE_M=tiles.rows,
+            TILE_N=tiles.keys,
+            HAS_LENS=call.seq_lens is not None,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            enable_fp_fusion=True,
+        )
+    return gather(stats, (block[0] // tiles.unit, block[1] // tiles.keys))
+
+
+def gather(stats: torch.Tensor, parts: tuple[int, int]) -> torch.Tensor:
+    """Units to blocks of `parts` units, fp32 [3, B, H, rows, columns]: sums and counts add up, largest entries win."""
+    for dim, count in ((3, parts[0]), (4, parts[1])):
+        if count > 1:
+            padding = [0, 0] * (4 - dim) + [0, -stats.shape[dim] % count]
+            padded = torch.nn.functional.pad(stats, padding)
+            units = padded.view(*padded.shape[:dim], -1, count, *padded.shape[dim + 1 :])
+            sums, peaks, large = units
+            stats = torch.stack(
+                [sums.sum(dim), peaks.amax(dim), large.sum(dim)]
+            )  # one dimension fewer, so dim is right
+    return stats

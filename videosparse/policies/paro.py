@@ -1,0 +1,290 @@
+"""PAROAttention (arXiv 2506.16054): tokens in an order in which attention falls into blocks, and maps for it.
+
+Read along another axis first, the same attention has far more empty blocks: a head that looks at the same place in all
+frames is a set of diagonals in raster order, and a block diagonal once the frames of a place lie side by side. So every
+head gets one of the six orders of the axes (frames, rows, columns), and block maps in that order. Both come from a
+calibration run, in a file (`PAROPlan`); or, which is our extension, from one dense step of the very run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from videosparse.blocks import BlockIndex, PackedIndex, check_block
+from videosparse.kernels.order_search import ORDERS, OrderMetric, OrderSelection
+from videosparse.kernels.selection import Selection, expand, select
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.ordering import AnyOrder, SearchedOrder
+from videosparse.policies.base import (
+    TRAINING,
+    DenseSchedule,
+    LayerPlan,
+    LayerState,
+    Mode,
+    RunStep,
+    SparsityPolicy,
+)
+from videosparse.policies.paro_plan import PAROPlan, send
+
+DENSITY = 0.2
+BLOCK = (128, 64)
+
+# What looking at one order costs beside a dense forward: one of its two matrix products.
+_LOOK_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class PAROPolicy(SparsityPolicy):
+    """PAROAttention: by a plan, online, or with the orders of a plan and maps found online.
+
+    By a plan, a layer's order and map depend on the layer and the part of the run alone, so it also trains: then with
+    the map of the second half of a run. Maps are on the device for this part of the run and the next.
+
+    Online (no plan; our extension, not in the paper): the last of the dense first steps measures all six orders, each
+    head takes the one that the paper's metric likes best, and the map that keeps the largest blocks of every row in
+    that order; both stay for the run. Every branch of guidance searches for itself; samples of a batch share orders,
+    not maps.
+
+    `online_maps`: what transfers to another resolution or length are the orders, since they name axes; maps do not. So
+    a plan for another grid is refused unless its maps are replaced by those of the run's last dense step.
+
+    Args:
+        calibrated: the plan; None is online.
+        density: share of the video blocks that a row keeps online, in (0, 1]; None takes the plan's, else .2.
+        block: (query rows, key rows), each 64 or 128; None takes the plan's, else (128, 64).
+        alpha: weight of sparsity in the choice of an order, 0..1; None takes .5. Not with a plan, which has chosen.
+        online_maps: find the maps in the run, in the orders of the plan.
+
+    Raises:
+        TypeError, ValueError: a value of another type or out of range, or one that the plan has decided.
+
+    Source: sections 3 and 4 of the paper. Differs from it: the sign and weight of its metric (see `OrderMetric` and
+    `choose`); blocks of 128x64 unless asked, while orders are judged in blocks of 64x64; text rows and columns are
+    always kept, outside the density.
+    """
+
+    calibrated: PAROPlan | None = None
+    density: float | None = None
+    block: tuple[int, int] = None  # type: ignore[assignment]  # filled below
+    alpha: float | None = None
+    online_maps: bool = False
+
+    name: ClassVar[str] = "paro"
+
+    def __post_init__(self) -> None:
+        plan = self.calibrated
+        if plan is not None and not isinstance(plan, PAROPlan):
+            raise TypeError(f"calibrated must be a PAROPlan or None (got {type(plan).__name__}).")
+        if not isinstance(self.online_maps, bool):
+            raise TypeError(f"online_maps must be True or False (got {self.online_maps!r}).")
+        if self.online_maps and plan is None:
+            raise ValueError("online_maps=True keeps the orders of a plan; pass the plan, or drop online_maps.")
+        self._check_given()
+        if self.block is None:
+            object.__setattr__(self, "block", BLOCK if plan is None else plan.facts.block)
+        check_block(self.block)
+        if self.searches and self.density is None:
+            object.__setattr__(self, "density", DENSITY if plan is None else plan.density)
+        if plan is None and self.alpha is None:
+            object.__setattr__(self, "alpha", OrderMetric().alpha)
+
+    def _check_given(self) -> None:
+        """Raise where a value is out of range, or not open any more."""
+        plan, density = self.calibrated, self.density
+        if density is not None:
+            if isinstance(density, bool) or not isinstance(density, int | float):
+                raise TypeError(f"density must be a number (got {density!r}).")
+            if not 0 < density <= 1:
+                raise ValueError(f"density must lie in 0..1, 0 excluded (got {density}).")
+        if self.alpha is not None:
+            OrderMetric(alpha=self.alpha)
+        if plan is None:
+            return
+        if self.alpha is not None:
+            raise ValueError(f"alpha={self.alpha} chooses orders, and {plan.source} has chosen them; drop one of both.")
+        if self.online_maps:
+            return
+        own = plan.facts.block
+        if self.block is not None and tuple(self.block) != own:
+            raise ValueError(f"{plan.source} has blocks of {own} (got block={self.block}); drop block.")
+        if density is not None:
+            raise ValueError(
+                f"density={density} is not for a plan, whose maps have density {plan.density:.3f}; drop it, calibrate "
+                "with --density, or pass online_maps=True."
+            )
+
+    @property
+    def pure(self) -> bool:  # type: ignore[override]  # depends on where maps come from
+        """Whether nothing is kept between steps: maps come from a plan."""
+        return not self.searches
+
+    @property
+    def searches(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether maps are found while a video is made."""
+        return self.calibrated is None or self.online_maps
+
+    @property
+    def by_head(self) -> bool:
+        """Every head has an order and a map of its own."""
+        return True
+
+    def plan(
+        self,
+        layout: TokenLayout,
+        run: RunStep,
+        layer: int,
+        state: LayerState,
+        *,
+        device: torch.device,
+        samples: int = 1,
+        heads: int = 1,
+    ) -> LayerPlan:
+        """By the plan: sparse. Else search where nothing is kept yet, then sparse on what was found.
+
+        Raises:
+            ValueError: the plan is for another grid, or other layers or heads.
+            RuntimeError: the sequence is not the one that was searched.
+        """
+        aligned = layout.aligned(self.block)
+        if self.calibrated is not None:
+            _check_fits(self.calibrated, layer, heads)
+        if self.searches:
+            return self._searched(aligned, run, layer, state, device, samples, heads)
+        assert self.calibrated is not None
+        return _planned(self.calibrated, aligned, run, layer, state, device)
+
+    def _searched(
+        self,
+        layout: TokenLayout,
+        run: RunStep,
+        layer: int,
+        state: LayerState,
+        device: torch.device,
+        samples: int,
+        heads: int,
+    ) -> LayerPlan:
+        chosen = self.selection(layout)
+        if "index" not in state:
+            index = self._allocate(layout, chosen.counts, samples, heads, device)
+            codes, order = self._order(layout, layer, heads, device)
+            state.update(index=index, order=order)
+            return LayerPlan(Mode.SEARCH, layout, index, codes=codes, selection=chosen)
+        index = state["index"]
+        if (index.q_len, *index.shape[:2]) != (layout.length, samples, heads):
+            raise RuntimeError(
+                f"PAROAttention searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads "
+                f"in branch {run.context}, and now gets {layout.length} of {samples} and {heads}: one run is one size. "
+                "End it first, or use RadialProcessor()."
+            )
+        return LayerPlan(Mode.SPARSE, layout, index, order=state["order"], selection=chosen)
+
+    def _allocate(
+        self, layout: TokenLayout, counts: Selection, samples: int, heads: int, device: torch.device
+    ) -> PackedIndex:
+        rows, columns = (ceil_div(layout.length, b) for b in self.block)
+        capacity = counts.capacity((samples, heads, rows, columns))
+        return PackedIndex.allocate(layout, self.block, samples, heads, capacity, device)
+
+    def _order(
+        self, layout: TokenLayout, layer: int, heads: int, device: torch.device
+    ) -> tuple[torch.Tensor, AnyOrder]:
+        """(int32 [H] codes on the device, the order that they are): the plan's, or what the search will write."""
+        if self.calibrated is not None:
+            return send(self.calibrated.codes[layer].int(), device), self.calibrated.order(layer, layout.grid)
+        codes = torch.zeros(heads, dtype=torch.int32, device=device)
+        return codes, SearchedOrder(layout.grid, codes)
+
+    def selection(self, layout: TokenLayout) -> OrderSelection:
+        """What an online search writes: density x video columns a row, rounded, at least 1."""
+        metric = OrderMetric() if self.alpha is None else OrderMetric(alpha=self.alpha)
+        density = DENSITY if self.density is None else self.density
+        return _selection(layout.grid, self.block, density, metric, self.calibrated is None)
+
+    def select(self, sums: torch.Tensor, layout: TokenLayout) -> BlockIndex:
+        """The lists that keep the largest blocks of every row, from their mass in whatever order.
+
+        Args:
+            sums: fp32 [B, H, Mq, Nk] over `layout.aligned(block)`.
+            layout: the sequence.
+        """
+        aligned, (samples, heads) = layout.aligned(self.block), sums.shape[:2]
+        counts = self.selection(aligned).counts
+        index = self._allocate(aligned, counts, samples, heads, sums.device)
+        select(sums, index, counts)
+        return expand(index)
+
+    def check_run(self, schedule: DenseSchedule, total: int | None) -> None:
+        """Raise ValueError where a plan's map depends on a number of steps that nobody says."""
+        if total is None and not self.searches:
+            raise ValueError(
+                "Which map of the plan a step reads depends on the number of steps of the run, which is unknown "
+                "without a pipeline; pass num_steps= to the processor."
+            )
+
+    def densities(self, layout: TokenLayout) -> tuple[float, float] | None:
+        """(kept / all blocks, the same among video blocks), mean over heads, of a plan over all its maps."""
+        aligned = layout.aligned(self.block)
+        if self.searches:
+            shape = tuple(ceil_div(aligned.length, b) for b in self.block)
+            return self.selection(aligned).densities(shape)
+        plan = self.calibrated
+        assert plan is not None
+        every = [plan.densities(aligned, n, m) for n in range(plan.facts.layers) for m in range(plan.facts.buckets + 1)]
+        return sum(a for a, _ in every) / len(every), sum(b for _, b in every) / len(every)
+
+    def search_work(self, schedule: DenseSchedule, total: int, experts: int) -> tuple[int, float]:
+        """What searching costs a layer over a run: (steps dense on top of the schedule, passes in dense forwards)."""
+        first, last = schedule.dense_steps(total)
+        if not self.searches or first >= total - last:
+            return 0, 0.0
+        looks = len(ORDERS) if self.calibrated is None else 1
+        return experts - (first > 0), experts * looks * _LOOK_SHARE
+
+    def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
+        """Memory kept between steps for one layer: the bits of its map, and where its lists start.
+
+        A plan's maps, two on the device at a time, belong to no branch or sample, and are not counted.
+        """
+        if not self.searches:
+            return {}
+        index = PackedIndex.allocate(layout.aligned(self.block), self.block, samples, heads, 1, torch.device("meta"))
+        return {"bits": index.bits.numel(), "lists": index.bytes - index.bits.numel()}
+
+
+def _check_fits(plan: PAROPlan, layer: int, heads: int) -> None:
+    """Raise ValueError for a layer or a number of heads that a plan does not have."""
+    plan.check_sizes(max(plan.facts.layers, layer + 1), heads)
+
+
+def _planned(
+    plan: PAROPlan, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, device: torch.device
+) -> LayerPlan:
+    """What a plan says about a layer at a step; `state` holds on to the maps of this part of the run and the next."""
+    plan.check_grid(layout.grid)
+    last = plan.facts.buckets
+    order = plan.order(layer, layout.grid)
+    if run.context == TRAINING:
+        # key-major lists are made of these once, not in every backward pass
+        if "lists" not in state:
+            state["lists"] = expand(plan.index(layout, layer, last, device))
+        return LayerPlan(Mode.SPARSE, layout, state["lists"], order=order)
+    bucket = last if run.total is None else plan.bucket(run.index, run.total)
+    coming = (bucket, min(bucket + 1, last))
+    if state.get("maps", {}).keys() != set(coming):
+        state["maps"] = {number: plan.index(layout, layer, number, device) for number in coming}
+    densities = plan.densities(layout, layer, bucket)
+    return LayerPlan(Mode.SPARSE, layout, state["maps"][bucket], order=order, densities=densities)
+
+
+# the same for all layers of a forward, and asked for by each
+@lru_cache(maxsize=16)
+def _selection(
+    grid: VideoGrid, block: tuple[int, int], density: float, metric: OrderMetric, choose: bool
+) -> OrderSelection:
+    rows, columns = (ceil_div(grid.tokens, b) for b in block)
+    base = min(columns, max(1, int(density * columns + 0.5)))
+    return OrderSelection(grid, Selection(rows, columns, base, base, base, 1.0), metric, choose)

@@ -1,0 +1,373 @@
+"""What a calibration run has found out about one model (`PAROPlan`), and the file it is kept in.
+
+A plan holds a token order for every layer and head, and block maps in that order for parts of the denoising run, a bit
+a block. The file is one safetensors: `codes`, `counts` and `bits` as in `PAROPlan`, and `PlanFacts` as JSON in its
+metadata. Nothing in it depends on when it was made: the same calibration gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import weakref
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videosparse.blocks import BLOCK_SIZES, PackedIndex, pack_rows
+from videosparse.kernels.selection import write_places
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.ordering import AXIS_ORDERS, TokenOrder
+
+FORMAT = "videosparse-paro-1"
+_METADATA = "videosparse_plan"
+_AGAIN = "calibrate for it: videosparse calibrate"
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a plan is for and how it was made; plain values, as in the file.
+
+    Args:
+        model_class: of the transformer.
+        config: its configuration, without names that begin with an underscore.
+        grid: (frames, rows, columns) of tokens.
+        text: text tokens of the calibration runs; maps hold none, and serve any number of them.
+        layers, heads: self-attentions and their heads.
+        block: (query rows, key rows).
+        buckets: parts of the first half of a run with maps of their own; the second half shares one more.
+        density: asked share of video blocks, None where `mass` decided.
+        mass: asked share of the attention among video tokens, None where `density` decided.
+        video: (frames, height, width) in pixels.
+        method: further parameters of the calibration, such as alpha, eps, sigma, steps and seed.
+        prompts: SHA-256 of the calibration prompts.
+        versions: of what made the plan.
+    """
+
+    model_class: str
+    config: dict[str, Any]
+    grid: tuple[int, int, int]
+    text: int
+    layers: int
+    heads: int
+    block: tuple[int, int]
+    buckets: int
+    density: float | None
+    mass: float | None
+    video: tuple[int, int, int]
+    method: dict[str, Any] = field(default_factory=dict)
+    prompts: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self, **more: Any) -> str:
+        """One line, keys sorted."""
+        about = {"format": FORMAT, "config_hash": config_hash(self.config), **asdict(self), **more}
+        return json.dumps(about, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanFacts:
+        """The inverse.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or of another type.
+        """
+        about = json.loads(text)
+        values = {f.name: about[f.name] for f in fields(cls)}
+        for name in ("grid", "block", "video"):
+            values[name] = tuple(int(n) for n in values[name])
+        for name in ("layers", "heads", "buckets"):
+            values[name] = int(values[name])
+        VideoGrid(*values["grid"])
+        if len(values["block"]) != 2 or any(b not in BLOCK_SIZES for b in values["block"]):
+            raise ValueError(f"block {values['block']}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PAROPlan:
+    """Token orders and block maps of one model at one size.
+
+    Args:
+        codes: uint8 [layers, heads], indices into `AXIS_ORDERS`.
+        counts: int32 [layers, buckets + 1, heads], video columns that each row keeps; the last map is that of the
+            second half.
+        bits: uint8 [layers, buckets + 1, heads, rows, ceil(columns / 8)], video blocks only, as `pack_rows` makes them.
+        facts: what the plan is for.
+        source: how messages call it.
+
+    Raises:
+        ValueError: tensors that do not fit the facts.
+    """
+
+    codes: torch.Tensor
+    counts: torch.Tensor
+    bits: torch.Tensor
+    facts: PlanFacts
+    source: str = "the plan"
+    _orders: dict[tuple[int, VideoGrid], TokenOrder] = field(default_factory=dict, init=False)
+    _uploads: weakref.WeakValueDictionary[tuple[Any, ...], PackedIndex] = field(
+        default_factory=weakref.WeakValueDictionary, init=False
+    )
+
+    def __post_init__(self) -> None:
+        facts, maps = self.facts, self.facts.buckets + 1
+        rows, columns = self.blocks
+        expected = {
+            "codes": (torch.uint8, (facts.layers, facts.heads)),
+            "counts": (torch.int32, (facts.layers, maps, facts.heads)),
+            "bits": (torch.uint8, (facts.layers, maps, facts.heads, rows, ceil_div(columns, 8))),
+        }
+        for name, (dtype, shape) in expected.items():
+            x = getattr(self, name)
+            if x.dtype != dtype or tuple(x.shape) != shape:
+                raise ValueError(f"{name} must be {dtype} {list(shape)} (got {x.dtype} {list(x.shape)})")
+        if int(self.codes.max()) >= len(AXIS_ORDERS):
+            raise ValueError(f"codes must be below {len(AXIS_ORDERS)} (got {int(self.codes.max())})")
+        if int(self.counts.min()) < 1 or int(self.counts.max()) > columns:
+            raise ValueError(f"counts must be 1..{columns} (got {int(self.counts.min())}..{int(self.counts.max())})")
+
+    @property
+    def grid(self) -> VideoGrid:
+        """The grid that the maps are for."""
+        return VideoGrid(*self.facts.grid)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """(rows, columns) of video blocks."""
+        rows, columns = (ceil_div(self.grid.tokens, b) for b in self.facts.block)
+        return rows, columns
+
+    @property
+    def density(self) -> float:
+        """Kept / all video blocks, mean over layers, maps and heads."""
+        return float(self.counts.float().mean()) / self.blocks[1]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PAROPlan:
+        # nothing of it changes, and it is large: the copy of a transformer reads the same plan
+        return self
+
+    def __repr__(self) -> str:
+        return f"PAROPlan({self.source}: {self.facts.model_class}, grid {self.grid}, density {self.density:.3f})"
+
+    def bucket(self, index: int, total: int) -> int:
+        """Number of the map that step `index` (from 0) of `total` reads."""
+        return bucket_of(index, total, self.facts.buckets)
+
+    def order(self, layer: int, grid: VideoGrid) -> TokenOrder:
+        """The order of a layer's heads, on any grid."""
+        key = layer, grid
+        if key not in self._orders:
+            self._orders[key] = TokenOrder(grid, tuple(self.codes[layer].tolist()))
+        return self._orders[key]
+
+    def densities(self, layout: TokenLayout, layer: int, bucket: int) -> tuple[float, float]:
+        """(kept / all blocks, the same among video blocks) of one map on an aligned layout."""
+        count = float(self.counts[layer, bucket].float().mean())
+        rows, columns = (ceil_div(layout.length, b) for b in self.facts.block)
+        video_rows, video_columns = self.blocks
+        kept = video_rows * (count + columns - video_columns) + (rows - video_rows) * columns
+        return kept / (rows * columns), count / video_columns
+
+    def index(self, layout: TokenLayout, layer: int, bucket: int, device: torch.device) -> PackedIndex:
+        """One map on a device, text kept throughout; shared by all samples, and by all who hold on to it.
+
+        The copy leaves from page-locked memory, and nothing waits for the device.
+
+        Args:
+            layout: the aligned sequence.
+            layer, bucket: which map.
+            device: where to.
+        """
+        key = layer, bucket, device, layout.text
+        found = self._uploads.get(key)
+        if found is None:
+            found = self._upload(layout, layer, bucket, device)
+            self._uploads[key] = found
+        return found
+
+    def _upload(self, layout: TokenLayout, layer: int, bucket: int, device: torch.device) -> PackedIndex:
+        block, heads = self.facts.block, self.facts.heads
+        rows, columns = (ceil_div(layout.length, b) for b in block)
+        video_rows, video_columns = self.blocks
+        counts = self.counts[layer, bucket]
+        capacity = int(counts.sum()) * video_rows
+        capacity += heads * (video_rows * (columns - video_columns) + (rows - video_rows) * columns)
+        # plain tensors also when the caller is in inference mode: the next caller may be training
+        with torch.inference_mode(False):
+            index = PackedIndex.allocate(layout, block, 1, heads, capacity, device)
+            video = send(self.bits[layer, bucket], device)
+            index.bits[0, :, :video_rows, : video.shape[2]] = video
+            if layout.text:
+                text = torch.arange(columns, device=device) >= video_columns
+                index.bits[0, :, :video_rows] |= pack_rows(text)
+                index.bits[0, :, video_rows:] = pack_rows(torch.ones_like(text))
+            kept = send(counts, device)[None]
+            write_places(kept, index.row_ptr, index.order, (rows, columns), (video_rows, video_columns))
+        return index
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError, saying what differs, unless the plan is for a transformer of this configuration.
+
+        Weights are not compared: a plan also serves a fine-tune of the model it was made for.
+        """
+        name, own = str(config.get("_class_name")), plain_config(config)
+        if name != self.facts.model_class:
+            raise ValueError(
+                f"{self.source} is for a {self.facts.model_class}, this model is a {name}; {_AGAIN} --model ..."
+            )
+        if config_hash(own) == config_hash(self.facts.config):
+            return
+        # versions of Diffusers add keys: only what both know can differ
+        for key in sorted(own.keys() & self.facts.config.keys()):
+            if own[key] != self.facts.config[key]:
+                raise ValueError(
+                    f"{self.source} is for a {name} with {key}={self.facts.config[key]}, this model has "
+                    f"{key}={own[key]}; {_AGAIN} --model ..."
+                )
+
+    def check_sizes(self, layers: int, heads: int) -> None:
+        """Raise ValueError unless the plan is for so many self-attentions and heads."""
+        for what, own, got in (("layers", self.facts.layers, layers), ("heads", self.facts.heads, heads)):
+            if own != got:
+                raise ValueError(
+                    f"{self.source} is for a model with {own} {what}, this one has {got}; {_AGAIN} --model ..."
+                )
+
+    def check_grid(self, grid: VideoGrid) -> None:
+        """Raise ValueError unless the maps are for this grid."""
+        if grid != self.grid:
+            frames, height, width = self.facts.video
+            raise ValueError(
+                f"The maps of {self.source} are for grid {self.grid} ({frames} frames of {height}x{width}), this video "
+                f"has grid {grid}; {_AGAIN} --frames ... --height ... --width ..., or keep its token orders and find "
+                "the maps in the run: PAROProcessor(plan, online_maps=True), --set paro.online_maps=yes."
+            )
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the file: whole, or not at all.
+
+        Raises:
+            FileExistsError: it is there, and not to be overwritten.
+            OSError: it cannot be written; nothing is left behind.
+        """
+        from safetensors.torch import save
+
+        tensors = {name: getattr(self, name).contiguous() for name in ("bits", "codes", "counts")}
+        data = save(tensors, {_METADATA: self.facts.to_json(checksum=_checksum(tensors))})
+        write_whole(path, data, overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PAROPlan:
+        """Read a file and check all of it.
+
+        Raises:
+            ValueError: there is no such file, it is no plan, damaged, or of another format.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"There is no plan at {path}; make one with videosparse calibrate --output {path}.")
+        status = Path(path).stat()
+        return _read(str(path), status.st_mtime_ns, status.st_size)
+
+
+# a command reads its plan several times, and checking it takes a second for a large model
+@lru_cache(maxsize=1)
+def _read(name: str, changed: int, size: int) -> PAROPlan:
+    """The plan in a file that was `changed` then; see `PAROPlan.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(name, framework="pt") as file:
+            about = (file.metadata() or {}).get(_METADATA)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no whole safetensors file ({' '.join(str(error).split())}); copy it again, or calibrate anew "
+            "with --overwrite."
+        ) from error
+    return PAROPlan(**_checked(name, about, tensors), source=Path(name).name)
+
+
+def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a plan is made of, from what a file holds.
+
+    Raises:
+        ValueError: it is no plan, of another format, or damaged.
+    """
+    if about is None:
+        raise ValueError(f"{name} is a safetensors file, but no plan; make one with videosparse calibrate.")
+    try:
+        found = json.loads(about)
+        if found["format"] != FORMAT:
+            raise ValueError(f"its format is {found['format']}, this version reads {FORMAT}")
+        facts = PlanFacts.from_json(about)
+        if set(tensors) != {"bits", "codes", "counts"} or _checksum(tensors) != found["checksum"]:
+            raise ValueError("its contents do not match their checksum")
+        # the same checks, told with the name of the file
+        PAROPlan(tensors["codes"], tensors["counts"], tensors["bits"], facts)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{name} is no plan that can be used: {reason}; calibrate anew with --overwrite.") from error
+    return {**tensors, "facts": facts}
+
+
+def bucket_of(index: int, total: int, buckets: int) -> int:
+    """Which map step `index` (from 0) of `total` reads: equal parts of the first half, then one for the second half."""
+    return buckets if 2 * index >= total else 2 * index * buckets // total
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's configuration as JSON has it, without names that begin with an underscore."""
+    own = {k: v for k, v in dict(config).items() if not k.startswith("_") and k != "quantization_config"}
+    plain: dict[str, Any] = json.loads(json.dumps(own, sort_keys=True, default=str))
+    return plain
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a plain configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def write_whole(path: str | Path, data: bytes, overwrite: bool) -> None:
+    """Write a file under another name beside it, then give it its own.
+
+    Raises:
+        FileExistsError: it is there, and not to be overwritten.
+        OSError: it cannot be written. Nothing is left behind then, nor after Ctrl-C.
+    """
+    final = Path(path)
+    part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            part.replace(final)
+            return
+        if os.path.lexists(final):
+            raise FileExistsError(f"{final} exists; choose another name, or pass --overwrite.")
+        part.replace(final)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device, without waiting for it: only copies from pinned memory do not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    """CRC-32 of all tensors by name: says whether a file is what was written, not who wrote it."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, value)
+    return value
