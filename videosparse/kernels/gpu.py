@@ -28,6 +28,11 @@ def portable_only() -> Iterator[None]:
         _portable_only = before
 
 
+def portable() -> bool:
+    """Whether special kernels are left out at the moment."""
+    return _portable_only
+
+
 @cache
 def hopper_kernel(device: torch.device) -> ModuleType | None:
     """The module with the kernel for Hopper, None on other devices.

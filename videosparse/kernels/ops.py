@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from videosparse.blocks import transpose_lists
-from videosparse.kernels import gpu, torch_path
+from videosparse.kernels import gpu, int8_path, torch_path
 from videosparse.kernels.backend import choose, choose_own
 from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.layout import ceil_div
@@ -50,7 +50,8 @@ def _call(
     "videosparse::attend_forward",
     mutates_args=(),
     schema=(
-        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, bool need_grad, {_KEY_MAJOR}) "
+        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, str? quant, bool need_grad, "
+        f"{_KEY_MAJOR}) "
         "-> (Tensor, Tensor)"
     ),
 )
@@ -60,9 +61,11 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     The Triton backward reads lse, and the key-major lists, which pass through to it. The torch backward needs neither:
     with `need_grad` alone its lse has the shape, and -inf throughout.
     """
-    *geometry, need_lse, backend, need_grad, _, _, _ = rest
+    *geometry, need_lse, backend, quant, need_grad, _, _, _ = rest
     call = _call(*geometry)
     chosen = choose(backend, q.device, q.dtype)
+    if quant is not None:
+        return int8_path.forward(q, k, v, call, need_lse, quant, chosen)
     if chosen == "torch":
         out, lse = torch_path.forward(q, k, v, call, need_lse)
         return out, _no_lse(q) if need_grad and not need_lse else lse
@@ -96,7 +99,7 @@ def _attend_forward_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = q.shape
-    need_lse, _, need_grad, *_ = rest[-6:]
+    need_lse, _, _, need_grad, *_ = rest[-7:]
     lse_shape = (batch, heads, length) if need_lse or need_grad else (0,)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=dtype)
@@ -174,7 +177,9 @@ def _attend_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, backend, _, row_ptr, ids, order = inputs
+    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, backend, _, _, row_ptr, ids, order = (
+        inputs
+    )
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], row_ptr, ids, order)
     ctx.numbers = (video, text_start, rows, cols, samples, heads, scale, backend)
     ctx.need_lse = need_lse
@@ -184,7 +189,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
     *tensors, key_row_ptr, key_ids, key_order = ctx.saved_tensors
     level = grad_lse if ctx.need_lse else None
     grads = attend_backward(grad_out, level, *tensors, *ctx.numbers, key_row_ptr, key_ids, key_order)
-    return (*grads, *[None] * 17)
+    return (*grads, *[None] * 18)
 
 
 attend_forward.register_autograd(_backward, setup_context=_save)
