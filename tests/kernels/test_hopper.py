@@ -187,7 +187,7 @@ def spilled_in_loops(sass):
     for end, line in enumerate(lines):
         target = re.match(r"@U?P\d+ BRA.*\((\.L_x_\d+)\)", line)
         start = labels[target[1]] if target else end
-        if any("HGMMA" in x for x in lines[start:end]) and not any(a >= start for a, _ in loops):
+        if any("GMMA" in x for x in lines[start:end]) and not any(a >= start for a, _ in loops):
             loops.append((start, end))
     assert len(loops) == 2, loops
     return [x for start, end in loops for x in lines[start:end] if re.search(r"\b(LDL|STL)\b", x)]

@@ -61,7 +61,8 @@ def _rounded_keys(k: torch.Tensor) -> torch.Tensor:
     length = k.shape[1]
     blocks = ceil_div(length, SCALED_KEYS)
     k = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, blocks * SCALED_KEYS - length))
-    return _rounded_to_int8(k.unflatten(1, (blocks, SCALED_KEYS)), (2, 4)).flatten(1, 2)[:, :length]
+    k = k.view(k.shape[0], blocks, SCALED_KEYS, *k.shape[2:])
+    return _rounded_to_int8(k, (2, 4)).flatten(1, 2)[:, :length]
 
 
 def _rounded_to_fp8(v: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,7 @@ def int8_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     TILE_N: tl.constexpr,
+    SCALED: tl.constexpr,
     COPIES: tl.constexpr,
     SPARSE: tl.constexpr,
     HAS_LENS: tl.constexpr,
@@ -69,7 +70,7 @@ def int8_kernel(
     NEED_LSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One block of query rows: online softmax in base 2 over tiles of TILE_N keys, which share a scale."""
+    """One block of query rows: online softmax in base 2 over tiles of TILE_N keys, one or more for each scale."""
     program = tl.program_id(0)
     if SPARSE:
         row, block_row, sample, head = _row_of_program(order_ptr, program, rows, heads, map_rows, map_heads, shares)
@@ -92,7 +93,7 @@ def int8_kernel(
     q = tl.load(q_ptr + q_rows[:, None] * HEAD_DIM + dims[None, :])
     q_scale = tl.load(q_scale_ptr + q_rows)
     k_base = k_ptr + line * padded * HEAD_DIM
-    k_scale_base = k_scale_ptr + line * (padded // TILE_N) * COPIES
+    k_scale_base = k_scale_ptr + line * (padded // SCALED) * COPIES
     v_base = v_ptr + sample * stride_vb + head * stride_vh
     if FP8:
         v_base = v_ptr + line * HEAD_DIM * padded
@@ -124,7 +125,7 @@ def int8_kernel(
         k_valid = _is_token(k_pos, video, text_start, end)
         # rows up to the padded length exist and hold 0 where no token is
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :])
-        scale = q_scale * tl.load(k_scale_base + tile * COPIES)
+        scale = q_scale * tl.load(k_scale_base + tile // (SCALED // TILE_N) * COPIES)
         scores = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
         scores = scores * scale[:, None] + tl.where(k_valid, 0.0, -float("inf"))[None, :]
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -160,9 +161,11 @@ def int8_kernel(
         tl.store(place, tl.where(empty, -float("inf"), lse), mask=inside)
 
 
-def choose_tiles(head_dim: int, block_rows: int, shared_kb: int) -> Tiles:
+def choose_tiles(head_dim: int, block_rows: int, shared_kb: int, fp8: bool) -> Tiles:
     """Tile sizes that neither spill registers nor exceed the shared memory of the card; tiles are whole blocks."""
-    stages = 4 if shared_kb > 99 else 3 if shared_kb > 64 else 2
+    stages = 5 if shared_kb > 99 else 3 if shared_kb > 64 else 2
+    if fp8 and head_dim > 64:  # two sets of accumulators
+        return Tiles(block_rows, 32, 8, stages)
     return Tiles(block_rows, SCALED_KEYS, 8 if block_rows == 128 else 4, stages)
 
 
@@ -182,7 +185,7 @@ def forward(
     out = torch.empty(shape, dtype=dtype, device=data.q.device)
     lists = call.lists
     block = (128, SCALED_KEYS) if lists is None else lists.block
-    tiles = choose_tiles(head_dim, block[0], _shared_kb(data.q.device))
+    tiles = choose_tiles(head_dim, block[0], _shared_kb(data.q.device), data.v_scale is not None)
     rows = ceil_div(length, block[0])
     map_rows = rows if lists is None else lists.samples * lists.heads * rows
     int8_kernel[(batch * heads * rows,)](
@@ -212,6 +215,7 @@ def forward(
         BLOCK_ROWS=block[0],
         BLOCK_COLS=block[1],
         TILE_N=tiles.keys,
+        SCALED=SCALED_KEYS,
         COPIES=COPIES,
         SPARSE=lists is not None,
         HAS_LENS=call.seq_lens is not None,
