@@ -18,8 +18,8 @@ from videosparse.layout import ceil_div
 
 __all__ = ["GluonError", "forward", "unsuited"]
 
-OFFSET_FIRST = False
-"""Whether products start from the offset that makes integers floats, or it is added to them."""
+VARIANT = (True, 1)
+"""Whether products start from the offset that makes integers floats, and how consumers take turns."""
 
 
 def unsuited(q: torch.Tensor, v: torch.Tensor, call: AttentionCall, fp8: bool) -> str | None:
@@ -129,7 +129,7 @@ def forward(
         video,
         text_start,
     )
-    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0, OFFSET_FIRST)
+    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0, *VARIANT)
     kernel = _kernel((device, dtype, data.v.dtype), arguments, constants)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)
     return out, data.lse

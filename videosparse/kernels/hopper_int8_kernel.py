@@ -337,9 +337,23 @@ def _open(
 
 
 @gluon.jit
+def _take_turn(turns, w: gl.constexpr, n, TURNS: gl.constexpr):
+    """Wait until the other consumer has issued its products: those of its n-th tile, or of the one before."""
+    if TURNS > 0:
+        mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
+
+
+@gluon.jit
+def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
+    if NOW:
+        mbarrier.arrive(turns.index(1 - w))
+
+
+@gluon.jit
 def _continue(
-    q, own, keys, values, spots, n, operand, top, shrink, total, acc, masked, end, layout,
+    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
@@ -350,11 +364,14 @@ def _continue(
     k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
     v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
     mbarrier.wait(k_full.index(k_slot), k_phase)
+    _take_turn(turns, w, n, TURNS)
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
     mbarrier.wait(v_full.index(v_slot), v_phase)
     acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+    _pass_turn(turns, w, TURNS == 1)
     halves = _key_scales(k_scales, k_slot)
     scores = _as_float(warpgroup_mma_wait(1, [s_run]), OFFSET_FIRST)
+    _pass_turn(turns, w, TURNS == 2)
     if TEXT and masked:
         scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
     mbarrier.arrive(k_empty.index(k_slot))
@@ -363,8 +380,10 @@ def _continue(
     p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
     product = warpgroup_mma_wait(0, [acc_run])
+    _pass_turn(turns, w, TURNS == 3)
     acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
     mbarrier.arrive(v_empty.index(v_slot))
+    # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
     return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc
 
 
@@ -407,9 +426,9 @@ def _own_scales(scales, slot):
 
 @gluon.jit
 def _consume(
-    w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, mail, spots,
+    w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns, mail, spots,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, NEED_LSE: gl.constexpr,
-    OFFSET_FIRST: gl.constexpr,
+    OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries
@@ -431,8 +450,8 @@ def _consume(
         shrink = top * 0.0
         for tile in range(1, tiles):
             operand, top, shrink, total, acc = _continue(
-                q, own, keys, values, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST,
+                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
+                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -446,15 +465,19 @@ def _consume(
         masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
         own = _own_scales(q_scales, q_slot * 2 + w)
         mbarrier.wait(k_full.index(k_slot), k_phase)
+        _take_turn(turns, w, n, TURNS)
         s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+        _pass_turn(turns, w, TURNS == 1)
         scores = warpgroup_mma_wait(1, [s_run])
+        _pass_turn(turns, w, TURNS == 2)
         top2, p, total2 = _open(
             scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST
         )
         mbarrier.arrive(k_empty.index(k_slot))
         product = warpgroup_mma_wait(0, [acc_run])
+        _pass_turn(turns, w, TURNS == 3)
         mbarrier.arrive(v_empty.index(v_slot))
         operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
         acc = acc * _spread(shrink, acc) + product if FP8 else product
@@ -506,6 +529,7 @@ def int8_kernel(
     FP8: gl.constexpr,
     NEED_LSE: gl.constexpr,
     OFFSET_FIRST: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -514,6 +538,9 @@ def int8_kernel(
     q_full, q_empty = _barriers(QUERY_SLOTS)
     k_full, k_empty = _barriers(k_count)
     v_full, v_empty = _barriers(v_count)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     q_slots = gl.allocate_shared_memory(gl.int8, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
     q_scales = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * 2, 1, 1, 64], q_scale_desc.layout)
     k_slots = gl.allocate_shared_memory(gl.int8, [k_count, 1, 1, 128, HEAD_DIM], k_desc.layout)
@@ -530,10 +557,10 @@ def int8_kernel(
     work = (total, rows, heads, map_rows, map_heads, shares)
     gl.warp_specialize(
         [
-            (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST)),
-            (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, mail, spots,
-                        KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST)),
+            (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+            (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
         ],
