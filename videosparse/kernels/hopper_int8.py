@@ -18,7 +18,7 @@ from videosparse.layout import ceil_div
 
 __all__ = ["GluonError", "forward", "unsuited"]
 
-VARIANT = (True, 1)
+VARIANT = (True, 0)
 """Whether products start from the offset that makes integers floats, and how consumers take turns."""
 
 
