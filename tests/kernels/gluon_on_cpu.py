@@ -292,7 +292,8 @@ GL = SimpleNamespace(
     where=where, maximum=extremum(max, torch.maximum), minimum=extremum(min, torch.minimum),
     max=lambda x, axis: plain(x.amax(axis)), sum=lambda x, axis: plain(x.sum(axis)),
     cast=lambda x, dtype: x, reshape=lambda x, shape: x.reshape(shape), permute=torch.permute,
-    split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack([a, b], -1), inline_asm_elementwise=inline_assembly, exp2=torch.exp2, log2=torch.log2,
+    split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack([a, b], -1), inline_asm_elementwise=inline_assembly,
+    exp2=torch.exp2, log2=torch.log2,
     load=load, store=store, atomic_add=atomic_add,
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
 )  # fmt: skip

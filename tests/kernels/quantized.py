@@ -5,12 +5,11 @@ import torch
 from videosparse.kernels import torch_int8
 from videosparse.kernels.accuracy import attend_rows
 from videosparse.kernels.quantize import COPIES, KEY_ORDER, LOG2_E, SCALED_KEYS, Quantized, padded_length
-from videosparse.layout import ceil_div
 
 QUANTS = ["int8", "int8-fp8"]
 LIMITS = {"int8": 0.03, "int8-fp8": 0.05}
-"""Largest relative error in the mean square. FP8 e4m3 rounds by 2.5 %, values and weights alike, and INT8 scores add 1 %:
-where nothing is common to the values, as here, that is 3.7 % of the output."""
+"""Largest relative error in the mean square. FP8 e4m3 rounds by 2.5 %, values and weights alike, and INT8 scores add
+1 %: where nothing is common to the values, as here, that is 3.7 % of the output."""
 
 
 def integers(x, dims):
@@ -22,7 +21,7 @@ def integers(x, dims):
 
 def quantize(q, k, v, call, need_lse, fp8, reorder):
     """`quantize.quantize` on the CPU."""
-    batch, length, heads, dim = q.shape
+    length = q.shape[1]
     padded = padded_length(length)
     token = torch_int8._tokens(q, call)[:, :, None, None]
     queries, keys, values = (x.float().masked_fill(~token, 0) for x in (q, k, v))
@@ -67,7 +66,3 @@ def biased(k, share=0.1, size=20.0):
     """Keys with large biases in some channels, as those of real models have."""
     bias = torch.randn(k.shape[2:], device=k.device)
     return k + (bias * torch.where(torch.rand_like(bias) < share, size, 0.5)).to(k.dtype)
-
-
-def blocks_of(length, block):
-    return [ceil_div(length, b) for b in block]

@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_backward.py", "interpreted_norm.py", "interpreted_int8.py"])
+@pytest.mark.parametrize(
+    "name", ["interpreted.py", "interpreted_backward.py", "interpreted_norm.py", "interpreted_int8.py"]
+)
 def test_kernels_under_the_interpreter(name):
     path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(path)]
