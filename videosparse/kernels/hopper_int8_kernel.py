@@ -426,9 +426,9 @@ def _own_scales(scales, slot):
 
 @gluon.jit
 def _consume(
-    w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns, mail, spots,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, NEED_LSE: gl.constexpr,
-    OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
+    w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
+    mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries

@@ -278,19 +278,19 @@ def quantize(
     peaks = make(batch, heads, chunks, dim) if fp8 else None
     statistics_kernel[(heads, chunks, batch)](
         k, v, means, peaks, lens, *_strides(k), *_strides(v), *geometry,
-        HEAD_DIM=dim, CHUNK=_CHUNK, ROWS=64, HAS_LENS=has_lens, VALUES=fp8,
+        HEAD_DIM=dim, CHUNK=_CHUNK, ROWS=64, HAS_LENS=has_lens, VALUES=fp8, enable_fp_fusion=True,
     )  # fmt: skip
     mean = means.sum(2)
     k8, k_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, tiles, COPIES)
     keys_kernel[(heads, tiles, batch)](
         k, mean, k8, k_scale, lens, *_strides(k), *geometry,
-        HEAD_DIM=dim, ROWS=SCALED_KEYS, COPIES=COPIES, HAS_LENS=has_lens,
+        HEAD_DIM=dim, ROWS=SCALED_KEYS, COPIES=COPIES, HAS_LENS=has_lens, enable_fp_fusion=True,
     )  # fmt: skip
     q8, q_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, padded)
     lse = make(batch, heads, length) if need_lse else make(0)
     queries_kernel[(heads, tiles, batch)](
         q, mean, q8, q_scale, lse, lens, *_strides(q), *geometry, call.scale * LOG2_E,
-        HEAD_DIM=dim, ROWS=SCALED_KEYS, HAS_LENS=has_lens, NEED_LSE=need_lse,
+        HEAD_DIM=dim, ROWS=SCALED_KEYS, HAS_LENS=has_lens, NEED_LSE=need_lse, enable_fp_fusion=True,
     )  # fmt: skip
     if peaks is None:
         return Quantized(q8, q_scale, k8, k_scale, v, None, lse)
@@ -298,6 +298,6 @@ def quantize(
     v8 = make(batch, heads, dim, padded, dtype=torch.float8_e4m3fn)
     values_kernel[(heads, padded // PAD, batch)](
         v, v_scale, v8, lens, *_strides(v), *geometry,
-        HEAD_DIM=dim, ROWS=PAD, HAS_LENS=has_lens, REORDER=reorder,
+        HEAD_DIM=dim, ROWS=PAD, HAS_LENS=has_lens, REORDER=reorder, enable_fp_fusion=True,
     )  # fmt: skip
     return Quantized(q8, q_scale, k8, k_scale, v8, v_scale, lse)
