@@ -15,7 +15,8 @@ Lists, layout and work are those of `hopper_kernel`, and so are the roles: a pro
 Scores are exact int32 sums. An int32 n below 2^22 becomes the float 1.5 * 2^23 + n by adding the bits of that number
 (SageAttention2, arXiv 2411.10958, does so too), and the offset leaves again in the multiply-add that applies the
 scale. Products with fp8 values keep about 14 bits on Hopper, so each tile gets accumulators of its own, added in fp32.
-INT4 is left out: Hopper's wgmma has no 4-bit integer type (PTX ISA, wgmma.mma_async: .u8 and .s8 only, and b1).
+INT4 is left out: Hopper's wgmma has no 4-bit integers (PTX ISA, wgmma.mma_async: .s8, .u8 and .b1), and Triton's dot,
+3.6 to 3.9, takes none below 8 bits on any card.
 """
 
 from triton.experimental import gluon
