@@ -513,12 +513,12 @@ class PAROProcessor(SparseProcessor):
         block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64).
         alpha: online, the weight of sparsity in the choice of an order, 0..1; None takes .5.
         online_maps: find maps in the run, in the orders of the plan.
-        quant: integer attention, "int8" or "int8-fp8"; see `KernelOptions`.
+        quant: integer attention, "int8" or "int8-fp8", for inference; see `KernelOptions`.
 
     Raises:
         TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
             model; at a forward, one for another grid.
-        NotImplementedError: quant, as far as it is not built; at binding, context parallelism with an online search.
+        NotImplementedError: at binding, context parallelism with an online search; training with quant.
         RuntimeError: training without a plan; a video that changes its size in the middle of an online run.
     """
 

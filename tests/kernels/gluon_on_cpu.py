@@ -1,4 +1,4 @@
-"""Runs the Gluon kernel's own source on the CPU: its three warp roles as threads, its barriers, copies and products.
+"""Runs a Gluon kernel's own source on the CPU: its three warp roles as threads, its barriers, copies and products.
 
 What is late on a GPU is late here. Copies arrive from another thread, in any order; products read shared memory when
 they are waited for, and output leaves it when its departure is waited for. So a slot that is freed too early, or read
@@ -25,6 +25,9 @@ class Value(torch.Tensor):
 
     type = SimpleNamespace(layout=None)
 
+    def to(self, dtype, bitcast=False):
+        return self.view(dtype) if bitcast else super().to(dtype)
+
 
 def value(x):
     return x.as_subclass(Value)
@@ -48,6 +51,7 @@ class Pointer:
 def load(pointer, mask=True, other=0):
     if isinstance(pointer.offset, int):
         return pointer.memory[pointer.offset].item() if mask else other
+    mask = torch.as_tensor(mask).expand_as(pointer.offset)
     inside = pointer.offset.where(mask, torch.zeros_like(pointer.offset))
     return value(torch.where(mask, pointer.memory[inside.long()], other))
 
@@ -63,6 +67,14 @@ def atomic_add(pointer, x, mask, sem=None):
         before = pointer.memory[0].clone()
         pointer.memory[0] += x[mask].sum()
     return value(torch.where(mask, before, -(10**9)))
+
+
+def spoil(memory):
+    """Fill memory with NaN, or with integers that mean nothing."""
+    if memory.element_size() == 1:
+        memory.view(torch.uint8).fill_(0x7F)  # NaN in FP8 e4m3
+    else:
+        memory.fill_(float("nan") if memory.is_floating_point() else -(10**9))
 
 
 class Shared:
@@ -90,10 +102,12 @@ class Shared:
         self.memory.copy_(x)
 
     def parts(self, dtype, shape, layout):
-        """The swizzled layout keeps 64 columns of all rows together, so parts are [columns, rows] of a tile."""
-        tile, rows = self.memory[0, 0], shape[3]
+        """The swizzled layout keeps some columns of all rows together, so parts are [columns, rows] of a tile."""
+        if len(shape) < 5:
+            return Shared(self.memory.view(shape))
+        tile, rows, columns = self.memory[0, 0], shape[3], shape[4]
         group = tile.shape[0] // rows
-        views = [tile[i % group * rows :][:rows, i // group * 64 :][:, :64] for i in range(shape[0])]
+        views = [tile[i % group * rows :][:rows, i // group * columns :][:, :columns] for i in range(shape[0])]
         return SimpleNamespace(index=lambda i: Shared(views[i]))
 
 
@@ -152,19 +166,19 @@ class CopyEngine:
 
 
 def read_tile(desc, place):
-    """A tile of a tensor [B, H, L, D], 0 outside."""
-    sample, head, row, column = place
+    """A tile of a tensor [B, H, L, D], or [B, H, L], 0 outside."""
+    sample, head, row, column = place if len(place) == 4 else (*place[:2], 0, place[2])
     rows, columns = desc.block
     tile = torch.zeros(rows, columns, dtype=desc.dtype)
     source = desc.tensor[sample, head, max(row, 0) : row + rows, column : column + columns]
     if row >= 0:
-        tile[: source.shape[0]] = source
+        tile[: source.shape[0], : source.shape[1]] = source
     return tile
 
 
 def load_tile(desc, place, barrier, target, pred=True):
     if pred:
-        target.memory.fill_(float("nan"))
+        spoil(target.memory)
         _here.engine.orders.put((desc, place, barrier, target.memory.view(desc.block)))
 
 
@@ -190,7 +204,8 @@ def warpgroup_mma_wait(outstanding, tokens):
     while len(_here.products) > outstanding:
         token = _here.products.pop(0)
         a, b = (x.memory if isinstance(x, Shared) else x for x in (token.a, token.b))
-        token.result = value(token.acc + a.float() @ b.float())
+        product = a.float() @ b.float()  # exact for 8-bit integers
+        token.result = value(token.acc + (product.int() if a.dtype == torch.int8 else product))
     (token,) = tokens
     assert token.result is not None, "read before it was waited for"
     return token.result
@@ -235,7 +250,16 @@ def allocate_shared_memory(dtype, shape, layout):
         barriers = [Barrier() for _ in range(shape[0])]
         return SimpleNamespace(index=lambda i: barriers[i])
     memory = torch.empty(shape, dtype=dtype)
-    return Shared(memory.fill_(float("nan") if dtype.is_floating_point else -(10**9)), layout)
+    spoil(memory)
+    return Shared(memory, layout)
+
+
+def inline_assembly(code, constraints, arguments, **kwargs):
+    """Weights as FP8, packed and unpacked: four tensors in and out."""
+    if len(arguments) == 4:
+        return [x.to(torch.float8_e4m3fn) for x in arguments]
+    (words,) = arguments
+    return words
 
 
 def where(condition, a, b):
@@ -258,7 +282,8 @@ def nothing(*args, **kwargs):
 
 
 GL = SimpleNamespace(
-    int32=torch.int32, int64="barrier", float32=torch.float32,
+    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float32=torch.float32,
+    float8e4nv=torch.float8_e4m3fn,
     BlockedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, SwizzledSharedLayout=nothing,
     NVMMADistributedLayout=nothing, convert_layout=lambda x, layout: x, static_range=range, cdiv=ceil_div,
     program_id=lambda axis: _here.program, num_programs=lambda axis: _here.programs,
@@ -267,7 +292,9 @@ GL = SimpleNamespace(
     zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
     where=where, maximum=extremum(max, torch.maximum), minimum=extremum(min, torch.minimum),
     max=lambda x, axis: plain(x.amax(axis)), sum=lambda x, axis: plain(x.sum(axis)),
-    cast=lambda x, dtype: x, reshape=lambda x, shape: x.reshape(shape), exp2=torch.exp2, log2=torch.log2,
+    cast=lambda x, dtype: x, reshape=lambda x, shape: x.reshape(shape), permute=torch.permute,
+    split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack([a, b], -1), inline_asm_elementwise=inline_assembly,
+    exp2=torch.exp2, log2=torch.log2,
     load=load, store=store, atomic_add=atomic_add,
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
 )  # fmt: skip
@@ -286,17 +313,24 @@ STAND_INS = {
 }  # fmt: skip
 
 
-def kernel_on_cpu():
-    """The functions of the kernel's module as plain Python over the stand-ins."""
+def kernel_on_cpu(*modules):
+    """The functions of modules as plain Python over the stand-ins; what is in several is that of the last."""
     names = {}
-    for name, x in vars(hopper_kernel).items():
-        function = getattr(x, "fn", None)
-        if isinstance(x, triton.language.constexpr):
-            names[name] = x.value
-        elif isinstance(function, types.FunctionType) and function.__module__ == hopper_kernel.__name__:
-            names[name] = types.FunctionType(function.__code__, names, name)
+    for module in modules:
+        for name, x in vars(module).items():
+            function = getattr(x, "fn", None)
+            if isinstance(x, triton.language.constexpr):
+                names[name] = x.value
+            elif isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                names[name] = types.FunctionType(function.__code__, names, name)
     names |= STAND_INS
-    return names["forward_kernel"]
+    return names
+
+
+def describe_tiles(x, *box):
+    """The same of a tensor [B, H, L, D], or of numbers [B, H, L]."""
+    x = x[:, :, None] if x.dim() == 3 else x
+    return SimpleNamespace(tensor=x, block=(1, *box)[-2:], dtype=x.dtype, layout=None)
 
 
 def describe(x, rows, columns):
@@ -307,8 +341,8 @@ def describe(x, rows, columns):
 class Kernel:
     """Takes the place of the compiled kernel: kernel[grid](*arguments)."""
 
-    def __init__(self):
-        self.run = kernel_on_cpu()
+    def __init__(self, name="forward_kernel", *modules):
+        self.run = kernel_on_cpu(hopper_kernel, *modules)[name]
 
     def __getitem__(self, grid):
         def launch(*arguments):

@@ -187,6 +187,6 @@ def test_a_forward_without_lse_is_refused():
     layout = make_layout("video", grid=VideoGrid(1, 7, 10))
     q, k, v = (x.requires_grad_() for x in make_qkv(layout, torch.float16, heads=1, dim=16))
     geometry = (None, None, None, None, layout.video, layout.video, 0, 0, 1, 1, 0.25)
-    out, _ = ops.attend_forward(q, k, v, *geometry, False, "triton", False, None, None, None)
+    out, _ = ops.attend_forward(q, k, v, *geometry, False, "triton", None, False, None, None, None)
     with pytest.raises(RuntimeError, match="need_grad=True"):
         out.sum().backward()

@@ -64,3 +64,9 @@ def test_text_is_left_to_others(kind):
     q, k, v = make_qkv(layout, torch.float16, heads=1, dim=128)
     call = AttentionCall(None, layout.seq_lens, layout.video, layout.text_start, 0.1)
     assert specialized_forward.unsuited(q, k, v, call) == "it takes video without text"
+
+
+def test_token_orders_are_left_to_others():
+    q = torch.zeros(1, 128, 2, 128, dtype=torch.float16)
+    call = AttentionCall(None, None, 128, 128, 0.1, order=torch.zeros(2, 8, dtype=torch.int32))
+    assert specialized_forward.unsuited(q, q, q, call) == "it takes calls without a token order"

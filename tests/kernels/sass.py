@@ -27,7 +27,7 @@ def spilled_in_loops(sass, consumers):
     for end, line in enumerate(lines):
         target = re.match(r"@!?U?P\d+ BRA.*\((\.L_x_\d+)\)", line)
         start = labels[target[1]] if target else end
-        if any("HGMMA" in x for x in lines[start:end]) and not any(a >= start for a, _ in loops):
+        if any("GMMA" in x for x in lines[start:end]) and not any(a >= start for a, _ in loops):
             loops.append((start, end))
     assert len(loops) >= consumers, loops
     shortest = sorted(loops, key=lambda loop: loop[1] - loop[0])[:consumers]

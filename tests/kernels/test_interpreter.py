@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-NAMES = ["", "_backward", "_norm", "_order", "_select", "_specialized", "_stats"]
+NAMES = ["", "_backward", "_int8", "_norm", "_order", "_select", "_specialized", "_stats"]
 
 
 @pytest.mark.parametrize("name", [f"interpreted{name}.py" for name in NAMES])

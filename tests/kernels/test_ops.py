@@ -46,7 +46,7 @@ def test_forward_op_is_well_formed(need_lse, need_grad, sparse):
     layout = make_layout("ragged text").aligned((64, 64))
     index = make_map(layout, (64, 64)).index() if sparse else None
     q, k, v = (x.nan_to_num().requires_grad_() for x in make_qkv(layout, torch.float32, dim=8))
-    arguments = (*op_arguments(layout, index), need_lse, "torch", need_grad, *key_major(index))
+    arguments = (*op_arguments(layout, index), need_lse, "torch", None, need_grad, *key_major(index))
     torch.library.opcheck(ops.attend_forward, (q, k, v, *arguments))
 
 

@@ -49,6 +49,7 @@ OPERATIONS = {
         {"hopper_forward": "Hopper kernel in Gluon", "specialized_forward": "specialized Hopper kernel"},
         "triton_forward",
     ),
+    "integer attention": Operation("forward", {"hopper_int8": "Hopper kernel in Gluon"}, "triton_int8"),
     "gradients of attend": Operation("backward", {"hopper_backward": "Hopper kernels"}, "triton_backward"),
     "block_sums": Operation("block_sums", {"hopper_sums": "Hopper kernel in Gluon"}, "triton_sums"),
 }
@@ -107,9 +108,9 @@ def runs_hopper(device: torch.device) -> bool:
     return best_kernel(device) == next(iter(OPERATIONS["attend"].hopper.values()))
 
 
-def best_kernel(device: torch.device) -> str | None:
-    """What the best special kernel of `attend` that runs here is called; None where there is the portable one only."""
-    return next((title for title, _ in special_kernels("attend", device)), None)
+def best_kernel(device: torch.device, name: str = "attend") -> str | None:
+    """What an operation's best special kernel that runs here is called; None where there is the portable one only."""
+    return next((title for title, _ in special_kernels(name, device)), None)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -156,6 +157,13 @@ def forward(
         out [B, L, H, D] contiguous in the dtype of q, and lse fp32 [B, H, L], which is empty unless `need_lse`.
     """
     return _run("attend", q, q, k, v, call, need_lse)  # type: ignore[no-any-return]
+
+
+def integer_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, fp8: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` with INT8 queries and keys, and with `fp8` FP8 values, of tensors with at least one element."""
+    return _run("integer attention", q, q, k, v, call, need_lse, fp8)  # type: ignore[no-any-return]
 
 
 def backward(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from videosparse.blocks import transpose_lists
-from videosparse.kernels import gpu, torch_order, torch_path
+from videosparse.kernels import gpu, int8_path, torch_order, torch_path
 from videosparse.kernels.backend import choose, choose_own
 from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.kernels.reorder_op import move
@@ -53,8 +53,8 @@ def _call(
     "videosparse::attend_forward",
     mutates_args=(),
     schema=(
-        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, bool need_grad, {_KEY_MAJOR}) "
-        "-> (Tensor, Tensor)"
+        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, str? quant, bool need_grad, "
+        f"{_KEY_MAJOR}) -> (Tensor, Tensor)"
     ),
 )
 def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,17 +63,25 @@ def attend_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     The Triton backward reads lse, and the key-major lists, which pass through to it. The torch backward needs neither:
     with `need_grad` alone its lse has the shape, and -inf throughout.
     """
-    *geometry, need_lse, backend, need_grad, _, _, _ = rest
+    *geometry, need_lse, backend, quant, need_grad, _, _, _ = rest
     call = _call(*geometry)
     chosen = choose(backend, q.device, q.dtype)
-    out, lse = _run(chosen, q, k, v, call, need_lse or (need_grad and chosen != "torch"))
+    out, lse = _run(chosen, quant, q, k, v, call, need_lse or (need_grad and chosen != "torch"))
     return out, _no_lse(q) if need_grad and not need_lse and chosen == "torch" else lse
 
 
 def _run(
-    chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
+    chosen: str,
+    quant: str | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: AttentionCall,
+    need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by a backend."""
+    if quant is not None:
+        return int8_path.forward(q, k, v, call, need_lse, quant, chosen)
     if chosen == "torch":
         return torch_path.forward(q, k, v, call, need_lse)
     if chosen in ("fa4", "flex"):
@@ -106,7 +114,7 @@ def _attend_forward_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = q.shape
-    need_lse, _, need_grad, *_ = rest[-6:]
+    need_lse, _, _, need_grad, *_ = rest[-7:]
     lse_shape = (batch, heads, length) if need_lse or need_grad else (0,)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=dtype)
@@ -182,7 +190,9 @@ def _attend_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, backend, _, row_ptr, ids, order = inputs
+    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, backend, _, _, row_ptr, ids, order = (
+        inputs
+    )
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], row_ptr, ids, order)
     ctx.numbers = (video, text_start, rows, cols, samples, heads, scale, backend)
     ctx.need_lse = need_lse
@@ -192,7 +202,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
     *tensors, key_row_ptr, key_ids, key_order = ctx.saved_tensors
     level = grad_lse if ctx.need_lse else None
     grads = attend_backward(grad_out, level, *tensors, *ctx.numbers, key_row_ptr, key_ids, key_order)
-    return (*grads, *[None] * 17)
+    return (*grads, *[None] * 18)
 
 
 attend_forward.register_autograd(_backward, setup_context=_save)
@@ -202,21 +212,22 @@ attend_forward.register_autograd(_backward, setup_context=_save)
     "videosparse::attend_in_order",
     mutates_args=(),
     schema=(
-        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, Tensor table, SymInt height, "
-        "SymInt width) -> (Tensor, Tensor)"
+        f"(Tensor q, Tensor k, Tensor v, {_GEOMETRY}, bool need_lse, str backend, str? quant, Tensor table, "
+        "SymInt height, SymInt width) -> (Tensor, Tensor)"
     ),
 )
 def attend_in_order(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q, k and v [B, L, H, D] in a token order; out and lse in raster order. No gradient.
 
-    Our Triton kernels write their rows where they belong; what the others return is reordered by a copy.
+    Our Triton kernels write their rows where they belong; what the others return, those for integers among them, is
+    reordered by a copy.
     """
-    *geometry, need_lse, backend, table, height, width = rest
+    *geometry, need_lse, backend, quant, table, height, width = rest
     call = _call(*geometry)
     chosen = choose(backend, q.device, q.dtype)
-    if chosen == "triton" and call.video <= gpu.MOST_ORDERED:
+    if chosen == "triton" and quant is None and call.video <= gpu.MOST_ORDERED:
         return gpu.forward(q, k, v, replace(call, order=table), need_lse)
-    out, lse = _run(chosen, q, k, v, call, need_lse)
+    out, lse = _run(chosen, quant, q, k, v, call, need_lse)
     steps = Steps(table, call.video, height, width)
     return move(out, steps, True, backend), torch_order.raster_lse(lse, steps) if need_lse else lse
 
@@ -225,7 +236,7 @@ def attend_in_order(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
 def _attend_in_order_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    need_lse = rest[-5]
+    need_lse = rest[-6]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)

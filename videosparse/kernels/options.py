@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "triton", "torch", "fa4", "flex")
+QUANTS = (None, "int8", "int8-fp8")
 FUSED_NORMS = ("auto", "on", "off")
 
 
@@ -16,15 +17,17 @@ class KernelOptions:
         backend: "auto" takes ours that is fastest here and logs once which and why; "triton" and "torch" raise when
             they cannot run, as do two libraries: "fa4" (FlashAttention-4 on Hopper, `pip install videosparse[fa4]`)
             and "flex" (PyTorch's FlexAttention), whose forward replaces ours. Gradients are computed as for "auto".
-        quant: integer attention ("int8", "int8-fp8"); not built yet, so anything but None raises.
+        quant: integer attention, for inference with float16 or bfloat16 and head_dim 64 or 128. "int8" rounds queries
+            and keys to INT8, "int8-fp8" also values and softmax weights to FP8 e4m3 (compute capability 8.9 or newer).
+            `block_sums` ignores it, as does `norm_rotate`.
         logit: a change of the scores before the softmax; not built yet, so anything but None raises.
         fused_norm: whether a model family norms and rotates queries and keys with one kernel, `norm_rotate`, instead
             of step by step: "auto" does so in inference on a GPU, unless backend is "torch"; "on" always does, and
             raises where it cannot; "off" never does.
 
     Raises:
-        ValueError: an unknown backend or fused_norm.
-        NotImplementedError: quant or logit is set.
+        ValueError: an unknown backend, quant or fused_norm.
+        NotImplementedError: logit is set.
     """
 
     backend: str = "auto"
@@ -35,8 +38,9 @@ class KernelOptions:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
+        if self.quant not in QUANTS:
+            raise ValueError(f'quant must be None, "int8" or "int8-fp8" (got {self.quant!r}).')
         if self.fused_norm not in FUSED_NORMS:
             raise ValueError(f"fused_norm must be one of {', '.join(FUSED_NORMS)} (got {self.fused_norm!r}).")
-        for name in ("quant", "logit"):
-            if getattr(self, name) is not None:
-                raise NotImplementedError(f"KernelOptions.{name} is not available yet (got {getattr(self, name)!r}).")
+        if self.logit is not None:
+            raise NotImplementedError(f"KernelOptions.logit is not available yet (got {self.logit!r}).")

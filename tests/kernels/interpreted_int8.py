@@ -1,0 +1,155 @@
+"""Integer attention under Triton's interpreter, which must be on before Triton is imported: see test_interpreter.py.
+
+float16 only: the interpreter computes bfloat16 wrongly. It also cuts FP8 off where hardware rounds to nearest, so its
+conversion is replaced.
+"""
+
+import numpy as np
+import pytest
+import quantized
+import torch
+from inputs import BLOCKS, LAYOUTS, MAP_SHARES, PoisonedEmpty, make_layout, make_map, make_qkv
+from triton import language as tl
+from triton.runtime import interpreter
+
+from videosparse.blocks import BlockMap
+from videosparse.kernels import KernelOptions, attend
+from videosparse.kernels import quantize as module
+from videosparse.kernels.call import AttentionCall
+from videosparse.layout import TokenLayout, VideoGrid
+
+SMALL = VideoGrid(2, 7, 10)
+cut_off = interpreter._convert_float
+
+
+def rounded(x, source, target, mode):
+    if target != tl.float8e4nv:
+        return cut_off(x, source, target, mode)
+    return torch.from_numpy(x).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_elements_are_nan(monkeypatch):
+    monkeypatch.setattr(torch, "empty", PoisonedEmpty())
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def run_and_check(quant, layout, block_map, q, k, v, **kwargs):
+    index = None if block_map is None else block_map.index()
+    options = KernelOptions(backend="triton", quant=quant)
+    out, lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options, **kwargs)
+    quantized.check(out, lse, q, k, v, quant, layout=layout, block_map=block_map, **kwargs)
+    assert out.is_contiguous()
+    assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_layouts(quant, kind, sparse):
+    layout = make_layout(kind, grid=SMALL)
+    layout = layout.aligned((64, 64)) if sparse else layout
+    block_map = make_map(layout, (64, 64), heads=2) if sparse else None
+    run_and_check(quant, layout, block_map, *make_qkv(layout, torch.float16, heads=2))
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks(quant, block):
+    layout = make_layout("ragged text", grid=SMALL).aligned(block)
+    q, k, v = make_qkv(layout, torch.float16, heads=1, dim=128)
+    run_and_check(quant, layout, make_map(layout, block, heads=1), q, quantized.biased(k), v)
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("share", MAP_SHARES)
+def test_shared_maps_and_strides(quant, share):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    block_map = make_map(layout, (64, 64), share, heads=2)
+    run_and_check(quant, layout, block_map, *make_qkv(layout, torch.float16, heads=2, view="fused"))
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("scale", [0.2, -0.125, 0.0])
+def test_scale(quant, scale):
+    layout = make_layout("video", grid=VideoGrid(1, 7, 10))
+    run_and_check(quant, layout, None, *make_qkv(layout, torch.float16, batch=1, heads=1), scale=scale)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_nan_of_tokens_shows(position, wrong):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.float16)
+    (q, k, v)[position][0, 3, 1, 5] = wrong
+    for quant in quantized.QUANTS:
+        if position == 2 and quant == "int8" and wrong == float("inf"):
+            continue  # infinite values are multiplied as they are
+        out = attend(q, k, v, layout=layout, options=KernelOptions(backend="triton", quant=quant))
+        assert not out[0, 3, 1].isfinite().all()
+        assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("kind", ["video", "ragged text", "no text at all"])
+def test_the_pass_is_that_of_plain_torch(order, kind):
+    layout = make_layout(kind, grid=SMALL).aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.float16, heads=2, dim=128, view="fused")
+    k = quantized.biased(k)
+    call = AttentionCall(None, layout.seq_lens, layout.video, layout.text_start, 0.1)
+    found = module.quantize(q, k, v, call, True, True, order)
+    expected = quantized.quantize(q, k, v, call, True, True, order)
+    for name in ("q_scale", "k_scale", "v_scale", "lse"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
+    for name in ("q", "k"):  # a number between two integers may go either way
+        difference = (getattr(found, name).int() - getattr(expected, name).int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 1e-2
+    assert (found.v.float() - expected.v.float()).abs().mean() < 0.05
+    assert found.q.shape[2] % 128 == 0
+    assert not found.q[:, :, layout.length :].any()
+    assert not found.k[:, :, layout.length :].any()
+
+
+def test_zeros_stay_zeros():
+    layout = make_layout("video", grid=VideoGrid(1, 7, 10))
+    q, k, v = (torch.zeros(1, 70, 1, 64, dtype=torch.float16) for _ in range(3))
+    for quant in quantized.QUANTS:
+        out, lse = attend(q, k, v, layout=layout, return_lse=True, options=KernelOptions(backend="triton", quant=quant))
+        assert not out.any()
+        torch.testing.assert_close(lse, torch.full_like(lse, 70).log())
+
+
+def test_lse_merges_disjoint_maps():
+    layout = TokenLayout(VideoGrid(1, 10, 20))
+    q, k, v = make_qkv(layout, torch.float16, batch=1, heads=1)
+    k = quantized.biased(k)
+    keep = torch.rand(1, 1, 4, 4) < 0.5
+    keep[..., 0, :2] = torch.tensor([True, False])
+    parts = []
+    for part in (keep, ~keep):
+        index = BlockMap(part, (64, 64), 200, 200).index()
+        options = KernelOptions(backend="triton", quant="int8")
+        parts.append(attend(q, k, v, layout=layout, index=index, return_lse=True, options=options))
+    level = torch.logaddexp(parts[0][1], parts[1][1])
+    out = sum(o.float() * (x - level).exp().transpose(1, 2)[..., None] for o, x in parts)
+    quantized.check(out, level, q, k, v, "int8", layout=layout)
+
+
+def test_order_is_only_an_order():
+    layout = make_layout("video", grid=SMALL)
+    q, k, v = make_qkv(layout, torch.float16, heads=2)
+    index = make_map(layout, (64, 64), "per head", heads=2).index()
+    options = KernelOptions(backend="triton", quant="int8")
+    out = attend(q, k, v, layout=layout, index=index, options=options)
+    index.order[:-1] = index.order[:-1].flip(0)
+    assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=options))
+
+
+def test_no_tokens():
+    layout = make_layout("video", grid=SMALL)
+    q = torch.zeros(0, layout.length, 2, 64, dtype=torch.float16)
+    options = KernelOptions(backend="triton", quant="int8-fp8")
+    out, lse = attend(q, q, q, layout=layout, return_lse=True, options=options)
+    assert out.shape == q.shape
+    assert lse.shape == (0, 2, layout.length)

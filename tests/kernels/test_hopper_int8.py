@@ -1,0 +1,177 @@
+"""The Hopper kernel of integer attention without a Hopper GPU: its source on the CPU, compiled for sm_90."""
+
+import re
+
+import pytest
+import torch
+from inputs import LAYOUTS, MAP_SHARES, PoisonedEmpty, make_layout, make_map, make_qkv
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+import gluon_on_cpu  # noqa: E402
+import quantized  # noqa: E402
+from sass import disassemble, spilled_in_loops  # noqa: E402
+from test_hopper import clean_tail  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
+
+from videosparse.blocks import BlockMap  # noqa: E402
+from videosparse.kernels import KernelOptions, attend, backend, gpu, hopper_int8, int8_path  # noqa: E402
+from videosparse.kernels import hopper_int8_kernel as kernel_module  # noqa: E402
+from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
+from videosparse.layout import TokenLayout, VideoGrid  # noqa: E402
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """`attend(backend="triton")` launches the kernel as plain Python, with three programs."""
+    kernel = gluon_on_cpu.Kernel("int8_kernel", kernel_module)
+    monkeypatch.setattr(hopper_int8, "_tiles", gluon_on_cpu.describe_tiles)
+    monkeypatch.setattr(hopper_int8, "describe", gluon_on_cpu.describe)
+    monkeypatch.setattr(hopper_int8, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_int8, "compiled", lambda *_, **__: kernel)
+    monkeypatch.setattr(hopper_int8, "value_tail", clean_tail)
+    monkeypatch.setattr(hopper_int8, "quantize", quantized.quantize)
+    monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
+    monkeypatch.setattr(int8_path, "_has_fp8", lambda device: True)
+    monkeypatch.setattr(backend, "missing", lambda *_: None)
+    monkeypatch.setattr("videosparse.kernels.triton_int8.forward", None)  # must not be reached
+    monkeypatch.setattr(torch, "empty", PoisonedEmpty())
+
+
+def run_and_check(quant, layout, block_map, q, k, v, lse=True):
+    index = None if block_map is None else block_map.index()
+    options = KernelOptions(backend="triton", quant=quant)
+    got = attend(q, k, v, layout=layout, index=index, return_lse=lse, options=options)
+    out, level = got if lse else (got, None)
+    quantized.check(out, level, q, k, v, quant, layout=layout, block_map=block_map)
+    assert out.is_contiguous()
+    # the same numbers are multiplied in plain torch, where only the weights are not rounded
+    plain = attend(q, k, v, layout=layout, index=index, options=KernelOptions(backend="torch", quant=quant))
+    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize(("dim", "block"), [(128, (128, 128)), (64, (128, 64))])
+def test_lists(on_cpu, quant, kind, dim, block):
+    layout = make_layout(kind).aligned(block)
+    run_and_check(quant, layout, make_map(layout, block, heads=2), *make_qkv(layout, torch.bfloat16, heads=2, dim=dim))
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_dense(on_cpu, quant, kind, aligned):
+    layout = make_layout(kind)
+    layout = layout.aligned((128, 128)) if aligned else layout
+    run_and_check(quant, layout, None, *make_qkv(layout, torch.float16, heads=2, dim=64))
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("share", MAP_SHARES)
+def test_shared_maps_and_strides(on_cpu, quant, share):
+    layout = make_layout("video")
+    q, k, v = make_qkv(layout, torch.bfloat16, view="fused")
+    run_and_check(quant, layout, make_map(layout, (128, 64), share), q, quantized.biased(k), v, lse=False)
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("tokens", [1, 127, 129])
+def test_few_tokens(on_cpu, quant, tokens):
+    layout = TokenLayout(VideoGrid(1, 1, tokens))
+    for block_map in (None, BlockMap.full(layout, (128, 64))):
+        q, k, v = make_qkv(layout, torch.bfloat16, batch=1, heads=2)
+        out, lse = attend(
+            q, k, v, layout=layout, index=block_map and block_map.index(), return_lse=True,
+            options=KernelOptions(backend="triton", quant=quant),
+        )  # fmt: skip
+        quantized.check(out, lse, q, k, v, quant, layout=layout, block_map=block_map, limit=0.06)
+
+
+def test_nan_of_tokens_shows(on_cpu):
+    layout = make_layout("ragged text").aligned((128, 128))
+    for position in range(3):
+        q, k, v = make_qkv(layout, torch.bfloat16)
+        (q, k, v)[position][0, 3, 1, 5] = torch.nan
+        for quant in quantized.QUANTS:
+            out = attend(q, k, v, layout=layout, options=KernelOptions(backend="triton", quant=quant))
+            assert out[0, 3, 1].isnan().any()
+            assert not out[1].isnan().any()
+
+
+def compile_int8(head_dim, keys, fp8, sparse=True, text=True, lse=True, dtype="bf16"):
+    """The kernel as its launcher compiles it."""
+    constants = {
+        "KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "FP8": fp8, "NEED_LSE": lse,
+    }  # fmt: skip
+    constants |= dict(zip(("OFFSET_FIRST", "TURNS"), hopper_int8.VARIANT, strict=True))
+    values = (f"fp8e4nv[1,1,{head_dim},{keys}]", (keys, 8, 4)) if fp8 else (f"{dtype}[1,1,{keys},64]", (128, 16, 4))
+    descriptors = {
+        "q_desc": (f"i8[1,1,64,{head_dim}]", (head_dim, 8, 4)),
+        "q_scale_desc": ("fp32[1,1,64]", (0, 32, 3)),
+        "k_desc": (f"i8[1,1,{keys},{head_dim}]", (head_dim, 8, 4)),
+        "k_scale_desc": ("fp32[1,1,1,32]", (0, 32, 4)),
+        "v_desc": values,
+        "tail_desc": values,
+        "out_desc": (f"{dtype}[1,1,64,{head_dim}]", (128, 16, 4)),
+    }
+    signature = {}
+    for name in kernel_module.int8_kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in descriptors:
+            tile, layout = descriptors[name]
+            signature[name] = f"tensordesc<{tile},{NVMMASharedLayout(*layout)!r}>"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in ("lse_ptr", "v_scale_ptr") else "*i32"
+        else:
+            signature[name] = "i32"
+    source = GluonASTSource(kernel_module.int8_kernel, signature, constants, {})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize(("keys", "sparse", "text"), [(128, True, False), (64, True, True), (128, False, True)])
+def test_compiles_for_hopper(fp8, head_dim, keys, sparse, text, tmp_path):
+    compiled = compile_int8(head_dim, keys, fp8, sparse, text, lse=text)
+    ptx = compiled.asm["ptx"]
+    assert "m64n128k32.s32.s8.s8" in ptx
+    assert (".f32.e4m3.e4m3" if fp8 else ".f32.bf16.bf16") in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert "setmaxnreg.inc" in ptx
+    assert compiled.metadata.shared <= 227 * 1024
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    used = disassemble("cuobjdump", "-res-usage", tmp_path)
+    assert "LOCAL:0 " in used
+    # some words may wait in local memory around the loops; masked tiles, which are few, read column numbers there
+    assert int(re.search(r"STACK:(\d+)", used)[1]) <= 256, used
+    spilled = spilled_in_loops(disassemble("nvdisasm", tmp_path), 2)
+    assert not any("STL" in x for x in spilled), spilled
+    assert len(spilled) <= (40 if text else 0)
+
+
+def call(lists=None, seq_lens=None, video=256, text_start=256):
+    return AttentionCall(lists, seq_lens, video, text_start, 0.1)
+
+
+def lists(block):
+    return Lists(torch.empty(0), torch.empty(0), torch.empty(0), block, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("v", "given", "fp8", "reason"),
+    [
+        (torch.zeros(1, 256, 2, 64).half(), call(lists((64, 64))), True, r"128 query rows \(got 64\)"),
+        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), False, "multiples of 16 bytes"),
+        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), True, None),
+        (torch.zeros(1, 20000, 1, 64).half(), call(text_start=300), False, "128 key blocks of text"),
+        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), False, None),
+    ],
+)
+def test_what_it_does_not_take(v, given, fp8, reason):
+    found = hopper_int8.unsuited(v, v, v, given, False, fp8)
+    assert found is None if reason is None else re.search(reason, found)

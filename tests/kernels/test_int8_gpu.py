@@ -1,0 +1,122 @@
+"""Integer attention on a GPU: near to fp64 and to plain torch for every geometry, no syncs, CUDA graphs.
+
+On Hopper everything runs with its own kernel, and again with the portable one.
+"""
+
+import pytest
+import quantized
+import torch
+from inputs import BLOCKS, LAYOUTS, MAP_SHARES, PoisonedEmpty, make_layout, make_map, make_qkv
+from orders import CODES
+
+from videosparse.blocks import BlockMap
+from videosparse.kernels import KernelOptions, attend, gpu, int8_path
+from videosparse.layout import TokenLayout, VideoGrid
+from videosparse.ordering import TokenOrder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+MIDDLE = VideoGrid(5, 13, 17)
+
+
+@pytest.fixture(autouse=True, params=["special", "portable"])
+def _kernel(request):
+    if request.param == "special":
+        yield
+    elif not gpu.is_hopper(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("this GPU has the portable kernel only")
+    else:
+        with gpu.portable_only():
+            yield
+
+
+@pytest.fixture(params=quantized.QUANTS)
+def quant(request):
+    if request.param == "int8-fp8" and not int8_path._has_fp8(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("no FP8 tensor cores")
+    return request.param
+
+
+def run_and_check(quant, layout, block_map, q, k, v):
+    index = None if block_map is None else block_map.index()
+    options = KernelOptions(backend="triton", quant=quant)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", PoisonedEmpty())
+        out, lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
+    quantized.check(out, lse, q, k, v, quant, layout=layout, block_map=block_map)
+    again = attend(q, k, v, layout=layout, index=index, options=options)
+    assert torch.equal(out, again)
+    options = KernelOptions(backend="torch", quant=quant)
+    plain, plain_lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
+    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
+    read = plain_lse > -torch.inf
+    torch.testing.assert_close(lse[read], plain_lse[read], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("block", [None, (128, 64)])
+def test_layouts(quant, kind, block):
+    layout = make_layout(kind, "cuda", MIDDLE)
+    layout = layout.aligned(block) if block else layout
+    block_map = make_map(layout, block, "per head", device="cuda") if block else None
+    run_and_check(quant, layout, block_map, *make_qkv(layout, torch.bfloat16, device="cuda"))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_blocks(quant, block, dim):
+    layout = make_layout("ragged text", "cuda", MIDDLE).aligned(block)
+    q, k, v = make_qkv(layout, torch.float16, dim=dim, device="cuda", view="fused")
+    run_and_check(quant, layout, make_map(layout, block, device="cuda"), q, quantized.biased(k), v)
+
+
+@pytest.mark.parametrize("share", MAP_SHARES)
+def test_shared_maps(quant, share):
+    layout = make_layout("video", "cuda", MIDDLE)
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda", view="head-major")
+    run_and_check(quant, layout, make_map(layout, (128, 128), share, device="cuda"), q, k, v)
+
+
+def test_token_orders(quant):
+    layout = make_layout("ragged text", "cuda", MIDDLE).aligned((128, 64))
+    order = TokenOrder(layout.grid, CODES)
+    q, k, v = make_qkv(layout, torch.bfloat16, heads=6, dim=128, device="cuda")
+    index = make_map(layout, (128, 64), "per head", heads=6, device="cuda").index()
+    call = {"layout": layout, "index": index, "options": KernelOptions(quant=quant)}
+    assert torch.equal(attend(q, k, v, **call, order=order), order.restore(attend(q, k, v, **call), layout))
+
+
+def test_never_waits_and_can_be_captured(quant):
+    layout = make_layout("ragged text", "cuda", MIDDLE).aligned((128, 128))
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
+    index = make_map(layout, (128, 128), device="cuda").index()
+    options = KernelOptions(quant=quant)
+
+    def run():
+        return attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
+
+    expected = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert torch.equal(run()[0], expected[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run()
+    for _ in range(2):
+        out.fill_(7.0)
+        lse.fill_(7.0)
+        graph.replay()
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
+def test_lengths_around_a_tile(quant):
+    for tokens in (1, 127, 128, 129, 1000):
+        layout = TokenLayout(VideoGrid(1, 1, tokens))
+        q, k, v = make_qkv(layout, torch.bfloat16, batch=1, dim=128, device="cuda")
+        keep = torch.ones(1, 1, -(-tokens // 128), -(-tokens // 128), dtype=torch.bool, device="cuda")
+        index = BlockMap(keep, (128, 128), tokens, tokens).index()
+        out = attend(q, k, v, layout=layout, index=index, options=KernelOptions(quant=quant))
+        quantized.check(out, None, q, k, v, quant, layout=layout, limit=0.06)

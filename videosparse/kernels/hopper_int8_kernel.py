@@ -1,0 +1,570 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Integer attention for Hopper (sm_90), the kernel, in Gluon; `hopper_int8` launches it.
+
+Shapes, all made by `quantize` but v, out and the lists
+    q, k          int8 [B, H, P, D], D 64 or 128, P = L rounded up to 128; 0 where no token is
+    q_scale       fp32 [B, H, P], with the scale of the scores and log2(e) folded in
+    k_scale       fp32 [B, H, P / 64, 32], 32 copies of one number: the least that the copy engine moves
+    v             [B, L, H, D] by strides of 16 bytes, fp16 or bf16; or
+                  fp8 e4m3 [B, H, D, P], keys in the order of `quantize.KEY_ORDER` within every 16
+    v_scale       fp32 [B, H, D], of fp8 values
+    out           [B, L, H, D] contiguous, fp16 or bf16
+    lse           fp32 [B, H, L], natural log; holds what the smoothing of keys took from each row when it starts
+Lists, layout and work are those of `hopper_kernel`, and so are the roles: a producer warp, two consumers of 64 queries.
+
+Scores are exact int32 sums. An int32 n below 2^22 becomes the float 1.5 * 2^23 + n by adding the bits of that number
+(SageAttention2, arXiv 2411.10958, does so too), and the offset leaves again in the multiply-add that applies the
+scale. Products with fp8 values keep about 14 bits on Hopper, so each tile gets accumulators of its own, added in fp32.
+INT4 is left out: Hopper's wgmma has no 4-bit integers (PTX ISA, wgmma.mma_async: .s8, .u8 and .b1), and Triton's dot,
+3.6 to 3.9, takes none below 8 bits on any card.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from videosparse.kernels.hopper_kernel import (
+    FLOOR,
+    LN_2,
+    MAIL,
+    _barrier,
+    _barriers,
+    _draw,
+    _drawn,
+    _fetch_values,
+    _load_tile,
+    _next,
+    _place,
+    _plan,
+    _slot,
+    _starts,
+    _store_tile,
+    _tell,
+    _told,
+    _view,
+)
+
+QUERY_SLOTS = gl.constexpr(2)  # the row at work and the one ahead
+REGISTERS = gl.constexpr([240, 24])  # a thread of the second consumer, and of the producer; the first takes the rest
+OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
+OFFSET_BITS = gl.constexpr(0x4B400000)
+PEAK = gl.constexpr(8.0)  # fp8 weights are at most 2^8: as far above e4m3's smallest as it goes in powers of two
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.constexpr_function
+def _sums(columns, bits):
+    """Layout of a product of 64 rows by one consumer, of factors of so many bits."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
+
+
+@gluon.constexpr_function
+def _key_slots(head_dim):
+    """Tiles of keys that fit shared memory."""
+    return 512 // head_dim
+
+
+@gluon.constexpr_function
+def _value_slots(head_dim, bits):
+    """Tiles of values that fit shared memory beside the keys."""
+    return 4096 // (head_dim * bits)
+
+
+@gluon.jit
+def _announce(descs, sample, head, block_row, tiles, masked, end, queries, mail, slot, phase, HEAD_DIM: gl.constexpr):
+    """Copy a row's queries and their scales, and tell the consumers about the row; 0 tiles: there is none left."""
+    q_desc, q_scale_desc = descs
+    slots, scales, full, empty = queries
+    mbarrier.wait(empty.index(slot), phase)
+    _tell(mail, slot * MAIL, (sample << 16) | head)
+    _tell(mail, slot * MAIL + 1, block_row * 128)
+    _tell(mail, slot * MAIL + 2, tiles)
+    _tell(mail, slot * MAIL + 3, masked)
+    _tell(mail, slot * MAIL + 4, end)
+    _barrier()
+    mbarrier.expect(full.index(slot), 128 * HEAD_DIM + 128 * 4)
+    for w in gl.static_range(2):
+        start = block_row * 128 + w * 64
+        _load_tile(q_desc, [sample, head, start, 0], full.index(slot), slots.index(slot * 2 + w))
+        _load_tile(q_scale_desc, [sample, head, start], full.index(slot), scales.index(slot * 2 + w))
+    return _next(slot, phase, QUERY_SLOTS)
+
+
+@gluon.jit
+def _fetch_keys(
+    descs, sample, head, key, key2, keys, spots, n,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr,
+):  # fmt: skip
+    """Copy the n-th tile of keys from one or two positions, with its two scales; with TEXT the positions go along."""
+    group: gl.constexpr = 128 // KEYS
+    desc, scale_desc = descs
+    slots, scales, full, empty = keys
+    slot, phase = _slot(n, _key_slots(HEAD_DIM))
+    parts = _view(slots.index(slot), gl.int8, [group, 1, 1, KEYS, HEAD_DIM], desc.layout)
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    if TEXT:
+        _tell(spots, slot * 2, key)
+        _tell(spots, slot * 2 + 1, key2)
+        _barrier()
+    mbarrier.expect(full.index(slot), 128 * HEAD_DIM + 2 * 128)
+    for i in gl.static_range(2):
+        start = key + i * 64
+        if group == 2:
+            start = key if i == 0 else key2
+        _load_tile(scale_desc, [sample, head, start // 64, 0], full.index(slot), scales.index(slot * 2 + i))
+        if i < group:
+            _load_tile(desc, [sample, head, start, 0], full.index(slot), parts.index(i))
+
+
+@gluon.jit
+def _fetch_turned_values(desc, sample, head, key, key2, values, n, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Copy the n-th tile of fp8 values, [HEAD_DIM, keys]."""
+    group: gl.constexpr = 128 // KEYS
+    slots, full, empty = values
+    slot, phase = _slot(n, _value_slots(HEAD_DIM, 8))
+    parts = _view(slots.index(slot), desc.dtype, [group, 1, 1, HEAD_DIM, KEYS], desc.layout)
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), 128 * HEAD_DIM)
+    for i in gl.static_range(group):
+        start = key if i == 0 else key2
+        _load_tile(desc, [sample, head, 0, start], full.index(slot), parts.index(i))
+
+
+@gluon.jit
+def _fetch_any_values(
+    descs, tail, sample, head, key, key2, values, n,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+):  # fmt: skip
+    v_desc, tail_desc = descs
+    if FP8:
+        _fetch_turned_values(v_desc, sample, head, key, key2, values, n, KEYS, HEAD_DIM)
+    else:
+        _fetch_values(v_desc, tail_desc, tail, sample, head, key, key2, values, n, KEYS, HEAD_DIM, TEXT)
+
+
+@gluon.jit
+def _produce(
+    q_descs, k_descs, v_descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: runs ahead of the consumers by as many tiles as there are slots."""
+    total = work[0]
+    tail = layout[1] // KEYS * KEYS
+    ticket = _draw(next_ptr)
+    item = gl.program_id(0)
+    row, block_row, sample, head = _place(item, lists, work, SPARSE)
+    first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
+    q_slot, q_phase = _announce(q_descs, sample, head, block_row, tiles, masked, end, queries, mail, 0, 1, HEAD_DIM)
+    key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
+    _fetch_keys(k_descs, sample, head, key, key2, keys, spots, 0, KEYS, HEAD_DIM, TEXT)
+    n = 0
+    while item < total:
+        item = _drawn(ticket) + gl.num_programs(0)
+        ticket = _draw(next_ptr)
+        for i in range(1, tiles):
+            value, value2 = key, key2
+            key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
+            _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
+            _fetch_any_values(v_descs, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
+            n += 1
+        value, value2, sample1, head1 = key, key2, sample, head
+        row, block_row, sample, head = _place(gl.where(item < total, item, 0), lists, work, SPARSE)
+        first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
+        q_slot, q_phase = _announce(
+            q_descs, sample, head, block_row, gl.where(item < total, tiles, 0), masked, end,
+            queries, mail, q_slot, q_phase, HEAD_DIM,
+        )  # fmt: skip
+        key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
+        _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
+        _fetch_any_values(v_descs, tail, sample1, head1, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
+        n += 1
+
+
+@gluon.jit
+def _scores(q, k, HEAD_DIM: gl.constexpr, OFFSET_FIRST: gl.constexpr):
+    """Start the integer product of 64 queries and a tile of keys."""
+    start = gl.full([64, 128], OFFSET_BITS if OFFSET_FIRST else 0, gl.int32, _sums(128, 8))
+    k = k.reshape([128, HEAD_DIM]).permute((1, 0))
+    return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, start, use_acc=OFFSET_FIRST, is_async=True)
+
+
+@gluon.jit
+def _as_float(scores, OFFSET_FIRST: gl.constexpr):
+    """Integer scores as floats, OFFSET too high."""
+    if not OFFSET_FIRST:
+        scores = scores + OFFSET_BITS
+    return scores.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
+    """-inf for the scores of a tile that belong to no token."""
+    column = gl.arange(0, 128, gl.SliceLayout(0, _sums(128, 8)))
+    if TEXT:
+        _, video, text_start = layout
+        position = _told(spots, slot * 2) + column
+        if KEYS == 64:
+            position = gl.where(column < 64, position, _told(spots, slot * 2 + 1) + column - 64)
+        token = (position < video) | ((position >= text_start) & (position < end))
+    else:
+        token = column < masked
+    return gl.where(token[None, :], scores, -float("inf"))
+
+
+@gluon.jit
+def _key_scales(scales, slot):
+    """The scales of the two halves of a tile; 1 outside the tensor, where copies read 0."""
+    left = _told(_view(scales.index(slot * 2), gl.float32, [32, 1], FLAT), 0)
+    right = _told(_view(scales.index(slot * 2 + 1), gl.float32, [32, 1], FLAT), 0)
+    return gl.where(left == 0.0, 1.0, left), gl.where(right == 0.0, 1.0, right)
+
+
+@gluon.jit
+def _of_halves(left, right, layout: gl.constexpr):
+    """[2]: one number for each half of a tile."""
+    return gl.where(gl.arange(0, 2, layout) == 0, left, right)
+
+
+@gluon.jit
+def _highest(scores, own, halves):
+    """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are."""
+    tops = gl.max(gl.max(gl.reshape(scores, [64, 2, 8, 4, 2]), 4), 2)
+    scale = _of_halves(halves[0], halves[1], gl.SliceLayout(0, gl.SliceLayout(2, tops.type.layout)))
+    tops = gl.max(gl.max((tops - OFFSET) * scale[None, :, None], 1), 1)
+    return gl.convert_layout(tops, own.type.layout) * own
+
+
+@gluon.jit
+def _weigh(scores, top, own, halves):
+    """(weights [64, 128], their sums by lane): 2 ** (scaled score - top).
+
+    OFFSET times a scale is rounded to 24 bits: that shifts the scores of a row in a block by less than one step of
+    theirs, which rounding queries and keys to integers did a hundred times over.
+    """
+    cut = gl.reshape(scores, [64, 2, 64])
+    pairs: gl.constexpr = gl.SliceLayout(2, cut.type.layout)
+    lines: gl.constexpr = gl.SliceLayout(1, pairs)
+    scale = gl.convert_layout(own, lines)[:, None] * _of_halves(halves[0], halves[1], gl.SliceLayout(0, pairs))[None, :]
+    level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
+    p = gl.exp2(cut * scale[:, :, None] - level[:, :, None])
+    return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+
+
+@gluon.constexpr_function
+def _pack_asm():
+    """Sixteen floats, four of each of four tensors, to four words of four fp8 each."""
+    halves = "cvt.rn.satfinite.e4m3x2.f32 l, ${}, ${}; cvt.rn.satfinite.e4m3x2.f32 h, ${}, ${}; mov.b32 ${}, {{l, h}};"
+    parts = [halves.format(4 * j + 5, 4 * j + 4, 4 * j + 7, 4 * j + 6, j) for j in range(4)]
+    return "{ .reg .b16 l, h; " + " ".join(parts) + " }"
+
+
+@gluon.jit
+def _pack(p, HEAD_DIM: gl.constexpr):
+    """Weights [64, 128] as words of four fp8 each, int32 [64, 32].
+
+    A thread holds columns 0, 1, 8 and 9 of 16 where the product reads 0..3: values come in that order instead. A word
+    holds four columns, not the one of its place: `_unpack` undoes that, and no byte moves. As bytes, a loop would
+    carry each in a register of its own.
+    """
+    p = gl.permute(gl.reshape(p, [64, 8, 2, 4, 2]), (0, 1, 3, 2, 4))
+    p = gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
+    left, right = gl.split(gl.permute(gl.reshape(p, [64, 2, 2, 32]), (0, 3, 2, 1)))
+    p0, p1 = gl.split(left)
+    p2, p3 = gl.split(right)
+    return gl.inline_asm_elementwise(
+        _pack_asm(), "=r,=r,=r,=r" + ",r" * 16, [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _unpack(words, HEAD_DIM: gl.constexpr):
+    """What `_pack` made, as the left factor of the product with values."""
+    p0, p1, p2, p3 = gl.inline_asm_elementwise(
+        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+        "=r,=r,=r,=r,r,r,r,r",
+        [words],
+        dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
+    p = gl.permute(gl.join(gl.join(p0, p1), gl.join(p2, p3)), (0, 3, 2, 1))
+    return gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
+
+
+@gluon.jit
+def _operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr, FP8: gl.constexpr):
+    """Weights as they wait for the product with values."""
+    if FP8:
+        return _pack(p, HEAD_DIM)
+    else:
+        p = gl.reshape(p, [64, 128]).to(dtype)
+        return gl.convert_layout(p, gl.DotOperandLayout(0, _sums(HEAD_DIM, 16), 2))
+
+
+@gluon.jit
+def _spread(x, acc):
+    """A number for each row, as a column beside acc."""
+    return gl.convert_layout(x, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl.constexpr):
+    """Start the product of weights and a tile of values: fp8 by itself, others on top of acc."""
+    if FP8:
+        v = v_slots.index(v_slot).reshape([HEAD_DIM, 128]).permute((1, 0))
+        zero = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8))
+        return warpgroup_mma(_unpack(operand, HEAD_DIM), v, zero, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(operand, v_slots.index(v_slot).reshape([128, HEAD_DIM]), acc, is_async=True)
+
+
+@gluon.jit
+def _open(
+    scores, spots, scales, slot, own, masked, end, layout,
+    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
+):  # fmt: skip
+    """The softmax of a row's first tile: (top, weights, their sums by lane)."""
+    scores = _hide(_as_float(scores, OFFSET_FIRST), spots, slot, masked, end, layout, KEYS, TEXT)
+    halves = _key_scales(scales, slot)
+    top = gl.maximum(_highest(scores, own, halves), FLOOR)
+    p, total = _weigh(scores, top - PEAK if FP8 else top, own, halves)
+    return top, p, total
+
+
+@gluon.jit
+def _take_turn(turns, w: gl.constexpr, n, TURNS: gl.constexpr):
+    """Wait until the other consumer has issued its products: those of its n-th tile, or of the one before."""
+    if TURNS > 0:
+        mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
+
+
+@gluon.jit
+def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
+    if NOW:
+        mbarrier.arrive(turns.index(1 - w))
+
+
+@gluon.jit
+def _continue(
+    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
+
+    With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
+    """
+    k_slots, k_scales, k_full, k_empty = keys
+    v_slots, v_full, v_empty = values
+    k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
+    v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
+    mbarrier.wait(k_full.index(k_slot), k_phase)
+    _take_turn(turns, w, n, TURNS)
+    s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+    _pass_turn(turns, w, TURNS == 1)
+    halves = _key_scales(k_scales, k_slot)
+    scores = _as_float(warpgroup_mma_wait(1, [s_run]), OFFSET_FIRST)
+    _pass_turn(turns, w, TURNS == 2)
+    if TEXT and masked:
+        scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
+    mbarrier.arrive(k_empty.index(k_slot))
+    new_top = gl.maximum(top, _highest(scores, own, halves))
+    new_shrink = gl.exp2(top - new_top)
+    p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves)
+    total = total * _spread(new_shrink, total) + more
+    product = warpgroup_mma_wait(0, [acc_run])
+    _pass_turn(turns, w, TURNS == 3)
+    acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
+    mbarrier.arrive(v_empty.index(v_slot))
+    # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
+    return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc
+
+
+@gluon.jit
+def _finish(
+    w: gl.constexpr, acc, top, total, where, start, end, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout,
+    HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, NEED_LSE: gl.constexpr,
+):  # fmt: skip
+    """Write a row's output and lse."""
+    length, video, text_start = layout
+    sample, head = where >> 16, where & 0xFFFF
+    line = gl.cast(sample * heads + head, gl.int64)
+    row = start + w * 64 + gl.arange(0, 64, top.type.layout)
+    denominator = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    factor = gl.where(denominator == 0.0, 0.0, 1.0 / denominator)
+    lse = (top + gl.log2(denominator) - (PEAK if FP8 else 0.0)) * LN_2
+    acc = acc * _spread(factor, acc)
+    if FP8:
+        column = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc.type.layout))
+        acc = acc * gl.load(v_scale_ptr + line * HEAD_DIM + column)[None, :]
+    if TEXT:  # a NaN among the values must not reach what is no token
+        valid = (row < video) | ((row >= text_start) & (row < end))
+        lse = gl.where(valid, lse, -float("inf"))
+        acc = gl.where(_spread(gl.where(valid, 1.0, 0.0), acc) == 0.0, 0.0, acc)
+    slot = out_slots.index(w)
+    slot.reshape([64, HEAD_DIM]).store(acc.to(slot.dtype))
+    fence_async_shared()
+    _store_tile(out_desc, [sample, head, start + w * 64, 0], slot)
+    if NEED_LSE:
+        inside = row < length
+        place = lse_ptr + line * length + row
+        gl.store(place, gl.load(place, mask=inside, other=0.0) + lse, mask=inside)
+
+
+@gluon.jit
+def _own_scales(scales, slot):
+    """The scales of 64 queries."""
+    return _view(scales.index(slot), gl.float32, [64], FLAT).load(gl.SliceLayout(1, _sums(128, 8)))
+
+
+@gluon.jit
+def _consume(
+    w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
+    mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """A consumer: 64 queries of every row that the producer announces."""
+    q_slots, q_scales, q_full, q_empty = queries
+    k_slots, k_scales, k_full, k_empty = keys
+    v_slots, v_full, v_empty = values
+    mbarrier.wait(q_full.index(0), 0)
+    where, start, tiles, masked, end = _told(mail, 0), _told(mail, 1), _told(mail, 2), _told(mail, 3), _told(mail, 4)
+    own = _own_scales(q_scales, w)
+    mbarrier.wait(k_full.index(0), 0)
+    scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM, OFFSET_FIRST)])
+    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8, OFFSET_FIRST)
+    mbarrier.arrive(k_empty.index(0))
+    operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
+    q_slot, q_phase = 0, 0
+    n = 0
+    while tiles > 0:
+        q = q_slots.index(q_slot * 2 + w)
+        acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
+        shrink = top * 0.0
+        for tile in range(1, tiles):
+            operand, top, shrink, total, acc = _continue(
+                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
+                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS,
+            )  # fmt: skip
+            n += 1
+        # the last product of this row, beside the first scores of the next; this row's queries have been read
+        mbarrier.arrive(q_empty.index(q_slot))
+        k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
+        v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
+        q_slot, q_phase = _next(q_slot, q_phase, QUERY_SLOTS)
+        mbarrier.wait(q_full.index(q_slot), q_phase)
+        letter = q_slot * MAIL
+        where2, start2, tiles = _told(mail, letter), _told(mail, letter + 1), _told(mail, letter + 2)
+        masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
+        own = _own_scales(q_scales, q_slot * 2 + w)
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        _take_turn(turns, w, n, TURNS)
+        s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+        _pass_turn(turns, w, TURNS == 1)
+        scores = warpgroup_mma_wait(1, [s_run])
+        _pass_turn(turns, w, TURNS == 2)
+        top2, p, total2 = _open(
+            scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST
+        )
+        mbarrier.arrive(k_empty.index(k_slot))
+        product = warpgroup_mma_wait(0, [acc_run])
+        _pass_turn(turns, w, TURNS == 3)
+        mbarrier.arrive(v_empty.index(v_slot))
+        operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
+        acc = acc * _spread(shrink, acc) + product if FP8 else product
+        tma.store_wait(0)  # by now the row before has left its slot
+        _finish(
+            w, acc, top, total, where, start, end, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout,
+            HEAD_DIM, TEXT, FP8, NEED_LSE,
+        )  # fmt: skip
+        where, start, end, top, total = where2, start2, end2, top2, total2
+        n += 1
+    tma.store_wait(0)
+
+
+# nothing is specialised: sizes change from call to call, and lists may start anywhere in a buffer
+@gluon.jit(
+    do_not_specialize=[
+        "lse_ptr", "v_scale_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr", "next_ptr", "total", "rows", "heads",
+        "map_rows", "map_heads", "shares", "length", "video", "text_start",
+    ]
+)  # fmt: skip
+def int8_kernel(
+    q_desc,
+    q_scale_desc,
+    k_desc,
+    k_scale_desc,
+    v_desc,
+    tail_desc,
+    out_desc,
+    lse_ptr,
+    v_scale_ptr,
+    row_ptr,
+    ids_ptr,
+    order_ptr,
+    lens_ptr,
+    next_ptr,
+    total,
+    rows,
+    heads,
+    map_rows,
+    map_heads,
+    shares,
+    length,
+    video,
+    text_start,
+    KEYS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    SPARSE: gl.constexpr,
+    TEXT: gl.constexpr,
+    FP8: gl.constexpr,
+    NEED_LSE: gl.constexpr,
+    OFFSET_FIRST: gl.constexpr,
+    TURNS: gl.constexpr,
+):
+    """All rows of a call; online softmax in base 2, accumulated in fp32."""
+    k_count: gl.constexpr = _key_slots(HEAD_DIM)
+    v_count: gl.constexpr = _value_slots(HEAD_DIM, 8 if FP8 else 16)
+    v_tile: gl.constexpr = [HEAD_DIM, 128] if FP8 else [128, HEAD_DIM]
+    q_full, q_empty = _barriers(QUERY_SLOTS)
+    k_full, k_empty = _barriers(k_count)
+    v_full, v_empty = _barriers(v_count)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    q_slots = gl.allocate_shared_memory(gl.int8, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
+    q_scales = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * 2, 1, 1, 64], q_scale_desc.layout)
+    k_slots = gl.allocate_shared_memory(gl.int8, [k_count, 1, 1, 128, HEAD_DIM], k_desc.layout)
+    k_scales = gl.allocate_shared_memory(gl.float32, [k_count * 2, 1, 1, 1, 32], k_scale_desc.layout)
+    v_slots = gl.allocate_shared_memory(v_desc.dtype, [v_count, 1, 1, v_tile[0], v_tile[1]], v_desc.layout)
+    out_slots = gl.allocate_shared_memory(out_desc.dtype, [2, 1, 1, 64, HEAD_DIM], out_desc.layout)
+    mail = gl.allocate_shared_memory(gl.int32, [QUERY_SLOTS * MAIL, 1], FLAT)
+    spots = gl.allocate_shared_memory(gl.int32, [k_count * 2, 1], FLAT)
+    queries = (q_slots, q_scales, q_full, q_empty)
+    keys = (k_slots, k_scales, k_full, k_empty)
+    values = (v_slots, v_full, v_empty)
+    layout = (length, video, text_start)
+    lists = (row_ptr, ids_ptr, order_ptr)
+    work = (total, rows, heads, map_rows, map_heads, shares)
+    gl.warp_specialize(
+        [
+            (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+            (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+            (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
+                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
+        ],
+        [4, 1],
+        REGISTERS,
+    )  # fmt: skip

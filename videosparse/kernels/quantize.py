@@ -1,0 +1,302 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Queries and keys as INT8, values as FP8: one pass over each before integer attention. Imported on first use only.
+
+Shapes
+    q, k, v       [B, L, H, D] by strides, contiguous along D, fp16 or bf16, D 64 or 128; offsets are 64-bit
+    P             L rounded up to 128: blocks of 64 and 128 keys are whole
+    q, k out      int8 [B, H, P, D], 0 where no token is
+    q_scale       fp32 [B, H, P], one for each row, with the scale of the scores and log2(e) folded in
+    k_scale       fp32 [B, H, P / 64, 32], one for each 64 keys, written 32 times: the least that Hopper's copies move
+    v out         fp8 e4m3 [B, H, D, P], keys along the last dimension, 0 where no token is
+    v_scale       fp32 [B, H, D], one for each channel
+A score is q . k x q_scale x k_scale, base 2. Scales are positive.
+
+Keys are smoothed first: their mean over the tokens of a sample and head is subtracted (SageAttention, arXiv
+2410.02367). That takes the same number q . mean from all scores of a row, so the softmax stays, and what the key
+channels have in common, which is much, need not fit into eight bits. Differs from the paper in the scale of queries,
+one for each row, which costs nothing here. A NaN among the tokens makes its scale infinite, and the output NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.triton_forward import _is_token, _load_rows, _strides
+from videosparse.layout import ceil_div
+
+LN_2 = tl.constexpr(0.6931471805599453)
+KEY_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+"""Which of 16 keys a place of turned values holds, for the Hopper kernel: `hopper_int8_kernel._pack` says why."""
+
+PAD = 128
+SCALED_KEYS = 64
+COPIES = 32
+SMALLEST = tl.constexpr(1e-12)  # rows and blocks below count as 0, so that products of two scales stay normal
+FP8_MAX = tl.constexpr(448.0)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the last bits
+_CHUNK = 1024  # tokens whose statistics one program gathers
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """What integer attention reads; shapes as above.
+
+    Args:
+        v: fp8 turned values, or the values as they came.
+        v_scale: of fp8 values, else None.
+        lse: fp32 [B, H, L]: q . mean x scale, which smoothing took from the lse of each row; empty unless asked for.
+    """
+
+    q: torch.Tensor
+    q_scale: torch.Tensor
+    k: torch.Tensor
+    k_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor | None
+    lse: torch.Tensor
+
+
+@triton.jit
+def _magnitude(x):
+    """|x|, infinite for NaN, which a maximum would pass over."""
+    return tl.where(x != x, float("inf"), tl.abs(x))
+
+
+@triton.jit
+def _to_int8(x, peak):
+    """(x as integers of -127..127, their scale) for |x| <= peak."""
+    scale = tl.where(peak < SMALLEST, 1.0, peak / 127.0)
+    near = x * (1.0 / scale) + ROUND
+    return near.to(tl.int32, bitcast=True).to(tl.int8), scale
+
+
+PLAIN = ["lens_ptr", "length", "video", "text_start"]
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def statistics_kernel(
+    k_ptr,
+    v_ptr,
+    mean_ptr,
+    peak_ptr,
+    lens_ptr,
+    stride_kb: tl.int64,
+    stride_kl: tl.int64,
+    stride_kh: tl.int64,
+    stride_vb: tl.int64,
+    stride_vl: tl.int64,
+    stride_vh: tl.int64,
+    length,
+    video,
+    text_start,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """A chunk's share in the mean of keys, and the scale its values would need; both [B, H, chunks, D]."""
+    head, chunk, sample = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    k_base = k_ptr + sample * stride_kb + head * stride_kh
+    v_base = v_ptr + sample * stride_vb + head * stride_vh
+    total = tl.zeros([HEAD_DIM], tl.float32)
+    peak = tl.zeros([HEAD_DIM], tl.float32)
+    for first in range(0, CHUNK, ROWS):
+        position = chunk * CHUNK + first + tl.arange(0, ROWS)
+        token = _is_token(position, video, text_start, end)
+        total += tl.sum(_load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32), 0)
+        if VALUES:
+            values = _load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+            peak = tl.maximum(peak, tl.max(_magnitude(values), 0))
+    place = ((sample * tl.num_programs(0) + head) * tl.num_programs(1) + chunk) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tokens = tl.minimum(video, length) + tl.maximum(end - text_start, 0)
+    tl.store(mean_ptr + place, total / tokens)
+    if VALUES:
+        tl.store(peak_ptr + place, peak / FP8_MAX)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def queries_kernel(
+    q_ptr,
+    mean_ptr,
+    out_ptr,
+    scale_ptr,
+    lse_ptr,
+    lens_ptr,
+    stride_qb: tl.int64,
+    stride_ql: tl.int64,
+    stride_qh: tl.int64,
+    length,
+    video,
+    text_start,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+    NEED_LSE: tl.constexpr,
+):
+    """ROWS queries of one head: each row by its own scale."""
+    head, tile, sample = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads, padded = tl.num_programs(0), tl.num_programs(1) * ROWS
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    position = tile * ROWS + tl.arange(0, ROWS)
+    token = _is_token(position, video, text_start, end)
+    dims = tl.arange(0, HEAD_DIM)
+    base = q_ptr + sample * stride_qb + head * stride_qh
+    x = _load_rows(base, position, stride_ql, token, HEAD_DIM, HEAD_DIM).to(tl.float32) * scale_log2
+    ints, scale = _to_int8(x, tl.max(_magnitude(x), 1)[:, None])
+    row = (sample * heads + head) * padded + position
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + dims[None, :], ints)
+    tl.store(scale_ptr + row[:, None], scale)
+    if NEED_LSE:
+        mean = tl.load(mean_ptr + (sample * heads + head) * HEAD_DIM + dims)
+        lost = tl.sum(x * mean[None, :], 1) * LN_2
+        tl.store(lse_ptr + (sample * heads + head) * length + position, lost, mask=position < length)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def keys_kernel(
+    k_ptr,
+    mean_ptr,
+    out_ptr,
+    scale_ptr,
+    lens_ptr,
+    stride_kb: tl.int64,
+    stride_kl: tl.int64,
+    stride_kh: tl.int64,
+    length,
+    video,
+    text_start,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COPIES: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+):
+    """ROWS keys of one head, less their mean, by one scale."""
+    head, tile, sample = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads, padded = tl.num_programs(0), tl.num_programs(1) * ROWS
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    position = tile * ROWS + tl.arange(0, ROWS)
+    token = _is_token(position, video, text_start, end)
+    dims = tl.arange(0, HEAD_DIM)
+    base = k_ptr + sample * stride_kb + head * stride_kh
+    x = _load_rows(base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    mean = tl.load(mean_ptr + (sample * heads + head) * HEAD_DIM + dims)
+    x = tl.where(token[:, None], x - mean[None, :], 0.0)
+    ints, scale = _to_int8(x, tl.max(tl.max(_magnitude(x), 1), 0))
+    row = (sample * heads + head) * padded + position
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + dims[None, :], ints)
+    block = (sample * heads + head) * tl.num_programs(1) + tile
+    tl.store(scale_ptr + block * COPIES + tl.arange(0, COPIES), tl.zeros([COPIES], tl.float32) + scale)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def values_kernel(
+    v_ptr,
+    v_scale_ptr,
+    out_ptr,
+    lens_ptr,
+    stride_vb: tl.int64,
+    stride_vl: tl.int64,
+    stride_vh: tl.int64,
+    length,
+    video,
+    text_start,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+    REORDER: tl.constexpr,
+):
+    """ROWS values of one head, turned, as fp8; with REORDER in `KEY_ORDER` within every 16."""
+    head, tile, sample = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads, padded = tl.num_programs(0), tl.num_programs(1) * ROWS
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    place = tl.arange(0, ROWS)
+    source = place
+    if REORDER:
+        source = (place & ~15) + (place & 2) * 4 + (place & 12) // 2 + (place & 1)
+    position = tile * ROWS + source
+    token = _is_token(position, video, text_start, end)
+    dims = tl.arange(0, HEAD_DIM)
+    base = v_ptr + sample * stride_vb + head * stride_vh
+    x = _load_rows(base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    scale = tl.load(v_scale_ptr + (sample * heads + head) * HEAD_DIM + dims)
+    x = x * (1.0 / tl.where(scale == 0.0, 1.0, scale))[None, :]
+    x = tl.trans(x.to(out_ptr.dtype.element_ty))
+    column = ((sample * heads + head) * HEAD_DIM + dims) * padded
+    tl.store(out_ptr + column[:, None] + (tile * ROWS + place)[None, :], x)
+
+
+def padded_length(length: int) -> int:
+    """Rows of the quantized tensors."""
+    return ceil_div(length, PAD) * PAD
+
+
+def quantize(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: AttentionCall,
+    need_lse: bool,
+    fp8: bool,
+    reorder: bool,
+) -> Quantized:
+    """Quantize checked tensors [B, L, H, D] of the current device, L > 0.
+
+    Args:
+        q, k, v: fp16 or bf16.
+        call: geometry and scale of the attention.
+        need_lse: also give what smoothing took from each row's lse.
+        fp8: also quantize values.
+        reorder: put fp8 values in `KEY_ORDER`.
+    """
+    batch, length, heads, dim = q.shape
+    padded = padded_length(length)
+    chunks, tiles = ceil_div(length, _CHUNK), padded // SCALED_KEYS
+    geometry = (length, call.video, call.text_start)
+    lens, has_lens = call.seq_lens, call.seq_lens is not None
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    means = make(batch, heads, chunks, dim)
+    peaks = make(batch, heads, chunks, dim) if fp8 else None
+    statistics_kernel[(heads, chunks, batch)](
+        k, v, means, peaks, lens, *_strides(k), *_strides(v), *geometry,
+        HEAD_DIM=dim, CHUNK=_CHUNK, ROWS=64, HAS_LENS=has_lens, VALUES=fp8, enable_fp_fusion=True,
+    )  # fmt: skip
+    mean = means.sum(2)
+    k8, k_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, tiles, COPIES)
+    keys_kernel[(heads, tiles, batch)](
+        k, mean, k8, k_scale, lens, *_strides(k), *geometry,
+        HEAD_DIM=dim, ROWS=SCALED_KEYS, COPIES=COPIES, HAS_LENS=has_lens, enable_fp_fusion=True,
+    )  # fmt: skip
+    q8, q_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, padded)
+    lse = make(batch, heads, length) if need_lse else make(0)
+    queries_kernel[(heads, tiles, batch)](
+        q, mean, q8, q_scale, lse, lens, *_strides(q), *geometry, call.scale * LOG2_E,
+        HEAD_DIM=dim, ROWS=SCALED_KEYS, HAS_LENS=has_lens, NEED_LSE=need_lse, enable_fp_fusion=True,
+    )  # fmt: skip
+    if peaks is None:
+        return Quantized(q8, q_scale, k8, k_scale, v, None, lse)
+    v_scale = peaks.amax(2)
+    v8 = make(batch, heads, dim, padded, dtype=torch.float8_e4m3fn)
+    values_kernel[(heads, padded // PAD, batch)](
+        v, v_scale, v8, lens, *_strides(v), *geometry,
+        HEAD_DIM=dim, ROWS=PAD, HAS_LENS=has_lens, REORDER=reorder, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Quantized(q8, q_scale, k8, k_scale, v8, v_scale, lse)
