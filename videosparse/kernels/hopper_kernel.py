@@ -37,7 +37,7 @@ FLOOR = gl.constexpr(-1.0e30)  # below every score, yet finite: a tile without k
 FAR = gl.constexpr(1 << 23)  # a block outside every tensor: it reads as zeros
 QUERY_SLOTS = gl.constexpr(3)  # the row at work, the one ahead, and the one whose output is still leaving
 MAIL = gl.constexpr(5)  # what a consumer is told of a row: sample and head, first query, tiles, masked, end
-WAY_BACK = gl.constexpr(5)  # with a token order, what more it is told: the way back to raster order
+WAY_BACK = gl.constexpr(5)  # with a token order, what it is told behind all mail: the way back to raster order
 REGISTERS = gl.constexpr([232, 40])  # a thread of the second consumer, and of the producer; the first takes the rest
 TAIL_BLOCKS = gl.constexpr(128)  # entries at the end of a list among which the masked ones are counted
 
@@ -52,12 +52,6 @@ _view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_m
 def _accumulator(columns):
     """Layout of a product of 64 rows by one consumer."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-@gluon.constexpr_function
-def _words(order):
-    """Words of mail for all rows at work; ways back lie behind the rest."""
-    return QUERY_SLOTS * (MAIL + (WAY_BACK if order else 0))
 
 
 @gluon.constexpr_function
@@ -575,13 +569,14 @@ def forward_kernel(
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     slots: gl.constexpr = _slots(HEAD_DIM)
+    words: gl.constexpr = QUERY_SLOTS * (MAIL + WAY_BACK * ORDER)
     q_full, q_empty = _barriers(QUERY_SLOTS)
     k_full, k_empty = _barriers(slots)
     v_full, v_empty = _barriers(slots)
     q_slots = gl.allocate_shared_memory(q_desc.dtype, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
     k_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)
     v_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)
-    mail = gl.allocate_shared_memory(gl.int32, [_words(ORDER), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mail = gl.allocate_shared_memory(gl.int32, [words, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     spots = gl.allocate_shared_memory(gl.int32, [slots * 2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries = (q_slots, q_full, q_empty)
     keys = (k_slots, k_full, k_empty)
