@@ -190,10 +190,11 @@ def forward_kernel(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     acc = tl.where(empty[:, None], 0.0, acc)
     dims = tl.arange(0, HEAD_PAD)
-    inside = q_pos < length
+    target = q_pos
     if ORDER:
-        q_pos = _raster(table_ptr, head, q_pos, video)
-    out_rows = (sample * length + q_pos) * heads + head
+        target = _raster(table_ptr, head, q_pos, video)
+    out_rows = (sample * length + target) * heads + head
+    inside = q_pos < length
     tl.store(
         out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -202,7 +203,7 @@ def forward_kernel(
     if NEED_LSE:
         lse = (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2
         lse = tl.where(empty, -float("inf"), lse)
-        tl.store(lse_ptr + (sample * heads + head) * length + q_pos, lse, mask=inside)
+        tl.store(lse_ptr + (sample * heads + head) * length + target, lse, mask=inside)
 
 
 @dataclass(frozen=True)
