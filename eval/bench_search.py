@@ -1,7 +1,7 @@
 """What AdaSpa's search costs on a GPU, kernel by kernel and as a share of a whole run's attention.
 
-    python eval/bench_search.py                     all cases, about 100 seconds of one H200
-    python eval/bench_search.py --only hunyuan      the cases whose name matches
+    python eval/bench_search.py                                     all cases, about 100 seconds of one H200
+    python eval/bench_search.py --only hunyuan --output some.csv    the cases whose name matches
 
 One attention call of each case, in bf16 on random inputs that are new in every run:
     dense           every dense kernel that is here, and ours with the lse that a search reads
@@ -20,8 +20,8 @@ projects, norms and rotates as ours do, and then returns the values as they are 
 
 Rows of kernel `share` say what the two searches of a run of 50 steps take: 10 steps are dense, by the fastest dense
 kernel, and the last of them searches (ours with lse, sums, selection); 40 are sparse, of which one refreshes (sums,
-selection). Their extra time in percent of all attention, which may be 4 and should be 2.5, and of the whole run,
-attention and the rest of all layers.
+selection). Their extra time in percent of all attention, and of the whole run, attention and the rest of all layers: of
+the run it may be 4 and should be 2.5.
 """
 
 from __future__ import annotations
@@ -437,10 +437,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
+    if args.only and args.output == OUTPUT:
+        parser.error(f"--only would replace the rows of the other cases in {OUTPUT}; give another --output.")
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
+    failed = 0
     for name, blocks in RUNS:
         if re.search(args.only, name):
             try:
@@ -448,13 +451,15 @@ def main(argv: list[str] | None = None) -> int:
                     found = run(name, blocks, args.rounds, args.seconds)
             except Exception:  # one case must not take the other along
                 traceback.print_exc()
+                failed = 1
                 continue
             rows += found
             print("\n".join(map(line, found)), flush=True)
             torch.cuda.empty_cache()
     where = environment(args.commit)
-    write_rows(args.output, [row | where for row in rows], COLUMNS)
-    return 0
+    if rows:
+        write_rows(args.output, [row | where for row in rows], COLUMNS)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which blocks does a method keep, and what does dropping the others cost? On real queries, keys and values.
 
-    python eval/measure_recall.py                           81 and 321 frames; half a minute on an H200
-    python eval/measure_recall.py --frames 81 --prompts 1   some minutes on a laptop
+    python eval/measure_recall.py                                        81 and 321 frames; a minute on an H200
+    python eval/measure_recall.py --frames 81 --prompts 1 --output r.csv    some minutes on a laptop
 
 The embedded model generates a few prompts with dense attention. At some of the steps every layer's call is looked at
 (the conditional branch): each method chooses its blocks, at each density, and is judged on this very call by the share
@@ -16,7 +16,7 @@ over all steps after the search, with 95 % bootstrap intervals over calls.
     adaspa, sampled         its searches look at 16 rows of each query block
     adaspa, search now      searched in this very call: what the age of a map costs
     radial                  Radial Attention, at the densities that its decays reach
-    best                    the blocks of greatest mass in this call, however many of a head or row: nothing is better
+    best                    the blocks of greatest mass in this call, however many of a head or row: no recall is higher
     random                  equally many random blocks in every row
 """
 
@@ -44,7 +44,7 @@ from videosparse.layout import TokenLayout
 from videosparse.metrics.attention import attention_recall, best_map, map_of, output_error, random_map
 from videosparse.models import family_of
 from videosparse.policies import AdaSpaPolicy, RadialPolicy
-from videosparse.policies.base import LayerPlan
+from videosparse.policies.base import DenseSchedule, LayerPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/attention_recall.csv"
@@ -92,8 +92,12 @@ class Observer:
 
     def __init__(self, steps: int, densities: list[float], radial: dict[float, BlockMap]) -> None:
         self.densities, self.radial = densities, radial
-        self.search, self.refresh = (round(share * steps) - 1 for share in (SEARCH, REFRESH))
-        self.watched = sorted({round(share * steps) - 1 for share in WATCHED})
+        self.search = DenseSchedule(first_steps=SEARCH).dense_steps(steps)[0] - 1
+        self.refresh = AdaSpaPolicy(refresh=(REFRESH,)).refresh_steps(steps)[0] - 1
+        if not 0 <= self.search < self.refresh:
+            raise SystemExit(f"--steps must leave room for a search and a later refresh (got {steps}); use 50.")
+        later = {max(self.search, round(share * steps) - 1) for share in WATCHED}
+        self.watched = sorted(later | {self.search, self.refresh})
         self.memory: dict[int, Memory] = {}
         self.found: dict[Key, list[Judged]] = defaultdict(list)
 
@@ -158,7 +162,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
-    return parser.parse_args()
+    args = parser.parse_args()
+    usual = all(getattr(args, name) == parser.get_default(name) for name in ("frames", "steps", "prompts", "densities"))
+    if not usual and args.output == OUTPUT:
+        parser.error(f"other settings would replace the rows of {OUTPUT}; give another --output.")
+    return args
 
 
 def radial_maps(layout: TokenLayout, device: torch.device) -> dict[float, BlockMap]:

@@ -17,6 +17,9 @@ _SHADES = " ░▒▓█"
 INDEX_LIMIT = 2**31 - 1
 """Most rows, and most entries, of a `BlockIndex`: it is int32."""
 
+SELECTION_LIMIT = 16_384
+"""Most columns of a map that is searched for: the registers of one program hold a row of masses."""
+
 # Lists are made from slabs of this many blocks, so that temporaries stay near 100 MB whatever the length.
 _SLAB = 2**22
 
@@ -238,9 +241,9 @@ class BlockIndex:
 class PackedIndex:
     """A map that is found while a video is made, a bit a block: buffers of fixed size, written in place.
 
-    Lists take 32 times the memory of bits. So a method that searches keeps this between steps, and each call expands
-    its lists on the device (`kernels.selection`), which costs tens of microseconds. Wan 14B at 720p keeps .28 GB so,
-    not 1.8 GB.
+    At density .2 lists take six times the memory of bits. So a method that searches keeps this between steps, and each
+    call expands its lists on the device (`kernels.selection`), which costs a hundredth of it. Wan 14B at 720p keeps
+    .28 GB so, not 1.8 GB.
 
     Args:
         bits: uint8 [samples, heads, rows, ceil(columns / 8)], lowest bit first; each row starts on a byte, and the
@@ -276,7 +279,7 @@ class PackedIndex:
         """An empty map over `layout.length` tokens; `pinned` in page-locked memory of the CPU.
 
         Raises:
-            ValueError: the map has more rows, or may keep more blocks, than an index holds.
+            ValueError: the map has more rows or columns, or may keep more blocks, than can be selected and indexed.
         """
         check_block(block)
         rows, columns = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
@@ -286,10 +289,17 @@ class PackedIndex:
                 f"A block index holds at most {INDEX_LIMIT} rows and entries (got {count} rows, capacity {capacity}); "
                 "use a lower density, larger blocks or a smaller batch."
             )
+        if columns > SELECTION_LIMIT:
+            raise ValueError(
+                f"Blocks are selected in rows of at most {SELECTION_LIMIT} (got {columns}); use larger blocks, or a "
+                "method with static maps for so long a sequence."
+            )
         shape = (samples, heads, rows, columns)
         size = (samples, heads, rows, ceil_div(columns, 8))
-        bits = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        row_ptr, order = torch.zeros(2, count + 1, dtype=torch.int32, device=device, pin_memory=pinned)
+        # plain tensors also when the caller is in inference mode: the next call that writes them may not be
+        with torch.inference_mode(False):
+            bits = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+            row_ptr, order = torch.zeros(2, count + 1, dtype=torch.int32, device=device, pin_memory=pinned)
         return cls(bits, row_ptr, order, capacity, shape, block, layout.length, layout.length)
 
     def to(self, device: torch.device | str) -> PackedIndex:

@@ -14,7 +14,7 @@ from videosparse.policies.base import LayerPlan, Mode
 
 
 def search(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense attention [B, L, H, D] that writes its lse, and the map that comes of it, into the plan's buffers."""
+    """Dense attention [B, L, H, D] that writes the map found, and its lse where it is kept, into the plan's buffers."""
     out, lse = attend(q, k, v, layout=plan.layout, return_lse=True, options=_own(plan.options))
     if plan.lse is not None:
         plan.lse.copy_(lse.detach())

@@ -538,7 +538,7 @@ def test_context_parallelism():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"refresh": 0.1}, r"refresh=0\.1 is step 1 of 6, which is not after the search at step 1"),
+        ({"refresh": 0.1}, r"refresh=0\.1 is step 1, and step 1 searches; refresh at step 2 or later"),
         ({"refresh": 3, "first_steps": 3}, "refresh=3 is step 3 of 6, which is not after the search at step 3"),
     ],
 )

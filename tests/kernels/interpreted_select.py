@@ -18,6 +18,7 @@ from selections import (
     row_ptr_of,
 )
 
+from videosparse.blocks import SELECTION_LIMIT
 from videosparse.kernels import attend, torch_select, triton_sampled, triton_select, triton_sums
 from videosparse.layout import TokenLayout, VideoGrid
 
@@ -96,7 +97,7 @@ def test_no_rows():
 
 
 def test_rows_too_long_are_refused():
-    sums = torch.zeros(1, 1, 1, triton_select.MAX_COLUMNS + 1)
+    sums = torch.zeros(1, 1, 1, SELECTION_LIMIT + 1)
     with pytest.raises(ValueError, match=r"at most 16384 \(got 16385\); use larger blocks"):
         triton_select.keep_largest(sums, torch.ones(1, 1).int(), torch.zeros(1, 1, 1, 2049).byte(), 1, 5)
 

@@ -106,8 +106,9 @@ def expected_sampled(q, k, lse, layout, block, sample, dtype, scale=None, base=m
 def assert_sampled(found, q, k, lse, layout, block, sample, scale=None):
     """At most twice as far from fp64 as plain torch in fp32, asked in several orders and bases.
 
-    By the root mean square over the blocks of a head, not of a row of blocks: where few rows are visited the errors of
-    single exponentials stand alone, and the worst row of a hundred was beyond twice that of plain torch by chance.
+    By the root mean square over the blocks of a head: where few rows are visited the errors of single exponentials
+    stand alone, and the worst row of blocks of a hundred was beyond twice that of plain torch by chance. It may be
+    thrice.
     """
     rest = (lse, layout, block, sample)
     truth = expected_sampled(q, k, *rest, torch.float64, scale)
@@ -117,6 +118,7 @@ def assert_sampled(found, q, k, lse, layout, block, sample, scale=None):
         for order in orders
         for base in (math.e, 2)
     ]
+    assert worst_row(found, truth) <= 1.5 * max(allowed_error(truth, x) for x in tries)
     found, truth, *tries = (x.flatten(2) for x in (found, truth, *tries))
     error, allowed = worst_row(found, truth), max(allowed_error(truth, x) for x in tries)
     assert error <= allowed, (error, allowed)

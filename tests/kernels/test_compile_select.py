@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from videosparse.blocks import SELECTION_LIMIT  # noqa: E402
 from videosparse.kernels import triton_sampled, triton_select  # noqa: E402
 from videosparse.kernels.triton_forward import SHARED_KB as CARDS  # noqa: E402
 from videosparse.kernels.triton_forward import head_pad  # noqa: E402
@@ -78,7 +79,7 @@ def assert_fits(compiled, capability, tmp_path):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("columns", [5, 591, 1182, 4096, 7200, triton_select.MAX_COLUMNS])
+@pytest.mark.parametrize("columns", [5, 591, 1182, 4096, 7200, SELECTION_LIMIT])
 @pytest.mark.parametrize("kernel", ["keep_largest_kernel", "expand_kernel"])
 def test_rows_stay_in_registers(kernel, capability, columns, tmp_path):
     pad = triton_select._pad(columns)

@@ -11,7 +11,8 @@ import torch.utils.checkpoint
 from gradients import assert_gradients, make_grads
 from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, make_layout, make_map, make_qkv
 
-from videosparse.kernels import attend, gpu, hopper_backward, triton_backward
+from videosparse.kernels import KernelOptions, attend, gpu, hopper_backward, triton_backward
+from videosparse.kernels.backend import unavailable
 from videosparse.layout import VideoGrid
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -196,3 +197,23 @@ def test_calls_can_be_captured_in_a_graph():
     graph.replay()
     for first, again in zip(expected, found, strict=True):
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("backend", ["fa4", "flex"])
+@pytest.mark.parametrize("kind", ["video", "ragged text"])
+def test_gradients_behind_libraries(backend, kind):
+    """The library's forward and its lse, our backward."""
+    if (reason := unavailable(backend, torch.device("cuda"), torch.bfloat16)) is not None:
+        pytest.skip(reason)
+    if backend == "fa4" and kind != "video":
+        pytest.skip("it cannot mask text padding")
+    layout = make_layout(kind, "cuda", MIDDLE).aligned((128, 128))
+    block_map = make_map(layout, (128, 128), device="cuda")
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
+    options = KernelOptions(backend=backend)
+    grads = make_grads(layout, q)
+
+    def function(q, k, v):
+        return attend(q, k, v, layout=layout, index=block_map.index(), return_lse=True, options=options)
+
+    assert_gradients(gradients(function, (q, k, v), grads), q, k, v, *grads, layout=layout, block_map=block_map)

@@ -59,8 +59,9 @@ def test_a_method_that_searches_keeps_its_map(policy, layout):
     assert first.lse is None or first.lse.shape == (2, 3, first.layout.length)
     density, video_density = policy.densities(layout)
     assert 0 < video_density <= density < 1
-    expected = density * rows * cols * 6
-    assert expected - 0.5 <= first.index.capacity <= expected + 6 * rows
+    assert first.index.capacity == pytest.approx(density * rows * cols * 6, rel=1e-9), (
+        "the density of the report is exact"
+    )
     kept = policy.state_bytes(layout, 2, 3)
     lse = 0 if first.lse is None else first.lse.numel() * first.lse.element_size()
     assert sum(kept.values()) == first.index.bytes + lse

@@ -133,7 +133,10 @@ def check_method_fits(
     """Raise GenerationError where a method cannot run on a model, grid and device, or for so many steps."""
     resolved = resolve_method(source, grid, method, options, steps)
     if resolved.policy is not None:
-        static_map(resolved.policy, TokenLayout(grid, source.spec.text))
+        layout = TokenLayout(grid, source.spec.text)
+        static_map(resolved.policy, layout)
+        with refusals():
+            resolved.policy.state_bytes(layout, 1, source.spec.heads)
     if reason := unavailable(resolved.options.backend, device, torch.bfloat16):
         raise GenerationError(f"backend={resolved.options.backend} cannot run on {device}: {reason}; use backend=auto.")
 

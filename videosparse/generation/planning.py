@@ -105,7 +105,9 @@ class GenerationPlan:
     def sums_bytes(self) -> int:
         """What a search holds for the layer that it is in, beside that: the mass of every block, fp32."""
         rows, columns = self.blocks if self.state_bytes and self.blocks is not None else (0, 0)
-        return 4 * self.source.spec.heads * rows * columns
+        # Mochi has both branches of guidance in one batch
+        samples = self.branches if self.source.spec.family == "mochi" else 1
+        return 4 * samples * self.source.spec.heads * rows * columns
 
     @property
     def map_bytes(self) -> int:
@@ -202,7 +204,8 @@ def _searched(resolved: Resolved, layout: TokenLayout, source: ModelSource, step
     """What is known before of maps that are searched for, likewise; None when the method cannot tell."""
     policy, schedule, spec = resolved.policy, resolved.schedule, source.spec
     assert policy is not None
-    both = policy.densities(layout)
+    with refusals():
+        both, state = policy.densities(layout), policy.state_bytes(layout, 1, spec.heads)
     if both is None:
         return None
     density, video_density = both
@@ -214,5 +217,5 @@ def _searched(resolved: Resolved, layout: TokenLayout, source: ModelSource, step
         "density": density,
         "average_density": average,
         "search": searched * passes / steps,
-        "state_bytes": policy.state_bytes(layout, 1, spec.heads),
+        "state_bytes": state,
     }

@@ -94,7 +94,7 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
 
 def check_sample(sample: int | None) -> None:
     """Raise ValueError unless `sample` rows, evenly spread, can stand for a block of 64 or 128."""
-    if sample is not None and (isinstance(sample, bool) or sample not in SAMPLES):
+    if sample is not None and (type(sample) is not int or sample not in SAMPLES):
         raise ValueError(
             f"sample must be one of {', '.join(map(str, SAMPLES))} rows of a block, or None for all (got {sample!r})."
         )

@@ -24,8 +24,8 @@ class Selection:
     Args:
         video_rows, video_cols: rows and columns of blocks before the text, which is always kept.
         base: video columns that a row keeps, at least 1.
-        low, high: the same in heads whose recall at `base` is among the best and the worst; equal to `base` to treat
-            all heads alike.
+        low, high: the same in heads whose recall at `base` is among the best and the worst, as far below `base` as
+            above, so that it is their mean; equal to `base` to treat all heads alike.
         threshold: recall above which a head counts as one that can do with less.
         sample: rows of a block of queries that the search visits; None visits all.
     """
@@ -41,14 +41,10 @@ class Selection:
     def capacity(self, shape: tuple[int, int, int, int]) -> int:
         """Most blocks that a map of `shape` = (samples, heads, rows, columns) keeps, whatever the data."""
         samples, heads, rows, columns = shape
-        # as many heads get `high` as get `low`
-        rounding = heads // 2 * self.video_rows * max(0, self.low + self.high - 2 * self.base)
-        return samples * (heads * self._kept(rows, columns) + rounding)
+        return samples * heads * self._kept(rows, columns)
 
     def densities(self, shape: tuple[int, ...]) -> tuple[float, float]:
-        """(kept / all blocks, the same among video blocks) of a map [..., rows, columns], mean over heads but for
-        rounding.
-        """
+        """(kept / all blocks, the same among video blocks) of a map [..., rows, columns], mean over heads."""
         rows, columns = shape[-2:]
         return self._kept(rows, columns) / (rows * columns), self.base / self.video_cols
 
@@ -92,8 +88,11 @@ def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend
 
 def expand(index: PackedIndex, backend: str = "auto") -> BlockIndex:
     """The lists of a map, for one call."""
-    ids = expand_blocks(index.bits, index.row_ptr, index.capacity, index.shape[3], backend)
-    return BlockIndex(index.row_ptr, ids, index.order, index.shape, index.block, index.q_len, index.kv_len)
+    row_ptr, order = index.row_ptr, index.order
+    ids = expand_blocks(index.bits, row_ptr, index.capacity, index.shape[3], backend)
+    if torch.is_grad_enabled():  # a later search writes these in place, and the backward of this call may come after
+        row_ptr, order = row_ptr.clone(), order.clone()
+    return BlockIndex(row_ptr, ids, order, index.shape, index.block, index.q_len, index.kv_len)
 
 
 @torch.library.custom_op(

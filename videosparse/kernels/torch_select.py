@@ -1,6 +1,7 @@
 """From the mass of every block to a map of one bit a block, and from there to lists, in plain torch.
 
-What `triton_select` does, on any device and to the bit: the reference beside the kernels, and the path without Triton.
+What `triton_select` does, on any device: the reference beside the kernels, and the path without Triton. From equal
+masses and counts both keep equal bits; the kept mass of a row may differ in its last digits.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.call import AttentionCall
+from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.kernels.gpu import on_device
 from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
 from videosparse.kernels.triton_sums import SumTiles, _gather, choose_tiles
 from videosparse.layout import ceil_div
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _tokens(start, video, text_start, end, step, COUNT: tl.constexpr):
 def _levels(lse):
     """lse in base 2, fp32, and exp2 of what rounding added, by which all masses of the row would be off alike."""
     empty = tl.abs(lse) == float("inf")
-    exact = tl.where(empty, 0.0, lse).to(tl.float64) * LOG2_E
+    exact = tl.where(empty, 0.0, lse).to(tl.float64) * LOG2_E_IN_KERNEL
     level = exact.to(tl.float32)
     added = (level.to(tl.float64) - exact).to(tl.float32)
     # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
@@ -218,7 +218,7 @@ def block_sums(
             rows,
             columns,
             heads,
-            call.scale * LOG2_E.value,
+            call.scale * LOG2_E,
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad(head_dim),
             BLOCK_M=block[0],

@@ -21,10 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from videosparse.blocks import SELECTION_LIMIT
 from videosparse.kernels.gpu import on_device
-
-MAX_COLUMNS = 16384
-"""Longest row that the registers of one program hold."""
 
 
 @triton.jit
@@ -120,10 +118,10 @@ def expand_kernel(bits_ptr, row_ptr, ids_ptr, capacity, columns, PAD: tl.constex
 
 def _pad(columns: int) -> int:
     """The power of two, at least 8, that a row is padded to."""
-    if columns > MAX_COLUMNS:
+    if columns > SELECTION_LIMIT:
         raise ValueError(
-            f"Blocks are selected in rows of at most {MAX_COLUMNS} (got {columns}); use larger blocks for so long a "
-            "sequence."
+            f"Blocks are selected in rows of at most {SELECTION_LIMIT} (got {columns}); use larger blocks for so long "
+            "a sequence."
         )
     return max(8, 1 << (columns - 1).bit_length())
 

@@ -61,9 +61,9 @@ class AdaSpaPolicy(SparsityPolicy):
     Every sample has heads of its own.
 
     Differs from the paper: blocks of 128x64, not 64x64, which is what kernels for Hopper like; text takes part as in
-    HunyuanVideo, rows and columns of it are always kept, outside the budget, and count in the recall; densities above
-    2/3 take max(density / 2, 2 density - 1) for the lower one, so that the mean stays `density`. Wan and Mochi are
-    beyond the paper.
+    HunyuanVideo, rows and columns of it are always kept, outside the budget, and count in the recall; the higher count
+    is as far above that of `density` as the lower one is below, so that the mean stays `density` when counts are
+    rounded, and above 2/3, where the lower one is at least 2 density - 1. Wan and Mochi are beyond the paper.
     """
 
     density: float = 0.2
@@ -91,7 +91,7 @@ class AdaSpaPolicy(SparsityPolicy):
         for value in self.refresh:
             _check_refresh(value)
         check_sample(self.sample)
-        if self.lse_dtype not in LSE_DTYPES:
+        if not isinstance(self.lse_dtype, str) or self.lse_dtype not in LSE_DTYPES:
             raise ValueError(f"lse_dtype must be {' or '.join(LSE_DTYPES)} (got {self.lse_dtype!r}).")
 
     def plan(
@@ -112,12 +112,14 @@ class AdaSpaPolicy(SparsityPolicy):
             ValueError: a fraction of an unknown number of steps in `refresh`, or a map too large for an index.
         """
         aligned = layout.aligned(self.block)
-        due = sum(step <= run.index + 1 for step in self.refresh_steps(run.total))
+        refreshes = self.refresh_steps(run.total)
+        due = sum(step <= run.index + 1 for step in refreshes)
+        last = due == len(refreshes)  # then nobody reads the lse any more
         if "index" not in state:
             # copies from and to page-locked memory do not wait
             pinned = self.offload_state and device.type == "cuda"
             home = torch.device("cpu") if self.offload_state else device
-            index, lse = self._allocate(aligned, samples, heads, home, pinned)
+            index, lse = self._allocate(aligned, samples, heads, home, pinned, keep_lse=not last)
             state.update(index=index, lse=lse, done=due)
             return self._plan(Mode.SEARCH, aligned, index, lse)
         index = state["index"]
@@ -128,8 +130,9 @@ class AdaSpaPolicy(SparsityPolicy):
                 "End it first, or use RadialProcessor()."
             )
         if due > state["done"]:
-            state["done"] = due
-            return self._plan(Mode.REFRESH, aligned, index, state["lse"])
+            lse = state["lse"]
+            state.update(done=due, lse=None if last else lse)
+            return self._plan(Mode.REFRESH, aligned, index, lse)
         return self._plan(Mode.SPARSE, aligned, index, None)
 
     def _plan(self, mode: Mode, layout: TokenLayout, index: PackedIndex, lse: torch.Tensor | None) -> LayerPlan:
@@ -137,23 +140,33 @@ class AdaSpaPolicy(SparsityPolicy):
         return LayerPlan(mode, layout, index, lse=lse, selection=selection, offloaded=self.offload_state)
 
     def _allocate(
-        self, layout: TokenLayout, samples: int, heads: int, device: torch.device, pinned: bool = False
-    ) -> tuple[PackedIndex, torch.Tensor]:
-        """Buffers for the map and the lse of one layer."""
+        self,
+        layout: TokenLayout,
+        samples: int,
+        heads: int,
+        device: torch.device,
+        pinned: bool = False,
+        keep_lse: bool = True,
+    ) -> tuple[PackedIndex, torch.Tensor | None]:
+        """Buffers for the map of one layer, and for its lse where a refresh will read it."""
         capacity = self._capacity(layout, samples, heads)
         index = PackedIndex.allocate(layout, self.block, samples, heads, capacity, device, pinned)
+        if not keep_lse:
+            return index, None
         dtype = LSE_DTYPES[self.lse_dtype]
-        return index, torch.empty(samples, heads, layout.length, dtype=dtype, device=device, pin_memory=pinned)
+        with torch.inference_mode(False):  # as the index
+            lse = torch.empty(samples, heads, layout.length, dtype=dtype, device=device, pin_memory=pinned)
+        return index, lse
 
     def selection(self, layout: TokenLayout) -> Selection:
         """How many blocks the rows of a layout keep: density x video columns, rounded, at least 1."""
         rows, columns = (ceil_div(layout.video, b) for b in self.block)
         base = _share_of(columns, self.density)
-        low = high = base
+        low = base
         if self.head_adaptive:
-            low = _share_of(columns, max(self.density / 2, 2 * self.density - 1))
-            high = _share_of(columns, min(1.0, 1.5 * self.density))
-        return Selection(rows, columns, base, low, high, self.recall_threshold, self.sample)
+            low = max(_share_of(columns, self.density / 2), 2 * base - columns)
+        # as many heads keep `high` as keep `low`: the mean is `base` to the block
+        return Selection(rows, columns, base, low, 2 * base - low, self.recall_threshold, self.sample)
 
     def select(self, sums: torch.Tensor, layout: TokenLayout) -> BlockIndex:
         """The lists that a search would keep, from the mass of every block.
@@ -187,7 +200,7 @@ class AdaSpaPolicy(SparsityPolicy):
         return [max(1, math.ceil(part - 1e-6)) for part in parts]
 
     def check_run(self, schedule: DenseSchedule, total: int | None) -> None:
-        """Raise ValueError where a refresh is not after the search, or a fraction of an unknown number of steps.
+        """Raise ValueError where a refresh is not after the search, never comes, or is a fraction of an unknown number.
 
         A run whose last sparse step searches has nothing to refresh, whatever was asked.
         """
@@ -197,15 +210,23 @@ class AdaSpaPolicy(SparsityPolicy):
         if total is not None and search >= total - last:
             return
         for value, step in zip(self.refresh, steps, strict=True):
+            if isinstance(value, int) and total is not None and step > total - last:
+                raise ValueError(
+                    f"refresh={value} is a step that is not sparse: {total - last} of {total} is the last one; refresh "
+                    "earlier, or give a fraction of the run."
+                )
+            if step <= search and first < 2:
+                raise ValueError(f"refresh={value} is step {step}, and step 1 searches; refresh at step 2 or later.")
             if step <= search:
                 of_run = "" if total is None else f" of {total}"
                 raise ValueError(
                     f"refresh={value} is step {step}{of_run}, which is not after the search at step {search}, the last "
-                    f"dense one of first_steps={schedule.first_steps}; refresh later, or lower first_steps."
+                    f"dense one of first_steps={schedule.first_steps}; refresh later, not at all "
+                    "(refresh=()), or lower first_steps."
                 )
 
     def densities(self, layout: TokenLayout) -> tuple[float, float]:
-        """(kept / all blocks, the same among video blocks) of every map: heads differ, their mean hardly does."""
+        """(kept / all blocks, the same among video blocks) of every map: heads differ, their mean does not."""
         aligned = layout.aligned(self.block)
         return self.selection(aligned).densities(tuple(ceil_div(aligned.length, b) for b in self.block))
 
@@ -219,16 +240,20 @@ class AdaSpaPolicy(SparsityPolicy):
         end = total - last
         if first >= end:
             return 0, 0.0
-        passes = experts + sum(max(1, first) < step <= end for step in self.refresh_steps(total))
+        passes = experts + sum(max(1, first) < step <= end for step in set(self.refresh_steps(total)))
         share = 1.0 if self.sample is None else self.sample / self.block[0]
         return experts - (first > 0), passes * _SEARCH_SHARE * share
 
     def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
         """Memory kept between steps for one layer: its lse, the bits of its map, and where its lists start."""
         aligned = layout.aligned(self.block)
-        index, lse = self._allocate(aligned, samples, heads, torch.device("meta"))
+        index, lse = self._allocate(aligned, samples, heads, torch.device("meta"), keep_lse=bool(self.refresh))
         lists = index.bytes - index.bits.numel()
-        return {"lse": lse.numel() * lse.element_size(), "bits": index.bits.numel(), "lists": lists}
+        return {
+            "lse": 0 if lse is None else lse.numel() * lse.element_size(),
+            "bits": index.bits.numel(),
+            "lists": lists,
+        }
 
 
 def _share_of(columns: int, share: float) -> int:

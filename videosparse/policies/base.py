@@ -135,7 +135,11 @@ class SparsityPolicy(ABC):
         return 0, 0.0
 
     def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
-        """Memory kept between steps for one layer, by what it is kept for."""
+        """Memory kept between steps for one layer, by what it is kept for.
+
+        Raises:
+            ValueError: the sequence is too long to be searched.
+        """
         return {}
 
     def static_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap | None:
@@ -226,10 +230,8 @@ class DenseSchedule:
 
     def searches_at(self, run: RunStep, layer: int, layers: int) -> bool:
         """Whether a method that searches does so at a step that is dense by schedule: the last of the first ones."""
-        first, last = self.dense_steps(run.total)
-        if run.index != first - 1 or self.is_dense(replace(run, index=first), layer, layers):
-            return False
-        return run.total is None or first < run.total - last
+        first, _ = self.dense_steps(run.total)
+        return run.index == first - 1 and not self.is_dense(replace(run, index=first), layer, layers)
 
     def average_density(self, density: float, total: int, layers: int) -> float:
         """Attention work of a run over a dense one, 0..1: (T_d + (T - T_d) (L_d + (L - L_d) density) / L) / T."""
