@@ -1,94 +1,213 @@
-"""The programs that judge methods, at tiny sizes: what they measure, and what they refuse."""
+"""The program that compares methods, at a size where a video takes a fraction of a second."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("diffusers")
+pytest.importorskip("scipy")
 
-from videosparse.benchmark.rows import write_rows
-from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.policies.base import RunStep
+from videosparse.evaluation import running
+from videosparse.evaluation.running import Batches
+from videosparse.evaluation.table import read_table
 
-ROOT = Path(__file__).parents[2]
-LAYOUT = TokenLayout(VideoGrid(4, 12, 15))
+PROGRAM = Path(__file__).parents[2] / "eval" / "compare_methods.py"
+SMALL = [
+    "--frames", "5", "--height", "64", "--width", "64", "--steps", "3", "--limit", "2", "--device", "cpu",
+    "--workers", "0", "--densities", "0.5",
+]  # fmt: skip
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("compare_methods", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[spec.name]
 
 
-@pytest.fixture(scope="module")
-def recall():
-    return load("measure_recall")
+@pytest.fixture(scope="module", autouse=True)
+def _load_once():
+    """The embedded model is loaded once for each precision."""
+    patch, load = pytest.MonkeyPatch(), running.load_pipeline
+    kept = {}
+
+    def cached(settings):
+        if settings.dtype not in kept:
+            kept[settings.dtype] = load(settings)
+        return kept[settings.dtype]
+
+    patch.setattr(running, "load_pipeline", cached)
+    yield
+    patch.undo()
 
 
-@pytest.fixture(scope="module")
-def rows(recall):
-    """What an observer of ten steps of two layers finds, on random queries and keys."""
-    observer = recall.Observer(10, [0.25, 1.0], {0.25: recall.RadialPolicy(block=(64, 64)).block_map(LAYOUT)})
-    torch.manual_seed(0)
-    for step in observer.watched:
-        for layer in range(2):
-            q, k, v = (2 * torch.randn(2, LAYOUT.length, 4, 16) for _ in range(3))
-            observer.see(layer, step, q, k, v, LAYOUT)
-    return list(recall.rows_of(observer, LAYOUT, 13, 10))
+@pytest.fixture
+def calls(monkeypatch):
+    """What was generated: [setting's processor, number of prompts]; raises KeyboardInterrupt at `calls.stop_at`."""
+
+    class Calls(list):
+        stop_at = None
+
+    made, original = Calls(), Batches.make
+
+    def make(self, prompts, processor, **more):
+        if made.stop_at is not None and len(made) == made.stop_at:
+            raise KeyboardInterrupt
+        made.append((type(processor).__name__, len(prompts)))
+        return original(self, prompts, processor, **more)
+
+    monkeypatch.setattr(Batches, "make", make)
+    return made
 
 
-def test_steps_are_those_of_a_run(recall):
-    for steps, search, refresh in ((50, 9, 29), (10, 1, 5), (4, 0, 2)):
-        observer = recall.Observer(steps, [0.2], {})
-        assert (observer.search, observer.refresh) == (search, refresh)
-        assert {search, refresh} <= set(observer.watched)
-    with pytest.raises(SystemExit, match="leave room for a search and a later refresh"):
-        recall.Observer(1, [0.2], {})
+def test_a_killed_run_goes_on_and_makes_nothing_twice(program, tmp_path, calls, capsys):
+    output = tmp_path / "rows.csv"
+    command = [*SMALL, "--output", str(output), "--methods", "ceiling", "other-noise", "random", "adaspa"]
+    command += ["--keep-videos", "1"]
+    calls.stop_at = 2
+    assert program.main(command) == 130
+    assert calls == [("DenseProcessor", 2), ("DenseProcessor", 2)]
+    assert not output.exists()
+    waiting = {path.suffix for path in (tmp_path / "rows.csv.parts").iterdir()}
+    assert waiting == {".jsonl", ".safetensors"}
+    assert "goes on where it was" in capsys.readouterr().err
+
+    calls.clear()
+    calls.stop_at = None
+    assert program.main(command) == 0
+    # other noise was made but not judged when the run was killed; dense came from the file
+    assert calls == [("DenseProcessor", 2), ("RandomProcessor", 2), ("AdaSpaProcessor", 2)]
+    rows = read_table(output, program.COLUMNS)
+    assert [row["setting"] for row in rows[::2]] == ["dense", "ceiling", "other noise", "random 0.5", "adaspa 0.5"]
+    assert not (tmp_path / "rows.csv.parts").exists()
+    assert "10 of 10 rows" in capsys.readouterr().out
+
+    by_setting = {row["setting"]: row for row in rows[::2]}
+    assert by_setting["dense"]["psnr_db"] == by_setting["ceiling"]["psnr_db"] == ""
+    assert int(by_setting["other noise"]["seed"]) == int(by_setting["dense"]["seed"]) + 1000
+    assert all(float(by_setting[name]["latent_l1"]) > 0 for name in ("other noise", "adaspa 0.5", "random 0.5"))
+    assert by_setting["random 0.5"]["video_density"] == "0.5"
+    assert float(by_setting["random 0.5"]["average_density"]) == pytest.approx(1 / 3 + 2 / 3 * 0.5, abs=1e-4)
+    assert by_setting["ceiling"]["seconds"] == ""
+    assert all(row["temporal_flickering"] and row["permanence"] and row["commit"] for row in rows)
+    for row in rows:
+        assert bool(row["video"]) == (row["prompt"] == rows[0]["prompt"])
+        assert not row["video"] or (tmp_path / "rows-videos" / row["video"]).stat().st_size > 500
+    assert (tmp_path / "rows-videos" / by_setting["adaspa 0.5"]["map"]).read_bytes().startswith(b"\x89PNG")
+    assert "layers 1, 5, 8 of 8" in by_setting["adaspa 0.5"]["map_shows"]
+
+    calls.clear()
+    assert program.main(command) == 0
+    assert calls == []
+    more = [*command, "--limit", "3"]
+    assert program.main(more) == 0
+    assert [count for _, count in calls] == [3, 1, 1, 1], "dense twins of a new batch, and what is new of the others"
+    assert len(read_table(output)) == 15
 
 
-def test_methods_are_ranked_as_they_must_be(rows):
-    found = {(r["method"], r["block"], r["asked_density"]): r for r in rows if r["step"] == "all"}
-    best, random = (float(found[name, "64x64", 0.25]["recall"]) for name in ("best", "random"))
-    fresh, kept = (float(found[name, "64x64", 0.25]["recall"]) for name in ("adaspa, search now", "adaspa"))
-    assert best >= fresh > max(kept, random) - 0.02
-    assert fresh > random
-    for (method, _, density), row in found.items():
-        if density == 1.0:
-            assert float(row["recall"]) == pytest.approx(1, abs=1e-4), method
-            assert float(row["error"]) < 1e-4, method
-        assert float(row["recall_low"]) <= float(row["recall"]) <= float(row["recall_high"])
-    at_search = {r["method"]: r for r in rows if (r["step"], r["block"], r["asked_density"]) == ("2", "64x64", 0.25)}
-    assert at_search["adaspa"]["recall"] == at_search["adaspa, search now"]["recall"]
+def test_the_same_noise_gives_the_same_rows_in_a_resumed_run(program, tmp_path, calls):
+    command = [*SMALL, "--methods", "random", "--limit", "1"]
+    assert program.main([*command, "--output", str(tmp_path / "whole.csv")]) == 0
+    calls.clear()
+    calls.stop_at = 1
+    assert program.main([*command, "--output", str(tmp_path / "halved.csv")]) == 130
+    calls.stop_at = None
+    assert program.main([*command, "--output", str(tmp_path / "halved.csv")]) == 0
+    timed = ("seconds", "denoise_seconds", "run")
+    whole, halved = (
+        [{k: v for k, v in row.items() if k not in timed} for row in read_table(tmp_path / f"{name}.csv")]
+        for name in ("whole", "halved")
+    )
+    assert whole == halved
 
 
-def test_the_figure_is_drawn(recall, rows, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    plots = load("plot_recall")
-    monkeypatch.setattr(plots, "DENSITY", "0.25")
-    write_rows(tmp_path / "rows.csv", rows, recall.COLUMNS)
-    assert plots.main(["--rows", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "recall.png")]) == 0
-    assert (tmp_path / "recall.png").stat().st_size > 10_000
+def test_a_grid_that_divides_by_nothing(program, tmp_path):
+    """56x72 is no multiple of 16, which Wan's pipeline asks for; 63 tokens a frame."""
+    output = tmp_path / "rows.parquet"
+    pytest.importorskip("pyarrow")
+    command = [*SMALL, "--height", "56", "--width", "72", "--limit", "1", "--output", str(output)]
+    assert program.main([*command, "--methods", "radial", "ceiling", "paro-online"]) == 0
+    rows = {row["setting"]: row for row in read_table(output)}
+    assert {row["tokens"] for row in rows.values()} == {"126"}
+    assert float(rows["radial"]["ssim"]) > 0
+    assert set(rows) == {"dense", "radial", "ceiling", "paro-online 0.5"}
 
 
-def test_random_maps_differ_by_layer_and_not_by_step():
-    videos = load("compare_videos")
-    policy, cpu = videos.RandomPolicy(0.25), torch.device("cpu")
-    plans = [policy.plan(LAYOUT, RunStep("cond", i, 9), layer, {}, device=cpu) for i, layer in ((0, 0), (5, 0), (0, 1))]
-    assert plans[0].index is plans[1].index
-    assert not torch.equal(plans[0].index.ids, plans[2].index.ids)
-    assert int(plans[0].index.row_ptr[-1]) == 12 * round(0.25 * 12)
+def test_plans_are_calibrated_once_and_integers_run(program, tmp_path, calls):
+    command = [*SMALL, "--dtype", "bf16", "--limit", "1", "--output", str(tmp_path / "rows.csv")]
+    assert program.main([*command, "--methods", "paro", "paro+int8"]) == 0
+    rows = {row["setting"]: row for row in read_table(tmp_path / "rows.csv")}
+    assert rows["paro 0.5, int8"]["quant"] == "int8"
+    assert rows["paro 0.5, int8"]["psnr_db"] != rows["paro 0.5"]["psnr_db"]
+    plan = next((tmp_path / "rows-plans").iterdir())
+    made = plan.stat().st_mtime_ns
+    assert program.main([*command, "--methods", "paro", "--seeds", "2"]) == 0
+    assert plan.stat().st_mtime_ns == made
+    assert sorted(p.suffix for p in (tmp_path / "rows-plans").iterdir()) == [".safetensors"]
+
+
+def test_prompts_of_any_kind_have_no_detectors_and_no_ceiling(program, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat surfing\n")
+    command = [*SMALL, "--steps", "2", "--prompts", str(prompts), "--output", str(tmp_path / "rows.csv")]
+    assert program.main([*command, "--methods", "ceiling", "random"]) == 0
+    rows = read_table(tmp_path / "rows.csv")
+    assert [row["setting"] for row in rows] == ["dense", "random 0.5"]
+    assert rows[1]["psnr_db"]
+    assert rows[1]["all_right"] == ""
+    assert program.main([*command, "--methods", "paro"]) == 2
+    assert "paro-online" in capsys.readouterr().err
+
+
+def test_time_that_is_up_ends_the_run(program, tmp_path, capsys):
+    output = tmp_path / "rows.csv"
+    assert program.main([*SMALL, "--output", str(output), "--methods", "random", "--seconds", "0"]) == 3
+    assert "The time was up" in capsys.readouterr().err
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("measure_recall", ["--prompts", "1"]), ("compare_videos", ["--limit", "2"])]
+    ("options", "told"),
+    [
+        (["--methods", "radail"], "Did you mean 'radial'"),
+        (["--height", "60"], "height"),
+        (["--prompts", "none.json"], "Cannot read prompts from none.json"),
+        (["--output", "rows.txt"], "must end in .csv or .parquet"),
+        (["--models", "/no/such/folder"], "/no/such/folder"),
+    ],
 )
-def test_parts_do_not_replace_the_published_rows(name, option, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, *option])
+def test_what_cannot_be_run_is_one_line(program, tmp_path, capsys, options, told):
+    assert program.main([*SMALL, "--output", str(tmp_path / "rows.csv"), *options]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--block", "32"], ["--batch", "0"], ["--keep-videos", "-1"]])
+def test_options_out_of_range(program, capsys, options):
     with pytest.raises(SystemExit):
-        load(name).arguments()
-    assert "would replace the rows of" in capsys.readouterr().err
+        program.arguments(["--output", "rows.csv", *options])
+    assert "must be" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_prompts(tmp_path):
+    """As accelerate and torchrun start them; each process writes its part, and the first makes the table."""
+    output = tmp_path / "rows.csv"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    command += [*SMALL, "--steps", "2", "--methods", "random", "--output", str(output)]
+    path = os.pathsep.join(filter(None, [str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]))
+    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | more)
+    assert done.returncode == 0, done.stderr
+    rows = read_table(output)
+    assert [row["setting"] for row in rows] == ["dense"] * 2 + ["random 0.5"] * 2
+    assert {row["batch"] for row in rows} == {"1"}, "each made one prompt"
+    assert rows[0]["prompt"] != rows[1]["prompt"]
+    assert "4 of 4 rows" in done.stdout

@@ -1,0 +1,98 @@
+"""Measures of one video: worked out by hand where that can be done, else against rendered truth."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from videosparse.evaluation.bootstrap import interval
+from videosparse.evaluation.judging import (
+    FIDELITY,
+    WORLD,
+    dimension_columns,
+    fidelity_columns,
+    temporal_flickering,
+    world_columns,
+)
+from videosparse.evaluation.prompts import Prompt, load_prompts
+from videosparse.synthetic.render import render
+
+
+def test_fidelity_by_quarter():
+    """Frame t is off by a constant of its quarter, so that PSNR and latent distance are known."""
+    off = torch.tensor([0.1, 0.2, 0.3, 0.4]).repeat_interleave(2)
+    dense = torch.full((8, 3, 16, 16), 0.5)
+    latents = torch.ones(4, 4, 2, 2)
+    found = fidelity_columns(
+        dense + off[:, None, None, None], dense, latents * torch.tensor([1.0, 1.5, 1, 3])[None, :, None, None], latents
+    )
+    assert set(found) == set(FIDELITY)
+    expected = [-20 * math.log10(x) for x in (0.1, 0.2, 0.3, 0.4)]
+    assert [found[f"psnr_db_q{q}"] for q in range(1, 5)] == pytest.approx(expected, abs=1e-3)
+    assert found["psnr_db"] == pytest.approx(sum(expected) / 4, abs=1e-3)
+    assert found["worst_psnr_db"] == pytest.approx(expected[3], abs=1e-3)
+    assert [found[f"latent_l1_q{q}"] for q in range(1, 5)] == pytest.approx([0, 0.5, 0, 2])
+    assert found["latent_l1"] == pytest.approx(2.5 / 4)
+
+
+def test_few_frames_leave_quarters_empty():
+    video = torch.rand(5, 3, 16, 16)
+    found = fidelity_columns(video, video.flip(0), torch.ones(4, 2, 2, 2), torch.ones(4, 2, 2, 2))
+    assert found["latent_l1_q2"] is None
+    assert found["latent_l1_q3"] == 0
+    assert found["psnr_db_q4"] is not None
+
+
+def test_flickering():
+    still = torch.rand(1, 3, 8, 8).expand(5, 3, 8, 8)
+    assert temporal_flickering(still) == 1
+    blinking = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    assert temporal_flickering(blinking) == 0
+    steps = torch.tensor([0, 51, 51]).view(3, 1, 1, 1).expand(3, 3, 8, 8) / 255
+    assert temporal_flickering(steps) == pytest.approx(1 - 0.1)
+    assert dimension_columns(steps) == {"temporal_flickering": pytest.approx(0.9)}
+
+
+def test_truth_is_all_right_and_a_blank_half_shows():
+    prompt = Prompt(
+        "a large red circle stands still on a plain dark background", 3, (("circle", "red", "static"),), "flat"
+    )
+    video = render([prompt.scene()], 16, 64, 64)[0]
+    found = world_columns(video, prompt, 16)
+    assert set(found) == set(WORLD)
+    assert found["all_right"] == 1
+    assert [found[f"permanence_q{q}"] for q in range(1, 5)] == [1, 1, 1, 1]
+    half = video.clone()
+    half[:, 8:] = 0.1
+    found = world_columns(half, prompt, 16)
+    assert [found[f"permanence_q{q}"] for q in range(1, 5)] == [1, 1, 0, 0]
+    assert found["permanence"] == 0.5
+    assert found["colour_error_q4"] is None
+    nothing = world_columns(torch.full_like(video, 0.1), prompt, 16)
+    assert (nothing["all_right"], nothing["permanence_q1"], nothing["overlap"]) == (0, 0, None)
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# two\na cat\n\n  a dog \n")
+    assert load_prompts(path) == [Prompt("a cat", 2), Prompt("a dog", 4)]
+    assert not load_prompts(path)[0].of_world
+    path.write_text("# none\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        load_prompts(path)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"Cannot read prompts from .*broken.json"):
+        load_prompts(tmp_path / "broken.json")
+
+
+def test_intervals():
+    values = [0.0] * 50 + [1.0] * 50
+    found = interval(values)
+    assert found.mean == 0.5
+    assert found.low == pytest.approx(0.4, abs=0.02)  # 0.5 - 1.96 * 0.5 / sqrt(100)
+    assert found.high == pytest.approx(0.6, abs=0.02)
+    assert interval(values) == found
+    assert interval([3.0]) == (3, 3, 3)
+    assert interval([math.inf, math.inf]) == (math.inf, math.inf, math.inf)

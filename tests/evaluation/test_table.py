@@ -1,0 +1,90 @@
+"""Rows survive a killed run, are made once, and become one table."""
+
+import json
+
+import pytest
+
+from videosparse.evaluation.table import RowStore, check_table_name, number, read_table, write_table
+
+COLUMNS, KEY = ("setting", "seed", "psnr_db"), ("setting", "seed")
+
+
+def row(setting, seed, psnr=20.5):
+    return {"setting": setting, "seed": seed, "psnr_db": psnr}
+
+
+def test_rows_of_all_processes_become_one_table_in_order(tmp_path):
+    output = tmp_path / "rows.csv"
+    stores = [RowStore(output, COLUMNS, KEY, process) for process in range(2)]
+    stores[1].add([row("radial", 1), row("dense", 1, None)])
+    stores[0].add([row("dense", 0)])
+    order = [("dense", "0"), ("dense", "1"), ("radial", "0"), ("radial", "1")]
+    rows = stores[0].merge(order)
+    assert [(r["setting"], r["seed"]) for r in rows] == [("dense", "0"), ("dense", "1"), ("radial", "1")]
+    assert read_table(output, COLUMNS) == rows
+    assert rows[1]["psnr_db"] == ""
+    assert list(tmp_path.iterdir()) == [output], "no part is left"
+
+
+def test_what_has_a_row_is_known_wherever_it_is(tmp_path):
+    output = tmp_path / "rows.csv"
+    first = RowStore(output, COLUMNS, KEY)
+    first.add([row("dense", 0)])
+    first.merge([])
+    RowStore(output, COLUMNS, KEY, 3).add([row("dense", 1)])
+    again = RowStore(output, COLUMNS, KEY)
+    assert row("dense", 0) in again
+    assert row("dense", 1) in again
+    assert row("dense", 2) not in again
+    assert len(again.merge([])) == 2
+
+
+def test_a_torn_line_is_dropped_and_written_again(tmp_path):
+    output = tmp_path / "rows.csv"
+    store = RowStore(output, COLUMNS, KEY)
+    store.add([row("dense", 0), row("dense", 1)])
+    with store.own.open("a") as file:
+        file.write('{"setting": "den')
+    again = RowStore(output, COLUMNS, KEY)
+    assert row("dense", 1) in again
+    assert row("den", 2) not in again
+    again.add([row("dense", 2)])
+    assert [json.loads(line)["seed"] for line in again.own.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_damage_elsewhere_is_told(tmp_path):
+    store = RowStore(tmp_path / "rows.csv", COLUMNS, KEY)
+    store.folder.mkdir()
+    store.own.write_text('{"setting"\n{"setting": "dense", "seed": 0}\n')
+    with pytest.raises(ValueError, match=r"rows-0.jsonl is damaged .* delete it"):
+        RowStore(tmp_path / "rows.csv", COLUMNS, KEY)
+    store.own.unlink()
+    store.output.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no column setting"):
+        RowStore(tmp_path / "rows.csv", COLUMNS, KEY)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_table(tmp_path / "none.csv")
+
+
+def test_parquet_has_numbers_and_reads_as_csv_does(tmp_path):
+    arrow = pytest.importorskip("pyarrow.parquet")
+    rows = [row("dense", 0, None), row("radial", 1, 20.5)]
+    for name in ("rows.csv", "rows.parquet"):
+        write_table(tmp_path / name, rows, COLUMNS)
+    table = arrow.read_table(tmp_path / "rows.parquet")
+    assert [str(field.type) for field in table.schema] == ["string", "int64", "double"]
+    assert read_table(tmp_path / "rows.parquet", COLUMNS) == read_table(tmp_path / "rows.csv", COLUMNS)
+    (tmp_path / "broken.parquet").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"broken.parquet cannot be read"):
+        read_table(tmp_path / "broken.parquet")
+
+
+def test_other_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.csv or \.parquet"):
+        check_table_name(tmp_path / "rows.txt")
+
+
+def test_cells_as_numbers():
+    assert number({"a": "0.5"}, "a") == 0.5
+    assert number({"a": ""}, "a") is None
+    assert number({}, "a") is None

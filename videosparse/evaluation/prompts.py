@@ -1,0 +1,80 @@
+"""Lists of prompts: of the synthetic world, whose detectors know what a prompt promises, or plain lines of text."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from videosparse.synthetic.captions import Expected, parse_caption
+from videosparse.synthetic.scene import Scene, arrange_scene
+
+Triple = tuple[str, str, str]
+"""Shape, colour and motion of an object."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One entry of a prompt list.
+
+    Args:
+        prompt: its text.
+        seed: of its noise, and of its scene.
+        objects: what it promises; none for a prompt that is not of the synthetic world.
+        background: of the scene; "" for such a prompt.
+    """
+
+    prompt: str
+    seed: int
+    objects: tuple[Triple, ...] = ()
+    background: str = ""
+
+    @property
+    def of_world(self) -> bool:
+        """Whether detectors can say what is right."""
+        return bool(self.objects)
+
+    def expected(self) -> Expected:
+        """What to score: the text says it all."""
+        return parse_caption(self.prompt)
+
+    def scene(self) -> Scene:
+        """A true scene of this prompt."""
+        return arrange_scene(random.Random(self.seed), self.objects, self.background)
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """Read a list: .json of the synthetic world, as `eval/score_world.py --make-prompts` writes it, or text.
+
+    Of a text file every line is a prompt but empty ones and comments (#); the seed is the number of the line.
+
+    Raises:
+        ValueError: it cannot be read or holds none, or the text of an entry does not say what its attributes say.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = _of_world(path, text) if path.suffix == ".json" else _of_text(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"Cannot read prompts from {path} ({reason}); see eval/prompts/world64.json.") from error
+    if not found:
+        raise ValueError(f"{path} holds no prompt; write one a line.")
+    return found
+
+
+def _of_text(text: str) -> list[Prompt]:
+    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
+    return [Prompt(line, number) for number, line in lines if line and not line.startswith("#")]
+
+
+def _of_world(path: Path, text: str) -> list[Prompt]:
+    prompts = []
+    for entry in json.loads(text)["prompts"]:
+        objects = tuple((o["shape"], o["colour"], o["motion"]) for o in entry["objects"])
+        prompt = Prompt(entry["prompt"], entry["seed"], objects, entry["background"])
+        told = {(o.shape, o.colour, o.motion) for o in prompt.expected().objects}
+        if told != set(objects) or prompt.expected().background != prompt.background:
+            raise ValueError(f"{path}: {entry['prompt']!r} does not say {entry}; run --make-prompts again.")
+        prompts.append(prompt)
+    return prompts

@@ -1,0 +1,196 @@
+"""Rows that are written as they come and survive a killed run: `RowStore`; and tables as CSV or Parquet.
+
+While a comparison runs, each of its processes appends to a file of its own in the folder `<output>.parts`, a JSON
+object a line, on disk before the next video is made. At the end all of them become one table, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from videosparse.benchmark.rows import write_rows
+
+Row = dict[str, str]
+"""Column by name; what a row lacks is ""."""
+
+_PARQUET = ".parquet"
+
+
+def read_table(path: Path, needed: Sequence[str] = ()) -> list[Row]:
+    """The rows of a CSV or Parquet file.
+
+    Raises:
+        ValueError: it cannot be read, lacks one of the `needed` columns, or pyarrow is missing; one line for people.
+    """
+    try:
+        rows, columns = _read_parquet(path) if path.suffix == _PARQUET else _read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); eval/compare_methods.py writes such a file.") from error
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]}; expected rows of eval/compare_methods.py.")
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write a CSV file, or Parquet where the name ends so, whole or not at all; columns that a row lacks stay empty.
+
+    Raises:
+        ValueError: Parquet without pyarrow.
+    """
+    if path.suffix == _PARQUET:
+        _write_parquet(path, rows, columns)
+    else:
+        write_rows(path, [dict(row) for row in rows], columns)
+
+
+def check_table_name(path: Path) -> None:
+    """Raise ValueError unless tables of that name can be written here; before anything expensive runs."""
+    if path.suffix not in (".csv", _PARQUET):
+        raise ValueError(f"A table must end in .csv or .parquet (got {str(path)!r}); use {path.stem}.csv.")
+    if path.suffix == _PARQUET:
+        _pyarrow()
+
+
+class RowStore:
+    """The rows of one comparison: those of an earlier run, and new ones.
+
+    Args:
+        output: the table, .csv or .parquet.
+        columns: of a row, in their order.
+        key: the columns that tell videos apart: a video with the same is not made again.
+        process: number of this process; each has a file of its own.
+
+    Raises:
+        ValueError: rows that cannot be read.
+    """
+
+    def __init__(self, output: Path, columns: Sequence[str], key: Sequence[str], process: int = 0) -> None:
+        check_table_name(output)
+        self.output, self.columns, self.key = output, tuple(columns), tuple(key)
+        self.folder = output.with_name(output.name + ".parts")
+        self.own = self.folder / f"rows-{process}.jsonl"
+        self._done = {self.key_of(row) for row in self.rows()}
+
+    def key_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """What tells its video apart."""
+        return tuple(str(row[name]) for name in self.key)
+
+    def __contains__(self, row: Mapping[str, Any]) -> bool:
+        return self.key_of(row) in self._done
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, which are on disk when this returns."""
+        listed = list(rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(self.own)
+        with self.own.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in listed)
+            file.flush()
+            os.fsync(file.fileno())
+        self._done |= {self.key_of(row) for row in listed}
+
+    def rows(self) -> list[Row]:
+        """All rows so far, of all processes: one for each key, the newest."""
+        found: dict[tuple[str, ...], Row] = {}
+        kept = read_table(self.output, self.key) if self.output.exists() else []
+        for row in (*kept, *(row for path in self._parts() for row in _read_lines(path))):
+            found[self.key_of(row)] = row
+        return list(found.values())
+
+    def merge(self, order: Iterable[tuple[str, ...]]) -> list[Row]:
+        """Make one table of everything and remove the parts; call it when no process writes any more.
+
+        Args:
+            order: keys in the order of the table; rows with other keys stay before them.
+        """
+        place = {key: number for number, key in enumerate(order)}
+        parts = self._parts()
+        rows = sorted(self.rows(), key=lambda row: place.get(self.key_of(row), -1))
+        if rows:
+            write_table(self.output, rows, self.columns)
+        for path in parts:
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        return rows
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("rows-*.jsonl"))
+
+
+def number(row: Mapping[str, str], name: str) -> float | None:
+    """A cell as a number; None where it is empty or missing."""
+    text = row.get(name, "")
+    return float(text) if text else None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed run did not finish."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+
+def _read_lines(path: Path) -> list[Row]:
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1].decode("utf-8")
+    try:
+        return [{name: _text(value) for name, value in json.loads(line).items()} for line in whole.splitlines()]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and its videos are made again.") from error
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _read_csv(path: Path) -> tuple[list[Row], Sequence[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return list(reader), reader.fieldnames or ()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError('Parquet needs pyarrow: pip install "videosparse[parquet]"; or use a .csv name.') from error
+    return pyarrow
+
+
+def _read_parquet(path: Path) -> tuple[list[Row], Sequence[str]]:
+    arrow = _pyarrow()
+    try:
+        table = arrow.parquet.read_table(path)
+    except arrow.ArrowInvalid as error:
+        raise OSError(str(error).splitlines()[0]) from error
+    return [{name: _text(value) for name, value in row.items()} for row in table.to_pylist()], table.column_names
+
+
+def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    arrow = _pyarrow()
+    data = {name: _column([_text(row.get(name)) for row in rows]) for name in columns}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    arrow.parquet.write_table(arrow.table(data), part)
+    part.replace(path)
+
+
+def _column(texts: list[str]) -> list[Any]:
+    """Ints or floats where every cell that is not empty is one, else texts."""
+    for kind in (int, float):
+        try:
+            return [kind(text) if text else None for text in texts]
+        except ValueError:
+            continue
+    return texts

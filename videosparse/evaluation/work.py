@@ -1,0 +1,240 @@
+"""The work of a comparison: `Comparison` makes what is missing, setting by setting, and rows of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videosparse.benchmark.rows import WHERE
+from videosparse.evaluation.judging import (
+    DIMENSIONS,
+    FIDELITY,
+    WORLD,
+    dimension_columns,
+    fidelity_columns,
+    world_columns,
+)
+from videosparse.evaluation.prompts import Prompt
+from videosparse.evaluation.running import Batches, Made
+from videosparse.evaluation.settings import Conditions, Setting
+from videosparse.evaluation.table import RowStore
+from videosparse.generation.video import write_mp4
+from videosparse.metrics.fidelity import CONVENTION
+
+KEY = (
+    "model", "setting", "prompt", "seed", "frames", "height", "width", "steps", "guidance", "block", "first_steps",
+)  # fmt: skip
+"""Columns that tell videos apart."""
+
+COLUMNS = (
+    *KEY, "method", "asked_density", "quant", "tokens", "video_density", "average_density", "seconds",
+    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "convention", "dtype", "video", "map", "map_shows",
+    *WHERE,
+)  # fmt: skip
+
+Submit = Callable[..., Future[Any]]
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Submit]:
+    """A function that runs another in a process of a pool; at once and here if ``count`` is 0."""
+    if count == 0:
+        yield _here
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool.submit
+
+
+def _here(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(function(*args))
+    return done
+
+
+@dataclass(eq=False)
+class Comparison:
+    """One model at one size, a list of settings, and the store of their rows.
+
+    Args:
+        batches: makes the videos.
+        conditions: what the settings share.
+        settings: dense first.
+        store: of the rows.
+        where: columns of the environment.
+        submit: runs the detectors; see `workers`.
+        keep: folder for videos and maps; None keeps none.
+        deadline: monotonic time at which no further batch is begun; None is never.
+    """
+
+    batches: Batches
+    conditions: Conditions
+    settings: Sequence[Setting]
+    store: RowStore
+    where: Mapping[str, str]
+    submit: Submit
+    keep: Path | None = None
+    deadline: float | None = None
+    _waiting: list[tuple[dict[str, Any], Future[Any] | None]] = field(default_factory=list)
+
+    def identity(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
+        """The columns of `KEY`."""
+        made = self.batches.settings
+        return {
+            "model": made.source.name, "setting": setting.name, "prompt": prompt.prompt,
+            "seed": prompt.seed + setting.seed_shift, "frames": made.num_frames, "height": made.height,
+            "width": made.width, "steps": made.steps, "guidance": made.guidance,
+            "block": "x".join(map(str, self.conditions.block)), "first_steps": self.conditions.first_steps,
+        }  # fmt: skip
+
+    def missing(self, setting: Setting, prompts: Sequence[Prompt]) -> list[int]:
+        """Which prompts have no row under a setting."""
+        return [i for i, prompt in enumerate(prompts) if self.identity(setting, prompt) not in self.store]
+
+    def run(self, prompts: Sequence[Prompt], kept: int, advance: Callable[[int], None]) -> bool:
+        """Make what is missing of a batch of prompts, under all settings.
+
+        Args:
+            prompts: of one batch.
+            kept: how many of them, from the first on, leave their videos in `keep`.
+            advance: told how many videos are done.
+
+        Returns:
+            Whether all is done, rather than the time up.
+
+        Raises:
+            GenerationError: what a model or method refuses.
+        """
+        todo = [(setting, self.missing(setting, prompts)) for setting in self.settings]
+        advance(sum(len(prompts) - len(wanted) for _, wanted in todo))
+        if not any(wanted for _, wanted in todo):
+            return True
+        dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        for setting, wanted in todo:
+            if not wanted and setting.method != "dense":
+                continue
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self._flush()
+                return False
+            chosen = [prompts[i] for i in wanted]
+            if setting.method == "dense":
+                made = self._dense(prompts)
+                assert made.latents is not None
+                dense = made.videos, made.latents
+                made = replace(made, videos=made.videos[wanted], latents=made.latents[wanted])
+            elif setting.method == "ceiling":
+                made = self.batches.through_vae(chosen)
+            else:
+                made = self._made(setting, chosen, picture=self.keep is not None and 0 in wanted and kept > 0)
+            self._flush()
+            assert dense is not None
+            for place, (i, prompt) in enumerate(zip(wanted, chosen, strict=True)):
+                twin = None if setting.method in ("dense", "ceiling") else (dense[0][i], dense[1][i])
+                self._judge(setting, prompt, made, place, twin, keep=i < kept)
+            advance(len(wanted))
+        self._flush()
+        self._cache(prompts).unlink(missing_ok=True)
+        return True
+
+    def _made(self, setting: Setting, prompts: Sequence[Prompt], *, picture: bool = False) -> Made:
+        processor = self.conditions.processor(setting)
+        self.batches.warm_up(prompts, processor)
+        return self.batches.make(prompts, processor, seed_shift=setting.seed_shift, picture=picture)
+
+    def _dense(self, prompts: Sequence[Prompt]) -> Made:
+        """The dense videos of a batch: all others are compared with these very tensors, in a resumed run, too."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        path = self._cache(prompts)
+        numbers = ("count", "seconds", "denoise_seconds", "video_density", "average_density")
+        if path.exists():
+            with safe_open(str(path), framework="pt", device=str(self.batches.settings.device)) as file:
+                count, seconds, denoise, video, average = (float(file.metadata()[name]) for name in numbers)
+                tensors = (file.get_tensor("videos"), file.get_tensor("latents"))
+                return Made(*tensors, int(count), seconds, denoise, video, average)
+        made = self._made(Setting("dense"), prompts)
+        assert made.latents is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        tensors = {"videos": made.videos.contiguous(), "latents": made.latents.contiguous()}
+        save_file(tensors, part, {name: str(getattr(made, name)) for name in numbers})
+        part.replace(path)
+        return made
+
+    def _cache(self, prompts: Sequence[Prompt]) -> Path:
+        """Where the dense videos of a batch wait for the other settings."""
+        about = [self.identity(Setting("dense"), prompt) for prompt in prompts]
+        about.append({"dtype": self.batches.settings.dtype})
+        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return self.store.folder / f"dense-{name}.safetensors"
+
+    def _judge(
+        self,
+        setting: Setting,
+        prompt: Prompt,
+        made: Made,
+        place: int,
+        twin: tuple[torch.Tensor, torch.Tensor] | None,
+        keep: bool,
+    ) -> None:
+        """Put one video's row on the list of those that wait for the detectors."""
+        video, run = made.videos[place].float(), self.batches.settings
+        density = self.conditions.density(setting)
+        row: dict[str, Any] = self.identity(setting, prompt) | {
+            "method": setting.method, "quant": setting.quant, "dtype": run.dtype, "tokens": run.grid.tokens,
+            "asked_density": None if density is None else round(density, 4), "batch": made.count,
+            "convention": CONVENTION,
+        }  # fmt: skip
+        for name in ("video_density", "average_density", "seconds", "denoise_seconds"):
+            value = getattr(made, name)
+            row[name] = None if value is None else round(value, 4)
+        if twin is not None:
+            assert made.latents is not None
+            row |= fidelity_columns(video, twin[0].float(), made.latents[place], twin[1])
+        row |= dimension_columns(video)
+        if keep and self.keep is not None:
+            row |= self._save(setting, prompt, made, video)
+        seen = None
+        if prompt.of_world:
+            seen = self.submit(world_columns, video.transpose(0, 1).cpu().contiguous(), prompt, run.fps)
+        self._waiting.append((row | dict(self.where), seen))
+
+    def _save(self, setting: Setting, prompt: Prompt, made: Made, video: torch.Tensor) -> dict[str, str]:
+        """Keep a video, and the picture of the maps once; returns their names below the folder."""
+        assert self.keep is not None
+        run = self.batches.settings
+        folder = Path(f"{slug(run.source.name)}-{run.num_frames}x{run.height}x{run.width}")
+        names = {"video": folder / f"{prompt.seed}-{slug(prompt.prompt)[:60]}" / f"{slug(setting.name)}.mp4"}
+        (self.keep / names["video"]).parent.mkdir(parents=True, exist_ok=True)
+        part = (self.keep / names["video"]).with_suffix(".part")
+        write_mp4(part, video, run.fps)
+        part.replace(self.keep / names["video"])
+        if made.picture is not None:
+            names["map"] = folder / "maps" / f"{slug(setting.name)}.png"
+            (self.keep / names["map"]).parent.mkdir(parents=True, exist_ok=True)
+            (self.keep / names["map"]).write_bytes(made.picture.png)
+        shows = {} if made.picture is None else {"map_shows": made.picture.caption}
+        return {name: path.as_posix() for name, path in names.items()} | shows
+
+    def _flush(self) -> None:
+        """Wait for the detectors of the last batch, and write its rows."""
+        rows = [row if seen is None else row | seen.result() for row, seen in self._waiting]
+        if rows:
+            self.store.add(rows)
+        self._waiting.clear()
+
+
+def slug(text: str) -> str:
+    """A name for files: lower case words and numbers."""
+    return "-".join(re.findall(r"[a-z0-9.]+", text.lower()))
