@@ -18,7 +18,8 @@ no weights, densities, seconds, environment. A video that has a row is not made 
 same command, and one table can take many sizes. `--prompts` takes a list of the world, or text, a prompt a line; for
 such prompts, and any other model, there are no detectors and no ceiling.
 
-Exit code: 0 when every row is there, 2 for what cannot be run, 3 when `--seconds` were up before.
+Exit code: 0 when every row is there, 1 when a setting failed (the others go on), 2 for what cannot be run at all, 3
+when `--seconds` were up before.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, cali
 from videosparse.generation.errors import GenerationError, one_line
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
-METHODS = ("ceiling", "other-noise", "radial", "adaspa", "paro", "paro+int8", "paro+int8-fp8", "random")
+METHODS = ("ceiling", "other-noise", "radial", "adaspa", "random", "paro", "paro+int8", "paro+int8-fp8")
 DENSITIES = ("radial", "0.2")
 
 
@@ -152,7 +153,7 @@ class Plans:
 
 
 def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, prompts: list[Prompt]) -> Any:
-    """All models; returns (whether nothing is missing, the keys of this comparison in the order of the table)."""
+    """All models; returns (the keys of this comparison in the order of the table, what failed and why)."""
     settings = expand(args.methods, args.densities)
     of_world = all(prompt.of_world for prompt in prompts)
     if not of_world:
@@ -161,7 +162,8 @@ def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, 
     if device.startswith("cuda:") and not torch.cuda.is_available():
         device = "cpu"
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
-    complete, order = True, []
+    order: list[tuple[str, ...]] = []
+    failed: dict[str, str] = {}
     for model in args.models:
         batches = Batches(
             model, frames=args.frames, height=args.height, width=args.width, steps=args.steps, guidance=args.guidance,
@@ -184,8 +186,10 @@ def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, 
         mine = list(zip(every, firsts, strict=True))[state.process_index :: state.num_processes]
         with bar(state, sum(len(chunk) for chunk, _ in mine) * len(settings), source.name) as advance:
             for chunk, first in mine:
-                complete = work.run(chunk, max(0, kept - first), advance) and complete
-    return complete, order
+                if not work.run(chunk, max(0, kept - first), advance):
+                    break
+        failed |= {f"{source.name}, {name}": why for name, why in work.failed.items()}
+    return order, failed
 
 
 class bar:
@@ -244,23 +248,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = wanted_prompts(args)
         store = RowStore(args.output, COLUMNS, KEY, state.process_index)
         with workers(args.workers) as submit:
-            complete, order = compare(args, state, submit, store, prompts)
+            order, failed = compare(args, state, submit, store, prompts)
     except (GenerationError, ValueError) as error:
         print(f"Error: {one_line(error, 1000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on where it was.", file=sys.stderr)
         return 130
+    for setting, why in failed.items():
+        print(f"Failed: {setting}: {why}", file=sys.stderr)
     state.wait_for_everyone()
     if state.is_main_process:
-        rows = store.merge(order)
-        found = {store.key_of(row) for row in rows}
-        complete = found.issuperset(order)
-        summarise(rows, set(order), store)
-        print(f"{args.output}: {len(found & set(order))} of {len(order)} rows of this comparison")
-        if not complete:
-            print("The time was up; the same command goes on.", file=sys.stderr)
-    return 0 if complete else 3
+        found = merge(args, store, order)
+        if len(found) < len(order) and not failed:
+            print("The time was up, or another process failed; the same command goes on.", file=sys.stderr)
+            return 3
+    return 1 if failed else 0
+
+
+def merge(args: argparse.Namespace, store: RowStore, order: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Make one table; returns the keys of this comparison that have a row."""
+    rows = store.merge(order)
+    found = {store.key_of(row) for row in rows} & set(order)
+    summarise(rows, set(order), store)
+    print(f"{args.output}: {len(found)} of {len(order)} rows of this comparison")
+    return found
 
 
 if __name__ == "__main__":

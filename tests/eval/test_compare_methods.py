@@ -173,6 +173,24 @@ def test_time_that_is_up_ends_the_run(program, tmp_path, capsys):
     assert not output.exists()
 
 
+def test_a_setting_that_fails_leaves_the_others(program, tmp_path, monkeypatch, capsys):
+    original = Batches.make
+
+    def make(self, prompts, processor, **more):
+        if type(processor).__name__ == "RandomProcessor":
+            raise RuntimeError("no such kernel\nat all")
+        return original(self, prompts, processor, **more)
+
+    monkeypatch.setattr(Batches, "make", make)
+    command = [*SMALL, "--steps", "2", "--limit", "1", "--output", str(tmp_path / "rows.csv")]
+    assert program.main([*command, "--methods", "random", "radial"]) == 1
+    assert "Failed: tiny-wan, random 0.5: RuntimeError: no such kernel at all\n" in capsys.readouterr().err
+    assert [row["setting"] for row in read_table(tmp_path / "rows.csv")] == ["dense", "radial"]
+    monkeypatch.undo()
+    assert program.main([*command, "--methods", "random", "radial"]) == 0
+    assert [row["setting"] for row in read_table(tmp_path / "rows.csv")] == ["dense", "random 0.5", "radial"]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

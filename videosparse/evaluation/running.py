@@ -85,7 +85,6 @@ class Batches:
             )
         )  # fmt: skip
         self.pipe = load_pipeline(self.settings)[0] if pipe is None else pipe
-        self._warm: set[tuple[int, ...]] = set()
 
     def size(self, prompts: int) -> int:
         """How many videos to make at once where nobody says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import re
 import time
@@ -29,6 +30,7 @@ from videosparse.evaluation.prompts import Prompt
 from videosparse.evaluation.running import Batches, Made
 from videosparse.evaluation.settings import Conditions, Setting
 from videosparse.evaluation.table import RowStore
+from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.video import write_mp4
 from videosparse.metrics.fidelity import CONVENTION
 
@@ -42,6 +44,8 @@ COLUMNS = (
     "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "convention", "dtype", "video", "map", "map_shows",
     *WHERE,
 )  # fmt: skip
+
+logger = logging.getLogger("videosparse")
 
 Submit = Callable[..., Future[Any]]
 
@@ -75,6 +79,7 @@ class Comparison:
         submit: runs the detectors; see `workers`.
         keep: folder for videos and maps; None keeps none.
         deadline: monotonic time at which no further batch is begun; None is never.
+        failed: settings that could not be run, and why.
     """
 
     batches: Batches
@@ -85,6 +90,8 @@ class Comparison:
     submit: Submit
     keep: Path | None = None
     deadline: float | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    _warm: set[Setting] = field(default_factory=set)
     _waiting: list[tuple[dict[str, Any], Future[Any] | None]] = field(default_factory=list)
 
     def identity(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
@@ -110,12 +117,13 @@ class Comparison:
             advance: told how many videos are done.
 
         Returns:
-            Whether all is done, rather than the time up.
+            Whether there was time for all. A setting that fails is noted in `failed` and left out from then on.
 
         Raises:
-            GenerationError: what a model or method refuses.
+            GenerationError: dense videos cannot be made.
         """
-        todo = [(setting, self.missing(setting, prompts)) for setting in self.settings]
+        able = [setting for setting in self.settings if setting.name not in self.failed]
+        todo = [(setting, self.missing(setting, prompts)) for setting in able]
         advance(sum(len(prompts) - len(wanted) for _, wanted in todo))
         if not any(wanted for _, wanted in todo):
             return True
@@ -132,10 +140,11 @@ class Comparison:
                 assert made.latents is not None
                 dense = made.videos, made.latents
                 made = replace(made, videos=made.videos[wanted], latents=made.latents[wanted])
-            elif setting.method == "ceiling":
-                made = self.batches.through_vae(chosen)
             else:
-                made = self._made(setting, chosen, picture=self.keep is not None and 0 in wanted and kept > 0)
+                other = self._other(setting, chosen, picture=self.keep is not None and 0 in wanted and kept > 0)
+                if other is None:
+                    continue
+                made = other
             self._flush()
             assert dense is not None
             for place, (i, prompt) in enumerate(zip(wanted, chosen, strict=True)):
@@ -146,9 +155,25 @@ class Comparison:
         self._cache(prompts).unlink(missing_ok=True)
         return True
 
+    def _other(self, setting: Setting, prompts: Sequence[Prompt], *, picture: bool) -> Made | None:
+        """The videos of a setting that is not dense; None where it fails, which the others survive."""
+        try:
+            if setting.method == "ceiling":
+                return self.batches.through_vae(prompts)
+            return self._made(setting, prompts, picture=picture)
+        except Exception as error:
+            logger.debug("setting %s failed", setting.name, exc_info=True)
+            told = (
+                one_line(error) if isinstance(error, GenerationError) else f"{type(error).__name__}: {one_line(error)}"
+            )
+            self.failed[setting.name] = told
+            return None
+
     def _made(self, setting: Setting, prompts: Sequence[Prompt], *, picture: bool = False) -> Made:
         processor = self.conditions.processor(setting)
-        self.batches.warm_up(prompts, processor)
+        if setting not in self._warm:
+            self.batches.warm_up(prompts, processor)
+            self._warm.add(setting)
         return self.batches.make(prompts, processor, seed_shift=setting.seed_shift, picture=picture)
 
     def _dense(self, prompts: Sequence[Prompt]) -> Made:
@@ -161,8 +186,8 @@ class Comparison:
         if path.exists():
             with safe_open(str(path), framework="pt", device=str(self.batches.settings.device)) as file:
                 count, seconds, denoise, video, average = (float(file.metadata()[name]) for name in numbers)
-                tensors = (file.get_tensor("videos"), file.get_tensor("latents"))
-                return Made(*tensors, int(count), seconds, denoise, video, average)
+                videos, latents = (file.get_tensor(name) for name in ("videos", "latents"))
+                return Made(videos, latents, int(count), seconds, denoise, video, average)
         made = self._made(Setting("dense"), prompts)
         assert made.latents is not None
         path.parent.mkdir(parents=True, exist_ok=True)
