@@ -137,7 +137,7 @@ _VIEWER = """<section id="videos"><h2>Videos</h2>
 
 
 def _size_section(size: Size, videos: Path | None) -> str:
-    body = [f"<p>{escape(size.about)}</p>", _table(size), _costs(size), _drifts(size)]
+    body = [f"<p>{escape(size.about)}</p>", _table(size), _differences(size), _costs(size), _drifts(size)]
     if videos is not None:
         body.append(_maps(size, videos))
     return f'<section id="{size.anchor}"><h2>{escape(size.title)}</h2>{"".join(body)}</section>'
@@ -160,6 +160,51 @@ def _table(size: Size) -> str:
         f'<div class="scroll" {where}><table><thead><tr><th scope="col">setting</th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _differences(size: Size) -> str:
+    """What is sure about one setting against another: differences of the same prompt and noise."""
+    dense, radial = size.group("dense"), size.group("radial")
+    lines = []
+    for group in size.groups:
+        if not group.is_sparse:
+            continue
+        floor = size.group("random", group.rows[0].get("asked_density", "") or _density_of(size, radial))
+        pairs = [
+            (floor if group is not floor else None, _OVER[0]), (radial if group is not radial else None, _OVER[0]),
+            *((dense, column) for column in _OVER[1:]),
+        ]  # fmt: skip
+        found = [(None if other is None else group.difference(other, column.name), column) for other, column in pairs]
+        if any(value is not None for value, _ in found):
+            name = f'<th scope="row"><i class="{_css(group)}"></i>{escape(group.setting)}</th>'
+            lines.append(f"<tr>{name}{''.join(_cell(value, column) for value, column in found)}</tr>")
+    if not lines:
+        return ""
+    heads = ["PSNR over random, dB", "PSNR over radial, dB", *(f"{column.title} less dense" for column in _OVER[1:])]
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    where = f'tabindex="0" role="region" aria-label="Differences, {escape(size.title)}"'
+    return (
+        "<h3>Prompt by prompt</h3><p>Means of differences between two videos of the same prompt and noise; an interval "
+        "without 0 is sure of its sign. Random is at the density that was asked of the method.</p>"
+        f'<div class="scroll" {where}><table><thead><tr><th scope="col">setting</th>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _density_of(size: Size, radial: Group | None) -> str:
+    """What a method is asked for that is to have Radial's density, as rows write it."""
+    mean = None if radial is None else radial.mean("video_density")
+    asked = {group.rows[0].get("asked_density", "") for group in size.groups} - {""}
+    near = [text for text in asked if mean is not None and abs(float(text) - mean.mean) < 0.002]
+    return near[0] if near else "none"
+
+
+_OVER = (
+    Column("PSNR", "psnr_db", 1, ""),
+    Column("all right", "all_right", 0, "", percent=True),
+    Column("permanence", "permanence", 1, "", percent=True),
+    *(Column(name.replace("_", " "), name, 4, "") for name in DIMENSIONS),
+)
 
 
 def _cell(value: Interval | None, column: Column) -> str:
@@ -253,6 +298,8 @@ def _drifts(size: Size) -> str:
             named += [s for s in series if s.name not in {n.name for n in named}]
     if not charts:
         return ""
+    place = [group.setting for group in size.groups]
+    named.sort(key=lambda series: place.index(series.name))
     return f'<h3>By quarter of the video</h3>{legend(named)}<div class="charts">{"".join(charts)}</div>'
 
 

@@ -11,6 +11,7 @@ from videosparse.evaluation.bootstrap import Interval
 
 _WIDTH, _HEIGHT = 440, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 44
+_BESIDE = 4.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def chart(
     x_ticks = [(x, _tidy(x)) for x in round_ticks(min(xs), max(xs))] if ticks is None else list(ticks)
     frame = _Frame(_span([x for x, _ in x_ticks], xs), _span(y_ticks, ys))
     parts = [*_grid(frame, x_ticks, y_ticks), *_levels(frame, levels)]
-    parts += [mark for s in series for mark in _marks(frame, s)]
+    # whiskers of several methods at one place stand beside each other
+    beside = [_BESIDE * (number - (len(series) - 1) / 2) for number in range(len(series))]
+    parts += [mark for s, off in zip(series, beside, strict=True) for mark in _marks(frame, s, off)]
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(
@@ -131,7 +134,7 @@ class _Frame:
 
     def x(self, value: float) -> float:
         share = (value - self.x_span[0]) / (self.x_span[1] - self.x_span[0])
-        return _LEFT + 8 + share * (_WIDTH - _LEFT - _RIGHT - 16)
+        return _LEFT + 16 + share * (_WIDTH - _LEFT - _RIGHT - 32)
 
     def y(self, value: float) -> float:
         share = (value - self.y_span[0]) / (self.y_span[1] - self.y_span[0])
@@ -152,7 +155,7 @@ def _grid(frame: _Frame, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence
 
 def _levels(frame: _Frame, levels: Sequence[Level]) -> list[str]:
     parts = []
-    for level in levels:
+    for number, level in enumerate(levels):
         if level.upright:
             x = frame.x(level.value)
             ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"'
@@ -162,21 +165,23 @@ def _levels(frame: _Frame, levels: Sequence[Level]) -> list[str]:
             y = frame.y(level.value)
             ends = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
             above = y - 5 if y > _TOP + 14 else y + 13
-            text = f'x="{_WIDTH - _RIGHT - 2}" y="{above:.1f}" text-anchor="end"'
+            # names of two anchors of nearly one value must not cover each other
+            place, side = (_WIDTH - _RIGHT - 2, "end") if number % 2 else (_LEFT + 3, "start")
+            text = f'x="{place}" y="{above:.1f}" text-anchor="{side}"'
         parts.append(f'<g class="{level.css}"><line class="level" {ends}/><text class="name" {text}>')
         parts.append(f"{escape(level.name)}</text></g>")
     return parts
 
 
-def _marks(frame: _Frame, series: Series) -> list[str]:
+def _marks(frame: _Frame, series: Series, off: float) -> list[str]:
     if not series.points:
         return []
     parts = [f'<g class="{series.css}">']
     if len(series.points) > 1:
-        path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y.mean):.1f}" for p in series.points)
+        path = " ".join(f"{frame.x(p.x) + off:.1f},{frame.y(p.y.mean):.1f}" for p in series.points)
         parts.append(f'<polyline class="line" stroke-dasharray="{series.dash}" points="{path}"/>')
     for p in series.points:
-        x, y = frame.x(p.x), frame.y(p.y.mean)
+        x, y = frame.x(p.x) + off, frame.y(p.y.mean)
         parts.append(
             f'<g><title>{escape(p.label)}</title><line class="whisker" x1="{x:.1f}" x2="{x:.1f}" '
             f'y1="{frame.y(p.y.low):.1f}" y2="{frame.y(p.y.high):.1f}"/>'

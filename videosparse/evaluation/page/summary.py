@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,13 @@ class Group:
         values = [value for row in self.rows if (value := number(row, name)) is not None]
         return interval(values) if values else None
 
+    def difference(self, other: Group, name: str) -> Interval | None:
+        """Mean of a column less that of another setting, prompt by prompt; None where they share no video."""
+        theirs = {(row["prompt"], row["seed"]): number(row, name) for row in other.rows}
+        pairs = [(number(row, name), theirs.get((row["prompt"], row["seed"]))) for row in self.rows]
+        found = [a - b for a, b in pairs if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)]
+        return interval(found) if found else None
+
     def quarters(self, name: str) -> list[Interval | None]:
         """Means of a column that comes by quarter."""
         return [self.mean(f"{name}_q{q}") for q in range(1, QUARTERS + 1)]
@@ -94,9 +102,10 @@ class Size:
             f"{count} videos a method"
         )
 
-    def group(self, method: str) -> Group | None:
-        """The first setting of a method."""
-        return next((g for g in self.groups if g.method == method), None)
+    def group(self, method: str, asked: str | None = None) -> Group | None:
+        """The first setting of a method, with an asked density where that is given."""
+        same = (g for g in self.groups if g.method == method)
+        return next((g for g in same if asked is None or g.rows[0].get("asked_density", "") == asked), None)
 
 
 def sizes_of(rows: Sequence[Row]) -> list[Size]:

@@ -1,0 +1,231 @@
+"""The page about a comparison: what is in it, and that it works in a browser of the system's packages."""
+
+import base64
+import importlib.util
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("scipy")
+
+from videosparse.benchmark.rows import WHERE
+from videosparse.evaluation.bootstrap import interval
+from videosparse.evaluation.maps import _mosaic, _png
+from videosparse.evaluation.prompts import load_prompts
+from videosparse.evaluation.table import write_table
+from videosparse.evaluation.work import COLUMNS
+from videosparse.generation.video import write_mp4
+from videosparse.synthetic.render import render
+
+ROOT = Path(__file__).parents[2]
+FRAMES, FPS = 33, 16
+SETTINGS = {
+    "dense": ("dense", "", "", 1.0, None),
+    "ceiling": ("ceiling", "", "", None, None),
+    "other noise": ("other-noise", "", "", 1.0, 14.0),
+    "radial": ("radial", "", "", 0.44, 35.0),
+    "adaspa, density of radial": ("adaspa", 0.44, "", 0.44, 39.0),
+    "adaspa 0.2": ("adaspa", 0.2, "", 0.2, 31.0),
+    "paro 0.2, int8": ("paro", 0.2, "int8", 0.2, 33.0),
+    "random 0.2": ("random", 0.2, "", 0.2, 20.0),
+}
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def program():
+    return load("report", ROOT / "eval" / "report.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Rows of two sizes and eight settings, and for one size videos of two prompts: rendered, not generated."""
+    import torch
+
+    path = tmp_path_factory.mktemp("comparison")
+    prompts = load_prompts(ROOT / "eval/prompts/world64.json")[:4]
+    videos = render([p.scene() for p in prompts[:2]], FRAMES, 64, 64).transpose(1, 2)
+    rows = []
+    for frames in (FRAMES, 81):
+        for setting, (method, asked, quant, density, psnr) in SETTINGS.items():
+            for number, prompt in enumerate(prompts):
+                row = {
+                    "model": "tiny-wan", "setting": setting, "prompt": prompt.prompt, "seed": prompt.seed,
+                    "frames": frames, "height": 64, "width": 64, "steps": 20, "guidance": 4.0, "block": "64x64",
+                    "first_steps": 0.2, "method": method, "asked_density": asked, "quant": quant, "tokens": 2304,
+                    "video_density": density, "average_density": density and 0.2 + 0.8 * density,
+                    "denoise_seconds": density and 0.1 + density, "psnr_db": psnr and psnr + number,
+                    "ssim": psnr and 0.9 + number / 100, "all_right": int(number > 0), "permanence": 0.9,
+                    "colour_error": 3.0, "temporal_flickering": 0.98, **dict.fromkeys(WHERE, "here <&>"),
+                }  # fmt: skip
+                for q in range(1, 5):
+                    row |= {f"psnr_db_q{q}": psnr and psnr - q, f"permanence_q{q}": 1 - q / 20}
+                if frames == FRAMES and number < 2:
+                    row["video"] = f"{number}/{method}-{asked}.mp4"
+                    (path / row["video"]).parent.mkdir(exist_ok=True)
+                    write_mp4(path / row["video"], videos[number], FPS)
+                if frames == FRAMES and number == 0 and method in ("radial", "adaspa"):
+                    row |= {"map": f"{method}.png", "map_shows": "all layers, all heads, blocks of 64x64"}
+                    (path / row["map"]).write_bytes(_png(_mosaic([[torch.eye(9).bool()]])))
+                rows.append(row)
+    write_table(path / "rows.csv", rows, COLUMNS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(program, folder):
+    path = folder / "report.html"
+    command = [str(folder / "rows.csv"), "--videos", str(folder), "--output", str(path), "--title", "Two & a half"]
+    assert program.main(command) == 0
+    return path
+
+
+class Balance(HTMLParser):
+    """Tags that are open, and ids that were seen."""
+
+    VOID = {"meta", "link", "input", "img", "line", "circle", "polyline", "br"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.ids += [named["id"]] if "id" in named else []
+        self.links += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_holds_everything(page):
+    text = page.read_text()
+    found = Balance()
+    found.feed(text)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    assert all(link.startswith(("#", "data:")) for link in found.links), "nothing is loaded from elsewhere"
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+    assert all(link[1:] in found.ids for link in found.links if link.startswith("#"))
+    assert "<title>Two &amp; a half</title>" in text
+    assert "here &lt;&amp;&gt;" in text
+    low, high = interval([35, 36, 37, 38])[1:]
+    assert f"<td>36.5<small>{low:.1f} to {high:.1f}</small></td>" in text
+    assert "<td>75 %<small>" in text
+    assert text.count("<svg viewBox") > 10
+    assert text.count('<img src="data:image/png') == 3
+
+
+def test_a_page_without_videos(program, folder, tmp_path):
+    path = tmp_path / "report.html"
+    assert program.main([str(folder / "rows.csv"), "--output", str(path)]) == 0
+    assert 'id="players"' not in path.read_text()
+
+
+def test_what_is_missing_is_told(program, folder, tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert program.main([str(folder / "rows.csv"), "--videos", str(tmp_path), "--output", str(path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert program.main([str(tmp_path / "none.csv"), "--output", str(path)]) == 2
+    (tmp_path / "empty.csv").write_text(",".join(COLUMNS) + "\n")
+    assert program.main([str(tmp_path / "empty.csv"), "--output", str(path)]) == 2
+    assert "has no rows" in capsys.readouterr().err
+    assert not path.exists()
+
+
+TIMES = "[...document.querySelectorAll('video')].map((video) => video.currentTime)"
+
+# how far apart the videos are, over a second of the page's own clock
+SPREADS = f"""new Promise((done) => {{
+    const spreads = [], end = performance.now() + 1000;
+    const look = () => {{
+        const times = {TIMES};
+        spreads.push(Math.max(...times) - Math.min(...times));
+        performance.now() < end ? requestAnimationFrame(look) : done(spreads);
+    }};
+    look();
+}})"""
+
+
+@pytest.fixture(scope="module")
+def browser_module():
+    module = load("browser", ROOT / "tests" / "browser.py")
+    if module.find_browser() is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium): the page was not opened")
+    pytest.importorskip("websockets")
+    return module
+
+
+def test_videos_play_together_and_follow_the_slider(page, browser_module):
+    with browser_module.Browser() as browser:
+        browser.open(page)
+        browser.wait("document.querySelectorAll('video').length === 5")
+        browser.wait("[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)")
+        assert browser.run(TIMES) == pytest.approx([0.5 / FPS] * 5, abs=1e-3)
+
+        browser.run("document.getElementById('play').click()")
+        browser.wait(f"{TIMES}[0] > 0.5")
+        spreads = sorted(browser.run(SPREADS))
+        assert spreads[len(spreads) * 9 // 10] <= 1 / FPS, "in step within a frame, but for a hiccup of the machine"
+        assert browser.run("Number(document.getElementById('scrub').value)") > 4
+        assert browser.run("document.getElementById('play').textContent") == "Pause"
+        # past the end it begins again
+        browser.wait(f"{TIMES}[0] < 0.4")
+        assert not browser.run("document.querySelector('video').paused")
+
+        slide = "const s = document.getElementById('scrub'); s.value = 20; s.dispatchEvent(new Event('input'))"
+        browser.run(f"(() => {{ {slide} }})()")
+        browser.wait("[...document.querySelectorAll('video')].every((video) => !video.seeking && video.paused)")
+        assert browser.run(TIMES) == pytest.approx([20.5 / FPS] * 5, abs=1e-3)
+        assert browser.run("document.getElementById('frame').textContent") == "21 of 33"
+        browser.press("ArrowRight")
+        browser.wait(f"{TIMES}.every((time) => Math.abs(time - {21.5 / FPS}) < 1e-3)")
+        browser.press(" ")
+        browser.wait("!document.querySelector('video').paused")
+        browser.press(" ")
+        browser.wait("document.querySelector('video').paused")
+        assert browser.complaints == []
+
+
+def test_other_prompts_and_methods_can_be_chosen(page, browser_module):
+    with browser_module.Browser(390, 844, dark=True, phone=True) as browser:
+        browser.open(page)
+        browser.wait("document.querySelectorAll('video').length === 5")
+        assert browser.run("document.documentElement.scrollWidth") == 390, "nothing sticks out on a phone"
+        told = "document.querySelector('video').getAttribute('aria-label')"
+        before = browser.run(told)
+        change = (
+            "const p = document.getElementById('prompt'); p.selectedIndex = 1; p.dispatchEvent(new Event('change'))"
+        )
+        browser.run(f"(() => {{ {change} }})()")
+        assert browser.run(told) != before
+        names = "[...document.querySelectorAll('#players figcaption b')].map((name) => name.textContent)"
+        assert browser.run(names) == ["dense", "radial", "adaspa 0.2", "paro 0.2, int8", "random 0.2"]
+        browser.run("document.querySelectorAll('#shown input')[1].click()")
+        assert browser.run(names)[:2] == ["dense", "ceiling"]
+        browser.wait("[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)")
+        light = "getComputedStyle(document.body).backgroundColor"
+        assert sum(map(int, re.findall(r"\d+", browser.run(light)))) < 3 * 60, "dark where that is preferred"
+        unnamed = "[...document.querySelectorAll('button,input,select,video,svg[role]')].filter((x) => "
+        unnamed += "!(x.getAttribute('aria-label') || x.labels?.length || x.textContent.trim())).length"
+        assert browser.run(unnamed) == 0
+        assert browser.complaints == []
+
+
+def test_the_embedded_videos_are_those_of_the_folder(page, folder):
+    data = base64.b64encode((folder / "0" / "radial-.mp4").read_bytes()).decode()
+    assert data in page.read_text()
