@@ -22,8 +22,8 @@ Written to FOLDER/scores, or to --output; a killed run goes on where it was when
     NAME_drift.csv           with --long: cosine of the first clip and later ones
     NAME_fidelity.csv        with --reference
 
-LPIPS is computed where its weights are. `--summarise RESULTS.json` prints the totals of a results file, ours or VBench's.
-Exit code 0 if everything that was asked for was computed, 1 if something is missing (told a line each), 2 if the
+LPIPS is computed where its weights are. `--summarise RESULTS.json` prints the totals of a results file, also of one by
+VBench. Exit code 0 if all that was asked for was computed, 1 if something is missing (told a line each), 2 if the
 request cannot be carried out.
 """
 

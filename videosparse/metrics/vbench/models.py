@@ -217,11 +217,9 @@ def _load_musiq(weights: Weights) -> Any:
     path = weights.file("musiq")
     from pyiqa.archs.musiq_arch import MUSIQ
 
-    try:
-        return MUSIQ(pretrained_model_path=str(path))
-    except (RuntimeError, KeyError) as error:
-        told = " ".join(str(error).split())[:120]
-        raise MissingError(f"{path} holds the weights of another model ({told}); fetch it again.") from error
+    model = MUSIQ(pretrained=False)
+    fit_state(model, read_state(path), path)
+    return model
 
 
 _LOADERS: dict[str, Callable[[Weights], Any]] = {

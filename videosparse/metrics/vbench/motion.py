@@ -147,8 +147,8 @@ def _dis(video: Video) -> Callable[[Image, Image], Flow]:
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def flow(first: Image, second: Image) -> Flow:
-        grey = (cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_RGB2GRAY) for x in (first, second))
-        found: Flow = search.calc(*grey, None)
+        before, after = (cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_RGB2GRAY) for x in (first, second))
+        found: Flow = search.calc(before, after, None)
         return found
 
     return flow

@@ -169,13 +169,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def fit_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load tensors into a module.
+    """Load tensors into a module; names may begin with the "module." of parallel training.
 
     Raises:
         MissingError: they are another model's.
     """
     try:
-        module.load_state_dict(state)
+        module.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
     except (RuntimeError, AttributeError) as error:
         raise MissingError(f"{path} holds the weights of another model ({_told(error)}); fetch it again.") from error
 
