@@ -65,6 +65,7 @@ from videosparse.metrics.vbench.tables import (
     drift_rows,
     video_rows,
 )
+from videosparse.metrics.video import find_videos
 
 FREE = "free"
 SHOWN = 60  # letters of a file's name beside the bar
@@ -112,6 +113,8 @@ def score(args: argparse.Namespace) -> int:
     folder: Path = args.folder
     output: Path = args.output or folder / "scores"
     prefix = args.name or folder.resolve().name
+    if args.reference:
+        find_videos(args.reference)  # told before hours of scoring
     ledger = Ledger(output / f"{prefix}_ledger.jsonl", {"long": args.long})
     weights = Weights(args.weights, download=not args.no_download)
     names = dimensions_asked(args.dimensions)

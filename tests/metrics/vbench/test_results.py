@@ -110,6 +110,7 @@ def test_bootstrap():
 def test_a_ledger_goes_on(tmp_path):
     path = tmp_path / "deep" / "ledger.jsonl"
     ledger = Ledger(path, {"long": False})
+    assert not path.parent.exists()
     ledger.put("a.mp4", "temporal_flickering", "stamp", {"value": 0.5})
     again = Ledger(path, {"long": False})
     assert again.get("a.mp4", "temporal_flickering", "stamp") == {"value": 0.5}
@@ -135,7 +136,7 @@ def test_a_torn_line_is_dropped(tmp_path):
 
 def test_ledgers_of_other_runs_are_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    Ledger(path, {"long": False})
+    Ledger(path, {"long": False}).put("a", "x", "s", 1)
     with pytest.raises(ValueError, match=r"another long \(False there, True now\)"):
         Ledger(path, {"long": True})
     path.write_text("hello\n")

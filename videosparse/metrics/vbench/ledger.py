@@ -18,12 +18,12 @@ class Ledger:
     first line says with which settings: another run's lines are refused. A last line that a kill cut short is dropped.
 
     Args:
-        path: of the file, made with its folder where there is none.
+        path: of the file, made with its folder when there is something to keep.
         settings: what all lines have in common, plain values.
 
     Raises:
         ValueError: the file is no ledger, or is of other settings; one line for people.
-        OSError: it cannot be written.
+        OSError: it cannot be read.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -34,11 +34,9 @@ class Ledger:
         whole = raw[: raw.rfind(b"\n") + 1]
         if whole:
             self._read(whole, header)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if len(whole) < len(raw):  # or the next line would be glued to the torn one
             os.truncate(path, len(whole))
-        if not whole:
-            self._append(header)
+        self._first = None if whole else header
 
     def get(self, video: str, what: str, stamp: str) -> Any:
         """The value of a score that is known for these very files, else None."""
@@ -51,6 +49,10 @@ class Ledger:
         Raises:
             OSError: it cannot be written.
         """
+        if self._first is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(self._first)
+            self._first = None
         self._append({"video": video, "what": what, "stamp": stamp, "value": value})
         self._known[video, what] = stamp, value
 

@@ -155,7 +155,7 @@ def _jobs(
         scores.notes += [f"{name}: its prompt is not in the suite; left out." for name in strangers]
         bare = suite.without_videos(files, [d.name for d in chosen])
         if bare:
-            scores.notes.append(f"{len(bare)} prompts of the suite have no video, such as {bare[0]!r}.")
+            scores.notes.append(f"Prompts of the suite without a video: {len(bare)}, such as {bare[0]!r}.")
     return jobs
 
 
