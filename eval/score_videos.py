@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -153,6 +154,8 @@ def dimensions_asked(names: list[str] | None) -> list[str] | None:
 def score_dimensions(
     args: argparse.Namespace, names: list[str] | None, suite: Suite | None, ledger: Ledger, weights: Weights
 ) -> FolderScores:
+    transformers.utils.logging.disable_progress_bar()  # its bars for loading would tear ours
+    transformers.utils.logging.set_verbosity_error()
     models = Models(weights, args.device)
     with bar("score") as progress:
         return score_folder(

@@ -93,7 +93,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(VideoError, match=r"^junk-0.mp4: cannot be read \(Invalid data"):
         read_video(junk)
     junk.write_bytes(b"")
-    with pytest.raises(VideoError, match=r"^junk-0.mp4: cannot be read"):
+    with pytest.raises(VideoError, match=r"^junk-0.mp4: is empty; it has no bytes"):
         read_video(junk)
     whole = footage.save(tmp_path, footage.pan(2), "cut-0.mp4").read_bytes()
     (tmp_path / "cut-0.mp4").write_bytes(whole[: len(whole) // 2])
@@ -122,6 +122,17 @@ def test_a_sound_file_has_no_video(tmp_path):
         file.mux(stream.encode())
     with pytest.raises(VideoError, match="has no video stream"):
         read_video(tmp_path / "sound.mp4")
+
+
+def test_a_container_without_frames(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "empty.mkv"), "w") as file:
+        stream = file.add_stream("mjpeg", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        file.start_encoding()
+    with pytest.raises(VideoError, match=r"empty.mkv: is empty; it has no frames"):
+        read_video(tmp_path / "empty.mkv")
 
 
 def test_raw_frames_without_a_rate(tmp_path):

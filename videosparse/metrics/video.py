@@ -206,6 +206,8 @@ def _decode(path: Path) -> Video:
     import av
 
     name = path.name
+    if path.is_file() and not path.stat().st_size:
+        raise VideoError(f"{name}: is empty; it has no bytes.")
     try:
         with av.open(str(path)) as file:
             if not file.streams.video:
@@ -213,6 +215,8 @@ def _decode(path: Path) -> Video:
             stream = file.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate
             frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
+    except av.EOFError:  # nothing but a header
+        frames, rate = [], None
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise VideoError(f"{name}: cannot be read ({reason}).") from error

@@ -201,8 +201,9 @@ def test_tables(folder, ledger):
 
 
 def test_an_unknown_dimension(folder, ledger):
-    with pytest.raises(ValueError, match="Unknown dimension 'colour'; computed here are subject_consistency"):
-        score_folder(folder, ledger, dimensions=["colour"])
+    for name, told in (("colour", "Unknown dimension 'colour'"), ("color", "VBench's dimension 'color'")):
+        with pytest.raises(ValueError, match=rf"{told} is not computed here; these are: subject_consistency"):
+            score_folder(folder, ledger, dimensions=[name])
 
 
 def test_names_of_videos():

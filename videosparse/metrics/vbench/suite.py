@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from videosparse.metrics.vbench import DIMENSIONS
+from videosparse.metrics.vbench import DIMENSIONS, SCALES
 from videosparse.metrics.vbench.dimension import Context, Dimension, VideoScore
 from videosparse.metrics.vbench.drift import DriftCurve, clip_bounds, drift
 from videosparse.metrics.vbench.ledger import Ledger, stamp_of
@@ -121,7 +121,8 @@ def choose(names: Sequence[str] | None) -> list[Dimension]:
     """
     for name in names or ():
         if name not in DIMENSIONS:
-            raise ValueError(f"Unknown dimension {name!r}; computed here are {', '.join(DIMENSIONS)}.")
+            what = "VBench's dimension" if name in SCALES else "Unknown dimension"
+            raise ValueError(f"{what} {name!r} is not computed here; these are: {', '.join(DIMENSIONS)}.")
     return [dimension for name, dimension in DIMENSIONS.items() if names is None or name in names]
 
 
