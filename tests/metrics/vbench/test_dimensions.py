@@ -1,6 +1,9 @@
 """Formulas on constructed videos: a still, a cut, a pan, a shake, noise; values worked out by hand."""
 
+import json
 import math
+import random
+from pathlib import Path
 
 import footage
 import pytest
@@ -10,6 +13,8 @@ from videosparse.metrics.vbench import DIMENSIONS, SCALES, WITHOUT_WEIGHTS, Cont
 from videosparse.metrics.vbench.consistency import consistency
 from videosparse.metrics.vbench.motion import fastest, is_dynamic, middle_frame
 from videosparse.metrics.video import VideoError, as_video
+from videosparse.synthetic.render import render
+from videosparse.synthetic.scene import arrange_scene
 
 
 def score(name, video, context=None):
@@ -149,3 +154,33 @@ def test_pooling():
     scores = [VideoScore(1.0, 10), VideoScore(0.0, 30)]
     assert subject.pool(scores) == pytest.approx(0.25)  # over pairs, as VBench pools what it averages over frames
     assert flicker.pool(scores) == pytest.approx(0.5)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """Rendered truth of eight prompts, and whether anything moves in it."""
+    prompts = json.loads((Path(__file__).parents[3] / "eval" / "prompts" / "world64.json").read_text())["prompts"][:8]
+    listed = [tuple((o["shape"], o["colour"], o["motion"]) for o in p["objects"]) for p in prompts]
+    scenes = [arrange_scene(random.Random(p["seed"]), o, p["background"]) for p, o in zip(prompts, listed, strict=True)]
+    moving = [p["background"] == "stripes" or any(o["motion"] != "static" for o in p["objects"]) for p in prompts]
+    return render(scenes, 33, 128, 128).transpose(1, 2), moving
+
+
+@pytest.mark.parametrize("damage", ["noise", "flicker", "repeats", "shuffled"])
+def test_the_proxy_of_smoothness_falls_with_every_damage(worlds, damage):
+    generator = torch.Generator().manual_seed(0)
+    truth = worlds[0]
+    damaged = {
+        "noise": lambda: truth + 0.02 * torch.randn(truth.shape, generator=generator),
+        "flicker": lambda: truth * (1 + 0.1 * torch.randn(1, 33, 1, 1, 1, generator=generator)),
+        "repeats": lambda: truth[:, [t - 1 if t and t % 4 == 0 else t for t in range(33)]],
+        "shuffled": lambda: truth[:, torch.randperm(33, generator=generator)],
+    }[damage]().clamp(0, 1)
+    means = [sum(score("motion_smoothness", as_video(v, 16)) for v in videos) / 8 for videos in (truth, damaged)]
+    assert means[0] > 0.995
+    assert means[1] < means[0] - 0.002
+
+
+def test_what_moves_is_found_without_weights(worlds):
+    videos, moving = worlds
+    assert [score("dynamic_degree_dis", as_video(v, 16)) for v in videos] == [float(m) for m in moving]
