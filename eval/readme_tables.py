@@ -204,6 +204,39 @@ def fidelity() -> str:
     return markdown(["setting", "video density", "averaged over the run", "PSNR, dB", "SSIM"], lines)
 
 
+def methods() -> str:
+    """Every method of `eval/compare_methods.py` at every size, with the anchors."""
+    if not (RESULTS / "method_comparison.csv").exists():
+        return UNMEASURED
+    from videosparse.evaluation.page.summary import sizes_of
+
+    lines = []
+    for size in sizes_of(read("method_comparison")):
+        for group in size.groups:
+            cells = [_sure(group.mean(name), digits, factor) for name, digits, factor in METHOD_COLUMNS]
+            lines.append([f"{size.key['frames']}x{size.key['height']}x{size.key['width']}", group.setting, *cells])
+    head = [
+        "frames x H x W", "setting", "video density", "PSNR against dense, dB", "SSIM", "latents, relative L1",
+        "all right, %", "motion class right, %", "permanence, %", "temporal flickering",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+METHOD_COLUMNS = (
+    ("video_density", 0, 0), ("psnr_db", 1, 1), ("ssim", 3, 1), ("latent_l1", 3, 1), ("all_right", 0, 100),
+    ("motion_right", 0, 100), ("permanence", 1, 100), ("temporal_flickering", 4, 1),
+)  # fmt: skip
+
+
+def _sure(found: tuple[float, float, float] | None, digits: int, factor: int) -> str:
+    """A mean with its interval; a density, which has none, by its mean alone; "-" where there is nothing."""
+    if found is None:
+        return "-"
+    if not factor:
+        return f"{found[0]:.4f}"
+    return "{} ({} to {})".format(*(f"{x * factor:.{digits}f}" for x in found))
+
+
 def _mean(values: list[float], digits: int) -> str:
     return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in _interval(values)))
 
@@ -246,8 +279,24 @@ def goals() -> str:
     ])  # fmt: skip
 
 
+def dimensions() -> str:
+    """What `eval/score_videos.py` computes, from the registry itself."""
+    from videosparse.metrics.vbench import DIMENSIONS
+    from videosparse.metrics.vbench.weights import NEEDED
+
+    head = ["dimension", "", "how", "range", "weight", "weights needed"]
+    return markdown(head, [
+        [
+            d.name, d.kind, d.formula, f"{d.minimum:g} to {d.maximum:g}", f"{d.weight:g} ({d.group})",
+            " and ".join(NEEDED[k].name if NEEDED[k].is_file else NEEDED[k].source for k in d.models) or "none",
+        ]
+        for d in DIMENSIONS.values()
+    ])  # fmt: skip
+
+
 ALL = (
-    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, search, goals,
+    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
+    goals, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

@@ -35,7 +35,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 from torch import Tensor
 
+from videosparse.evaluation.prompts import Prompt, Triple, load_prompts
 from videosparse.metrics.world import Score, WorldReport, analyse, centre_error, score
 from videosparse.synthetic.captions import Expected, ExpectedObject, caption, parse_caption
 from videosparse.synthetic.render import render, states
@@ -56,7 +56,6 @@ from videosparse.synthetic.scene import (
     MOTIONS,
     SHAPES,
     Scene,
-    arrange_scene,
     sample_scene,
     triples,
 )
@@ -64,42 +63,6 @@ from videosparse.synthetic.scene import (
 FPS = 16.0
 PROMPTS = Path(__file__).parent / "prompts"
 QUESTIONS = ("colour", "shape", "motion", "count", "background", "all_right")
-Triple = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One entry of a prompt list: its text, the seed of its noise and of its scene, and what it promises."""
-
-    prompt: str
-    seed: int
-    objects: tuple[Triple, ...]
-    background: str
-
-    def expected(self) -> Expected:
-        """What to score: the text says it all."""
-        return parse_caption(self.prompt)
-
-    def scene(self) -> Scene:
-        """A true scene of this prompt."""
-        return arrange_scene(random.Random(self.seed), self.objects, self.background)
-
-
-def load_prompts(path: Path) -> list[Prompt]:
-    """Read a prompt list.
-
-    Raises:
-        ValueError: if an entry's text does not say what its attributes say.
-    """
-    prompts = []
-    for entry in json.loads(path.read_text())["prompts"]:
-        objects = tuple((o["shape"], o["colour"], o["motion"]) for o in entry["objects"])
-        prompt = Prompt(entry["prompt"], entry["seed"], objects, entry["background"])
-        told = {(o.shape, o.colour, o.motion) for o in prompt.expected().objects}
-        if told != set(objects) or prompt.expected().background != prompt.background:
-            raise ValueError(f"{path}: {entry['prompt']!r} does not say {entry}; run --make-prompts again.")
-        prompts.append(prompt)
-    return prompts
 
 
 # Prompt lists

@@ -8,14 +8,7 @@ import torch
 pytest.importorskip("scipy")
 
 from videosparse.evaluation.bootstrap import interval
-from videosparse.evaluation.judging import (
-    FIDELITY,
-    WORLD,
-    dimension_columns,
-    fidelity_columns,
-    temporal_flickering,
-    world_columns,
-)
+from videosparse.evaluation.judging import DIMENSIONS, FIDELITY, WORLD, fidelity_columns, seen_columns, world_columns
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.synthetic.render import render
 
@@ -45,14 +38,15 @@ def test_few_frames_leave_quarters_empty():
     assert found["psnr_db_q4"] is not None
 
 
-def test_flickering():
-    still = torch.rand(1, 3, 8, 8).expand(5, 3, 8, 8)
-    assert temporal_flickering(still) == 1
-    blinking = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
-    assert temporal_flickering(blinking) == 0
-    steps = torch.tensor([0, 51, 51]).view(3, 1, 1, 1).expand(3, 3, 8, 8) / 255
-    assert temporal_flickering(steps) == pytest.approx(1 - 0.1)
-    assert dimension_columns(steps) == {"temporal_flickering": pytest.approx(0.9)}
+def test_dimensions_that_need_no_weights():
+    still = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(5, 3, 32, 32)
+    found = seen_columns(still, Prompt("a cat", 1), 16)
+    assert found == {"temporal_flickering": 1, "motion_smoothness": pytest.approx(1, abs=0.01), "dynamic_degree_dis": 0}
+    assert set(found) == set(DIMENSIONS)
+    steps = torch.tensor([0, 51, 51]).view(3, 1, 1, 1).expand(3, 3, 32, 32) / 255
+    assert seen_columns(steps, Prompt("a cat", 1), 16)["temporal_flickering"] == pytest.approx(0.9)
+    with pytest.raises(ValueError, match=r"a cat.*at least"):
+        seen_columns(steps[:1], Prompt("a cat", 1), 16)
 
 
 def test_truth_is_all_right_and_a_blank_half_shows():
@@ -63,6 +57,7 @@ def test_truth_is_all_right_and_a_blank_half_shows():
     found = world_columns(video, prompt, 16)
     assert set(found) == set(WORLD)
     assert found["all_right"] == 1
+    assert seen_columns(video.transpose(0, 1), prompt, 16).items() >= found.items()
     assert [found[f"permanence_q{q}"] for q in range(1, 5)] == [1, 1, 1, 1]
     half = video.clone()
     half[:, 8:] = 0.1

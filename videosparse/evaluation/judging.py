@@ -6,36 +6,25 @@ Every quantity that can drift comes by quarter of the video, too: columns ending
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from videosparse.evaluation.prompts import Prompt
-from videosparse.generation.video import to_uint8
 from videosparse.metrics.fidelity import psnr, ssim
+from videosparse.metrics.vbench import DIMENSIONS as ALL_DIMENSIONS
+from videosparse.metrics.vbench import WITHOUT_WEIGHTS, Context
+from videosparse.metrics.video import as_video
 from videosparse.metrics.world import ObjectReport, analyse, score
 
 QUARTERS = 4
 QUESTIONS = ("colour", "shape", "motion", "count", "background", "all")
 
 
-def temporal_flickering(video: torch.Tensor) -> float:
-    """VBench's formula, 0..1: (255 - mean absolute difference of adjacent frames) / 255, frames as 8-bit levels.
-
-    Differs from VBench: it leaves out videos that move, by optical flow; here every video counts, so that compare only
-    the same prompts.
-
-    Args:
-        video: [frames, 3, height, width] in [0, 1], at least two frames.
-    """
-    frames = to_uint8(video).float()
-    return 1 - float((frames[1:] - frames[:-1]).abs().mean()) / 255
-
-
-DIMENSIONS: dict[str, Callable[[torch.Tensor], float]] = {"temporal_flickering": temporal_flickering}
-"""The dimensions that need no weights: a column each, of a video [frames, 3, height, width] in [0, 1]."""
+DIMENSIONS = {name: ALL_DIMENSIONS[name] for name in WITHOUT_WEIGHTS}
+"""The dimensions of VBench that need no download: a column each."""
 
 
 def _quarterly(name: str) -> tuple[str, ...]:
@@ -75,13 +64,24 @@ def fidelity_columns(
     return row | _by_quarter("latent_l1", [float(x.sum() / y.sum()) for x, y in parts])
 
 
-def dimension_columns(video: torch.Tensor) -> dict[str, Any]:
-    """`DIMENSIONS` of a video [frames, 3, height, width] in [0, 1]."""
-    return {name: _round(measure(video)) for name, measure in DIMENSIONS.items()}
+def seen_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, Any]:
+    """What can be seen in a video by itself: dimensions, and for prompts of the world what the detectors find.
+
+    Args:
+        video: [frames, 3, height, width] in [0, 1], on the CPU.
+        prompt: that it was made from.
+        fps: frames a second.
+
+    Raises:
+        ValueError: fewer than 3 frames, or frames below 16 pixels a side.
+    """
+    told, context = as_video(video, fps, prompt.prompt), Context(prompt=prompt.prompt)
+    row: dict[str, Any] = {name: _round(one.score(told, context).value) for name, one in DIMENSIONS.items()}
+    return row | (world_columns(video.transpose(0, 1), prompt, fps) if prompt.of_world else {})
 
 
 def world_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, Any]:
-    """What the detectors see of what a prompt promises; runs in a worker, which must not take every core.
+    """What the detectors see of what a prompt promises.
 
     What a prompt does not name, and quantities of objects that are not there, stay empty.
 
@@ -90,7 +90,6 @@ def world_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, 
         prompt: of the synthetic world.
         fps: frames a second.
     """
-    torch.set_num_threads(1)
     frames = video.shape[1]
     report = analyse(video, fps=fps)
     result = score(report, prompt.expected(), frames=frames)

@@ -22,9 +22,8 @@ from videosparse.evaluation.judging import (
     DIMENSIONS,
     FIDELITY,
     WORLD,
-    dimension_columns,
     fidelity_columns,
-    world_columns,
+    seen_columns,
 )
 from videosparse.evaluation.prompts import Prompt
 from videosparse.evaluation.running import Batches, Made
@@ -56,8 +55,17 @@ def workers(count: int) -> Iterator[Submit]:
     if count == 0:
         yield _here
         return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_take_one_core) as pool:
         yield pool.submit
+
+
+def _take_one_core() -> None:
+    """Of a worker: its neighbours have the others."""
+    import cv2
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
 
 
 def _here(function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -92,7 +100,7 @@ class Comparison:
     deadline: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
     _warm: set[Setting] = field(default_factory=set)
-    _waiting: list[tuple[dict[str, Any], Future[Any] | None]] = field(default_factory=list)
+    _waiting: list[tuple[dict[str, Any], Future[Any]]] = field(default_factory=list)
 
     def identity(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
         """The columns of `KEY`."""
@@ -227,12 +235,9 @@ class Comparison:
         if twin is not None:
             assert made.latents is not None
             row |= fidelity_columns(video, twin[0].float(), made.latents[place], twin[1])
-        row |= dimension_columns(video)
         if keep and self.keep is not None:
             row |= self._save(setting, prompt, made, video)
-        seen = None
-        if prompt.of_world:
-            seen = self.submit(world_columns, video.transpose(0, 1).cpu().contiguous(), prompt, run.fps)
+        seen = self.submit(seen_columns, video.cpu(), prompt, run.fps)
         self._waiting.append((row | dict(self.where), seen))
 
     def _save(self, setting: Setting, prompt: Prompt, made: Made, video: torch.Tensor) -> dict[str, str]:
@@ -254,7 +259,7 @@ class Comparison:
 
     def _flush(self) -> None:
         """Wait for the detectors of the last batch, and write its rows."""
-        rows = [row if seen is None else row | seen.result() for row, seen in self._waiting]
+        rows = [row | seen.result() for row, seen in self._waiting]
         if rows:
             self.store.add(rows)
         self._waiting.clear()

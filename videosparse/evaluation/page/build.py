@@ -43,6 +43,13 @@ class Column:
     sure: bool = True
 
 
+# what is 0 or 1 for a video is a share of videos
+_DIMENSIONS = tuple(
+    Column(name.replace("_", " "), name, 0 if name.startswith("dynamic") else 4, one.formula,
+           percent=name.startswith("dynamic"))
+    for name, one in DIMENSIONS.items()
+)  # fmt: skip
+
 TABLE = (
     Column("density", "video_density", 3, "Kept blocks over all blocks, video against video.", sure=False),
     Column("work", "average_density", 3, "Attention work of the run over dense, dense steps included.", sure=False),
@@ -55,10 +62,7 @@ TABLE = (
     Column("shape", "shape_right", 0, "Videos whose objects have the named shapes.", percent=True),
     Column("motion", "motion_right", 0, "Videos whose objects move as told.", percent=True),
     Column("permanence", "permanence", 1, "Share of the frames in which the named objects are there.", percent=True),
-    *(
-        Column(name.replace("_", " "), name, 4, "A VBench-style dimension, see below.")
-        for name in DIMENSIONS
-    ),
+    *_DIMENSIONS,
 )  # fmt: skip
 
 _MARKS = {"": ("", False), "int8": ("5 3", True), "int8-fp8": ("2 3", True)}
@@ -91,7 +95,7 @@ def build_page(sizes: Sequence[Size], title: str, videos: Path | None = None) ->
     if reels:
         parts.append(_VIEWER)
     parts += [_size_section(size, videos) for size in sizes]
-    parts += [_glossary(sizes), _environment(sizes), "</main>"]
+    parts += [_glossary(), _environment(sizes), "</main>"]
     parts.append(f'<script type="application/json" id="reels">{data}</script><script>{_asset("page.js")}</script>')
     return "\n".join(parts) + "\n</body>\n</html>\n"
 
@@ -203,7 +207,7 @@ _OVER = (
     Column("PSNR", "psnr_db", 1, ""),
     Column("all right", "all_right", 0, "", percent=True),
     Column("permanence", "permanence", 1, "", percent=True),
-    *(Column(name.replace("_", " "), name, 4, "") for name in DIMENSIONS),
+    *_DIMENSIONS,
 )
 
 
@@ -396,12 +400,9 @@ def _fps(path: Path) -> float:
 # The end of the page
 
 
-def _glossary(sizes: Sequence[Size]) -> str:
+def _glossary() -> str:
     terms = [*_GLOSSARY]
-    terms += [
-        (name.replace("_", " "), " ".join((measure.__doc__ or "").split("Args:")[0].split()))
-        for name, measure in DIMENSIONS.items()
-    ]
+    terms += [(name.replace("_", " "), f"VBench, {one.kind}: {one.formula}.") for name, one in DIMENSIONS.items()]
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms)
     return f'<section id="words"><h2>Words</h2><dl>{items}</dl></section>'
 
