@@ -8,8 +8,18 @@ import torch
 pytest.importorskip("scipy")
 
 from videosparse.evaluation.bootstrap import interval
-from videosparse.evaluation.judging import DIMENSIONS, FIDELITY, WORLD, fidelity_columns, seen_columns, world_columns
+from videosparse.evaluation.judging import (
+    DIMENSIONS,
+    FIDELITY,
+    WORLD,
+    Seen,
+    fidelity_columns,
+    judged,
+    seen_columns,
+    world_columns,
+)
 from videosparse.evaluation.prompts import Prompt, load_prompts
+from videosparse.evaluation.work import workers
 from videosparse.synthetic.render import render
 
 
@@ -67,6 +77,21 @@ def test_truth_is_all_right_and_a_blank_half_shows():
     assert found["colour_error_q4"] is None
     nothing = world_columns(torch.full_like(video, 0.1), prompt, 16)
     assert (nothing["all_right"], nothing["permanence_q1"], nothing["overlap"]) == (0, 0, None)
+
+
+def test_a_worker_says_what_is_said_here():
+    """Through a process of its own, to which tensors of a view and of inference have to get."""
+    prompt = Prompt("a cat", 1)
+    with torch.inference_mode():
+        videos, latents = torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 2, 4, 4)
+    seen, dense = (
+        Seen(v.to("cpu", copy=True), x.to("cpu", copy=True), prompt, 16) for v, x in zip(videos, latents, strict=True)
+    )
+    with workers(1) as submit:
+        there = submit(judged, seen, dense).result()
+    assert there == judged(seen, dense)
+    assert {*DIMENSIONS, *FIDELITY} == set(there)
+    assert set(judged(seen, None)) == set(DIMENSIONS)
 
 
 def test_text_files_hold_a_prompt_a_line(tmp_path):

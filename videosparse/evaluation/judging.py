@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,35 @@ def fidelity_columns(
     row["latent_l1"] = _round(off.sum() / size.sum())
     parts = zip(_quarters(off), _quarters(size), strict=True)
     return row | _by_quarter("latent_l1", [float(x.sum() / y.sum()) for x, y in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A video as it goes to a worker, on the CPU.
+
+    Args:
+        video: fp32 [frames, 3, height, width] in [0, 1].
+        latents: what was decoded, [channels, latent frames, height, width]; None where nothing was.
+        prompt: that it was made from.
+        fps: frames a second.
+    """
+
+    video: torch.Tensor
+    latents: torch.Tensor | None
+    prompt: Prompt
+    fps: float
+
+
+def judged(seen: Seen, dense: Seen | None) -> dict[str, Any]:
+    """All columns that pictures tell, against the dense twin where there is one.
+
+    Raises:
+        ValueError: fewer than 3 frames, or frames below 16 pixels a side.
+    """
+    row = seen_columns(seen.video, seen.prompt, seen.fps)
+    if dense is not None and dense.latents is not None and seen.latents is not None:
+        row |= fidelity_columns(seen.video, dense.video, seen.latents, dense.latents)
+    return row
 
 
 def seen_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, Any]:

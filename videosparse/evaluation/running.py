@@ -158,18 +158,19 @@ class Batches:
 
     def _call(self, prompts: Sequence[Prompt], seed_shift: int, picture: bool) -> Made:
         device = self.settings.device
-        last: dict[str, Any] = {}
+        last: dict[str, Any] = {"picturing": 0.0}
 
         def step_ends(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if index + 1 == pipe.num_timesteps:
                 last.update(latents=tensors["latents"], end=now(device))
                 if picture:
                     last["picture"] = picture_maps(pipe.transformer)
+                    last["picturing"] = now(device) - last["end"]
             return {}
 
         begin = now(device)
         videos = self.pipe(**self._arguments(prompts, seed_shift), callback_on_step_end=step_ends).frames
-        seconds = now(device) - begin
+        seconds = now(device) - begin - last["picturing"]
         if not bool(videos.isfinite().all()):
             raise GenerationError(f"The model made frames that are not finite in {self.settings.dtype}; try --dtype.")
         count = len(prompts)

@@ -22,8 +22,8 @@ from videosparse.evaluation.judging import (
     DIMENSIONS,
     FIDELITY,
     WORLD,
-    fidelity_columns,
-    seen_columns,
+    Seen,
+    judged,
 )
 from videosparse.evaluation.prompts import Prompt
 from videosparse.evaluation.running import Batches, Made
@@ -84,7 +84,7 @@ class Comparison:
         settings: dense first.
         store: of the rows.
         where: columns of the environment.
-        submit: runs the detectors; see `workers`.
+        submit: runs what judges videos; see `workers`.
         keep: folder for videos and maps; None keeps none.
         deadline: monotonic time at which no further batch is begun; None is never.
         failed: settings that could not be run, and why.
@@ -135,7 +135,7 @@ class Comparison:
         advance(sum(len(prompts) - len(wanted) for _, wanted in todo))
         if not any(wanted for _, wanted in todo):
             return True
-        dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        dense: list[Seen] = []
         for setting, wanted in todo:
             if not wanted and setting.method != "dense":
                 continue
@@ -145,8 +145,8 @@ class Comparison:
             chosen = [prompts[i] for i in wanted]
             if setting.method == "dense":
                 made = self._dense(prompts)
+                dense = [self._seen(prompt, made, place) for place, prompt in enumerate(prompts)]
                 assert made.latents is not None
-                dense = made.videos, made.latents
                 made = replace(made, videos=made.videos[wanted], latents=made.latents[wanted])
             else:
                 other = self._other(setting, chosen, picture=self.keep is not None and 0 in wanted and kept > 0)
@@ -154,10 +154,10 @@ class Comparison:
                     continue
                 made = other
             self._flush()
-            assert dense is not None
-            for place, (i, prompt) in enumerate(zip(wanted, chosen, strict=True)):
-                twin = None if setting.method in ("dense", "ceiling") else (dense[0][i], dense[1][i])
-                self._judge(setting, prompt, made, place, twin, keep=i < kept)
+            for place, i in enumerate(wanted):
+                seen = dense[i] if setting.method == "dense" else self._seen(prompts[i], made, place)
+                twin = None if setting.method in ("dense", "ceiling") else dense[i]
+                self._judge(setting, made, seen, twin, keep=i < kept)
             advance(len(wanted))
         self._flush()
         self._cache(prompts).unlink(missing_ok=True)
@@ -212,19 +212,16 @@ class Comparison:
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         return self.store.folder / f"dense-{name}.safetensors"
 
-    def _judge(
-        self,
-        setting: Setting,
-        prompt: Prompt,
-        made: Made,
-        place: int,
-        twin: tuple[torch.Tensor, torch.Tensor] | None,
-        keep: bool,
-    ) -> None:
-        """Put one video's row on the list of those that wait for the detectors."""
-        video, run = made.videos[place].float(), self.batches.settings
-        density = self.conditions.density(setting)
-        row: dict[str, Any] = self.identity(setting, prompt) | {
+    def _seen(self, prompt: Prompt, made: Made, place: int) -> Seen:
+        """One video of a batch, copied to where workers can read it."""
+        video = made.videos[place].to("cpu", torch.float32, copy=True)
+        latents = None if made.latents is None else made.latents[place].to("cpu", copy=True)
+        return Seen(video, latents, prompt, self.batches.settings.fps)
+
+    def _judge(self, setting: Setting, made: Made, seen: Seen, dense: Seen | None, *, keep: bool) -> None:
+        """Put one video's row on the list of those that wait for a worker's judgement."""
+        run, density = self.batches.settings, self.conditions.density(setting)
+        row: dict[str, Any] = self.identity(setting, seen.prompt) | {
             "method": setting.method, "quant": setting.quant, "dtype": run.dtype, "tokens": run.grid.tokens,
             "asked_density": None if density is None else round(density, 4), "batch": made.count,
             "convention": CONVENTION,
@@ -232,23 +229,19 @@ class Comparison:
         for name in ("video_density", "average_density", "seconds", "denoise_seconds"):
             value = getattr(made, name)
             row[name] = None if value is None else round(value, 4)
-        if twin is not None:
-            assert made.latents is not None
-            row |= fidelity_columns(video, twin[0].float(), made.latents[place], twin[1])
         if keep and self.keep is not None:
-            row |= self._save(setting, prompt, made, video)
-        seen = self.submit(seen_columns, video.cpu(), prompt, run.fps)
-        self._waiting.append((row | dict(self.where), seen))
+            row |= self._save(setting, made, seen)
+        self._waiting.append((row | dict(self.where), self.submit(judged, seen, dense)))
 
-    def _save(self, setting: Setting, prompt: Prompt, made: Made, video: torch.Tensor) -> dict[str, str]:
+    def _save(self, setting: Setting, made: Made, seen: Seen) -> dict[str, str]:
         """Keep a video, and the picture of the maps once; returns their names below the folder."""
         assert self.keep is not None
-        run = self.batches.settings
+        run, prompt = self.batches.settings, seen.prompt
         folder = Path(f"{slug(run.source.name)}-{run.num_frames}x{run.height}x{run.width}")
         names = {"video": folder / f"{prompt.seed}-{slug(prompt.prompt)[:60]}" / f"{slug(setting.name)}.mp4"}
         (self.keep / names["video"]).parent.mkdir(parents=True, exist_ok=True)
         part = (self.keep / names["video"]).with_suffix(".part")
-        write_mp4(part, video, run.fps)
+        write_mp4(part, seen.video, run.fps)
         part.replace(self.keep / names["video"])
         if made.picture is not None:
             names["map"] = folder / "maps" / f"{slug(setting.name)}.png"
@@ -258,8 +251,8 @@ class Comparison:
         return {name: path.as_posix() for name, path in names.items()} | shows
 
     def _flush(self) -> None:
-        """Wait for the detectors of the last batch, and write its rows."""
-        rows = [row | seen.result() for row, seen in self._waiting]
+        """Wait for what the workers say of the last batch, and write its rows."""
+        rows = [row | found.result() for row, found in self._waiting]
         if rows:
             self.store.add(rows)
         self._waiting.clear()
