@@ -99,7 +99,7 @@ class Size:
         tokens = f"{int(first['tokens']):,} video tokens, " if first.get("tokens") else ""
         return (
             f"{key['model']}, {tokens}{key['steps']} steps, guidance {key['guidance']}, blocks of {key['block']}; "
-            f"{count} videos a method"
+            f"{count} {'video' if count == 1 else 'videos'} a method"
         )
 
     def group(self, method: str, asked: str | None = None) -> Group | None:
