@@ -5,7 +5,8 @@
 
 A figure compares rows of one set of one run, since only those were timed in turn on the same card; of several runs the
 newest that has both counts. Block sums are those of `eval/bench_search.py`, at the blocks that AdaSpa searches by
-default. The table of README.md is made from the file by `python eval/readme_tables.py`.
+default; rows of integer attention may lie in a file of their own, integer_attention.csv. The table of README.md is made
+from the output by `python eval/readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -197,6 +198,7 @@ def goals() -> list[Goal]:
             compare("forward", chosen(FASTEST, policy="dense"), full), ("12x30720 d64",),
         ),
         *_backward(uniform),
+        *_integers(uniform),
         Goal("map and lists built, ms", 20, 5, build, (LONGEST,), at_most=True, unit="ms"),
         Goal(
             "block_sums: time over own dense forward", 0.6, 0.5,
@@ -217,6 +219,19 @@ def _backward(uniform: dict[str, str]) -> list[Goal]:
             compare("backward", chosen(FASTEST, policy="dense"), dense), (SMALL,),
         ),
         Goal("forward+backward at density 0.1: time over dense fastest", 0.16, 0.13, total, at_most=True),
+    ]  # fmt: skip
+
+
+def _integers(uniform: dict[str, str]) -> list[Goal]:
+    at = {"density": 0.25, **uniform}
+    return [
+        Goal(
+            f"{title}, density 0.25, quantization included, against own bf16", must, wanted,
+            compare("forward", chosen("ours", **at), chosen(kernel, **at)),
+        )
+        for kernel, title, must, wanted in (
+            ("int8", "INT8 queries and keys", 1.1, 1.2), ("int8-fp8", "the same with FP8 values", 1.25, 1.45),
+        )
     ]  # fmt: skip
 
 
@@ -255,13 +270,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS / "attention.csv")
     parser.add_argument("--search", type=Path, help="rows of eval/bench_search.py; search_cost.csv beside --rows")
+    parser.add_argument("--integers", type=Path, help="more rows; integer_attention.csv beside --rows")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention_goals.csv")
     parser.add_argument("--strict", action="store_true", help="fail where a must is missed or was not measured")
     args = parser.parse_args(argv)
     try:
         rows = read_rows(args.rows, ("set", "case", "kernel", "p50_ms", "run"))
-        beside = args.rows.with_name("search_cost.csv")
-        search = args.search or (beside if beside.exists() else None)
+        search, integers = (
+            given or (beside if (beside := args.rows.with_name(name)).exists() else None)
+            for given, name in ((args.search, "search_cost.csv"), (args.integers, "integer_attention.csv"))
+        )
+        if integers is not None:
+            rows += read_rows(integers, ("set", "case", "kernel", "p50_ms", "run"))
         searches = [] if search is None else read_rows(search, ("case", "kernel", "sample", "p50_ms", "run"))
     except ValueError as error:
         parser.error(str(error))

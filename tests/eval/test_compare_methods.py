@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from videosparse.benchmark.rows import write_rows
+from videosparse.benchmark.rows import read_rows, write_rows
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import RunStep
 
@@ -92,3 +92,37 @@ def test_parts_do_not_replace_the_published_rows(name, option, monkeypatch, caps
     with pytest.raises(SystemExit):
         load(name).arguments()
     assert "would replace the rows of" in capsys.readouterr().err
+
+
+def test_plans_are_compared_with_and_without_orders(tmp_path, monkeypatch, capsys):
+    """What stands between `paro 0.5` and its twin in raster order is the orders alone."""
+    videos, output = load("compare_videos"), tmp_path / "rows.csv"
+    made, make = {}, videos.calibrate
+    monkeypatch.setattr(videos, "PARO_PROMPTS", videos.PARO_PROMPTS[:1])
+    monkeypatch.setattr(
+        videos, "calibrate", lambda request, path, **more: made.setdefault(path.name, make(request, path, **more))
+    )
+    small = [
+        "--frames",
+        "5",
+        "--steps",
+        "2",
+        "--limit",
+        "1",
+        "--device",
+        "cpu",
+        "--only",
+        "^(paro|random) 0.5(, r[a-z ]+)?$",
+    ]
+    monkeypatch.setattr(sys, "argv", ["compare_videos", "--paro", *small, "--output", str(output)])
+    videos.main()
+    reordered, raster = made["0.5.safetensors"].plan, made["0.5, raster order.safetensors"].plan
+    assert (raster.codes == 0).all()
+    assert (reordered.codes != 0).any()
+    assert torch.equal(reordered.counts, raster.counts)
+    assert not raster.facts.method["reorder"]
+    rows = read_rows(output, ("setting", "psnr_db"))
+    assert [row["setting"] for row in rows] == ["random 0.5", "paro 0.5", "paro 0.5, raster order"]
+    assert len({row["psnr_db"] for row in rows}) == 3
+    assert {row["video_density"] for row in rows} == {"0.5000"}
+    assert capsys.readouterr().out.count("dB") == 3
