@@ -1,4 +1,4 @@
-"""Integer attention under Triton's interpreter, which must be on before Triton is imported: see test_interpreter.py.
+"""Integer attention under Triton's interpreter, which must be on before Triton is imported: see interpreter.py.
 
 float16 only: the interpreter computes bfloat16 wrongly. It also cuts FP8 off where hardware rounds to nearest, so its
 conversion is replaced.
