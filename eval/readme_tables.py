@@ -246,8 +246,24 @@ def goals() -> str:
     ])  # fmt: skip
 
 
+def dimensions() -> str:
+    """What `eval/score_videos.py` computes, from the registry itself."""
+    from videosparse.metrics.vbench import DIMENSIONS
+    from videosparse.metrics.vbench.weights import NEEDED
+
+    head = ["dimension", "", "how", "range", "weight", "weights needed"]
+    return markdown(head, [
+        [
+            d.name, d.kind, d.formula, f"{d.minimum:g} to {d.maximum:g}", f"{d.weight:g} ({d.group})",
+            " and ".join(NEEDED[k].name if NEEDED[k].is_file else NEEDED[k].source for k in d.models) or "none",
+        ]
+        for d in DIMENSIONS.values()
+    ])  # fmt: skip
+
+
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, search, goals,
+    dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 
