@@ -4,6 +4,8 @@
     python eval/bench_attention.py                                all of them, about half an hour of one H200
     python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
     python eval/bench_attention.py --only backward --append       more rows beside those that are there
+    python eval/bench_attention.py --only integers --output assets/results/integer_attention.csv
+                                                                  integer attention alone, under a minute
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
 
@@ -13,6 +15,9 @@ own output passed the error check (at most twice the error of plain torch in the
 rows of two heads); a peer that is missing or fails gets a row that says why. Rows go to
 `assets/results/attention.csv`: medians and the 20th and 80th percentiles in ms, TFLOP/s on visited blocks, their
 percentage of the matrix product, and the memory beyond inputs and output.
+
+Integer attention ("int8", "int8-fp8") is timed with the quantization of its inputs; its error is relative, in the mean
+square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose.
 
 Peers: cuDNN and FlashAttention-2 through torch, FlexAttention compiled, FlashAttention-3 (`pip install fa3-fwd`) and
 FlashAttention-4 (`pip install videosparse[fa4]`). Ours runs as it does for users; "portable" is its kernel for any GPU.
@@ -36,8 +41,8 @@ from typing import Any
 
 import torch
 
-from videosparse.benchmark.checks import check_backward, check_forward, check_sums
-from videosparse.benchmark.contenders import CONTENDERS, Call, Missing
+from videosparse.benchmark.checks import check_backward, check_forward, check_integers, check_sums
+from videosparse.benchmark.contenders import CONTENDERS, INTEGERS, Call, Missing
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
 from videosparse.benchmark.rows import WHERE, environment, version, write_rows
 from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
@@ -121,6 +126,9 @@ def sets() -> list[BenchSet]:
         if workload not in (small, narrow):
             entries = [Entry("cudnn"), Entry("ours"), *sparse("ours fa4", (1.0,), "radial")]
             found.append(("forward", "radial", workload, entries))
+    integers = [*dense[:3], *sparse("ours int8 int8-fp8", (0.5, 0.25, 0.1))]
+    integers += [Entry(kernel) for kernel in ("ours", *INTEGERS)]
+    found += [("forward", "integers", workload, integers) for workload in (large, small)]
     found.append(("forward", "128x128", narrow, [*dense, *sparse("ours portable fa4")]))
     return [BenchSet(what, label, workload, tuple(entries)) for what, label, workload, entries in found]
 
@@ -167,6 +175,8 @@ def _runner(what: str, p: Problem) -> tuple[Call, Callable[[Any], tuple[float, f
             return call, None, 0.0
         if p.entry.kernel == "block_sums":
             return call, partial(check_sums, p), 2.0
+        if p.entry.kernel in INTEGERS:
+            return call, partial(check_integers, p), 4.0
         return call, partial(check_forward, p), 4.0
     leaves = [x.detach().requires_grad_() for x in p.qkv]
     p = replace(p, q=leaves[0], k=leaves[1], v=leaves[2])

@@ -10,7 +10,8 @@ sparse after it. A setting is method[@density][+quant][:option=value]..., such a
 `paro@radial+int8`; a method that takes a density and names none runs at all `--densities`, of which "radial" is that of
 Radial Attention's map on the same grid. The anchors: `ceiling` is the rendered truth through the VAE, `dense` comes by
 itself, `other-noise` is dense with another seed, `random` keeps random blocks. `paro` goes by a plan, which is
-calibrated first, on two prompts that are not in the list; `paro-online` finds orders and maps in the run.
+calibrated first, on two prompts that are not in the list, `paro-raster` by one that reorders nothing; `paro-online`
+finds orders and maps in the run.
 
 One row per video, as CSV, or as Parquet where the name ends so (`pip install videosparse[parquet]`): fidelity to the
 dense video (PSNR, SSIM, relative L1 of latents, by quarter), the detectors of the synthetic world, dimensions that need
@@ -43,7 +44,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from videosparse.benchmark.rows import environment
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.running import Batches
-from videosparse.evaluation.settings import Conditions, Setting, expand
+from videosparse.evaluation.settings import BY_PLAN, Conditions, Setting, expand
 from videosparse.evaluation.table import RowStore, number
 from videosparse.evaluation.work import COLUMNS, KEY, Comparison, slug, workers
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, calibrate
@@ -118,23 +119,25 @@ class Plans:
     def __init__(self, args: argparse.Namespace, batches: Batches, folder: Path, state: Any, of_world: bool) -> None:
         self.args, self.batches, self.folder, self.state, self.of_world = args, batches, folder, state, of_world
 
-    def __call__(self, density: float) -> Path:
-        """The file of the plan for a density."""
+    def __call__(self, density: float, reorder: bool = True) -> Path:
+        """The file of the plan for a density, with token orders or without."""
         run, size = self.batches.settings, "x".join(map(str, self.args.block))
-        about = f"{run.source.name}-{run.num_frames}x{run.height}x{run.width}-{run.steps}-{run.guidance}-{size}"
-        path = self.folder / f"plan-{slug(about)}-{density:.4f}.safetensors"
+        about = [run.source.name, f"{run.num_frames}x{run.height}x{run.width}", run.steps, run.guidance, size]
+        about += [] if reorder else ["raster"]
+        path = self.folder / f"plan-{slug('-'.join(map(str, about)))}-{density:.4f}.safetensors"
         if not path.exists():
-            self._calibrate(path, density)
+            self._calibrate(path, density, reorder)
         return path
 
     def prepare(self, settings: Sequence[Setting], conditions: Conditions) -> None:
         """Make the plans that settings need, while the other processes wait."""
-        needed = [s for s in settings if s.method == "paro" and not any(o.startswith("plan=") for o in s.options)]
+        needed = [s for s in settings if s.method in BY_PLAN and not any(o.startswith("plan=") for o in s.options)]
+        wanted = {(density, s.method == "paro") for s in needed if (density := conditions.density(s)) is not None}
         with self.state.main_process_first():
-            for density in sorted({conditions.density(s) for s in needed} - {None}):
-                self(density)
+            for density, reorder in sorted(wanted):
+                self(density, reorder)
 
-    def _calibrate(self, path: Path, density: float) -> None:
+    def _calibrate(self, path: Path, density: float, reorder: bool) -> None:
         if not self.of_world:
             raise GenerationError(
                 "Plans are calibrated with prompts of the synthetic world; for other prompts make one with "
@@ -146,9 +149,10 @@ class Plans:
             [p.prompt for p in others], model=run.request.model, density=density, block=self.args.block,
             buckets=max(1, min(BUCKETS, run.steps // 2)), num_frames=run.num_frames, height=run.height,
             width=run.width, steps=run.steps, guidance=run.guidance, seed=others[0].seed, device=str(run.device),
-            dtype=run.dtype,
+            dtype=run.dtype, reorder=reorder,
         )  # fmt: skip
-        print(f"Calibrating PAROAttention at density {density:.4f}", file=sys.stderr)
+        how = "" if reorder else " in raster order"
+        print(f"Calibrating PAROAttention at density {density:.4f}{how}", file=sys.stderr)
         calibrate(request, path, pipe=self.batches.pipe)
 
 

@@ -7,13 +7,17 @@ The embedded model is calibrated densely with two prompts, as `videosparse calib
 densely, too. At the steps that calibration looks at, every layer's call (the conditional branch) is judged: for each
 density and way of choosing a map, the share of the attention among video tokens that its blocks hold (recall), and the
 relative L2 distance of the sparse output from the dense one. Every row of blocks keeps equally many. One row of
-`assets/results/reordering.csv` per (frames, method, density), over all calls, with 95 % bootstrap intervals.
+`assets/results/reordering.csv` per (frames, method, integers, density), over all calls, with 95 % bootstrap intervals.
 
     raster, static          no reordering; maps from calibration, one per part of the run
     reordered, static       the plan: the order that the paper's metric chooses in calibration, and maps in it
     raster, this call       no reordering; the best blocks of this very call
     reordered, this call    the order that the metric chooses in this call, and the best blocks in it (online mode)
     best order, this call   the order in which the best blocks of this call hold most: what choosing can gain at most
+    dense                   all blocks, in integers: what rounding alone does to real queries, keys and values
+
+Static maps and dense attention also run in integers (`quant`), whose error is then on top of what the map leaves out;
+`cosine_worst` is the least similar of all calls' outputs.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from videosparse.generation import GenerationRequest, Settings
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, CalibrationSettings, keep_blocks
 from videosparse.generation.looking import Figures, MapSums, Watch, watching
 from videosparse.generation.running import call_arguments, load_pipeline
-from videosparse.kernels import attend, reorder
+from videosparse.kernels import KernelOptions, attend, reorder
 from videosparse.kernels.order_search import Look, OrderMetric, choose, look
 from videosparse.layout import TokenLayout
 from videosparse.metrics.attention import attention_recall, output_error
@@ -48,9 +52,11 @@ OUTPUT = ROOT / "assets/results/reordering.csv"
 PROMPTS = ROOT / "eval/prompts/world64.json"
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 BLOCK = (64, 64)
+QUANTS = (None, "int8", "int8-fp8")
 COLUMNS = (
-    "frames", "tokens", "method", "block", "asked_density", "density", "steps", "calls", "recall", "recall_low",
-    "recall_high", "recall_worst_head", "error", "error_low", "error_high", "reordered_heads", *WHERE,
+    "frames", "tokens", "method", "quant", "block", "asked_density", "density", "steps", "calls", "recall",
+    "recall_low", "recall_high", "recall_worst_head", "error", "error_low", "error_high", "cosine_worst",
+    "reordered_heads", *WHERE,
 )  # fmt: skip
 
 
@@ -65,11 +71,20 @@ class Static:
 
 @dataclass(frozen=True)
 class Judged:
-    """One call by one method: mean and worst head's recall, mean error, density, share of heads not in raster order."""
+    """One call by one method.
+
+    Args:
+        recall, worst: mean and worst head's.
+        error: relative L2 distance from the dense output, mean over heads.
+        cosine: with the dense output as a whole.
+        density: of the map.
+        moved: share of heads not in raster order.
+    """
 
     recall: float
     worst: float
     error: float
+    cosine: float
     density: float
     moved: float
 
@@ -84,7 +99,7 @@ class Judge:
 
     def __init__(self, static: Static, densities: list[float]) -> None:
         self.static, self.densities, self.bucket = static, densities, 0
-        self.found: dict[tuple[str, float], list[Judged]] = defaultdict(list)
+        self.found: dict[tuple[str, str | None, float], list[Judged]] = defaultdict(list)
 
     def see(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Judge one call on q, k, v [B, L, H, D]; returns the dense output."""
@@ -98,18 +113,34 @@ class Judge:
                 bits = keep_blocks(mass, density, None, q.device)[1].to(q.device)
                 keep = unpack_rows(bits, sums.shape[3])[None]
                 block_map = BlockMap(keep, BLOCK, layout.video, layout.video)
-                order = SearchedOrder(layout.grid, codes.to(q.device, torch.int32))
-                moved = (reorder(x, order, layout) for x in (q, k, v))
-                out = attend(*moved, layout=layout, index=block_map.index(), order=order)
-                here = _of_codes(sums, codes)[None]
-                recall = attention_recall(here, block_map, layout)
-                self.found[method, density].append(
-                    Judged(
-                        float(recall.mean()), float(recall.min()), float(output_error(out, dense, layout).mean()),
-                        block_map.density, float((codes != 0).float().mean()),
-                    )
-                )  # fmt: skip
+                recall = attention_recall(_of_codes(sums, codes)[None], block_map, layout)
+                self._judge(method, density, (q, k, v), codes, block_map, recall, dense, layout)
+        raster, every = torch.zeros_like(chosen), BlockMap.full(layout, BLOCK, q.device)
+        self._judge("dense", 1.0, (q, k, v), raster, every, torch.ones(1), dense, layout)
         return dense
+
+    def _judge(
+        self,
+        method: str,
+        density: float,
+        qkv: tuple[torch.Tensor, ...],
+        codes: torch.Tensor,
+        block_map: BlockMap,
+        recall: torch.Tensor,
+        dense: torch.Tensor,
+        layout: TokenLayout,
+    ) -> None:
+        """Judge one map, in integers too where that is asked of the method."""
+        order, index = SearchedOrder(layout.grid, codes.to(dense.device, torch.int32)), block_map.index()
+        moved = [reorder(x, order, layout) for x in qkv]
+        for quant in QUANTS if method == "dense" or method.endswith("static") else (None,):
+            here = moved if quant is None else [x.bfloat16() if x.dtype == torch.float32 else x for x in moved]
+            out = attend(*here, layout=layout, index=index, order=order, options=KernelOptions(quant=quant))
+            error = output_error(out.to(dense.dtype), dense, layout).mean()
+            cosine = torch.nn.functional.cosine_similarity(out.double().flatten(), dense.double().flatten(), 0)
+            numbers = recall.mean(), recall.min(), error, cosine
+            moves = float((codes != 0).float().mean())
+            self.found[method, quant, density].append(Judged(*map(float, numbers), block_map.density, moves))
 
     def _choices(
         self, number: int, sums: torch.Tensor, chosen: torch.Tensor, density: float
@@ -186,12 +217,14 @@ def interval(values: list[float], draws: int = 1000) -> tuple[float, float]:
 
 
 def rows_of(judge: Judge, layout_tokens: int, frames: int, steps: int) -> Iterator[dict[str, Any]]:
-    """One row per method and density."""
-    for (method, density), calls in judge.found.items():
+    """One row per method, integers and density."""
+    for (method, quant, density), calls in judge.found.items():
         row: dict[str, Any] = {
-            "frames": frames, "tokens": layout_tokens, "method": method, "block": "x".join(map(str, BLOCK)),
+            "frames": frames, "tokens": layout_tokens, "method": method, "quant": quant or "",
+            "block": "x".join(map(str, BLOCK)),
             "asked_density": density, "density": f"{sum(c.density for c in calls) / len(calls):.4f}", "steps": steps,
             "calls": len(calls), "recall_worst_head": f"{min(c.worst for c in calls):.4f}",
+            "cosine_worst": f"{min(c.cosine for c in calls):.5f}",
             "reordered_heads": f"{sum(c.moved for c in calls) / len(calls):.4f}",
         }  # fmt: skip
         for name in ("recall", "error"):
@@ -249,7 +282,9 @@ def main() -> None:
         print(f"{frames} frames, orders of the plan:", dict(zip(AXIS_ORDERS, orders, strict=True)))
         for row in rows:
             if row["frames"] == frames:
-                print(*(row[c] for c in ("asked_density", "method", "recall", "error", "reordered_heads")), sep="  ")
+                print(
+                    *(row[c] for c in ("asked_density", "method", "quant", "recall", "error", "cosine_worst")), sep="  "
+                )
 
 
 if __name__ == "__main__":

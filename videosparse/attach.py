@@ -215,7 +215,8 @@ class RunTracker:
         if clock.run != before or binding.record is None:
             _warn_if_all_dense(self._resolved, clock.total())
             runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title_of(dense.kernel)
-            binding.record = RunRecord(dense.layout, _backend(self._resolved, device), runs_dense)
+            runs_sparse = _backend(self._resolved, device)
+            binding.record = RunRecord(dense.layout, runs_sparse, runs_dense, self._resolved.options.quant)
         binding.record.steps = clock.index + 1
         if clock.run != self._seen[0]:
             self.free()
@@ -242,9 +243,12 @@ class RunTracker:
 
         A backend chosen by the user is what dense calls are for, and parallel shards are gathered by Diffusers. Else it
         is the fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several
-        times in half precision, in training too.
+        times in half precision, in training too. Integers are ours alone.
         """
-        options = _dense_options(resolved.options)
+        options = _dense_options(resolved)
+        if options.quant is not None:
+            self._check_quantized(options)
+            return DensePlan(Mode.DENSE, layout, options=options, kernel=OWN)
         device, dtype = latents.device, autocast(latents[:0]).dtype
         free = options.backend != "torch"
         if not free or any(layer.backend_chosen() or layer.is_parallel() for _, layer in self.layers):
@@ -260,6 +264,25 @@ class RunTracker:
             key_mask = layout.key_mask(latents.shape[0], device)
             return DensePlan(Mode.DENSE, layout, options=options, key_mask=key_mask)
         return DensePlan(Mode.DENSE, layout, options=options, kernel=kernel)
+
+    def _check_quantized(self, options: KernelOptions) -> None:
+        """Raise where something else decides what runs dense calls.
+
+        Raises:
+            ValueError: a backend was chosen for the transformer.
+            NotImplementedError: context parallelism, whose dense calls are Diffusers' own.
+        """
+        layer = self.layers[0][1]
+        if any(layer.backend_chosen() for _, layer in self.layers):
+            raise ValueError(
+                f'DenseProcessor(quant="{options.quant}") runs our own kernel, and set_attention_backend chose '
+                f"{layer.backend_name()}; drop one of both."
+            )
+        if layer.is_parallel():
+            raise NotImplementedError(
+                f'DenseProcessor(quant="{options.quant}") does not work with context parallelism; drop quant, or use '
+                "RadialProcessor(quant=...)."
+            )
 
     def _settle(self) -> None:
         """Bring back the states of layers that were to search in the forward before, and were not called.
@@ -338,10 +361,16 @@ def _check_not_compiled(transformer: torch.nn.Module) -> None:
         )
 
 
-def _dense_options(options: KernelOptions) -> KernelOptions:
-    """Options of dense layers. A backend is chosen for sparse calls, but "torch" is for who wants no kernel of ours."""
+def _dense_options(resolved: Resolved) -> KernelOptions:
+    """Options of dense layers.
+
+    A backend is chosen for sparse calls, but "torch" is for who wants no kernel of ours. So is quant, unless all calls
+    are dense: steps and layers that a schedule spares are spared rounding, too.
+    """
+    options = resolved.options
     backend = "torch" if options.backend == "torch" else "auto"
-    return KernelOptions(backend=backend, fused_norm=options.fused_norm)
+    quant = options.quant if resolved.policy is None else None
+    return KernelOptions(backend=backend, quant=quant, fused_norm=options.fused_norm)
 
 
 def _training(transformer: torch.nn.Module) -> bool:

@@ -6,7 +6,7 @@ import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -279,22 +279,28 @@ class DenseProcessor(Processor):
 
     Args:
         fused_norm: "auto", "on" or "off"; see `KernelOptions`.
+        quant: integer attention, "int8" or "int8-fp8", for inference, by our own kernel; see `KernelOptions`.
 
     Raises:
-        ValueError: an unknown fused_norm.
+        ValueError: an unknown fused_norm or quant; with quant, at a forward, a backend that was chosen with
+            `set_attention_backend`.
+        NotImplementedError: with quant, at a forward, context parallelism.
     """
 
     fused_norm: str = "auto"
+    quant: str | None = None
 
     def __post_init__(self) -> None:
-        KernelOptions(fused_norm=self.fused_norm)
+        self._options()
+
+    def _options(self) -> KernelOptions:
+        return KernelOptions(fused_norm=self.fused_norm, quant=self.quant)
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
     ) -> Resolved:
         """Nothing to choose."""
-        options = KernelOptions(fused_norm=self.fused_norm)
-        return Resolved(model_variant(model, experts=experts), None, DenseSchedule(), options)
+        return Resolved(model_variant(model, experts=experts), None, DenseSchedule(), self._options())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -308,10 +314,13 @@ class SparseProcessor(Processor):
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
         backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
         fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
+        quant: integer attention in sparse calls, "int8" or "int8-fp8", for inference; see `KernelOptions`. Dense steps
+            and layers, searches among them, are left in full precision.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
             first forward of a run, a fraction of steps without a pipeline or `num_steps`.
+        NotImplementedError: training with quant.
     """
 
     first_steps: int | float | None = field(default=None, kw_only=True)
@@ -321,6 +330,7 @@ class SparseProcessor(Processor):
     num_steps: int | None = field(default=None, kw_only=True)
     backend: str = field(default="auto", kw_only=True)
     fused_norm: str = field(default="auto", kw_only=True)
+    quant: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
@@ -341,7 +351,7 @@ class SparseProcessor(Processor):
         )
 
     def _options(self) -> KernelOptions:
-        return KernelOptions(backend=self.backend, fused_norm=self.fused_norm)
+        return KernelOptions(backend=self.backend, quant=self.quant, fused_norm=self.fused_norm)
 
 
 @dataclass(frozen=True)
@@ -513,12 +523,11 @@ class PAROProcessor(SparseProcessor):
         block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64).
         alpha: online, the weight of sparsity in the choice of an order, 0..1; None takes .5.
         online_maps: find maps in the run, in the orders of the plan.
-        quant: integer attention, "int8" or "int8-fp8", for inference; see `KernelOptions`.
 
     Raises:
         TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
             model; at a forward, one for another grid.
-        NotImplementedError: at binding, context parallelism with an online search; training with quant.
+        NotImplementedError: at a forward, context parallelism; training with quant.
         RuntimeError: training without a plan; a video that changes its size in the middle of an online run.
     """
 
@@ -527,7 +536,6 @@ class PAROProcessor(SparseProcessor):
     block: int | tuple[int, int] | None = None
     alpha: float | None = None
     online_maps: bool = False
-    quant: str | None = field(default=None, kw_only=True)
     _loaded: list[PAROPlan] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -573,9 +581,6 @@ class PAROProcessor(SparseProcessor):
         if not self._loaded:
             self._loaded.append(PAROPlan.load(self.plan))
         return self._loaded[0]
-
-    def _options(self) -> KernelOptions:
-        return replace(super()._options(), quant=self.quant)
 
 
 def _several(values: Any) -> Any:

@@ -30,6 +30,7 @@ class RunReport:
         backend: kernel of the sparse calls, "triton", "torch", "fa4" or "flex"; "none" for a dense processor.
         dense_backend: what runs dense calls: "native SDPA" or the backend chosen by the user, as Diffusers names it;
             "videosparse triton" for our kernel; "FlashAttention-3" or "FlashAttention-4".
+        quant: integers in sparse calls, or in all of a dense processor: "int8" or "int8-fp8"; None for none.
     """
 
     grid: VideoGrid
@@ -42,6 +43,7 @@ class RunReport:
     sparse_calls: int
     backend: str
     dense_backend: str
+    quant: str | None = None
 
 
 @dataclass(eq=False)
@@ -51,6 +53,7 @@ class RunRecord:
     layout: TokenLayout
     backend: str
     dense_backend: str
+    quant: str | None = None
     steps: int = 0
     dense_calls: int = 0
     sparse: dict[BlockIndex, tuple[TokenLayout, int]] = field(default_factory=dict)
@@ -88,6 +91,7 @@ class RunRecord:
             sparse_calls=calls,
             backend=self.backend,
             dense_backend=self.dense_backend,
+            quant=self.quant,
         )
 
 

@@ -62,5 +62,9 @@ def _select(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor
 
 
 def _own(options: KernelOptions) -> KernelOptions:
-    """Options of what libraries of attention cannot do for every layout: ours where one of them is asked for."""
-    return options if options.backend in ("auto", "triton", "torch") else KernelOptions()
+    """Options of what libraries of attention cannot do for every layout: ours where one of them is asked for.
+
+    Never with integers: maps, which stay for many steps, are measured from an exact lse.
+    """
+    backend = options.backend if options.backend in ("auto", "triton", "torch") else "auto"
+    return KernelOptions(backend=backend)

@@ -296,7 +296,7 @@ def test_plan_of_a_folder_and_of_dense(run):
     ("arguments", "message"),
     [
         (["--model", "wan2.1-14b", "--frames", "80"], "use 77 or 81"),
-        (["--model", "wan2.1-14b", "--set", "dense.x=1"], "Method dense has no options"),
+        (["--model", "wan2.1-14b", "--set", "dense.x=1"], "Method dense has no option 'x'; it has quant."),
         (["--model", "wan2.1-14b", "--method", "dense", "--set", "radial.decay=1"], "this run uses dense"),
         (["--model", "wan2.1-14b", "--png", "map.jpg"], "must end in .png"),
         (["--model", "mochi", "--method", "dense", "--png", "map.png"], "no block map to draw"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_forward_check_passes_right_outputs_and_no_others(workload, policy):
     assert error <= allowed
     error, allowed = checks.check_forward(p, out * 1.001)
     assert not error <= allowed
+
+
+@pytest.mark.parametrize("quant", contenders.INTEGERS)
+@pytest.mark.parametrize("policy", ["dense", "uniform"])
+def test_integers_are_checked_by_bounds_of_their_own(quant, policy):
+    inputs = Inputs(replace(TINY, head_dim=64), CPU, torch.bfloat16, seed=3)
+    p = inputs.of(Entry(quant, policy, 0.4, BLOCK))
+    out = attend(*p.qkv, layout=p.layout, index=p.index, options=KernelOptions(quant=quant))
+    error, allowed = checks.check_integers(p, out)
+    assert 0.003 < error <= allowed
+    error, allowed = checks.check_integers(p, out * 1.06)
+    assert not error <= allowed
+    assert not checks.check_integers(p, out.flip(1))[0] <= allowed
 
 
 def test_sums_check():
@@ -227,10 +241,8 @@ def test_goals_know_which_way_is_better(goals):
     skew = {"policy": "two dense rows", "block": "128x128", "density": "0.1010"}
     even = {"policy": "uniform", "block": "128x128", "density": "0.1000"}
     rows = [timed("a", "ours", 1.03, **skew), timed("a", "ours", 1.0, **even), timed("a", "fa4", 1.2, **even)]
-    searched = [timed("", kernel, ms, block="128x64", sample=n) for kernel, ms, n in (
-        ("dense ours", 10.0, ""), ("block_sums", 4.9, ""), ("block_sums", 1.0, "16"), ("expand", 0.1, ""),
-    )]  # fmt: skip
-    rows += goals.of_search(searched)
+    rows += [timed("s", "ours", 10.0, policy="dense", **{"pass": "sums"})]
+    rows += [timed("s", "block_sums", 4.9, block="128x128", **{"pass": "sums"})]
     rows += [timed("i", "index", 4.0, block="128x128", **{"pass": "index", "case": goals.LONGEST})]
     found = {line["goal"]: (line["verdict"], line.get("measured")) for line in goals.check(rows)}
     assert found["two dense rows: time over uniform rows"] == ("must only", "1.030")
@@ -238,6 +250,18 @@ def test_goals_know_which_way_is_better(goals):
     assert found["block_sums: time over own dense forward"] == ("pass", "0.490")
     assert found["map and lists built, ms"] == ("pass", "4.000")
     assert found["u^2: time over uniform rows"] == ("not measured", None)
+
+
+def test_goals_of_integers_are_against_own_bf16_beside_them(goals, tmp_path, capsys):
+    even = {"policy": "uniform", "block": "128x128", "density": "0.2510"}
+    rows = [timed("i", kernel, ms, **even) for kernel, ms in (("ours", 5.0), ("int8", 4.0), ("int8-fp8", 3.9))]
+    write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0)])
+    write_rows(tmp_path / "integer_attention.csv", rows)
+    arguments = ["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "goals.csv")]
+    assert goals.main(arguments) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "quantization included" in line]
+    assert [line.split()[:2] for line in lines] == [["pass", "1.250"], ["must", "only"]]
+    assert "1.282" in lines[1]
 
 
 def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
@@ -14,6 +15,7 @@ pytest.importorskip("scipy")
 from videosparse.evaluation import running
 from videosparse.evaluation.running import Batches
 from videosparse.evaluation.table import read_table
+from videosparse.policies.paro_plan import PAROPlan
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "compare_methods.py"
 SMALL = [
@@ -140,17 +142,23 @@ def test_a_grid_that_divides_by_nothing(program, tmp_path):
     assert set(rows) == {"dense", "radial", "ceiling", "paro-online 0.5"}
 
 
-def test_plans_are_calibrated_once_and_integers_run(program, tmp_path, calls):
+def test_plans_are_calibrated_once_and_integers_run(program, tmp_path):
+    """What stands between `paro 0.5` and its twin in raster order is the orders alone."""
     command = [*SMALL, "--dtype", "bf16", "--limit", "1", "--output", str(tmp_path / "rows.csv")]
-    assert program.main([*command, "--methods", "paro", "paro+int8"]) == 0
+    assert program.main([*command, "--methods", "paro", "paro+int8", "paro-raster", "dense+int8"]) == 0
     rows = {row["setting"]: row for row in read_table(tmp_path / "rows.csv")}
+    assert set(rows) == {"dense", "dense, int8", "paro 0.5", "paro 0.5, int8", "paro 0.5, raster order"}
     assert rows["paro 0.5, int8"]["quant"] == "int8"
-    assert rows["paro 0.5, int8"]["psnr_db"] != rows["paro 0.5"]["psnr_db"]
-    plan = next((tmp_path / "rows-plans").iterdir())
-    made = plan.stat().st_mtime_ns
+    assert len({row["psnr_db"] for row in rows.values()}) == 5, "none for dense, and every other one its own"
+    assert len({row["video_density"] for name, row in rows.items() if name.startswith("paro")}) == 1
+    plans = {path.stem.rpartition("-")[0].endswith("raster"): path for path in (tmp_path / "rows-plans").iterdir()}
+    raster, reordered = (PAROPlan.load(plans[kind]) for kind in (True, False))
+    assert (raster.codes == 0).all()
+    assert (reordered.codes != 0).any()
+    assert torch.equal(reordered.counts, raster.counts)
+    made = plans[False].stat().st_mtime_ns
     assert program.main([*command, "--methods", "paro", "--seeds", "2"]) == 0
-    assert plan.stat().st_mtime_ns == made
-    assert sorted(p.suffix for p in (tmp_path / "rows-plans").iterdir()) == [".safetensors"]
+    assert plans[False].stat().st_mtime_ns == made
 
 
 def test_prompts_of_any_kind_have_no_detectors_and_no_ceiling(program, tmp_path, capsys):

@@ -21,7 +21,10 @@ def test_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(PATH), *small, "--device", "cpu", "--output", str(tmp_path / "rows.csv")])
     module.main()
     with (tmp_path / "rows.csv").open() as file:
-        rows = {(row["method"], row["asked_density"]): row for row in csv.DictReader(file)}
+        every = list(csv.DictReader(file))
+    rows = {
+        (row["method"], row["asked_density"]): row for row in every if not row["quant"] and row["method"] != "dense"
+    }
     methods = {method for method, _ in rows}
     assert methods == {
         "raster, static", "reordered, static", "raster, this call", "reordered, this call", "best order, this call",
@@ -34,6 +37,12 @@ def test_rows(tmp_path, monkeypatch, capsys):
         assert float(full["error"]) < 1e-4, "a full map in any order is dense attention"
         assert float(sparse["density"]) == pytest.approx(1 / 3, abs=1e-4)
         assert 0 < float(sparse["recall_low"]) <= float(sparse["recall"]) <= float(sparse["recall_high"]) < 1
+    rounded = [row for row in every if row["quant"]]
+    assert len(rounded) == 2 * (2 * 2 + 1), "two kinds of integers, two densities of two static methods, and dense"
+    for row in rounded:
+        if row["asked_density"] == "1.0":
+            assert 0 < float(row["error"]) <= 0.03, row["quant"]
+            assert float(row["cosine_worst"]) >= 0.999
     recall = {method: float(rows[method, "0.3"]["recall"]) for method in methods}
     assert recall["best order, this call"] >= max(recall["raster, this call"], recall["reordered, this call"])
     assert recall["raster, this call"] >= recall["raster, static"]

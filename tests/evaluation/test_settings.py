@@ -10,7 +10,7 @@ import torch
 
 from videosparse.cases import MODELS
 from videosparse.evaluation.random_blocks import RandomPolicy
-from videosparse.evaluation.settings import Conditions, QuantProcessor, Setting, expand, parse_setting
+from videosparse.evaluation.settings import Conditions, Setting, expand, parse_setting
 from videosparse.generation.errors import GenerationError
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies import AdaSpaPolicy, RadialPolicy
@@ -29,7 +29,10 @@ def conditions(plan=None):
     [
         ("ceiling", Setting("ceiling"), "ceiling"),
         ("other-noise", Setting("other-noise"), "other noise"),
+        ("dense+int8", Setting("dense", None, "int8"), "dense, int8"),
         ("adaspa@0.2", Setting("adaspa", 0.2), "adaspa 0.2"),
+        ("paro-online@0.2", Setting("paro-online", 0.2), "paro-online 0.2"),
+        ("paro-raster@0.5+int8", Setting("paro-raster", 0.5, "int8"), "paro 0.5, raster order, int8"),
         ("paro@radial+int8-fp8", Setting("paro", "radial", "int8-fp8"), "paro, density of radial, int8-fp8"),
         (
             "adaspa@0.1:head_adaptive=no:block=128x64",
@@ -50,7 +53,7 @@ def test_settings_are_read_and_named(text, setting, name):
         ("radial@0.3", "radial takes no density"),
         ("adaspa@1.5", "number in 0..1"),
         ("adaspa@", "method\\[@density\\]"),
-        ("dense+int8", "of sparse methods"),
+        ("other-noise+int8", "of dense or a sparse method"),
         ("radial+int4", "int8 or int8-fp8"),
         ("random:block=64", "random has no options"),
         ("adaspa:depth=3", "no option 'depth'"),
@@ -91,20 +94,22 @@ def test_options_and_integers_reach_the_kernels():
     options = found.processor(parse_setting("adaspa@0.2+int8:block=128x64")).resolve(WAN, grid=GRID)
     assert options.policy.block == (128, 64)
     assert options.options.quant == "int8"
-    assert isinstance(found.processor(parse_setting("random@0.2+int8")), QuantProcessor)
+    for text in ("random@0.2+int8", "radial+int8", "dense+int8"):
+        assert found.processor(parse_setting(text)).resolve(WAN, grid=GRID).options.quant == "int8", text
     assert found.processor(parse_setting("paro-online@0.2+int8-fp8")).resolve(WAN).options.quant == "int8-fp8"
 
 
 def test_paro_asks_for_the_plan_of_its_density():
     asked = []
 
-    def plan(density):
-        asked.append(density)
+    def plan(density, reorder):
+        asked.append((density, reorder))
         return Path("no-such-plan.safetensors")
 
-    with pytest.raises(GenerationError, match="no-such-plan"):
-        conditions(plan).processor(parse_setting("paro@0.25"))
-    assert asked == [0.25]
+    for text in ("paro@0.25", "paro-raster@0.25"):
+        with pytest.raises(GenerationError, match="no-such-plan"):
+            conditions(plan).processor(parse_setting(text))
+    assert asked == [(0.25, True), (0.25, False)]
 
 
 def test_random_maps_differ_by_layer_and_not_by_step():

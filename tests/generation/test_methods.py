@@ -129,7 +129,7 @@ def test_what_is_no_assignment(text):
         ("radial.dekay=1", r"no option 'dekay'; it has decay.*Did you mean 'decay'\?"),
         ("radial.num_steps=9", "no option 'num_steps'"),
         ("radail.decay=1", r"Unknown method 'radail'.*Did you mean 'radial'\?"),
-        ("dense.decay=1", "Method dense has no options"),
+        ("dense.decay=1", "Method dense has no option 'decay'; it has quant."),
     ],
 )
 def test_unknown_names(text, message):

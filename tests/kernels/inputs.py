@@ -88,14 +88,26 @@ class PoisonedEmpty:
 def expected_sums(q, k, lse, layout, block, dtype, scale=None, base=math.e):
     """Block sums of probabilities [B, H, L, L] in a given precision, with exponentials of a given base."""
     valid = layout.key_mask(q.shape[0], q.device)
-    q, k = (x.masked_fill(~valid[:, :, None, None], 0).to(dtype) for x in (q, k))
-    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * ((q.shape[3] ** -0.5 if scale is None else scale) / math.log(base))
+    q, k = (x.masked_fill(~valid[:, :, None, None], 0) for x in (q, k))
+    scores = products(q, k, dtype) * ((q.shape[3] ** -0.5 if scale is None else scale) / math.log(base))
     level = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf) / math.log(base)
     p = torch.exp2(scores - level[..., None]) if base == 2 else torch.exp(scores - level[..., None])
     p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
     rows, cols = (ceil_div(layout.length, b) for b in block)
     p = torch.nn.functional.pad(p, (0, cols * block[1] - layout.length, 0, rows * block[0] - layout.length))
     return p.unflatten(3, (cols, block[1])).unflatten(2, (rows, block[0])).sum((3, 5))
+
+
+def products(q, k, dtype):
+    """q k^T [B, H, L, L] in a given precision, by the unit that a kernel would use.
+
+    16-bit factors are multiplied exactly, but tensor cores cut off where they add up, which fp32 units round: products
+    of 16-bit inputs that are wanted in fp32 on a GPU are theirs.
+    """
+    if dtype == torch.float32 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        left, right = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+        return torch.bmm(left, right.mT, out_dtype=dtype).unflatten(0, (q.shape[0], -1))
+    return torch.einsum("blhd,bmhd->bhlm", q.to(dtype), k.to(dtype))
 
 
 def assert_sums_accurate(found, q, k, lse, layout, block, scale=None):

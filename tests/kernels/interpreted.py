@@ -1,4 +1,4 @@
-"""The Triton kernel under Triton's interpreter, which must be on before Triton is imported: see test_interpreter.py.
+"""The Triton kernel under Triton's interpreter, which must be on before Triton is imported: see interpreter.py.
 
 float16 and float32 only: the interpreter computes bfloat16 wrongly. Sequences are short, since a tile takes 10 ms.
 """

@@ -1,4 +1,4 @@
-"""`norm_rotate` under Triton's interpreter, which must be on before Triton is imported: see test_interpreter.py.
+"""`norm_rotate` under Triton's interpreter, which must be on before Triton is imported: see interpreter.py.
 
 float16 and float32 only: the interpreter computes bfloat16 wrongly.
 """

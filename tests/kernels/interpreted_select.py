@@ -1,6 +1,6 @@
 """The kernels of the search under Triton's interpreter, which must be on before Triton is imported.
 
-See test_interpreter.py. float16 and float32 only: the interpreter computes bfloat16 wrongly.
+See interpreter.py. float16 and float32 only: the interpreter computes bfloat16 wrongly.
 """
 
 import pytest

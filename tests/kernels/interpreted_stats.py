@@ -1,4 +1,4 @@
-"""The kernel of block statistics under Triton's interpreter: see test_interpreter.py."""
+"""The kernel of block statistics under Triton's interpreter: see interpreter.py."""
 
 import pytest
 import torch

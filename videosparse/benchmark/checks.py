@@ -35,6 +35,25 @@ def check_forward(p: Problem, out: torch.Tensor) -> tuple[float, float]:
     return found.error if found.empty_rows else float("nan"), found.allowed
 
 
+INTEGER_ERRORS = {"int8": 0.03, "int8-fp8": 0.05}
+"""Largest relative errors of integer attention in the mean square, for normally distributed q, k and v: nothing is
+common to such values, so that rounding them shows most. FP8 e4m3 alone rounds values and weights by 2.5 % each."""
+
+LEAST_COSINE = 0.999
+
+
+def check_integers(p: Problem, out: torch.Tensor) -> tuple[float, float]:
+    """(relative error in the mean square, allowed) of some rows of two heads; NaN where the direction is off."""
+    heads = [0, p.q.shape[2] - 1]
+    (q, k, v), block_map = of_heads(p, heads)
+    rows = picked_rows(p.layout.length, p.q.device)
+    truth, _ = attend_rows(q.double(), k.double(), v.double(), rows, layout=p.layout, block_map=block_map)
+    found = out.detach()[:, rows][:, :, heads].double()
+    cosine = torch.nn.functional.cosine_similarity(found.flatten(), truth.flatten(), 0)
+    error = float((found - truth).norm() / truth.norm())
+    return error if cosine >= LEAST_COSINE else float("nan"), INTEGER_ERRORS[p.entry.kernel]
+
+
 def check_sums(p: Problem, sums: torch.Tensor) -> tuple[float, float]:
     """(error, allowed) of some block rows of two heads, in query tokens; plain torch computes in fp32."""
     rows = torch.arange(sums.shape[2], device=sums.device)[:: max(1, sums.shape[2] // 6)]

@@ -13,6 +13,9 @@ from videosparse.kernels.dense import DENSE_KERNELS
 
 Call = Callable[[], Any]
 
+INTEGERS = ("int8", "int8-fp8")
+"""Contenders that round: ours, each with the quantization of its inputs in every call."""
+
 
 class Missing(RuntimeError):
     """A peer that cannot run, and why."""
@@ -29,8 +32,8 @@ def _dense(name: str, p: Problem) -> Call:
     return lambda: kernel.attend(*p.qkv, p.q.shape[3] ** -0.5)
 
 
-def _ours(p: Problem, backend: str = "triton") -> Call:
-    index, options = p.index, KernelOptions(backend=backend)
+def _ours(p: Problem, backend: str = "triton", quant: str | None = None) -> Call:
+    index, options = p.index, KernelOptions(backend=backend, quant=quant)
     return lambda: attend(*p.qkv, layout=p.layout, index=index, options=options)
 
 
@@ -83,4 +86,5 @@ def _index(p: Problem) -> Call:
 CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "ours": _ours, "portable": _portable, "fa4": _fa4, "flex": _flex, "block_sums": _sums, "index": _index,
     **{name: partial(_dense, name) for name in ("fa3", "cudnn", "fa2")},
+    **{name: partial(_ours, quant=name) for name in INTEGERS},
 }  # fmt: skip

@@ -63,11 +63,13 @@ class RandomProcessor(Processor):
     Args:
         density, block: see `RandomPolicy`.
         first_steps: dense denoising steps, an int or a fraction of the run.
+        quant: integer attention, see `KernelOptions`.
     """
 
     density: float = 0.2
     block: tuple[int, int] = (64, 64)
     first_steps: int | float = 0.2
+    quant: str | None = None
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
@@ -75,4 +77,4 @@ class RandomProcessor(Processor):
         """Nothing depends on the model."""
         schedule = DenseSchedule(first_steps=self.first_steps)
         policy = RandomPolicy(self.density, self.block)
-        return Resolved(model_variant(model, experts=experts), policy, schedule, KernelOptions())
+        return Resolved(model_variant(model, experts=experts), policy, schedule, KernelOptions(quant=self.quant))

@@ -6,6 +6,7 @@ grid. Methods: those of `videosparse generate`, and
     ceiling        the rendered truth of the prompt through the model's VAE: no model that uses this VAE does better
     other-noise    dense again, another seed: how far videos are apart that have only the prompt in common
     paro-online    PAROAttention without a plan; `paro` goes by one
+    paro-raster    by a plan that reorders nothing: what token orders are worth
     random         equally many random blocks in every row: what a density is worth without looking
 """
 
@@ -20,14 +21,15 @@ from typing import Any
 from videosparse.cases import ModelSpec
 from videosparse.evaluation.random_blocks import RandomProcessor
 from videosparse.generation.errors import GenerationError, nearest
-from videosparse.generation.methods import make_processor, option_names, parse_overrides
+from videosparse.generation.methods import make_processor, parse_overrides
 from videosparse.kernels.options import QUANTS
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.radial import RadialPolicy
-from videosparse.processors import DenseProcessor, Processor, RadialProcessor, Resolved
+from videosparse.processors import DenseProcessor, Processor, RadialProcessor
 
 ANCHORS = ("ceiling", "dense", "other-noise")
-BY_DENSITY = ("adaspa", "paro", "paro-online", "random")
+BY_PLAN = ("paro", "paro-raster")
+BY_DENSITY = ("adaspa", *BY_PLAN, "paro-online", "random")
 METHODS = (*ANCHORS, "radial", *BY_DENSITY)
 
 OWN_DENSITY = "radial"
@@ -58,16 +60,17 @@ class Setting:
     @property
     def name(self) -> str:
         """As rows and pages call it: "adaspa 0.2, int8"."""
-        method = "other noise" if self.method == "other-noise" else self.method
-        asked = ", density of radial" if self.density == OWN_DENSITY else f" {self.density}"
-        return ", ".join(
-            [method + (asked if self.density is not None else ""), *filter(None, [self.quant]), *self.options]
-        )
+        method, _, kind = self.method.partition("-")
+        name = {"noise": "other noise", "online": self.method}.get(kind, method)
+        if self.density is not None:
+            name += ", density of radial" if self.density == OWN_DENSITY else f" {self.density}"
+        orders = ["raster order"] if kind == "raster" else []
+        return ", ".join([name, *orders, *filter(None, [self.quant]), *self.options])
 
     @property
-    def sparse(self) -> bool:
-        """Whether attention leaves something out."""
-        return self.method not in ANCHORS
+    def is_reference(self) -> bool:
+        """Whether others are compared with its videos."""
+        return self == Setting("dense")
 
     @property
     def seed_shift(self) -> int:
@@ -89,8 +92,8 @@ def parse_setting(text: str) -> Setting:
         raise GenerationError(f"Unknown method {method!r}; use {', '.join(METHODS)}.{nearest(method, METHODS)}")
     if density is not None and method not in BY_DENSITY:
         raise GenerationError(f"{method} takes no density (got {text!r}); only {', '.join(BY_DENSITY)} do.")
-    if quant is not None and (method in ANCHORS or quant not in QUANTS):
-        raise GenerationError(f"quant is int8 or int8-fp8, and of sparse methods (got {text!r}).")
+    if quant is not None and (method in ("ceiling", "other-noise") or quant not in QUANTS):
+        raise GenerationError(f"quant is int8 or int8-fp8, of dense or a sparse method (got {text!r}).")
     setting = Setting(method, _density(density), quant, tuple(filter(None, options.split(":"))))
     _given(setting)
     return setting
@@ -131,7 +134,7 @@ def _given(setting: Setting) -> dict[str, Any]:
         raise GenerationError(f"{setting.method} has no options (got {':'.join(setting.options)}).")
     if setting.method in (*ANCHORS, "random"):
         return {}
-    method = setting.method.removesuffix("-online")
+    method = setting.method.partition("-")[0]
     return parse_overrides(f"{method}.{option}" for option in setting.options).get(method, {})
 
 
@@ -145,7 +148,7 @@ class Conditions:
         text: text tokens of a sequence.
         block: (query rows, key rows), unless a setting has its own.
         first_steps: dense denoising steps of every sparse method.
-        plan: gives the file of PAROAttention's plan for a density.
+        plan: gives the file of PAROAttention's plan for a density, with token orders or without.
     """
 
     model: ModelSpec | Mapping[str, Any]
@@ -153,7 +156,7 @@ class Conditions:
     text: int
     block: tuple[int, int]
     first_steps: int | float
-    plan: Callable[[float], Path]
+    plan: Callable[[float, bool], Path]
 
     @property
     def radial_density(self) -> float:
@@ -176,40 +179,16 @@ class Conditions:
         """
         density = self.density(setting)
         if setting.method in ANCHORS:
-            return DenseProcessor()
+            return DenseProcessor(quant=setting.quant)
         if setting.method == "random":
             assert density is not None
-            made: Processor = RandomProcessor(density, self.block, self.first_steps)
-            return made if setting.quant is None else QuantProcessor(made, setting.quant)
-        method = setting.method.removesuffix("-online")
-        options: dict[str, Any] = {"first_steps": self.first_steps, "first_layers": 0} | _given(setting)
-        if setting.method == "paro" and density is not None:
-            options.setdefault("plan", str(self.plan(density)))
+            return RandomProcessor(density, self.block, self.first_steps, setting.quant)
+        options: dict[str, Any] = {"first_steps": self.first_steps, "first_layers": 0, "quant": setting.quant}
+        options |= _given(setting)
+        if setting.method in BY_PLAN and density is not None:
+            if "plan" not in options:
+                options["plan"] = str(self.plan(density, setting.method == "paro"))
         else:
             options.setdefault("block", self.block)
             options |= {} if density is None else {"density": density}
-        if "quant" in option_names(method):
-            options |= {} if setting.quant is None else {"quant": setting.quant}
-            return make_processor(method, options)
-        made = make_processor(method, options)
-        return made if setting.quant is None else QuantProcessor(made, setting.quant)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class QuantProcessor(Processor):
-    """Another processor, its sparse calls with integers.
-
-    Args:
-        inner: the method.
-        quant: see `KernelOptions`.
-    """
-
-    inner: Processor
-    quant: str
-
-    def resolve(
-        self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
-    ) -> Resolved:
-        """The choices of the inner one, with integers."""
-        resolved = self.inner.resolve(model, experts=experts, grid=grid)
-        return replace(resolved, options=replace(resolved.options, quant=self.quant))
+        return make_processor(setting.method.partition("-")[0], options)

@@ -137,13 +137,13 @@ class Comparison:
             return True
         dense: list[Seen] = []
         for setting, wanted in todo:
-            if not wanted and setting.method != "dense":
+            if not wanted and not setting.is_reference:
                 continue
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self._flush()
                 return False
             chosen = [prompts[i] for i in wanted]
-            if setting.method == "dense":
+            if setting.is_reference:
                 made = self._dense(prompts)
                 dense = [self._seen(prompt, made, place) for place, prompt in enumerate(prompts)]
                 assert made.latents is not None
@@ -155,8 +155,8 @@ class Comparison:
                 made = other
             self._flush()
             for place, i in enumerate(wanted):
-                seen = dense[i] if setting.method == "dense" else self._seen(prompts[i], made, place)
-                twin = None if setting.method in ("dense", "ceiling") else dense[i]
+                seen = dense[i] if setting.is_reference else self._seen(prompts[i], made, place)
+                twin = None if setting.is_reference or setting.method == "ceiling" else dense[i]
                 self._judge(setting, made, seen, twin, keep=i < kept)
             advance(len(wanted))
         self._flush()

@@ -52,6 +52,7 @@ class CalibrationRequest:
         block: (query rows, key rows) of the maps, each 64 or 128.
         buckets: parts of the first half of a run with maps of their own.
         alpha: weight of sparsity against evenness in the choice of orders, 0..1; not published.
+        reorder: whether heads get token orders at all; False leaves all in raster order, for comparisons.
         seed: of the noise of the first prompt; each further one takes the next.
     """
 
@@ -62,6 +63,7 @@ class CalibrationRequest:
     block: tuple[int, int] = BLOCK
     buckets: int = BUCKETS
     alpha: float = 0.5
+    reorder: bool = True
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -155,6 +157,7 @@ class CalibrationSettings:
             "block": list(request.block),
             "buckets": request.buckets,
             "alpha": self.metric.alpha,
+            "reorder": request.reorder,
         }
 
 
@@ -238,7 +241,7 @@ def calibrate(
         asked = settings.asked(plain_config(config))
         partial, resumed = _begin(Partial.path(path), asked, overwrite)
         _look_at_prompts(watch, settings, partial, Partial.path(path), progress)
-        codes = _codes(partial, settings.metric)
+        codes = _codes(partial, settings)
         _find_maps(watch, settings, partial, codes, Partial.path(path), progress)
         plan = PAROPlan(
             codes, torch.stack(partial.counts, 1), torch.stack(partial.bits, 1),
@@ -291,13 +294,15 @@ def _look_at_prompts(
         partial.save(path)
 
 
-def _codes(partial: Partial, metric: OrderMetric) -> torch.Tensor:
+def _codes(partial: Partial, settings: CalibrationSettings) -> torch.Tensor:
     """The order of every head, uint8 [layers, heads]."""
     assert partial.sparse is not None
     assert partial.uneven is not None
+    if not settings.request.reorder:
+        return torch.zeros(partial.sparse.shape[:2], dtype=torch.uint8)
     means = (total.movedim(2, 0) / partial.calls_seen for total in (partial.sparse, partial.uneven))
     sparse, uneven = (x.flatten(1) for x in means)
-    return choose(sparse, uneven, metric.alpha).view(partial.sparse.shape[:2]).to(torch.uint8)
+    return choose(sparse, uneven, settings.metric.alpha).view(partial.sparse.shape[:2]).to(torch.uint8)
 
 
 def _find_maps(
@@ -375,7 +380,7 @@ def _facts(settings: CalibrationSettings, config: dict[str, Any], partial: Parti
         method={
             "alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma, "steps": run.steps,
             "guidance": run.guidance, "seed": request.seed, "dtype": run.dtype, "model": run.source.name,
-            "calls": partial.calls_seen, "recall": partial.recall,
+            "reorder": request.reorder, "calls": partial.calls_seen, "recall": partial.recall,
         },
         prompts=_hash(request.prompts),
         versions={name: version for name, version in versions().items() if version is not None},

@@ -15,6 +15,7 @@ import torch
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError, memory_errors, nearest, one_line
 from videosparse.generation.sources import ModelSource
+from videosparse.kernels import int8_path
 from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import SparsityPolicy
@@ -129,8 +130,9 @@ def check_method_fits(
     options: Options | None,
     device: torch.device,
     steps: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Raise GenerationError where a method cannot run on a model, grid and device, or for so many steps."""
+    """Raise GenerationError where a method cannot run on a model, grid and device, in a dtype, or for so many steps."""
     resolved = resolve_method(source, grid, method, options, steps)
     if resolved.policy is not None:
         layout = TokenLayout(grid, source.spec.text)
@@ -139,14 +141,18 @@ def check_method_fits(
             resolved.policy.state_bytes(layout, 1, source.spec.heads)
     if reason := unavailable(resolved.options.backend, device, torch.bfloat16):
         raise GenerationError(f"backend={resolved.options.backend} cannot run on {device}: {reason}; use backend=auto.")
+    quant = resolved.options.quant
+    if quant is not None and (reason := int8_path.unavailable(quant, device, dtype, source.spec.head_dim)):
+        raise GenerationError(f"quant={quant} cannot run on {device}: {reason}; drop it, or see --dtype.")
 
 
 def resolved_options(resolved: Resolved) -> dict[str, object]:
-    """The options in force by name; empty for dense."""
+    """The options in force by name; of dense none but quant."""
+    quant: dict[str, object] = {} if resolved.options.quant is None else {"quant": resolved.options.quant}
     if resolved.policy is None:
-        return {}
+        return quant
     policy = {field.name: getattr(resolved.policy, field.name) for field in dataclasses.fields(resolved.policy)}  # type: ignore[arg-type]
-    return {**policy, **dataclasses.asdict(resolved.schedule), "backend": resolved.options.backend}
+    return {**policy, **dataclasses.asdict(resolved.schedule), "backend": resolved.options.backend, **quant}
 
 
 def static_map(policy: SparsityPolicy, layout: TokenLayout) -> BlockMap | None:

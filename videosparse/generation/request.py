@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from videosparse.generation.environment import choose_device, choose_dtype
+from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
 from videosparse.generation.methods import (
     Options,
@@ -96,7 +96,7 @@ class GenerationRequest:
         dtype = choose_dtype(self.dtype, device)
         grid = source.grid(num_frames, height, width)
         steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
-        check_method_fits(source, grid, self.method, self.options.get(self.method), device, steps)
+        check_method_fits(source, grid, self.method, self.options.get(self.method), device, steps, DTYPES[dtype])
         return Settings(
             request=self,
             source=source,

@@ -38,6 +38,17 @@ def check(q: torch.Tensor, quant: str, backend: str, need_grad: bool) -> None:
         raise RuntimeError(f'backend="{backend}" has no integer attention here; use "auto", "triton" or "torch".')
 
 
+def unavailable(quant: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a model cannot run with integer attention; None when it can."""
+    if dtype not in DTYPES:
+        return f"it takes float16 and bfloat16 (got {str(dtype).removeprefix('torch.')})"
+    if head_dim not in HEAD_DIMS:
+        return f"it takes head_dim 64 and 128 (got {head_dim})"
+    if quant == "int8-fp8" and device.type == "cuda" and not _has_fp8(device):
+        return f"it needs FP8 tensor cores, compute capability 8.9 or newer, which {device} has not"
+    return None
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, quant: str, chosen: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,11 @@
+"""Gradients of attention, under Triton's interpreter."""
+
+import pytest
+from interpreter import run_interpreted
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("name", ["_backward"])
+def test_under_the_interpreter(name):
+    run_interpreted(name)

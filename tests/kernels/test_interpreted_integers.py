@@ -1,0 +1,11 @@
+"""Integer attention, under Triton's interpreter."""
+
+import pytest
+from interpreter import run_interpreted
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("name", ["_int8"])
+def test_under_the_interpreter(name):
+    run_interpreted(name)
