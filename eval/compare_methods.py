@@ -153,7 +153,10 @@ class Plans:
         )  # fmt: skip
         how = "" if reorder else " in raster order"
         print(f"Calibrating PAROAttention at density {density:.4f}{how}", file=sys.stderr)
-        calibrate(request, path, pipe=self.batches.pipe)
+        try:
+            calibrate(request, path, pipe=self.batches.pipe)
+        except GenerationError as error:
+            raise GenerationError(f"No plan can be calibrated: {error} paro-online needs none.") from error
 
 
 def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, prompts: list[Prompt]) -> Any:

@@ -130,7 +130,7 @@ def test_the_same_noise_gives_the_same_rows_in_a_resumed_run(program, tmp_path, 
     assert whole == halved
 
 
-def test_a_grid_that_divides_by_nothing(program, tmp_path):
+def test_a_grid_that_divides_by_nothing(program, tmp_path, capsys):
     """56x72 is no multiple of 16, which Wan's pipeline asks for; 63 tokens a frame."""
     output = tmp_path / "rows.parquet"
     pytest.importorskip("pyarrow")
@@ -140,6 +140,8 @@ def test_a_grid_that_divides_by_nothing(program, tmp_path):
     assert {row["tokens"] for row in rows.values()} == {"126"}
     assert float(rows["radial"]["ssim"]) > 0
     assert set(rows) == {"dense", "radial", "ceiling", "paro-online 0.5"}
+    assert program.main([*command, "--methods", "paro"]) == 2
+    assert "paro-online needs none" in capsys.readouterr().err
 
 
 def test_plans_are_calibrated_once_and_integers_run(program, tmp_path):

@@ -71,6 +71,8 @@ def folder(tmp_path_factory):
                 }  # fmt: skip
                 for q in range(1, 5):
                     row |= {f"psnr_db_q{q}": psnr and psnr - q, f"permanence_q{q}": 1 - q / 20}
+                if frames == 81:
+                    row["drift"] = "0:1.0 2:0.9 3.0625:0.8"
                 if frames == FRAMES and number < 2:
                     row["video"] = f"{number}/{method}-{asked}.mp4"
                     (path / row["video"]).parent.mkdir(exist_ok=True)
@@ -127,6 +129,7 @@ def test_the_page_holds_everything(page):
     assert f"<td>36.5<small>{low:.1f} to {high:.1f}</small></td>" in text
     assert "<td>75 %<small>" in text
     assert text.count("<svg viewBox") > 10
+    assert text.count("<figcaption>Drift</figcaption>") == 1, "of the longer videos"
     assert text.count('<img src="data:image/png') == 3
 
 

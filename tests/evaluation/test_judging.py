@@ -55,6 +55,9 @@ def test_dimensions_that_need_no_weights():
     assert set(found) == set(DIMENSIONS)
     steps = torch.tensor([0, 51, 51]).view(3, 1, 1, 1).expand(3, 3, 32, 32) / 255
     assert seen_columns(steps, Prompt("a cat", 1), 16)["temporal_flickering"] == pytest.approx(0.9)
+    long = torch.zeros(12, 3, 32, 32)
+    long[8:, 0] = 1  # black, black, red, in clips of two seconds at 2 frames a second
+    assert seen_columns(long, Prompt("a cat", 1), 2)["drift"] == "0:1.00000 2:1.00000 4:0.00000"
     with pytest.raises(ValueError, match=r"a cat.*at least"):
         seen_columns(steps[:1], Prompt("a cat", 1), 16)
 

@@ -17,6 +17,7 @@ from videosparse.evaluation.prompts import Prompt
 from videosparse.metrics.fidelity import psnr, ssim
 from videosparse.metrics.vbench import DIMENSIONS as ALL_DIMENSIONS
 from videosparse.metrics.vbench import WITHOUT_WEIGHTS, Context
+from videosparse.metrics.vbench.drift import drift
 from videosparse.metrics.video import as_video
 from videosparse.metrics.world import ObjectReport, analyse, score
 
@@ -95,7 +96,10 @@ def judged(seen: Seen, dense: Seen | None) -> dict[str, Any]:
 
 
 def seen_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, Any]:
-    """What can be seen in a video by itself: dimensions, and for prompts of the world what the detectors find.
+    """What can be seen in a video by itself: dimensions, drift, and for prompts of the world what the detectors find.
+
+    `drift` is a list of seconds:cosine, how like the first two seconds later ones are by their colours; videos that are
+    no longer than that have none.
 
     Args:
         video: [frames, 3, height, width] in [0, 1], on the CPU.
@@ -107,6 +111,10 @@ def seen_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, A
     """
     told, context = as_video(video, fps, prompt.prompt), Context(prompt=prompt.prompt)
     row: dict[str, Any] = {name: _round(one.score(told, context).value) for name, one in DIMENSIONS.items()}
+    curve = drift(told, "colour")
+    if curve is not None:
+        pairs = zip(curve.seconds, curve.cosine, strict=True)
+        row["drift"] = " ".join(f"{seconds:g}:{cosine:.5f}" for seconds, cosine in pairs)
     return row | (world_columns(video.transpose(0, 1), prompt, fps) if prompt.of_world else {})
 
 

@@ -40,8 +40,8 @@ KEY = (
 
 COLUMNS = (
     *KEY, "method", "asked_density", "quant", "tokens", "video_density", "average_density", "seconds",
-    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "convention", "dtype", "video", "map", "map_shows",
-    *WHERE,
+    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "drift", "convention", "dtype", "video", "map",
+    "map_shows", *WHERE,
 )  # fmt: skip
 
 logger = logging.getLogger("videosparse")

@@ -74,6 +74,7 @@ _GLOSSARY = (
     ("random", "As many random blocks in every row: what a density is worth without looking. The floor."),
     ("density", "Kept blocks over all blocks, video against video; 1 is dense. Work counts dense steps as 1."),
     ("intervals", "95 %, percentile bootstrap over videos; the same prompts and noise under every setting."),
+    ("drift", "Cosine of the colour histograms of the first two seconds and of later ones: 1 is no change."),
     ("by quarter", "The same measure on each quarter of the frames: what drifts over a video shows as a slope."),
 )  # fmt: skip
 
@@ -300,11 +301,24 @@ def _drifts(size: Size) -> str:
         if series:
             charts.append(chart(title, "quarter of the video", label, series, ticks=ticks))
             named += [s for s in series if s.name not in {n.name for n in named}]
+    lines = [_drift_line(group) for group in size.groups if group.setting in shown]
+    if curves := [line for line in lines if line is not None]:
+        named += [s for s in curves if s.name not in {n.name for n in named}]
+        charts.append(chart("Drift", "seconds from the beginning", "cosine to the first 2 s, colours", curves))
     if not charts:
         return ""
     place = [group.setting for group in size.groups]
     named.sort(key=lambda series: place.index(series.name))
-    return f'<h3>By quarter of the video</h3>{legend(named)}<div class="charts">{"".join(charts)}</div>'
+    return f'<h3>Over the video</h3>{legend(named)}<div class="charts">{"".join(charts)}</div>'
+
+
+def _drift_line(group: Group) -> Series | None:
+    """The drift curve of videos that are long enough for one."""
+    points = tuple(
+        Point(x, v, f"{group.setting}, after {x:g} s: {v.mean:.4g} ({v.low:.4g} to {v.high:.4g})")
+        for x, v in group.drift()
+    )
+    return _line(group, points) if len(points) > 2 else None
 
 
 def _quarter_line(group: Group, name: str) -> Series | None:
@@ -314,6 +328,10 @@ def _quarter_line(group: Group, name: str) -> Series | None:
     points = tuple(
         Point(q, v, f"{group.setting}, quarter {q}: {v.mean:.4g} ({v.low:.4g} to {v.high:.4g})") for q, v in means
     )
+    return _line(group, points)
+
+
+def _line(group: Group, points: tuple[Point, ...]) -> Series:
     dash, hollow = _MARKS.get(group.quant, ("", False))
     return Series(group.setting, _css(group), points, dash or ("1 3" if not group.is_sparse else ""), hollow)
 

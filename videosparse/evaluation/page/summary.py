@@ -68,6 +68,15 @@ class Group:
         """Means of a column that comes by quarter."""
         return [self.mean(f"{name}_q{q}") for q in range(1, QUARTERS + 1)]
 
+    def drift(self) -> list[tuple[float, Interval]]:
+        """Seconds from the beginning, and the mean likeness to it: the drift curve of its videos."""
+        found: dict[float, list[float]] = {}
+        for row in self.rows:
+            for pair in row.get("drift", "").split():
+                seconds, _, cosine = pair.partition(":")
+                found.setdefault(float(seconds), []).append(float(cosine))
+        return [(seconds, interval(values)) for seconds, values in sorted(found.items())]
+
 
 @dataclass(frozen=True, eq=False)
 class Size:
