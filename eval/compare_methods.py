@@ -237,7 +237,7 @@ def summarise(rows: Sequence[dict[str, str]], keys: set[tuple[str, ...]], store:
     mine = [row for row in rows if store.key_of(row) in keys]
     for setting in dict.fromkeys(row["setting"] for row in mine):
         own = [row for row in mine if row["setting"] == setting]
-        cells = [f"{setting:<32} {len(own):>4} videos"]
+        cells = [f"{setting:<40} {len(own):>4} videos"]
         for name, title, digits in (
             ("video_density", "density", 3), ("psnr_db", "PSNR", 1), ("ssim", "SSIM", 3), ("all_right", "all right", 2),
             ("denoise_seconds", "s", 3),
