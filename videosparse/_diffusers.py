@@ -67,6 +67,8 @@ class HostProcessor:
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """Attention through the backend that the user chose; q, k, v [B, L, H, D], key_mask bool [B, L] or None."""
         mask = None if key_mask is None else key_mask[:, None, None, :]
+        if self._parallel_config is not None and _needs_gradient(q, k, v):
+            return self.gathered(q, k, v, lambda *x: dispatch_attention_fn(*x, backend=self._attention_backend))
         out: torch.Tensor = dispatch_attention_fn(
             q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -76,6 +78,10 @@ class HostProcessor:
         """Run `core` on whole sequences, with a share of the heads on each rank (Ulysses)."""
         if self._parallel_config is None:
             return core(q, k, v)
+        if _needs_gradient(q, k, v):
+            # Diffusers' own exchange would need a backward of the core; this one leaves that to autograd
+            group = self._parallel_config.context_parallel_config._ulysses_mesh.get_group()
+            return _to_tokens(core(*(_to_heads(x, group) for x in (q, k, v))), group)
 
         def forward_op(
             ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
@@ -119,6 +125,70 @@ class HostProcessor:
                 "Context parallelism is available for Wan only: where text is part of the sequence, gathered shards "
                 "come in another order than video, text. Use one GPU, or videosparse.restore(...)."
             )
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all over the first dimension, whose gradient is the same again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        out = torch.empty_like(x)
+        torch.distributed.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _exchanged(gradient.contiguous(), ctx.group), None
+
+
+def _exchanged(x: torch.Tensor, group: Any) -> torch.Tensor:
+    out: torch.Tensor = _Exchange.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _to_heads(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """[B, S / P, H, D] of this rank's tokens -> [B, S, H / P, D] of this rank's heads."""
+    batch, tokens, heads, width = x.shape
+    ranks = torch.distributed.get_world_size(group)
+    parts = x.reshape(batch, tokens, ranks, heads // ranks, width).permute(2, 0, 1, 3, 4).contiguous()
+    parts = _exchanged(parts, group)
+    return parts.permute(1, 0, 2, 3, 4).reshape(batch, ranks * tokens, heads // ranks, width)
+
+
+def _to_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """Undo `_to_heads`."""
+    batch, tokens, heads, width = x.shape
+    ranks = torch.distributed.get_world_size(group)
+    parts = x.reshape(batch, ranks, tokens // ranks, heads, width).transpose(0, 1).contiguous()
+    parts = _exchanged(parts, group)
+    return parts.permute(1, 2, 0, 3, 4).reshape(batch, tokens // ranks, ranks * heads, width)
+
+
+def share_sequence(transformer: Any, mesh: Any, degree: int, device: torch.device) -> None:
+    """`transformer.enable_parallelism` for Ulysses in groups of a larger mesh, and on CPUs, too, step by step.
+
+    Args:
+        transformer: a Diffusers model with a `_cp_plan`.
+        mesh: of one group, with the dimensions ring (1) and ulysses (`degree`).
+        degree: processes that share a sequence.
+        device: of this process.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusers.hooks.context_parallel import apply_context_parallel
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    config = ContextParallelConfig(ulysses_degree=degree)
+    config.setup(mesh["ulysses"].get_local_rank(), degree, device, mesh)
+    parallel = ParallelConfig(context_parallel_config=config)
+    for module in transformer.modules():
+        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+            module.processor._parallel_config = parallel
+    apply_context_parallel(transformer, config, transformer._cp_plan)
 
 
 class RunEvents(ModelHook):  # type: ignore[misc]  # untyped base

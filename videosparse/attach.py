@@ -81,6 +81,8 @@ class RunTracker:
         self.layers: list[tuple[int, LayerProcessor]] = []
         self.states: dict[tuple[str, int], LayerState] = {}
         self.events = RunEvents(self.end_run)
+        # set by who trains: training has no steps, and the noise level says which forwards are dense
+        self.all_dense = False
         self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
         self._grid: VideoGrid | None = None
         self._resolved: Resolved | None = None
@@ -141,6 +143,8 @@ class RunTracker:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         layout = self.family.layout(self.config, inputs)
         resolved = self._resolve(layout.grid)
+        if self.all_dense:
+            resolved = replace(resolved, policy=None)
         training = _training(module)
         if training and resolved.policy is not None and not resolved.policy.pure:
             raise RuntimeError(

@@ -58,6 +58,13 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: keep only the part in use on the GPU.")] = "none",
     plan: Plan = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA's file or folder; one of ours sets length and schedule. May be repeated."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="How much of each --lora is added, in their order.", show_default="1")
+    ] = None,
     options: Set = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run dense from the same noise: times, PSNR, SSIM, side by side.")
@@ -86,6 +93,8 @@ def generate(
             dtype=dtype,
             fps=fps,
             offload=offload,
+            loras=tuple(lora or ()),
+            lora_scales=tuple(lora_scale or ()),
         )
         _carry_out(request, output, overwrite, compare)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 
 from videosparse.generation.environment import choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
+from videosparse.generation.lora import LoraFile, check_fits, find_lora
 from videosparse.generation.methods import (
     Options,
     check_method,
@@ -50,6 +51,9 @@ class GenerationRequest:
         dtype: "auto", "fp32", "bf16" or "fp16".
         fps: frames a second of the file.
         offload: "model" keeps only the part in use on the GPU.
+        loras: files or folders of LoRAs. One that videosparse trained sets the length and the options of its method,
+            where they are not given.
+        lora_scales: how much of each is added; those that are left out are 1.
     """
 
     prompt: str
@@ -67,6 +71,8 @@ class GenerationRequest:
     dtype: str = "auto"
     fps: float | None = None
     offload: str = "none"
+    loras: tuple[str, ...] = ()
+    lora_scales: tuple[float, ...] = ()
 
     def resolve(self) -> Settings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -81,11 +87,13 @@ class GenerationRequest:
             raise GenerationError(
                 "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
             )
+        loras = self._loras(source)
+        request = self._extended(loras)
         defaults = source.defaults
         num_frames, height, width = (
             default if asked is None else asked
             for asked, default in (
-                (self.num_frames, defaults.num_frames),
+                (request.num_frames, defaults.num_frames),
                 (self.height, defaults.height),
                 (self.width, defaults.width),
             )
@@ -96,9 +104,9 @@ class GenerationRequest:
         dtype = choose_dtype(self.dtype, device)
         grid = source.grid(num_frames, height, width)
         steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
-        check_method_fits(source, grid, self.method, self.options.get(self.method), device, steps)
+        check_method_fits(source, grid, self.method, request.options.get(self.method), device, steps)
         return Settings(
-            request=self,
+            request=request,
             source=source,
             grid=grid,
             num_frames=num_frames,
@@ -110,6 +118,33 @@ class GenerationRequest:
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
+            loras=loras,
+        )
+
+    def _loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
+        """The LoRAs that were asked for, found to fit."""
+        if len(self.lora_scales) > len(self.loras):
+            raise GenerationError(
+                f"There are {len(self.lora_scales)} scales of LoRAs and {len(self.loras)} LoRAs; give one --lora for "
+                "each --lora-scale."
+            )
+        scales = (*self.lora_scales, *(1.0,) * (len(self.loras) - len(self.lora_scales)))
+        found = tuple(find_lora(text, scale) for text, scale in zip(self.loras, scales, strict=True))
+        for lora in found:
+            check_fits(lora, source)
+        return found
+
+    def _extended(self, loras: tuple[LoraFile, ...]) -> GenerationRequest:
+        """This request with what its LoRAs were trained for, where it does not say otherwise."""
+        lengths = [lora.frames for lora in loras if lora.frames is not None]
+        trained: dict[str, object] = {}
+        for lora in loras:
+            trained |= lora.options(self.method)
+        options = {**self.options, self.method: {**trained, **self.options.get(self.method, {})}} if trained else None
+        return replace(
+            self,
+            num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
+            options=self.options if options is None else options,
         )
 
     def _check_words(self) -> None:
@@ -140,6 +175,7 @@ class Settings:
         grid: the token grid that attention will see.
         guidance_2: guidance scale of a second expert, None for the same.
         dtype: "fp32", "bf16" or "fp16".
+        loras: to load.
     """
 
     request: GenerationRequest
@@ -154,6 +190,7 @@ class Settings:
     fps: float
     device: torch.device
     dtype: str
+    loras: tuple[LoraFile, ...] = ()
 
 
 def _least_steps(source: ModelSource) -> int:

@@ -12,6 +12,7 @@ import torch
 from videosparse.attach import restore, sparsify
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.lora import load_loras
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
 from videosparse.report import RunReport
@@ -91,6 +92,7 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
             raise GenerationError(
                 f"Cannot load {settings.source.location}: weights of its {name} are missing; download the model again."
             )
+    load_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     if settings.source.spec.family != "wan":
         pipe.vae.enable_tiling()  # whole videos do not fit through these VAEs
@@ -112,7 +114,7 @@ def run_method(pipe: Any, settings: Settings, method: str, options: Options, pro
             finite. What goes wrong inside the pipeline comes through as it is.
     """
     processor = make_processor(method, options)
-    notices = tuple(_cuts(pipe, settings))
+    notices = (*_cuts(pipe, settings), *_beyond(settings))
     try:
         with refusals():
             sparsify(pipe, processor)
@@ -135,6 +137,13 @@ def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:
         tokens = len(pipe.tokenizer(text, verbose=False).input_ids)
         if tokens > most:
             yield f"The {what} has {tokens} tokens and the model reads {most}: its end was cut off."
+
+
+def _beyond(settings: Settings) -> Iterator[str]:
+    """Which LoRAs were trained for shorter videos."""
+    for lora in settings.loras:
+        if lora.frames is not None and settings.num_frames > lora.frames:
+            yield f"The LoRA {lora.name} was trained for {lora.frames} frames, and this video has {settings.num_frames}."
 
 
 @dataclass

@@ -47,6 +47,7 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "device_name": device_name(settings.device),
             "offload": request.offload,
         },
+        "loras": [{"file": str(lora.path), "scale": lora.scale} for lora in settings.loras],
         "method": {"name": run.method, "set": dict(run.given), "options": dict(run.options)},
         "attention": _attention(run),
         "seconds": {"load": load_seconds, **_seconds(run)},
