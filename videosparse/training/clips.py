@@ -67,14 +67,14 @@ class ClipSource:
                 raise BrokenClip(f"cannot be read: {error.strerror}") from error
         return digest.hexdigest()[:24]
 
-    def read(self, size: Size) -> Tensor:
-        """fp32 [3, F, H, W] in [0, 1].
+    def read(self, size: Size, device: torch.device | str = "cpu") -> Tensor:
+        """fp32 [3, F, H, W] in [0, 1]; a synthetic clip is rendered on `device`.
 
         Raises:
             BrokenClip: it cannot be decoded, or is too short.
         """
         if self.video is None:
-            return _render(self.seed, size)
+            return _render(self.seed, size, device)
         return _fit(_decode(self.video, size.frames), size)
 
 
@@ -114,10 +114,10 @@ def _scene(rng: random.Random):  # type: ignore[no-untyped-def]  # scenes belong
     return sample_scene(rng, split="train")
 
 
-def _render(seed: int, size: Size) -> Tensor:
+def _render(seed: int, size: Size, device: torch.device | str) -> Tensor:
     from videosparse.synthetic.render import render
 
-    video = render([_scene(random.Random(seed))], size.frames, size.height, size.width)[0]
+    video = render([_scene(random.Random(seed))], size.frames, size.height, size.width, device=device)[0]
     return video.mul(255).round().clamp(0, 255).div(255)  # as in a file
 
 

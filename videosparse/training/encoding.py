@@ -99,7 +99,7 @@ def prepare(
                 latents: list[Tensor] = []
                 for job in jobs[at : at + per_shard]:
                     try:
-                        latents.append(encoder.video(job[1].read(size)))
+                        latents.append(encoder.video(job[1].read(size, encoder.device)))
                         good.append(job)
                     except BrokenClip as error:
                         skipped.append((job[1].name, str(error)))
