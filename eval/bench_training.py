@@ -89,6 +89,7 @@ class Bench:
         self.inputs, self.target = self.make_inputs(torch.float32 if smoke else torch.bfloat16)
 
     def make_inputs(self, dtype: torch.dtype) -> tuple[dict[str, Any], torch.Tensor]:
+        """The transformer's arguments, and the target."""
         config, grid = self.model.config, self.case.model.grid(self.case.frames, self.case.height, self.case.width)
         make = partial(torch.randn, device=self.device, dtype=dtype)
         noisy = make(1, config.in_channels, grid.frames, 2 * grid.height, 2 * grid.width)
@@ -142,6 +143,7 @@ class Bench:
         return best, loss, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
 
     def density(self) -> float:
+        """Kept share of the blocks of the map."""
         plans = [layer.plan for _, layer in tracker_of(self.model).layers]
         layout = plans[0].layout
         resolved = RadialProcessor(decay=1.0).resolve(self.case.model, grid=layout.grid)
@@ -247,7 +249,7 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> list[
                 **{f"against_{k}": f"{whole[k] / whole[attention]:.3f}" for k in kernels if k in ("cudnn", "fa2")},
                 "note": f"{FIRST_LAYERS} dense layers, {share:.3f} of the steps dense" if attention == "radial" else "",
                 **environment(args.commit),
-            }  # fmt: skip
+            }
         )
         print({k: rows[-1][k] for k in ("case", "frames", "attention", "extrapolated_step_s", "peak_gib")}, flush=True)
     print(f"peak of two layers: {peak_two:.2f} GiB", flush=True)

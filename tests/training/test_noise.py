@@ -50,7 +50,7 @@ def test_the_dense_rule_is_the_schedule_of_a_run():
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "mochi"])
 def test_the_target_is_what_the_scheduler_integrates(name):
-    """A model that predicts the target exactly is taken from one noise level to the next by the pipeline's scheduler."""
+    """A model that predicts the target exactly is taken to the next noise level by the pipeline's scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     family = TRAINING_FAMILIES[name]

@@ -56,7 +56,7 @@ class LoraFile:
         """Which transformer of the pipeline it belongs to."""
         return str(self.about.get("component", "transformer"))
 
-    def options(self, method: str) -> dict[str, object]:
+    def options(self, method: str) -> dict[str, Any]:
         """The options of a method that it was trained with, its schedule included; empty for another method."""
         if self.about.get("method") != method or method == "dense":
             return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -137,9 +137,14 @@ class GenerationRequest:
     def _extended(self, loras: tuple[LoraFile, ...]) -> GenerationRequest:
         """This request with what its LoRAs were trained for, where it does not say otherwise."""
         lengths = [lora.frames for lora in loras if lora.frames is not None]
-        trained: dict[str, object] = {}
+        trained: dict[str, Any] = {}
         for lora in loras:
-            trained |= lora.options(self.method)
+            found = lora.options(self.method)
+            # two experts of one run may say different things: what is dense for one of them is dense
+            for name in ("first_steps", "first_layers"):
+                if name in found and name in trained:
+                    found[name] = max(found[name], trained[name])
+            trained |= found
         options = {**self.options, self.method: {**trained, **self.options.get(self.method, {})}} if trained else None
         return replace(
             self,

@@ -143,7 +143,7 @@ def _beyond(settings: Settings) -> Iterator[str]:
     """Which LoRAs were trained for shorter videos."""
     for lora in settings.loras:
         if lora.frames is not None and settings.num_frames > lora.frames:
-            yield f"The LoRA {lora.name} was trained for {lora.frames} frames, and this video has {settings.num_frames}."
+            yield f"The LoRA {lora.name} was trained for {lora.frames} frames; this video has {settings.num_frames}."
 
 
 @dataclass

@@ -196,7 +196,7 @@ class LoraRun:
                 engine.backward(loss * train.sequence_parallel / train.accumulate)
             total += loss.detach() / train.accumulate
         mean = float(engine.reduce(total, "mean"))
-        gradient = float(engine.clip_grad_norm_(list(self.parameters.values()), train.clip))
+        gradient = float(whole(engine.clip_grad_norm_(list(self.parameters.values()), train.clip)))
         if not (math.isfinite(mean) and math.isfinite(gradient)):
             self.optimizer.zero_grad()
             raise Diverged(
