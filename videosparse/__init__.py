@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from videosparse.attach import restore, sparsify
+    from videosparse.attach import extend_rope, restore, sparsify
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
     from videosparse.layout import TokenLayout, VideoGrid
@@ -33,6 +33,7 @@ __all__ = [
     "TokenLayout",
     "VideoGrid",
     "attend",
+    "extend_rope",
     "restore",
     "sparsify",
 ]
@@ -46,6 +47,7 @@ _HOME = {
     "TokenLayout": "layout",
     "VideoGrid": "layout",
     "attend": "kernels",
+    "extend_rope": "attach",
     "restore": "attach",
     "sparsify": "attach",
 }

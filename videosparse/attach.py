@@ -17,6 +17,7 @@ from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
+from videosparse.models.rope import extend, undo
 from videosparse.policies.base import (
     TRAINING,
     DenseSchedule,
@@ -94,7 +95,7 @@ class RunTracker:
         """Put a `LayerProcessor` on every self-attention and start following, in place of what followed before."""
         attentions = self.family.attentions(transformer)
         before = [attention.module.processor for attention in attentions]
-        restore(transformer)
+        _give_back(transformer)
         for attention, current in zip(attentions, before, strict=True):
             # not every stock processor can hold the backend that was chosen while ours was there
             replaced = current if isinstance(current, LayerProcessor) else attention.module.processor
@@ -429,26 +430,67 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
 
 
 def restore(pipe_or_transformer: object) -> None:
-    """Give every attention its stock processor back and remove the hooks. Repeatable; nothing bound is no error.
+    """Give every attention its stock processor back and undo `extend_rope`. Repeatable; nothing bound is no error.
 
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
     for transformer in _targets(pipe_or_transformer)[1]:
-        family = family_of(transformer)
-        tracker = vars(transformer).get(_TRACKER)
-        if tracker is not None:
-            tracker.detach(transformer)
-            tracker.session.processor.binding.release(transformer)
-        ours = {id(attention.module) for attention in family.attentions(transformer)}
-        for module in transformer.modules():
-            current = getattr(module, "processor", None)
-            if isinstance(current, LayerProcessor):
-                module.processor = current.give_back()
-            elif isinstance(current, Processor):
-                # put there by transformer.set_attn_processor, on every attention alike
-                stock = family.stock[0] if id(module) in ours else "AttnProcessor2_0"
-                module.processor = default_processor(module, stock)
+        _give_back(transformer)
+        undo(transformer)
+
+
+def extend_rope(
+    pipe_or_transformer: object,
+    kind: str,
+    *,
+    trained_frames: int | None = None,
+    frames: int | None = None,
+    k: int | None = None,
+) -> None:
+    """Stretch the temporal rotary embedding for videos beyond the trained length, in generation and in training.
+
+    Stays until `restore`, or until it is called again; processors can be exchanged in between. See `RopeExtension` for
+    what each kind does.
+
+    Args:
+        pipe_or_transformer: a Diffusers pipeline of Wan or HunyuanVideo, or its transformer.
+        kind: "riflex", "ntk", "pi" (position interpolation), or "none", which undoes.
+        trained_frames: pixel frames of the longest videos that the model was trained on; shorter videos are left
+            alone. Needed by ntk and pi; None leaves riflex to decide by its period.
+        frames: pixel frames to stretch to, so that training on clips of several lengths sees one embedding; None takes
+            the length of each video.
+        k: number of RIFLEx's frequency, from 1; None takes the published one.
+
+    Raises:
+        TypeError: not a supported pipeline or transformer.
+        ValueError: Mochi, whose frequencies are learned; an unknown kind; missing or impossible numbers.
+    """
+    transformers = _targets(pipe_or_transformer)[1]
+    rotaries = [None if kind == "none" else family_of(t).temporal_rotary(t) for t in transformers]
+    for transformer, rotary in zip(transformers, rotaries, strict=True):
+        if rotary is None:
+            undo(transformer)
+        else:
+            extend(transformer, rotary, kind, trained_frames=trained_frames, frames=frames, k=k)
+
+
+def _give_back(transformer: torch.nn.Module) -> None:
+    """Give every attention of one transformer its stock processor back and stop following it."""
+    family = family_of(transformer)
+    tracker = vars(transformer).get(_TRACKER)
+    if tracker is not None:
+        tracker.detach(transformer)
+        tracker.session.processor.binding.release(transformer)
+    ours = {id(attention.module) for attention in family.attentions(transformer)}
+    for module in transformer.modules():
+        current = getattr(module, "processor", None)
+        if isinstance(current, LayerProcessor):
+            module.processor = current.give_back()
+        elif isinstance(current, Processor):
+            # put there by transformer.set_attn_processor, on every attention alike
+            stock = family.stock[0] if id(module) in ours else "AttnProcessor2_0"
+            module.processor = default_processor(module, stock)
 
 
 def set_attn_processor(pipe: object, processor: object) -> None:
@@ -474,7 +516,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
                 "videosparse.restore(pipe) gives it back its own."
             )
         if vars(transformer).get(_TRACKER) is not None:
-            restore(transformer)
+            _give_back(transformer)
         # a transformer empties the dict that it is given
         accept(dict(processor) if isinstance(processor, Mapping) else processor)
 
