@@ -170,7 +170,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message
     [
         (["bogus"], "No such command 'bogus'; see videosparse -h."),
         (["--bogus"], "No such option: --bogus"),
-        (["generate"], "Missing argument"),
+        (["generate"], "There is no prompt; give it as an argument"),
         (["plan", "--frames", "1.5"], "Invalid value for '--frames'"),
     ],
 )

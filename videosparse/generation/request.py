@@ -19,12 +19,14 @@ from videosparse.generation.methods import (
 )
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.layout import VideoGrid
+from videosparse.models.rope import ROPES
 
 OFFLOADS = ("none", "model")
 
 # schedulers interpolate between the 1000 noise levels of training
 MOST_STEPS = 1000
 GUIDANCES = 0, 100
+SHIFTS = 0.01, 100
 
 _SEED_LIMIT = 2**63
 
@@ -50,6 +52,9 @@ class GenerationRequest:
         dtype: "auto", "fp32", "bf16" or "fp16".
         fps: frames a second of the file.
         offload: "model" keeps only the part in use on the GPU.
+        shift: of the noise schedule towards noise, None for the model's own.
+        rope: "none", "riflex", "ntk" or "pi": how rotary embeddings stretch beyond the trained length.
+        trained_frames: pixel frames of that length.
     """
 
     prompt: str
@@ -67,6 +72,9 @@ class GenerationRequest:
     dtype: str = "auto"
     fps: float | None = None
     offload: str = "none"
+    shift: float | None = None
+    rope: str = "none"
+    trained_frames: int | None = None
 
     def resolve(self) -> Settings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -110,7 +118,28 @@ class GenerationRequest:
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
+            shift=None if self.shift is None else within("shift", self.shift, self.shift, SHIFTS),
+            trained_frames=self._trained_frames(source),
         )
+
+    def _trained_frames(self, source: ModelSource) -> int | None:
+        """The length up to which the rotary embedding is left alone; None where it is always."""
+        if self.rope == "none":
+            if self.trained_frames is not None:
+                raise GenerationError("trained_frames is for --rope riflex, ntk or pi; drop it, or choose one.")
+            return None
+        if source.spec.family == "mochi":
+            raise GenerationError(
+                "Mochi learned the frequencies of its rotary embedding, so there is none to stretch; drop --rope."
+            )
+        defaults = source.defaults
+        trained = self.trained_frames
+        if trained is None:
+            trained = defaults.num_frames if defaults.trained_frames is None else defaults.trained_frames
+        stride = source.spec.stride[0]
+        if trained < 1 or (trained - 1) % stride:
+            raise GenerationError(f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); use 81.")
+        return trained
 
     def _check_words(self) -> None:
         if not self.prompt.strip():
@@ -126,6 +155,10 @@ class GenerationRequest:
             raise GenerationError(
                 f"Unknown offload {self.offload!r}; use {' or '.join(OFFLOADS)}.{nearest(self.offload, OFFLOADS)}"
             )
+        if self.rope not in ROPES:
+            raise GenerationError(
+                f"Unknown rope {self.rope!r}; use {', '.join(ROPES[:-1])} or {ROPES[-1]}.{nearest(self.rope, ROPES)}"
+            )
         if not 0 <= self.seed < _SEED_LIMIT:
             raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}); use 0.")
 
@@ -140,6 +173,7 @@ class Settings:
         grid: the token grid that attention will see.
         guidance_2: guidance scale of a second expert, None for the same.
         dtype: "fp32", "bf16" or "fp16".
+        trained_frames: None without a stretched rotary embedding.
     """
 
     request: GenerationRequest
@@ -154,6 +188,8 @@ class Settings:
     fps: float
     device: torch.device
     dtype: str
+    shift: float | None = None
+    trained_frames: int | None = None
 
 
 def _least_steps(source: ModelSource) -> int:
@@ -170,7 +206,8 @@ def within(name: str, asked: Number | None, default: Number, limits: tuple[float
     if asked is None:
         return default
     if not limits[0] <= asked <= limits[1]:
-        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}); the model's is {default}.")
+        advice = f"; the model's is {default}" if default is not asked else ""
+        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}){advice}.")
     return asked
 
 

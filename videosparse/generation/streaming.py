@@ -89,11 +89,22 @@ def streaming(pipe: Any, sink: Sink) -> Iterator[None]:
         none = z.new_zeros(1, 3, 0, 1, 1)
         return _output(none) if return_dict else (none,)
 
-    vae.decode = decode  # an attribute of this object, which hides the method
+    with replaced_decode(vae, decode):
+        yield
+
+
+@contextmanager
+def replaced_decode(vae: Any, decode: _Decode) -> Iterator[None]:
+    """Let a VAE decode otherwise for the time of a block: an attribute of this one object hides its method."""
+    before = vars(vae).get("decode")
+    vae.decode = decode
     try:
         yield
     finally:
-        del vae.decode
+        if before is None:
+            del vae.decode
+        else:
+            vae.decode = before
 
 
 @contextmanager
