@@ -236,7 +236,7 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("what\nis this")
 
-    monkeypatch.setattr("videosparse.generation.generate", fail)
+    monkeypatch.setattr("videosparse.generation.generate_to", fail)
     result = make(run)
     assert result.exit_code == 1
     assert result.stderr == "Unexpected RuntimeError: what is this (--debug shows where)\n"
