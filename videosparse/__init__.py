@@ -18,11 +18,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from videosparse.attach import extend_rope, restore, sparsify
+    from videosparse.attach import restore, sparsify
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
     from videosparse.layout import TokenLayout, VideoGrid
+    from videosparse.parallel import parallelize
     from videosparse.processors import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
+    from videosparse.stretching import extend_rope
 
 __all__ = [
     "AdaSpaProcessor",
@@ -34,6 +36,7 @@ __all__ = [
     "VideoGrid",
     "attend",
     "extend_rope",
+    "parallelize",
     "restore",
     "sparsify",
 ]
@@ -47,7 +50,8 @@ _HOME = {
     "TokenLayout": "layout",
     "VideoGrid": "layout",
     "attend": "kernels",
-    "extend_rope": "attach",
+    "extend_rope": "stretching",
+    "parallelize": "parallel",
     "restore": "attach",
     "sparsify": "attach",
 }

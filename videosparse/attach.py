@@ -17,7 +17,7 @@ from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
-from videosparse.models.rope import extend, undo
+from videosparse.models.rope import undo
 from videosparse.policies.base import (
     TRAINING,
     DenseSchedule,
@@ -29,6 +29,7 @@ from videosparse.policies.base import (
 )
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
 from videosparse.report import RunRecord
+from videosparse.sharing import check_shared, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class RunTracker:
         self._grid: VideoGrid | None = None
         self._resolved: Resolved | None = None
         self._seen = (0, 0)
+        self._ranks = 1
         self._searching: list[tuple[tuple[str, int], LayerProcessor, LayerState]] = []
         self._calls: dict[str | None, int] = {}
         self._warned = False
@@ -149,7 +151,7 @@ class RunTracker:
                 "checkpointing runs a forward twice. Use RadialProcessor; to generate, call the transformer under "
                 "torch.no_grad(), as pipelines do."
             )
-        _check_parallel(self.layers[0][1], self.family, resolved)
+        self._share(layout, resolved, training)
         if training and resolved.options.fused_norm == "auto":
             # a checkpoint that runs without gradients first must round as it does when it runs again
             resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
@@ -197,6 +199,19 @@ class RunTracker:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(recall)  # type: ignore[no-untyped-call]
 
+    def _share(self, layout: TokenLayout, resolved: Resolved, training: bool) -> None:
+        """Tell the layers what this rank holds of the sequence, where ranks share it."""
+        host, joint = self.layers[0][1], self.family.joint
+        check_shared(host, joint=joint, policy=resolved.policy, heads=int(self.config["num_attention_heads"]))
+        shard = shard_of(host, layout, resolved.options)
+        if shard is not None and training and joint:
+            raise NotImplementedError(
+                "Context parallelism in training is available for Wan only; use data parallelism, a video a GPU."
+            )
+        self._ranks = 1 if shard is None else shard.exchange.ranks
+        for _, layer in self.layers:
+            layer.shard = shard
+
     def _resolve(self, grid: VideoGrid) -> Resolved:
         """The processor's choices for this grid."""
         if self._resolved is None or grid != self._grid:
@@ -241,14 +256,14 @@ class RunTracker:
     def _dense(self, layout: TokenLayout, resolved: Resolved, latents: torch.Tensor) -> DensePlan:
         """The plan of dense layers.
 
-        A backend chosen by the user is what dense calls are for, and parallel shards are gathered by Diffusers. Else it
+        A backend chosen by the user is what dense calls are for, and Diffusers passes shards around a ring. Else it
         is the fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several
         times in half precision, in training too.
         """
         options = _dense_options(resolved.options)
         device, dtype = latents.device, autocast(latents[:0]).dtype
         free = options.backend != "torch"
-        if not free or any(layer.backend_chosen() or layer.is_parallel() for _, layer in self.layers):
+        if not free or any(layer.backend_chosen() or layer.ring_degree() > 1 for _, layer in self.layers):
             kernel = None
         elif layout.seq_lens is None:
             # Diffusers' own serves training: what is fastest forward need not be so backward
@@ -303,7 +318,8 @@ class RunTracker:
         before = dict(state)
         plan = policy.plan(
             layout, run, number, state,
-            device=latents.device, samples=latents.shape[0], heads=int(self.config["num_attention_heads"]),
+            device=latents.device, samples=latents.shape[0],
+            heads=int(self.config["num_attention_heads"]) // self._ranks,
         )  # fmt: skip
         if plan.mode in (Mode.SEARCH, Mode.REFRESH):
             layer = self.layers[number][1]
@@ -317,17 +333,6 @@ def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, lay
     if not schedule.is_dense(run, layer, layers):
         return True
     return policy.searches and schedule.searches_at(run, layer, layers)
-
-
-def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved) -> None:
-    """Raise NotImplementedError for context parallelism whose shards do not fit."""
-    policy = resolved.policy
-    host.check_parallel(
-        joint=family.joint,
-        sparse=policy is not None,
-        searches=policy is not None and policy.searches,
-        by_head=policy is not None and policy.by_head,
-    )
 
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:
@@ -415,7 +420,7 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
             f"processor must be a RadialProcessor(...) or another processor of videosparse (got {processor!r}); stock "
             "processors go to transformer.set_attn_processor."
         )
-    pipeline, transformers = _targets(pipe_or_transformer)
+    pipeline, transformers = targets(pipe_or_transformer)
     _check_free(processor, transformers)
     session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
     trackers = [RunTracker(t, family_of(t), session) for t in transformers]
@@ -435,44 +440,9 @@ def restore(pipe_or_transformer: object) -> None:
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
-    for transformer in _targets(pipe_or_transformer)[1]:
+    for transformer in targets(pipe_or_transformer)[1]:
         _give_back(transformer)
         undo(transformer)
-
-
-def extend_rope(
-    pipe_or_transformer: object,
-    kind: str,
-    *,
-    trained_frames: int | None = None,
-    frames: int | None = None,
-    k: int | None = None,
-) -> None:
-    """Stretch the temporal rotary embedding for videos beyond the trained length, in generation and in training.
-
-    Stays until `restore`, or until it is called again; processors can be exchanged in between. See `RopeExtension` for
-    what each kind does.
-
-    Args:
-        pipe_or_transformer: a Diffusers pipeline of Wan or HunyuanVideo, or its transformer.
-        kind: "riflex", "ntk", "pi" (position interpolation), or "none", which undoes.
-        trained_frames: pixel frames of the longest videos that the model was trained on; shorter videos are left
-            alone. Needed by ntk and pi; None leaves riflex to decide by its period.
-        frames: pixel frames to stretch to, so that training on clips of several lengths sees one embedding; None takes
-            the length of each video.
-        k: number of RIFLEx's frequency, from 1; None takes the published one.
-
-    Raises:
-        TypeError: not a supported pipeline or transformer.
-        ValueError: Mochi, whose frequencies are learned; an unknown kind; missing or impossible numbers.
-    """
-    transformers = _targets(pipe_or_transformer)[1]
-    rotaries = [None if kind == "none" else family_of(t).temporal_rotary(t) for t in transformers]
-    for transformer, rotary in zip(transformers, rotaries, strict=True):
-        if rotary is None:
-            undo(transformer)
-        else:
-            extend(transformer, rotary, kind, trained_frames=trained_frames, frames=frames, k=k)
 
 
 def _give_back(transformer: torch.nn.Module) -> None:
@@ -508,7 +478,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
     if isinstance(processor, Processor):
         sparsify(pipe, processor)
         return
-    for transformer in _targets(pipe)[1]:
+    for transformer in targets(pipe)[1]:
         accept = getattr(transformer, "set_attn_processor", None)
         if accept is None:
             raise TypeError(
@@ -521,7 +491,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
         accept(dict(processor) if isinstance(processor, Mapping) else processor)
 
 
-def _targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
+def targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
     """(pipeline or None, its transformers), wrappers of torch.compile removed."""
     if isinstance(pipe_or_transformer, torch.nn.Module):
         return None, [_unwrap(pipe_or_transformer)]
@@ -582,5 +552,6 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
-    _check_parallel(HostProcessor(attentions[0].module.processor), family, resolved)
+    host, heads = HostProcessor(attentions[0].module.processor), int(tracker.config["num_attention_heads"])
+    check_shared(host, joint=family.joint, policy=resolved.policy, heads=heads)
     return resolved

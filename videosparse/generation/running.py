@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from videosparse.attach import extend_rope, restore, sparsify
+from videosparse.attach import restore, sparsify
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.latents import keeping, prepare_vae
@@ -18,6 +18,7 @@ from videosparse.generation.methods import Options, make_processor, refusals, re
 from videosparse.generation.request import Settings
 from videosparse.generation.streaming import Sink, streaming
 from videosparse.report import RunReport
+from videosparse.stretching import extend_rope
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
