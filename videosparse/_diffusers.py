@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import ContextParallelConfig
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.context_parallel import apply_context_parallel
+from diffusers.hooks.context_parallel import ContextParallelSplitHook, apply_context_parallel
 from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput, ParallelConfig
 from diffusers.models.attention_dispatch import (
@@ -112,9 +112,19 @@ def enable_ulysses(transformer: Any, ranks: int, plan: Mapping[str, Any] | None,
         uneven: whether shards may differ in length.
     """
     config = ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven)
-    if transformer.device.type != "cpu":
+    if transformer.device.type == "cpu":
+        _enable_on_cpu(transformer, config, plan)
+    else:
         transformer.enable_parallelism(config=config, cp_plan=None if plan is None else dict(plan))
-        return
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if isinstance(hook, ContextParallelSplitHook) and "hidden_states" in hook.metadata:
+                # it looks at a signature when it is first called, which no compiled block can do
+                hook.module_forward_metadata._get_parameter_from_args_kwargs("hidden_states", [None], {})
+
+
+def _enable_on_cpu(transformer: Any, config: ContextParallelConfig, plan: Mapping[str, Any] | None) -> None:
+    ranks = config.ulysses_degree
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, ranks), mesh_dim_names=("ring", "ulysses"))
     config.setup(torch.distributed.get_rank(), ranks, torch.device("cpu"), mesh)
     parallel = ParallelConfig(context_parallel_config=config)

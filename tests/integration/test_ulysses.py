@@ -26,6 +26,7 @@ class Run:
     grid: tuple[int, int, int] = (4, 8, 8)
     attach_first: bool = True
     rope: bool = False
+    compiled: bool = False
     steps: int = 1
 
 
@@ -34,6 +35,7 @@ RUNS = {
     "wan, parallel first": Run("wan", "RadialProcessor", RADIAL, attach_first=False),
     "wan, dense": Run("wan", "DenseProcessor"),
     "wan, long": Run("wan", "RadialProcessor", RADIAL, rope=True),
+    "wan, compiled": Run("wan", "RadialProcessor", RADIAL, compiled=True),
     "wan, adaspa": Run("wan", "AdaSpaProcessor", ADASPA, steps=4),
     "wan, paro": Run("wan", "PAROProcessor", {"density": 0.3, "first_steps": 0.25, "num_steps": 4}, steps=4),
     "hunyuan_video, radial": Run("hunyuan_video", "RadialProcessor", {**RADIAL, "first_layers": 0}),
@@ -60,6 +62,8 @@ def output(run: Run, share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
     share(model)
     if not run.attach_first:
         videosparse.sparsify(model, processor)
+    if run.compiled:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch.manual_seed(1)
     inputs = tiny.inputs(run.grid, 2, [12, 7])
     for step in range(run.steps):
@@ -75,7 +79,29 @@ def one_rank(rank: int, meeting: str) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     found = {name: output(run, videosparse.parallelize) for name, run in RUNS.items()}
-    return {**found, "errors": errors(), "there and back": there_and_back()}
+    return {
+        **found,
+        "errors": errors(),
+        "there and back": there_and_back(),
+        "gradient": gradient(videosparse.parallelize),
+    }
+
+
+def gradient(share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
+    """Of a projection of Wan, summed over the ranks, each of which has the loss of the whole video."""
+    from pipes import TINY
+
+    import videosparse
+
+    model = TINY["wan"].build().train()
+    videosparse.sparsify(model, videosparse.RadialProcessor(**RADIAL))
+    share(model)
+    torch.manual_seed(1)
+    model(**TINY["wan"].inputs((4, 8, 8), 1, [12]), return_dict=False)[0].square().mean().backward()
+    found = model.blocks[0].attn1.to_k.weight.grad
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found)
+    return found
 
 
 def there_and_back() -> list[torch.Tensor]:
@@ -150,6 +176,13 @@ def test_sparse_runs_are_sparse(ranks):
             output(run, lambda model: None) for run in (RUNS[f"{name}, radial"], Run(name, "DenseProcessor"))
         )
         assert not torch.allclose(sparse, dense, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_sums_the_gradients_of_the_ranks(ranks):
+    alone = gradient(lambda model: None)
+    for rank in ranks:
+        torch.testing.assert_close(rank["gradient"], alone, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.slow
