@@ -52,6 +52,14 @@ def test_length_and_schedule_come_from_the_file(ask, make_lora):
     assert settings.request.options["radial"] == {"decay": 0.7, "first_steps": 0.5, "first_layers": 1}
 
 
+def test_a_stretched_rotary_embedding_comes_from_the_file(ask, make_lora):
+    lora = str(make_lora(5, about={**ABOUT, "rope": "ntk", "trained_frames": 9}))
+    settings = ask(loras=(lora,)).resolve()
+    assert (settings.request.rope, settings.trained_frames) == ("ntk", 9)
+    given = ask(loras=(lora,), rope="pi", trained_frames=5).resolve()
+    assert (given.request.rope, given.trained_frames) == ("pi", 5)
+
+
 def test_what_is_given_wins(ask, make_lora):
     settings = ask(num_frames=9, loras=(str(make_lora()),), options={"radial": {"decay": 0.4}}).resolve()
     assert settings.num_frames == 9
@@ -113,3 +121,17 @@ def test_loras_of_two_experts_agree_on_what_is_dense(ask, make_lora):
     for pair in ((make_lora(), other), (other, make_lora())):
         options = ask(loras=tuple(map(str, pair))).resolve().request.options["radial"]
         assert (options["first_steps"], options["first_layers"]) == (0.5, 2)
+
+
+def test_run_files_name_loras(tmp_path):
+    from videosparse.generation.runfile import as_toml, read_run_file, request_from
+
+    path = tmp_path / "run.toml"
+    path.write_text(as_toml({"prompt": "a cat", "lora": ["a", "b"], "lora_scale": [1.0, 0.5]}))
+    request = request_from(read_run_file(path).values)
+    assert (request.loras, request.lora_scales) == (("a", "b"), (1.0, 0.5))
+    path.write_text('prompt = "a cat"\nlora = "a"\n')
+    assert request_from(read_run_file(path).values).loras == ("a",)
+    path.write_text('prompt = "a cat"\nlora = [1]\n')
+    with pytest.raises(GenerationError, match="lora must be a text"):
+        read_run_file(path)

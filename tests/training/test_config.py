@@ -52,7 +52,7 @@ def test_recipes_are_valid(recipe):
         ("attention.method", "adaspa", "searches for its maps while a video is made"),
         ("attention.method", "paro", "needs attention.options.plan"),
         ("attention.options", "decay", "attention.options must be a table"),
-        ("model.rope", "riflex", "model.rope must be none"),
+        ("model.rope", "riflx", "model.rope must be .* Did you mean 'riflex'"),
         ("validate.video_every", 5, "needs validate.prompts"),
     ],
 )

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import lora_runs  # noqa: E402  found through the path above
+
 STEPS = 3
 
 
-def train_here(model: Path, data: Path, out: Path, train: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_here(model: str, data: str, out: str, train: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     """(losses, whole adapters) of a few steps; writes a checkpoint and goes on from it."""
-    import lora_runs
-
     from videosparse.training.adapters import whole
     from videosparse.training.run import LoraRun, make_accelerator
 
@@ -34,7 +36,7 @@ def train_here(model: Path, data: Path, out: Path, train: dict) -> tuple[list[fl
     run.save()
     assert run.resume() == 2
     losses += [run.train_step().loss for _ in range(STEPS - 2)]
-    run.held_out(17)
+    run.held_out(train["frames"][0])
     run.export()
     return losses, {name: whole(p) for name, p in run.parameters.items()}
 
@@ -57,8 +59,8 @@ def shard(model, optimizer):
     return model, optimizer
 
 
-def train_in_two(tmp_path: Path, model: Path, data: Path, train: dict) -> list[dict]:
-    """What two processes found."""
+def train_in_two(tmp_path: Path, jobs: list[dict]) -> list[list[dict]]:
+    """What two processes found, job by job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,44 +69,49 @@ def train_in_two(tmp_path: Path, model: Path, data: Path, train: dict) -> list[d
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    arguments = [str(model), str(data), str(tmp_path / "two"), json.dumps(train)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, *arguments, str(out)],
+            [sys.executable, __file__, json.dumps(jobs), str(out)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
         )
         for rank, out in enumerate(outs)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1].decode() for process in ranks]
+        errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
     finally:
         for process in ranks:
             process.kill()
     for process, error in zip(ranks, errors, strict=True):
         assert process.returncode == 0, error[-3000:]
-    return [torch.load(out) for out in outs]
-
-
-def assert_same(found, losses, weights):
-    for process in found:
-        assert process["losses"] == pytest.approx(losses, rel=1e-5)
-        for name, value in weights.items():
-            torch.testing.assert_close(process["weights"][name], value, rtol=1e-3, atol=2e-5)
+    return list(zip(*(torch.load(out) for out in outs), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["data parallel", "one clip shared", "sharded"])
-def test_two_processes_equal_one(kind, wan_folder, wan_data, tmp_path):
-    alone = {"steps": STEPS, "accumulate": 1 if kind == "one clip shared" else 2}
-    losses, weights = train_here(wan_folder, wan_data, tmp_path / "one", alone)
-    kinds = {"data parallel": {}, "one clip shared": {"sequence_parallel": 2}, "sharded": {"sharded": True}}
-    found = train_in_two(tmp_path, wan_folder, wan_data, {"steps": STEPS, **kinds[kind]})
-    assert_same(found, losses, weights)
+def test_two_processes_equal_one(wan_folder, wan_data, tmp_path):
+    """Data parallel; two share each clip, with and without text in the sequence; sharded weights."""
+    jobs, expected = [], []
+    for name, kind in (
+        ("wan", {}), ("wan", {"sharded": True}), ("wan", {"sequence_parallel": 2}),
+        ("hunyuan", {"sequence_parallel": 2}), ("mochi", {"sequence_parallel": 2}),
+    ):  # fmt: skip
+        model, data, frames = wan_folder, wan_data, [17, 33]
+        if name != "wan":
+            frames = [19, 37] if name == "mochi" else [17, 33]
+            model = lora_runs.save_pipe(name, tmp_path / name)
+            data = lora_runs.random_data(tmp_path / f"{name}-data", model, frames=frames[-1], size=64)
+        job = {"model": str(model), "data": str(data), "out": str(tmp_path / f"two{len(jobs)}")}
+        jobs.append({**job, "train": {"steps": STEPS, "frames": frames, **kind}})
+        alone = {"steps": STEPS, "frames": frames, "accumulate": 1 if "sequence_parallel" in kind else 2}
+        expected.append(train_here(**{**job, "out": str(tmp_path / f"one{len(jobs)}"), "train": alone}))
+    for job, (losses, weights), found in zip(jobs, expected, train_in_two(tmp_path, jobs), strict=True):
+        for process in found:
+            assert process["losses"] == pytest.approx(losses, rel=1e-5), job
+            for name, value in weights.items():
+                torch.testing.assert_close(process["weights"][name], value, rtol=1e-3, atol=3e-5)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    folder, clips, place, keys, target = sys.argv[1:]
-    found_losses, found_weights = train_here(Path(folder), Path(clips), Path(place), json.loads(keys))
-    torch.save({"losses": found_losses, "weights": found_weights}, target)
+    todo, target = sys.argv[1:]
+    made = [train_here(**job) for job in json.loads(todo)]
+    torch.save([{"losses": losses, "weights": weights} for losses, weights in made], target)

@@ -289,13 +289,22 @@ def test_what_does_not_go_together_is_refused(lora_run, sections, message):
         lora_run(**sections)
 
 
+def test_the_rotary_embedding_is_stretched_beyond_the_trained_length(lora_run):
+    plain = lora_run("a", train={"frames": [17, 33]})
+    stretched = lora_run("b", model_={"rope": "ntk", "trained_frames": 17}, train={"frames": [17, 33]})
+    assert stretched.held_out(17) == plain.held_out(17)
+    assert stretched.held_out(33) != plain.held_out(33)
+    about = stretched.about()
+    assert (about["rope"], about["trained_frames"]) == ("ntk", 17)
+
+
 @pytest.mark.parametrize("name", ["hunyuan", "mochi"])
 def test_other_families(name, tmp_path):
     """Train, write, load in plain Diffusers: the same output."""
     import diffusers
 
     from videosparse import restore
-    from videosparse.training.run import LoraRun, make_accelerator
+    from videosparse.training.run import LoraRun, change, make_accelerator
 
     torch.set_num_threads(1)
     folder = lora_runs.save_pipe(name, tmp_path / "model")
@@ -321,3 +330,6 @@ def test_other_families(name, tmp_path):
     assert torch.equal(loaded, trained)
     with pytest.raises(ConfigError, match="Wan only"):
         to_comfy(out / "pytorch_lora_weights.safetensors", tmp_path / "x.safetensors")
+    if name == "mochi":
+        with pytest.raises(ConfigError, match="Mochi learned the frequencies"):
+            LoraRun(change(config, model={"rope": "ntk"}), make_accelerator(config, "cpu"))

@@ -20,12 +20,14 @@ from videosparse.generation.methods import (
 )
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.layout import VideoGrid
+from videosparse.models.rope import ROPES
 
 OFFLOADS = ("none", "model")
 
 # schedulers interpolate between the 1000 noise levels of training
 MOST_STEPS = 1000
 GUIDANCES = 0, 100
+SHIFTS = 0.01, 100
 
 _SEED_LIMIT = 2**63
 
@@ -54,6 +56,9 @@ class GenerationRequest:
         loras: files or folders of LoRAs. One that videosparse trained sets the length and the options of its method,
             where they are not given.
         lora_scales: how much of each is added; those that are left out are 1.
+        shift: of the noise schedule towards noise, None for the model's own.
+        rope: "none", "riflex", "ntk" or "pi": how rotary embeddings stretch beyond the trained length.
+        trained_frames: pixel frames of that length.
     """
 
     prompt: str
@@ -73,6 +78,9 @@ class GenerationRequest:
     offload: str = "none"
     loras: tuple[str, ...] = ()
     lora_scales: tuple[float, ...] = ()
+    shift: float | None = None
+    rope: str = "none"
+    trained_frames: int | None = None
 
     def resolve(self) -> Settings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -118,6 +126,8 @@ class GenerationRequest:
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
+            shift=None if self.shift is None else within("shift", self.shift, self.shift, SHIFTS),
+            trained_frames=request._trained_frames(source),
             loras=loras,
         )
 
@@ -146,11 +156,35 @@ class GenerationRequest:
                     found[name] = max(found[name], trained[name])
             trained |= found
         options = {**self.options, self.method: {**trained, **self.options.get(self.method, {})}} if trained else None
+        rope = next((lora.about for lora in loras if lora.about.get("rope", "none") != "none"), None)
+        stretched: dict[str, Any] = {}
+        if rope is not None and self.rope == "none":
+            stretched = {"rope": rope["rope"], "trained_frames": self.trained_frames or rope["trained_frames"]}
         return replace(
             self,
+            **stretched,
             num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
             options=self.options if options is None else options,
         )
+
+    def _trained_frames(self, source: ModelSource) -> int | None:
+        """The length up to which the rotary embedding is left alone; None where it is always."""
+        if self.rope == "none":
+            if self.trained_frames is not None:
+                raise GenerationError("trained_frames is for --rope riflex, ntk or pi; drop it, or choose one.")
+            return None
+        if source.spec.family == "mochi":
+            raise GenerationError(
+                "Mochi learned the frequencies of its rotary embedding, so there is none to stretch; drop --rope."
+            )
+        defaults = source.defaults
+        trained = self.trained_frames
+        if trained is None:
+            trained = defaults.num_frames if defaults.trained_frames is None else defaults.trained_frames
+        stride = source.spec.stride[0]
+        if trained < 1 or (trained - 1) % stride:
+            raise GenerationError(f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); use 81.")
+        return trained
 
     def _check_words(self) -> None:
         if not self.prompt.strip():
@@ -165,6 +199,10 @@ class GenerationRequest:
         if self.offload not in OFFLOADS:
             raise GenerationError(
                 f"Unknown offload {self.offload!r}; use {' or '.join(OFFLOADS)}.{nearest(self.offload, OFFLOADS)}"
+            )
+        if self.rope not in ROPES:
+            raise GenerationError(
+                f"Unknown rope {self.rope!r}; use {', '.join(ROPES[:-1])} or {ROPES[-1]}.{nearest(self.rope, ROPES)}"
             )
         if not 0 <= self.seed < _SEED_LIMIT:
             raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}); use 0.")
@@ -181,6 +219,7 @@ class Settings:
         guidance_2: guidance scale of a second expert, None for the same.
         dtype: "fp32", "bf16" or "fp16".
         loras: to load.
+        trained_frames: None without a stretched rotary embedding.
     """
 
     request: GenerationRequest
@@ -196,6 +235,8 @@ class Settings:
     device: torch.device
     dtype: str
     loras: tuple[LoraFile, ...] = ()
+    shift: float | None = None
+    trained_frames: int | None = None
 
 
 def _least_steps(source: ModelSource) -> int:
@@ -212,7 +253,8 @@ def within(name: str, asked: Number | None, default: Number, limits: tuple[float
     if asked is None:
         return default
     if not limits[0] <= asked <= limits[1]:
-        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}); the model's is {default}.")
+        advice = f"; the model's is {default}" if default is not asked else ""
+        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}){advice}.")
     return asked
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.generation.errors import GenerationError, nearest
+from videosparse.models.rope import ROPES
 
 METHODS = ("radial", "paro", "dense")
 OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("auto", "fp32", "bf16")
 DRAWS = ("auto", "logit-normal", "uniform")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# temporal rotary embeddings for lengths beyond the model's are not part of training yet
-ROPES = ("none",)
 
 
 class ConfigError(GenerationError):
@@ -38,7 +37,8 @@ class ModelConfig:
     path: str = key("assets/tiny-wan", "base model: a Diffusers folder, a hub id, or a name such as wan2.1-14b")
     component: str = key("transformer", "transformer, or transformer_2 for the low-noise expert of Wan2.2-A14B")
     fp8: bool = key(False, "keep the frozen weights of the blocks in 8 bits (Diffusers' layerwise casting)")
-    rope: str = key("none", "temporal rotary embedding beyond the model's length: none (as it is)")
+    rope: str = key("none", "temporal rotary embedding beyond trained_frames: none (as it is), riflex, ntk or pi")
+    trained_frames: int = key(0, "pixel frames up to which the rotary embedding stays as it is; 0: the model's length")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class TrainConfig:
     noise_to: float = key(1.0, "highest noise level that is trained")
     precision: str = key("auto", "of the forward: fp32, bf16, or auto: bf16 on a GPU")
     checkpointing: bool = key(True, "recompute blocks in the backward pass: slower, far less memory")
-    sequence_parallel: int = key(1, "processes that share one clip (Ulysses); Wan only")
+    sequence_parallel: int = key(1, "processes that share one clip (Ulysses)")
     seed: int = key(0, "of everything that is drawn")
 
 
@@ -283,6 +283,7 @@ def _check(config: Config) -> None:
         ("data.synthetic", data.synthetic, 0), ("validate.every", validate.every, 0),
         ("validate.video_every", validate.video_every, 0), ("attention.first_layers", config.attention.first_layers, 0),
         ("train.seed", train.seed, 0), ("train.warmup", train.warmup, 0),
+        ("model.trained_frames", config.model.trained_frames, 0),
     ):  # fmt: skip
         if number < least:
             raise ConfigError(f"{name} must be at least {least} (got {number}).")

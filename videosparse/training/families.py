@@ -29,8 +29,6 @@ class TrainingFamily:
         target: regular expression of the modules that get adapters: q, k, v and o of the video stream's self-attention.
             Plain names would also hit cross-attention, HunyuanVideo's refiner and Mochi's pooler.
         norms: likewise, of the norms of queries and keys.
-        causal: whether the latents of a clip's beginning are the beginning of its latents.
-        parallel: whether clips can be shared by processes (Ulysses).
     """
 
     name: str
@@ -39,8 +37,6 @@ class TrainingFamily:
     rising: bool
     target: str
     norms: str
-    causal: bool = True
-    parallel: bool = False
 
     def target_of(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the transformer is to predict."""
@@ -100,7 +96,6 @@ TRAINING_FAMILIES: dict[str, TrainingFamily] = {
             "wan", "logit-normal", 3.0, False,
             target=rf"(vace_)?blocks\.\d+\.attn1\.{_OUT}",
             norms=r"(vace_)?blocks\.\d+\.attn1\.norm_[qk]",
-            parallel=True,
         ),
         TrainingFamily(
             "hunyuan_video", "logit-normal", 7.0, False,

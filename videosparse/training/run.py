@@ -25,6 +25,7 @@ from videosparse.generation.lora import FORMAT
 from videosparse.generation.methods import make_processor, refusals
 from videosparse.generation.sources import ModelSource, find_model
 from videosparse.layout import TokenLayout
+from videosparse.stretching import extend_rope
 from videosparse.training import checkpoint
 from videosparse.training.adapters import add_adapters, copy_into, load_adapters, save_lora, trained, whole
 from videosparse.training.batches import Batch, Sampler, Step
@@ -130,9 +131,11 @@ class LoraRun:
         add_adapters(self.transformer, self.family, config.lora, train.seed)
         if train.checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if train.sequence_parallel > 1:
-            share_clips(self.transformer, self.family, train.sequence_parallel)
+        self.trained_frames = self._trained_frames()
+        extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
         self.bind()
+        if train.sequence_parallel > 1:
+            share_clips(self.transformer, train.sequence_parallel)
         optimizer = make_optimizer(trained(self.transformer).values(), train)
         self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
         self.transformer = accelerator.unwrap_model(self.model)  # sharding replaces it in place
@@ -326,7 +329,8 @@ class LoraRun:
             "format": FORMAT, "base_model": self.source.name, "location": self.source.location, "family": spec.family,
             "layers": spec.layers, "heads": spec.heads, "component": config.model.component,
             "method": config.attention.method, "options": options, "first_steps": config.attention.first_steps,
-            "first_layers": config.attention.first_layers, "rope": config.model.rope, "norms": config.lora.norms,
+            "first_layers": config.attention.first_layers, "rope": config.model.rope,
+            "trained_frames": self.trained_frames, "norms": config.lora.norms,
             "frames": list(config.train.frames), "sizes": sorted({str(b.size) for b in self.data.train}),
             "steps": self.done, "recipe": config.as_dict(), "versions": versions(),
         }  # fmt: skip
@@ -347,6 +351,15 @@ class LoraRun:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(kept[name])
+
+    def _trained_frames(self) -> int | None:
+        """The length beyond which the rotary embedding is stretched; None where it is as it is."""
+        model, defaults = self.config.model, self.source.defaults
+        if model.rope == "none":
+            return None
+        if self.family.name == "mochi":
+            raise ConfigError('Mochi learned the frequencies of its rotary embedding; model.rope must be "none".')
+        return model.trained_frames or defaults.trained_frames or defaults.num_frames
 
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_lora(folder, self.source.pipeline_class, self.transformer, weights, self.about())
@@ -387,8 +400,6 @@ class LoraRun:
             )
         if config.model.component == "transformer_2" and self.source.experts < 2:
             raise ConfigError(f"{self.source.name} has one transformer; model.component must be transformer.")
-        if config.train.sequence_parallel > 1 and not self.family.parallel:
-            raise ConfigError("train.sequence_parallel works for Wan only; use 1, or shard with FSDP.")
         if config.model.fp8 and not config.train.checkpointing:
             raise ConfigError("model.fp8 needs train.checkpointing = true: weights are 8 bits wide between the passes.")
         for frames in config.train.frames:
