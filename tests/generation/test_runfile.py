@@ -7,7 +7,7 @@ import pytest
 from videosparse.generation import GenerationError
 from videosparse.generation.planning import plan_run
 from videosparse.generation.presets import PRESETS, find_preset
-from videosparse.generation.runfile import KEYS, as_toml, merge, read_prompts, read_run_file, request_from
+from videosparse.generation.runfile import KEYS, LISTS, as_toml, merge, read_prompts, read_run_file, request_from
 from videosparse.generation.sources import find_spec
 
 
@@ -112,7 +112,9 @@ def test_every_key_is_a_field():
 
     from videosparse.generation import GenerationRequest
 
-    assert {field for field, _ in KEYS.values()} == {f.name for f in fields(GenerationRequest)} - {"options"}
+    assert {field for field, _ in {**KEYS, **LISTS}.values()} == {f.name for f in fields(GenerationRequest)} - {
+        "options"
+    }
 
 
 def test_prompt_files(tmp_path):
