@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
     from videosparse.layout import TokenLayout, VideoGrid
+    from videosparse.parallel import parallelize
     from videosparse.processors import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
+    from videosparse.stretching import extend_rope
 
 __all__ = [
     "AdaSpaProcessor",
@@ -33,6 +35,8 @@ __all__ = [
     "TokenLayout",
     "VideoGrid",
     "attend",
+    "extend_rope",
+    "parallelize",
     "restore",
     "sparsify",
 ]
@@ -46,6 +50,8 @@ _HOME = {
     "TokenLayout": "layout",
     "VideoGrid": "layout",
     "attend": "kernels",
+    "extend_rope": "stretching",
+    "parallelize": "parallel",
     "restore": "attach",
     "sparsify": "attach",
 }

@@ -5,21 +5,34 @@ Written against 0.41 to 0.43. When a release moves one of these names, this is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ContextParallelConfig
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.context_parallel import ContextParallelSplitHook, apply_context_parallel
 from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput, ParallelConfig
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
-    _templated_context_parallel_attention,
     dispatch_attention_fn,
 )
 
 _EVENTS = "videosparse"
-Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """The ranks that share an attention: how many, which one this is, their process group, and whether shards of the
+    sequence may differ in length."""
+
+    ranks: int
+    rank: int
+    group: Any
+    uneven: bool
 
 
 class HostProcessor:
@@ -54,9 +67,23 @@ class HostProcessor:
         active, _ = _AttentionBackendRegistry.get_active_backend()
         return self._attention_backend is not None or active != AttentionBackendName.NATIVE
 
-    def is_parallel(self) -> bool:
-        """Whether ranks share the attention (Ulysses or ring)."""
-        return self._parallel_config is not None
+    def ulysses(self) -> Ulysses | None:
+        """Who shares the attention by heads; None where nobody does."""
+        config = getattr(self._parallel_config, "context_parallel_config", None)
+        if config is None or config.ring_degree > 1:
+            return None
+        mesh = config._ulysses_mesh
+        return Ulysses(config.ulysses_degree, config._ulysses_local_rank, mesh.get_group(), config.ulysses_anything)
+
+    def ring_degree(self) -> int:
+        """How many ranks pass keys and values around; 1 where none do."""
+        config = getattr(self._parallel_config, "context_parallel_config", None)
+        return 1 if config is None else int(config.ring_degree)
+
+    def ulysses_degree(self) -> int:
+        """How many ranks share the heads; 1 where none do."""
+        config = getattr(self._parallel_config, "context_parallel_config", None)
+        return 1 if config is None else int(config.ulysses_degree)
 
     def backend_name(self) -> str:
         """What runs `dense`, as Diffusers names it; its default, torch's own attention, is "native SDPA"."""
@@ -67,58 +94,77 @@ class HostProcessor:
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """Attention through the backend that the user chose; q, k, v [B, L, H, D], key_mask bool [B, L] or None."""
         mask = None if key_mask is None else key_mask[:, None, None, :]
+        # under Ulysses these are whole sequences already
+        config = self._parallel_config if self.ring_degree() > 1 else None
         out: torch.Tensor = dispatch_attention_fn(
-            q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=config
         )
         return out
 
-    def gathered(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, core: Core) -> torch.Tensor:
-        """Run `core` on whole sequences, with a share of the heads on each rank (Ulysses)."""
-        if self._parallel_config is None:
-            return core(q, k, v)
 
-        def forward_op(
-            ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> torch.Tensor:
-            return core(q, k, v)
+def enable_ulysses(transformer: Any, ranks: int, plan: Mapping[str, Any] | None, uneven: bool) -> None:
+    """What `transformer.enable_parallelism` does, which itself insists on an accelerator.
 
-        out: torch.Tensor = _templated_context_parallel_attention(
-            q, k, v, forward_op=forward_op, backward_op=None, _parallel_config=self._parallel_config
-        )
-        return out
+    Args:
+        transformer: on the device of this rank.
+        ranks: of the process group.
+        plan: what to split and to gather; None is the transformer's own.
+        uneven: whether shards may differ in length.
+    """
+    config = ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven)
+    if transformer.device.type == "cpu":
+        _enable_on_cpu(transformer, config, plan)
+    else:
+        transformer.enable_parallelism(config=config, cp_plan=None if plan is None else dict(plan))
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if isinstance(hook, ContextParallelSplitHook) and "hidden_states" in hook.metadata:
+                # it looks at a signature when it is first called, which no compiled block can do
+                hook.module_forward_metadata._get_parameter_from_args_kwargs("hidden_states", [None], {})
 
-    def check_parallel(self, *, joint: bool, sparse: bool, searches: bool, by_head: bool) -> None:
-        """Raise NotImplementedError for context parallelism whose shards do not fit.
 
-        Args:
-            joint: text is part of the sequence.
-            sparse: some calls read block maps.
-            searches: these maps are searched for while the video is made.
-            by_head: these maps differ from head to head.
-        """
-        config = getattr(self._parallel_config, "context_parallel_config", None)
-        if config is None:
-            return
-        if searches:
-            raise NotImplementedError(
-                "Methods that search for their maps (AdaSpa) do not work with context parallelism: they compare all "
-                "heads of a layer, and a rank sees its share. Use one GPU, or RadialProcessor()."
-            )
-        if by_head:
-            raise NotImplementedError(
-                "Plans of PAROAttention do not work with context parallelism: every head has its own order and map, "
-                "and a rank sees its share of the heads. Use one GPU, or RadialProcessor()."
-            )
-        if sparse and config.ring_degree > 1:
-            raise NotImplementedError(
-                f"Sparse attention does not work with ring attention (ring_degree={config.ring_degree}): a rank never "
-                "sees all keys. Use ContextParallelConfig(ulysses_degree=...), or DenseProcessor()."
-            )
-        if joint:
-            raise NotImplementedError(
-                "Context parallelism is available for Wan only: where text is part of the sequence, gathered shards "
-                "come in another order than video, text. Use one GPU, or videosparse.restore(...)."
-            )
+def _enable_on_cpu(transformer: Any, config: ContextParallelConfig, plan: Mapping[str, Any] | None) -> None:
+    ranks = config.ulysses_degree
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, ranks), mesh_dim_names=("ring", "ulysses"))
+    _enable_on(mesh, transformer, config, plan)
+
+
+def enable_ulysses_in_groups(transformer: Any, degree: int, plan: Mapping[str, Any] | None) -> None:
+    """As `enable_ulysses`, but every `degree` neighbouring processes share, beside other such groups."""
+    device = next(transformer.parameters()).device.type
+    shape = (torch.distributed.get_world_size() // degree, 1, degree)
+    mesh = torch.distributed.device_mesh.init_device_mesh(device, shape, mesh_dim_names=("groups", "ring", "ulysses"))
+    _enable_on(mesh["ring", "ulysses"], transformer, ContextParallelConfig(ulysses_degree=degree), plan)
+
+
+def _enable_on(mesh: Any, transformer: Any, config: ContextParallelConfig, plan: Mapping[str, Any] | None) -> None:
+    device = next(transformer.parameters()).device
+    config.setup(mesh["ulysses"].get_local_rank(), config.ulysses_degree, device, mesh)
+    parallel = ParallelConfig(context_parallel_config=config)
+    for module in transformer.modules():
+        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+            module.processor._parallel_config = parallel
+    transformer._parallel_config = parallel
+    apply_context_parallel(transformer, config, transformer._cp_plan if plan is None else dict(plan))
+
+
+def split_video(rotary_dims: int) -> dict[str, Any]:
+    """The context-parallel plan of a transformer with text in its sequence: split video, leave text on all ranks.
+
+    Args:
+        rotary_dims: dimensions of the (cos, sin) that its `rope` returns, tokens first.
+    """
+    rope = ContextParallelInput(split_dim=0, expected_dims=rotary_dims, split_output=True)
+    return {
+        "rope": {0: rope, 1: rope},
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+
+def is_parallel(transformer: Any) -> bool:
+    """Whether ranks share a transformer already."""
+    return getattr(transformer, "_parallel_config", None) is not None
 
 
 class RunEvents(ModelHook):  # type: ignore[misc]  # untyped base

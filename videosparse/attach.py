@@ -17,6 +17,7 @@ from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
+from videosparse.models.rope import undo
 from videosparse.policies.base import (
     TRAINING,
     DenseSchedule,
@@ -28,6 +29,7 @@ from videosparse.policies.base import (
 )
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
 from videosparse.report import RunRecord
+from videosparse.sharing import check_shared, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +83,13 @@ class RunTracker:
         self.layers: list[tuple[int, LayerProcessor]] = []
         self.states: dict[tuple[str, int], LayerState] = {}
         self.events = RunEvents(self.end_run)
+        # set by who trains: training has no steps, and the noise level says which forwards are dense
+        self.all_dense = False
         self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
         self._grid: VideoGrid | None = None
         self._resolved: Resolved | None = None
         self._seen = (0, 0)
+        self._ranks = 1
         self._searching: list[tuple[tuple[str, int], LayerProcessor, LayerState]] = []
         self._calls: dict[str | None, int] = {}
         self._warned = False
@@ -94,7 +99,7 @@ class RunTracker:
         """Put a `LayerProcessor` on every self-attention and start following, in place of what followed before."""
         attentions = self.family.attentions(transformer)
         before = [attention.module.processor for attention in attentions]
-        restore(transformer)
+        _give_back(transformer)
         for attention, current in zip(attentions, before, strict=True):
             # not every stock processor can hold the backend that was chosen while ours was there
             replaced = current if isinstance(current, LayerProcessor) else attention.module.processor
@@ -141,6 +146,8 @@ class RunTracker:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         layout = self.family.layout(self.config, inputs)
         resolved = self._resolve(layout.grid)
+        if self.all_dense:
+            resolved = replace(resolved, policy=None)
         training = _training(module)
         if training and resolved.policy is not None and not resolved.policy.pure:
             raise RuntimeError(
@@ -148,7 +155,7 @@ class RunTracker:
                 "checkpointing runs a forward twice. Use RadialProcessor; to generate, call the transformer under "
                 "torch.no_grad(), as pipelines do."
             )
-        _check_parallel(self.layers[0][1], self.family, resolved)
+        self._share(layout, resolved)
         if training and resolved.options.fused_norm == "auto":
             # a checkpoint that runs without gradients first must round as it does when it runs again
             resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
@@ -196,6 +203,15 @@ class RunTracker:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(recall)  # type: ignore[no-untyped-call]
 
+    def _share(self, layout: TokenLayout, resolved: Resolved) -> None:
+        """Tell the layers what this rank holds of the sequence, where ranks share it."""
+        host, joint = self.layers[0][1], self.family.joint
+        check_shared(host, joint=joint, policy=resolved.policy, heads=int(self.config["num_attention_heads"]))
+        shard = shard_of(host, layout, resolved.options)
+        self._ranks = 1 if shard is None else shard.exchange.ranks
+        for _, layer in self.layers:
+            layer.shard = shard
+
     def _resolve(self, grid: VideoGrid) -> Resolved:
         """The processor's choices for this grid."""
         if self._resolved is None or grid != self._grid:
@@ -241,7 +257,7 @@ class RunTracker:
     def _dense(self, layout: TokenLayout, resolved: Resolved, latents: torch.Tensor) -> DensePlan:
         """The plan of dense layers.
 
-        A backend chosen by the user is what dense calls are for, and parallel shards are gathered by Diffusers. Else it
+        A backend chosen by the user is what dense calls are for, and Diffusers passes shards around a ring. Else it
         is the fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several
         times in half precision, in training too. Integers are ours alone.
         """
@@ -251,7 +267,7 @@ class RunTracker:
             return DensePlan(Mode.DENSE, layout, options=options, kernel=OWN)
         device, dtype = latents.device, autocast(latents[:0]).dtype
         free = options.backend != "torch"
-        if not free or any(layer.backend_chosen() or layer.is_parallel() for _, layer in self.layers):
+        if not free or any(layer.backend_chosen() or layer.ring_degree() > 1 for _, layer in self.layers):
             kernel = None
         elif layout.seq_lens is None:
             # Diffusers' own serves training: what is fastest forward need not be so backward
@@ -270,7 +286,7 @@ class RunTracker:
 
         Raises:
             ValueError: a backend was chosen for the transformer.
-            NotImplementedError: context parallelism, whose dense calls are Diffusers' own.
+            NotImplementedError: ring attention, whose dense calls are Diffusers' own.
         """
         layer = self.layers[0][1]
         if any(layer.backend_chosen() for _, layer in self.layers):
@@ -278,10 +294,10 @@ class RunTracker:
                 f'DenseProcessor(quant="{options.quant}") runs our own kernel, and set_attention_backend chose '
                 f"{layer.backend_name()}; drop one of both."
             )
-        if layer.is_parallel():
+        if layer.ring_degree() > 1:
             raise NotImplementedError(
-                f'DenseProcessor(quant="{options.quant}") does not work with context parallelism; drop quant, or use '
-                "RadialProcessor(quant=...)."
+                f'DenseProcessor(quant="{options.quant}") does not work with ring attention; drop quant, or use '
+                "ulysses_degree."
             )
 
     def _settle(self) -> None:
@@ -325,7 +341,8 @@ class RunTracker:
         before = dict(state)
         plan = policy.plan(
             layout, run, number, state,
-            device=latents.device, samples=latents.shape[0], heads=int(self.config["num_attention_heads"]),
+            device=latents.device, samples=latents.shape[0],
+            heads=int(self.config["num_attention_heads"]) // self._ranks,
         )  # fmt: skip
         if plan.mode in (Mode.SEARCH, Mode.REFRESH):
             layer = self.layers[number][1]
@@ -339,17 +356,6 @@ def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, lay
     if not schedule.is_dense(run, layer, layers):
         return True
     return policy.searches and schedule.searches_at(run, layer, layers)
-
-
-def _check_parallel(host: HostProcessor, family: ModelFamily, resolved: Resolved) -> None:
-    """Raise NotImplementedError for context parallelism whose shards do not fit."""
-    policy = resolved.policy
-    host.check_parallel(
-        joint=family.joint,
-        sparse=policy is not None,
-        searches=policy is not None and policy.searches,
-        by_head=policy is not None and policy.by_head,
-    )
 
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:
@@ -443,7 +449,7 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
             f"processor must be a RadialProcessor(...) or another processor of videosparse (got {processor!r}); stock "
             "processors go to transformer.set_attn_processor."
         )
-    pipeline, transformers = _targets(pipe_or_transformer)
+    pipeline, transformers = targets(pipe_or_transformer)
     _check_free(processor, transformers)
     session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
     trackers = [RunTracker(t, family_of(t), session) for t in transformers]
@@ -458,26 +464,32 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
 
 
 def restore(pipe_or_transformer: object) -> None:
-    """Give every attention its stock processor back and remove the hooks. Repeatable; nothing bound is no error.
+    """Give every attention its stock processor back and undo `extend_rope`. Repeatable; nothing bound is no error.
 
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
-    for transformer in _targets(pipe_or_transformer)[1]:
-        family = family_of(transformer)
-        tracker = vars(transformer).get(_TRACKER)
-        if tracker is not None:
-            tracker.detach(transformer)
-            tracker.session.processor.binding.release(transformer)
-        ours = {id(attention.module) for attention in family.attentions(transformer)}
-        for module in transformer.modules():
-            current = getattr(module, "processor", None)
-            if isinstance(current, LayerProcessor):
-                module.processor = current.give_back()
-            elif isinstance(current, Processor):
-                # put there by transformer.set_attn_processor, on every attention alike
-                stock = family.stock[0] if id(module) in ours else "AttnProcessor2_0"
-                module.processor = default_processor(module, stock)
+    for transformer in targets(pipe_or_transformer)[1]:
+        _give_back(transformer)
+        undo(transformer)
+
+
+def _give_back(transformer: torch.nn.Module) -> None:
+    """Give every attention of one transformer its stock processor back and stop following it."""
+    family = family_of(transformer)
+    tracker = vars(transformer).get(_TRACKER)
+    if tracker is not None:
+        tracker.detach(transformer)
+        tracker.session.processor.binding.release(transformer)
+    ours = {id(attention.module) for attention in family.attentions(transformer)}
+    for module in transformer.modules():
+        current = getattr(module, "processor", None)
+        if isinstance(current, LayerProcessor):
+            module.processor = current.give_back()
+        elif isinstance(current, Processor):
+            # put there by transformer.set_attn_processor, on every attention alike
+            stock = family.stock[0] if id(module) in ours else "AttnProcessor2_0"
+            module.processor = default_processor(module, stock)
 
 
 def set_attn_processor(pipe: object, processor: object) -> None:
@@ -495,7 +507,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
     if isinstance(processor, Processor):
         sparsify(pipe, processor)
         return
-    for transformer in _targets(pipe)[1]:
+    for transformer in targets(pipe)[1]:
         accept = getattr(transformer, "set_attn_processor", None)
         if accept is None:
             raise TypeError(
@@ -503,12 +515,12 @@ def set_attn_processor(pipe: object, processor: object) -> None:
                 "videosparse.restore(pipe) gives it back its own."
             )
         if vars(transformer).get(_TRACKER) is not None:
-            restore(transformer)
+            _give_back(transformer)
         # a transformer empties the dict that it is given
         accept(dict(processor) if isinstance(processor, Mapping) else processor)
 
 
-def _targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
+def targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
     """(pipeline or None, its transformers), wrappers of torch.compile removed."""
     if isinstance(pipe_or_transformer, torch.nn.Module):
         return None, [_unwrap(pipe_or_transformer)]
@@ -569,5 +581,6 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
-    _check_parallel(HostProcessor(attentions[0].module.processor), family, resolved)
+    host, heads = HostProcessor(attentions[0].module.processor), int(tracker.config["num_attention_heads"])
+    check_shared(host, joint=family.joint, policy=resolved.policy, heads=heads)
     return resolved

@@ -7,7 +7,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from videosparse.policies.paro_plan import PAROPlan
 from videosparse.policies.radial import RadialPolicy
 from videosparse.report import RunRecord, RunReport
 from videosparse.searching import brought, refresh, search, take_back
+from videosparse.sharing import Shard
 
 # Attribute of a rotary embedding: the plans of its forward, by layer.
 _NOTED = "_videosparse_plans"
@@ -60,6 +60,7 @@ class LayerProcessor(HostProcessor):
     Attributes:
         plan: what to do in the next call; set before every forward of the transformer, from outside any graph.
         searched: whether a call has written what its plan was to search for; a step cache may skip this layer.
+        shard: the part of the sequence that this rank holds; None where it holds all.
     """
 
     def __init__(self, family: ModelFamily, replaced: Any) -> None:
@@ -67,6 +68,7 @@ class LayerProcessor(HostProcessor):
         self.family = family
         self.plan: LayerPlan | None = None
         self.searched = False
+        self.shard: Shard | None = None
 
     def __call__(
         self,
@@ -84,19 +86,19 @@ class LayerProcessor(HostProcessor):
 
         Raises:
             RuntimeError: called before the transformer's own forward has made a plan.
-            NotImplementedError: a token order under context parallelism.
         """
         rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
-        plan = self._planned(rotary)
-        if plan.order is not None and self.is_parallel():
-            raise NotImplementedError(
-                "Token orders do not work with context parallelism: a rank projects a part of the video, and an order "
-                "moves tokens between the parts. Use one GPU, or RadialProcessor()."
-            )
-        q, k, v = self.family.project(attn, hidden_states, encoder_hidden_states, rotary, plan)
+        plan, shard = self._planned(rotary), self.shard
+        # a rank projects its part of the video, in raster order and without a gap
+        local = plan if shard is None else shard.plan
+        q, k, v = self.family.project(attn, hidden_states, encoder_hidden_states, rotary, local)
         q, k, v = autocast(q), autocast(k), autocast(v)
-        out = self.core(q, k, v, plan)
-        return self.family.finish(attn, out.to(q.dtype), plan)
+        if shard is None:
+            out = self.core(q, k, v, plan)
+        else:
+            q, k, v = (shard.whole(x, plan) for x in (q, k, v))
+            out = shard.part(self.core(q, k, v, plan), plan)
+        return self.family.finish(attn, out.to(q.dtype), local)
 
     def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         """Attention output [B, L, H, D] of q, k, v [B, L, H, D], L = plan.layout.length."""
@@ -116,7 +118,7 @@ class LayerProcessor(HostProcessor):
         if plan.mode is Mode.REFRESH:
             refresh(plan, q, k)
             self.searched = True
-        return self.gathered(q, k, v, partial(_attend, plan))
+        return _attend(plan, q, k, v)
 
     def _planned(self, rotary: Rotary | None) -> LayerPlan:
         """The plan of the forward that this call belongs to.
@@ -470,7 +472,6 @@ class AdaSpaProcessor(SparseProcessor):
     Raises:
         TypeError, ValueError: see `SparseProcessor`; at the first forward of a run, a refresh that is not after the
             search.
-        NotImplementedError: at binding, or at a forward, context parallelism.
         RuntimeError: training; a video that changes its size in the middle of a run.
     """
 
@@ -527,7 +528,7 @@ class PAROProcessor(SparseProcessor):
     Raises:
         TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
             model; at a forward, one for another grid.
-        NotImplementedError: at a forward, context parallelism; training with quant.
+        NotImplementedError: at binding, context parallelism with a plan; training with quant.
         RuntimeError: training without a plan; a video that changes its size in the middle of an online run.
     """
 

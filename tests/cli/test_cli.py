@@ -170,7 +170,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message
     [
         (["bogus"], "No such command 'bogus'; see videosparse -h."),
         (["--bogus"], "No such option: --bogus"),
-        (["generate"], "Missing argument"),
+        (["generate"], "There is no prompt; give it as an argument"),
         (["plan", "--frames", "1.5"], "Invalid value for '--frames'"),
     ],
 )
@@ -236,7 +236,7 @@ def test_an_unexpected_error_is_one_line_and_exit_code_1(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("what\nis this")
 
-    monkeypatch.setattr("videosparse.generation.generate", fail)
+    monkeypatch.setattr("videosparse.generation.generate_to", fail)
     result = make(run)
     assert result.exit_code == 1
     assert result.stderr == "Unexpected RuntimeError: what is this (--debug shows where)\n"

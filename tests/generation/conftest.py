@@ -1,12 +1,20 @@
 """Small model folders, saved once."""
 
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent)]
+
+# by its path, not by its name: Python 3.11 has a module of that name in its library
+_PIPES = Path(__file__).parents[1] / "pipes.py"
+if getattr(sys.modules.get("pipes"), "__file__", None) != str(_PIPES):
+    _spec = spec_from_file_location("pipes", _PIPES)
+    sys.modules["pipes"] = module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["pipes"])
 
 import folders  # noqa: E402  found through the path above
 

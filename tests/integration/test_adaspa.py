@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections import Counter
 from pipes import PIPES, TINY, Pipe
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -520,19 +519,6 @@ def test_training(tiny_of):
     sparsify(model, AdaSpaProcessor())
     with pytest.raises(RuntimeError, match="AdaSpaPolicy keeps state between steps and cannot be trained with"):
         model(**TINY["wan"].inputs((1, 4, 4), 1, []))
-
-
-def test_context_parallelism():
-    config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ring_anything=False)
-    message = r"search for their maps \(AdaSpa\) do not work with context parallelism.*RadialProcessor\(\)"
-    model = TINY["wan"].build()
-    sparsify(model, AdaSpaProcessor(num_steps=4))
-    for block in model.blocks:
-        block.attn1.processor._parallel_config = SimpleNamespace(context_parallel_config=config)
-    with pytest.raises(NotImplementedError, match=message):
-        TINY["wan"].forward(model, (1, 4, 4))
-    with pytest.raises(NotImplementedError, match=message):
-        sparsify(model, AdaSpaProcessor(num_steps=4))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from probes import FullMap, Probe
 
 import videosparse
-from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
+from videosparse import DenseProcessor, RadialProcessor, parallelize, restore, sparsify
 from videosparse.processors import LayerProcessor
 
 
@@ -64,7 +64,7 @@ def parallel(**degrees):
     [
         ("wan", {"ring_degree": 2}, r"ring attention \(ring_degree=2\)"),
         ("mochi", {"ring_degree": 2}, "ring attention"),
-        ("hunyuan_video", {"ulysses_degree": 2}, "Context parallelism is available for Wan only"),
+        ("wan", {"ulysses_degree": 3}, r"2 attention heads cannot be shared by 3 ranks.*use one of 2, or one GPU"),
     ],
 )
 def test_parallelism_that_does_not_fit(name, degrees, message):
@@ -74,10 +74,15 @@ def test_parallelism_that_does_not_fit(name, degrees, message):
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), LayerProcessor):
             module.processor._parallel_config = parallel(**degrees)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises((NotImplementedError, ValueError), match=message):
         TINY[name].forward(model, (3, 4, 5))
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises((NotImplementedError, ValueError), match=message):
         sparsify(model, RadialProcessor(first_steps=0))
+
+
+def test_parallelize_without_a_process_group():
+    with pytest.raises(RuntimeError, match=r"no process group: start the program with torchrun"):
+        parallelize(TINY["wan"].build())
 
 
 def test_training_with_a_method_that_keeps_state():

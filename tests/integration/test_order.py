@@ -106,14 +106,3 @@ def test_compiled_blocks_take_new_orders_without_recompiling(name, fused_norm, m
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             torch.testing.assert_close(TINY[name].forward(model, (3, 8, 8)), dense, rtol=0, atol=1e-5)
     assert len(processor.policy.orders) >= 3 * 2
-
-
-def test_context_parallelism_is_refused(tiny_of):
-    model = tiny_of("wan")
-    sparsify(model, Ordered())
-    for block in model.blocks:
-        block.attn1.processor._parallel_config = object()
-    with pytest.raises(NotImplementedError, match="Token orders do not work with context parallelism"):
-        TINY["wan"].forward(model, (3, 8, 8))
-    for block in model.blocks:
-        block.attn1.processor._parallel_config = None

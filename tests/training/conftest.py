@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import lora_runs  # noqa: E402  found through the path above
 
 CAPTIONS = [
     "a red circle bounces on a plain dark background",
@@ -34,3 +41,31 @@ def pipeline(tokenizer):
         transformer=build_transformer(SMOKE_SIZES).eval(),
         scheduler=make_scheduler("unipc"),
     )
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    """A random-weight WanPipeline of 3 layers."""
+    return lora_runs.save_wan(tmp_path_factory.mktemp("models") / "wan")
+
+
+@pytest.fixture(scope="session")
+def wan_data(tmp_path_factory, wan_folder):
+    """Eight random clips of 33 frames of 32x32 pixels, as encoded for it."""
+    return lora_runs.random_data(tmp_path_factory.mktemp("data") / "wan", wan_folder)
+
+
+@pytest.fixture
+def lora_run(wan_folder, wan_data, tmp_path):
+    """`lora_run(out="run", **sections)`: a run on these, on the CPU."""
+    from videosparse.training.run import LoraRun, make_accelerator
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def make(out="run", model=wan_folder, data=wan_data, **sections):
+        config = lora_runs.make_config(model, data, tmp_path / out, **sections)
+        return LoraRun(config, make_accelerator(config, "cpu"))
+
+    yield make
+    torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from videosparse.cli.calibration import calibrate
 from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
 from videosparse.cli.planning import plan
+from videosparse.cli.presets import presets
 
 
 class _OneLine(TyperGroup):
@@ -68,7 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (generate, calibrate, plan, doctor, demo):
+for command in (generate, presets, calibrate, plan, doctor, demo):
     app.command()(command)
 
 

@@ -10,7 +10,10 @@ import typer
 from videosparse.cli.console import Debug, bars, guard, memory, rows, seconds
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from videosparse.generation import Comparison, Generation, GenerationRequest, Settings
+    from videosparse.generation.batch import Batch
     from videosparse.generation.running import Run
 
 DEMO_PROMPT = "a red circle bounces on a checker background"
@@ -36,58 +39,127 @@ def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Diffusers folder, hub id or name (wan2.1-1.3b, ...).", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial, adaspa, paro or dense.")] = "radial",
+    preset: Annotated[str | None, typer.Option(help="Settings by name: see videosparse presets.")] = None,
+    config: Annotated[str | None, typer.Option(help="A run file (TOML); options given here win.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A file with a prompt a line, which may end in --w --h --f --s --seed.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Attention: radial, adaspa, paro or dense.", show_default="radial")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What the video should not show.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same video.")] = 0,
+    shift: Annotated[float | None, typer.Option(help="Of the noise schedule.", show_default="the model's")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the video should not show.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noise; the same seed gives the same video.", show_default="0")
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="An .mp4 file or a folder.", show_default="outputs/PROMPT-SEED-METHOD.mp4"),
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    offload: Annotated[str, typer.Option(help="none, or model: keep only the part in use on the GPU.")] = "none",
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", show_default="auto")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="none, or model: keep only the part in use on the GPU.", show_default="none")
+    ] = None,
+    rope: Annotated[
+        str | None,
+        typer.Option(help="Beyond the trained length: none, riflex, ntk or pi.", show_default="none"),
+    ] = None,
+    trained_frames: Annotated[
+        int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")
+    ] = None,
     plan: Plan = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA's file or folder; one of ours sets length and schedule. May be repeated."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="How much of each --lora is added, in their order.", show_default="1")
+    ] = None,
     options: Set = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run dense from the same noise: times, PSNR, SSIM, side by side.")
     ] = False,
+    save_latents: Annotated[
+        bool, typer.Option("--save-latents", help="Also keep what the VAE was given, as .safetensors.")
+    ] = False,
+    from_latents: Annotated[
+        str | None, typer.Option(help="Only decode such a file; neither prompt nor transformer is needed.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Make a video from a prompt, and a JSON record of how it was made next to it."""
-    with guard(debug):
-        from videosparse.generation import GenerationRequest
+    """Make a video from a prompt, or many from a file of them, each with a JSON record of how it was made.
+
+    A batch that was interrupted goes on with the videos that are missing when the same command is given again.
+    """
+    again = "Interrupted; the same command goes on with the videos that are missing."
+    with guard(debug, "Interrupted; nothing was written." if prompts is None else again):
         from videosparse.generation.methods import parse_overrides
 
-        request = GenerationRequest(
-            prompt=prompt,
-            model=model,
-            method=method,
-            options=parse_overrides(with_plan(plan, options)),
-            num_frames=frames,
-            height=height,
-            width=width,
-            steps=steps,
-            guidance=guidance,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            fps=fps,
-            offload=offload,
-        )
-        _carry_out(request, output, overwrite, compare)
+        given: dict[str, object] = {
+            "prompt": prompt, "model": model, "method": method, "frames": frames, "height": height, "width": width,
+            "steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt, "seed": seed,
+            "fps": fps, "dtype": dtype, "device": device, "offload": offload, "rope": rope,
+            "trained_frames": trained_frames, "lora": lora or None, "lora_scale": lora_scale or None,
+        }  # fmt: skip
+        if from_latents is not None:
+            _decode(from_latents, given, output, overwrite)
+            return
+        chosen = {key: value for key, value in given.items() if value is not None}
+        chosen |= parse_overrides(with_plan(plan, options))
+        _generate(chosen, preset, config, prompts, output, overwrite=overwrite, compare=compare, latents=save_latents)
+
+
+def _generate(
+    chosen: Mapping[str, object],
+    preset: str | None,
+    config: str | None,
+    prompts: str | None,
+    output: str | None,
+    *,
+    overwrite: bool,
+    compare: bool,
+    latents: bool,
+) -> None:
+    """One video or a batch, from values of all sources."""
+    from videosparse.generation.batch import plan_batch
+    from videosparse.generation.errors import GenerationError
+    from videosparse.generation.runfile import (
+        RunFile,
+        merge,
+        preset_values,
+        read_prompts,
+        read_run_file,
+        request_from,
+    )
+
+    file = RunFile() if config is None else read_run_file(config)
+    values = merge([preset_values(preset or file.preset), file.values, chosen])
+    output = file.output if output is None else output
+    many = prompts or (None if "prompt" in chosen else file.prompts)
+    if many is None:
+        _carry_out(request_from(values), output, overwrite, compare, latents)
+        return
+    for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
+        if given:
+            raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
+    lines = read_prompts(many)
+    requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
+    _carry_out_batch(plan_batch(requests, output, latents=latents, overwrite=overwrite))
 
 
 def demo(
@@ -115,27 +187,76 @@ def demo(
         _carry_out(request, output, overwrite, compare=True)
 
 
-def _carry_out(request: GenerationRequest, output: str | None, overwrite: bool, compare: bool) -> None:
+def _carry_out(
+    request: GenerationRequest, output: str | None, overwrite: bool, compare: bool, latents: bool = False
+) -> None:
     """Check, run, write, print."""
     from videosparse import generation
 
+    if compare and latents:
+        raise generation.GenerationError("--save-latents and --compare do not go together; leave one.")
     settings = request.resolve()
-    place = generation.output_place(request, output, overwrite=overwrite, compare=compare)
-    result: Comparison | Generation
-    with bars() as progress:
-        if compare:
+    place = generation.output_place(request, output, overwrite=overwrite, compare=compare, latents=latents)
+    if not compare:
+        with bars() as progress:
+            made, paths = generation.generate_to(place, settings, progress=progress)
+        _notices(made.run)
+        _show(settings, made.run, made.load_seconds)
+    else:
+        with bars() as progress:
             result = generation.compare(settings, progress=progress)
-        else:
-            result = generation.generate(settings, progress=progress)
-    paths = result.save(place)
-    for notice in (result.sparse if isinstance(result, generation.Comparison) else result.run).notices:
-        typer.echo(f"Note: {notice}", err=True)
-    if isinstance(result, generation.Comparison):
+        paths = result.save(place)
+        _notices(result.sparse)
         _show(settings, result.sparse, result.load_seconds)
         _show_comparison(result)
-    else:
-        _show(settings, result.run, result.load_seconds)
-    labels = {".mp4": "Video", "-dense.mp4": "Dense", "-compare.mp4": "Both", ".json": "Record"}
+    _files(paths)
+
+
+def _carry_out_batch(batch: Batch) -> None:
+    """Make what is missing, telling of each video when it is there."""
+    from videosparse.generation.batch import run_batch
+
+    count = len(batch.runs)
+
+    def told(number: int, made: Generation | None, paths: dict[str, Path]) -> None:
+        if made is not None:
+            _notices(made.run)
+        how = "was there already" if made is None else f"denoising {seconds(made.run.timings.denoise)}"
+        rows([(f"{number + 1} of {count}", f"{paths['.mp4']} ({how})")])
+
+    with bars() as progress:
+        run_batch(batch, told, progress)
+
+
+def _decode(path: str, given: Mapping[str, object], output: str | None, overwrite: bool) -> None:
+    """Latents to a video."""
+    from pathlib import Path
+
+    from videosparse.generation.errors import GenerationError
+    from videosparse.generation.latents import decode_latents, load_latents
+    from videosparse.generation.output import destination
+
+    model, device, fps = (given[key] for key in ("model", "device", "fps"))
+    others = [key for key, value in given.items() if value is not None and key not in ("model", "device", "fps")]
+    if others:
+        raise GenerationError(f"--from-latents only decodes: {others[0].replace('_', '-')} is decided there; drop it.")
+    latents = load_latents(path)
+    place = destination(output, Path(path).stem, (".mp4",), overwrite)
+    with bars() as progress:
+        progress("decode", 0, 1)
+        paths = decode_latents(latents, place, model=model, device=device or "auto", fps=fps)  # type: ignore[arg-type]
+    _files(paths)
+
+
+def _notices(run: Run) -> None:
+    for notice in run.notices:
+        typer.echo(f"Note: {notice}", err=True)
+
+
+def _files(paths: Mapping[str, Path]) -> None:
+    labels = {
+        ".mp4": "Video", "-dense.mp4": "Dense", "-compare.mp4": "Both", ".json": "Record", ".safetensors": "Latents",
+    }  # fmt: skip
     rows([(labels[ending], str(path)) for ending, path in paths.items()])
 
 

@@ -8,9 +8,10 @@ generate(GenerationRequest("a red circle bounces", method="radial")).save("circl
 """
 
 from videosparse.generation.errors import GenerationError
-from videosparse.generation.generating import Comparison, Generation, compare, generate, output_place
+from videosparse.generation.generating import Comparison, Generation, compare, generate, generate_to, output_place
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.sources import embedded_model_path, find_model
+from videosparse.generation.streaming import stream_to
 
 __all__ = [
     "Comparison",
@@ -22,5 +23,7 @@ __all__ = [
     "embedded_model_path",
     "find_model",
     "generate",
+    "generate_to",
     "output_place",
+    "stream_to",
 ]

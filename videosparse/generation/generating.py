@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from videosparse.generation.errors import GenerationError
+from videosparse.generation.latents import save_latents
 from videosparse.generation.methods import Options, option_names
 from videosparse.generation.output import Destination, Writer, destination, slug
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, Run, load_pipeline, quiet, run_method
 from videosparse.generation.sidecar import comparison_record, record, write_json
-from videosparse.generation.video import side_by_side, write_mp4
+from videosparse.generation.streaming import unstreamable
+from videosparse.generation.video import Mp4Writer, side_by_side, write_mp4
 from videosparse.metrics.fidelity import FidelityRow, fidelity
 
 ENDINGS = (".mp4", ".json")
+LATENTS = ".safetensors"
 COMPARE_ENDINGS = (".mp4", "-dense.mp4", "-compare.mp4", ".json")
 
 _WARM_UP_STEPS = 2
@@ -42,8 +45,12 @@ class Generation:
 
     @property
     def frames(self) -> torch.Tensor:
-        """fp32 [frames, 3, height, width] in [0, 1]."""
-        return self.run.frames
+        """fp32 [frames, 3, height, width] in [0, 1].
+
+        Raises:
+            RuntimeError: they went to a file.
+        """
+        return _frames(self.run)
 
     def save(self, place: Destination | str | Path | None = None, overwrite: bool = False) -> dict[str, Path]:
         """Write the mp4 and its JSON record; returns the path of each ending.
@@ -120,8 +127,8 @@ class Comparison:
         data["comparison"] = comparison_record(
             self.dense, self.dense_backend, self.fidelity, self.speedup, self.measured
         )
-        both = side_by_side(self.dense.frames, self.sparse.frames)
-        videos = {".mp4": self.sparse.frames, "-dense.mp4": self.dense.frames, "-compare.mp4": both}
+        sparse, dense = _frames(self.sparse), _frames(self.dense)
+        videos = {".mp4": sparse, "-dense.mp4": dense, "-compare.mp4": side_by_side(dense, sparse)}
         writers: dict[str, Writer] = {
             ending: lambda path, video=video: write_mp4(path, video, self.settings.fps)  # type: ignore[misc]
             for ending, video in videos.items()
@@ -130,8 +137,19 @@ class Comparison:
         return place.publish(writers)
 
 
+def _frames(run: Run) -> torch.Tensor:
+    if run.frames is None:
+        raise RuntimeError("The frames of this run went to its file and were not kept; read_mp4 reads them.")
+    return run.frames
+
+
 def output_place(
-    request: GenerationRequest, output: str | Path | None = None, *, overwrite: bool = False, compare: bool = False
+    request: GenerationRequest,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    compare: bool = False,
+    latents: bool = False,
 ) -> Destination:
     """Where the files of a request go; call it before `generate` to learn early that they cannot.
 
@@ -139,7 +157,13 @@ def output_place(
         GenerationError: see `destination`.
     """
     stem = f"{slug(request.prompt)}-{request.seed}-{request.method}"
-    return destination(output, stem, COMPARE_ENDINGS if compare else ENDINGS, overwrite)
+    return destination(output, stem, endings(compare=compare, latents=latents), overwrite)
+
+
+def endings(*, compare: bool = False, latents: bool = False) -> tuple[str, ...]:
+    """Endings of the files of one run."""
+    found = COMPARE_ENDINGS if compare else ENDINGS
+    return (*found, LATENTS) if latents else found
 
 
 def generate(request: GenerationRequest | Settings, *, pipe: Any = None, progress: Progress = quiet) -> Generation:
@@ -160,6 +184,43 @@ def generate(request: GenerationRequest | Settings, *, pipe: Any = None, progres
     method = settings.request.method
     run = run_method(pipe, settings, method, settings.request.options.get(method, {}), progress)
     return Generation(settings, run, load_seconds)
+
+
+def generate_to(
+    place: Destination, request: GenerationRequest | Settings, *, pipe: Any = None, progress: Progress = quiet
+) -> tuple[Generation, dict[str, Path]]:
+    """Make a video straight into its file, frame by frame where the VAE allows that; see `generate`.
+
+    Memory does not grow with the length then, beyond latents and attention. Where `place` has an ending for latents,
+    these are written, too.
+
+    Returns:
+        The video, whose frames were not kept, and the path of each ending.
+
+    Raises:
+        GenerationError: as `generate` and `Destination.parts`. Nothing is left behind then.
+    """
+    settings = request.resolve() if isinstance(request, GenerationRequest) else request
+    load_seconds = None
+    if pipe is None:
+        pipe, load_seconds = load_pipeline(settings, progress)
+    method, latents = settings.request.method, LATENTS in place.endings
+    options = settings.request.options.get(method, {})
+    with place.parts() as parts:
+        path, reason = parts.path(".mp4"), unstreamable(pipe.vae)
+        if reason is None:
+            with Mp4Writer(path, settings.fps) as video:
+                run = run_method(pipe, settings, method, options, progress, sink=video.add, keep_latents=latents)
+        else:
+            whole = run_method(pipe, settings, method, options, progress, keep_latents=latents)
+            write_mp4(path, _frames(whole), settings.fps)
+            notice = f"All frames were decoded before any was written: {reason}."
+            run = replace(whole, frames=None, notices=(*whole.notices, notice))
+        data = record(settings, run, load_seconds)
+        write_json(parts.path(".json"), data)
+        if run.latents is not None:
+            save_latents(parts.path(LATENTS), run.latents, data)
+        return Generation(settings, run, load_seconds), parts.publish()
 
 
 def compare(
@@ -192,7 +253,7 @@ def compare(
         _warm_up(pipe, settings, {method: options, "dense": {}}, progress)
     sparse = run_method(pipe, settings, method, options, _labelled(progress, method))
     dense = run_method(pipe, settings, "dense", {}, _labelled(progress, "dense"))
-    rows = fidelity(sparse.frames, dense.frames)
+    rows = fidelity(_frames(sparse), _frames(dense))
     return Comparison(settings, sparse, dense, rows, load_seconds, warm_up)
 
 

@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,27 +47,38 @@ class Destination:
             The final path of each ending.
 
         Raises:
+            GenerationError: see `parts`.
+        """
+        with self.parts() as parts:
+            for ending, write in writers.items():
+                write(parts.path(ending))
+            return parts.publish()
+
+    @contextmanager
+    def parts(self) -> Iterator[Parts]:
+        """Temporary files in the same folder, for the time of a block that writes them and then publishes them.
+
+        Raises:
             GenerationError: a name is taken, or the folder cannot be written. No file is left behind then, nor after
                 any other error or Ctrl-C.
         """
-        parts: dict[str, Path] = {}
+        parts, is_new = Parts(self), not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for ending, write in writers.items():
-                parts[ending] = self.folder / f".{secrets.token_hex(6)}.part{ending}"
-                write(parts[ending])
-            return self._name(parts)
+            yield parts
         except OSError as error:
             raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
         finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
+            parts.discard()
+            if is_new:
+                with suppress(OSError):  # not empty: there are results in it
+                    self.folder.rmdir()
 
     def taken(self, stem: str) -> list[Path]:
         """Existing files of that stem."""
         return [path for ending in self.endings if os.path.lexists(path := self.folder / f"{stem}{ending}")]
 
-    def _name(self, parts: Mapping[str, Path]) -> dict[str, Path]:
+    def name(self, parts: Mapping[str, Path]) -> dict[str, Path]:
         """Move the finished files; another run may have taken the name meanwhile."""
         attempt = 1
         while True:
@@ -82,6 +94,28 @@ class Destination:
             if not self.number:
                 raise _exists(self.taken(stem) or list(finals.values()))
             attempt += 1
+
+
+class Parts:
+    """Files that are being written; see `Destination.parts`."""
+
+    def __init__(self, place: Destination) -> None:
+        self._place = place
+        self._paths: dict[str, Path] = {}
+
+    def path(self, ending: str) -> Path:
+        """Where to write the file of an ending; nothing is there yet."""
+        self._paths[ending] = self._place.folder / f".{secrets.token_hex(6)}.part{ending}"
+        return self._paths[ending]
+
+    def publish(self) -> dict[str, Path]:
+        """Give all files their final names, which are returned by ending."""
+        return self._place.name(self._paths)
+
+    def discard(self) -> None:
+        """Delete what was not published."""
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)
 
 
 def destination(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
+from videosparse.generation.lora import LoraFile, check_fits, find_lora
 from videosparse.generation.methods import (
     Options,
     check_method,
@@ -19,12 +20,14 @@ from videosparse.generation.methods import (
 )
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.layout import VideoGrid
+from videosparse.models.rope import ROPES
 
 OFFLOADS = ("none", "model")
 
 # schedulers interpolate between the 1000 noise levels of training
 MOST_STEPS = 1000
 GUIDANCES = 0, 100
+SHIFTS = 0.01, 100
 
 _SEED_LIMIT = 2**63
 
@@ -50,6 +53,12 @@ class GenerationRequest:
         dtype: "auto", "fp32", "bf16" or "fp16".
         fps: frames a second of the file.
         offload: "model" keeps only the part in use on the GPU.
+        loras: files or folders of LoRAs. One that videosparse trained sets the length and the options of its method,
+            where they are not given.
+        lora_scales: how much of each is added; those that are left out are 1.
+        shift: of the noise schedule towards noise, None for the model's own.
+        rope: "none", "riflex", "ntk" or "pi": how rotary embeddings stretch beyond the trained length.
+        trained_frames: pixel frames of that length.
     """
 
     prompt: str
@@ -67,6 +76,11 @@ class GenerationRequest:
     dtype: str = "auto"
     fps: float | None = None
     offload: str = "none"
+    loras: tuple[str, ...] = ()
+    lora_scales: tuple[float, ...] = ()
+    shift: float | None = None
+    rope: str = "none"
+    trained_frames: int | None = None
 
     def resolve(self) -> Settings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -81,11 +95,13 @@ class GenerationRequest:
             raise GenerationError(
                 "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
             )
+        loras = self._loras(source)
+        request = self._extended(loras)
         defaults = source.defaults
         num_frames, height, width = (
             default if asked is None else asked
             for asked, default in (
-                (self.num_frames, defaults.num_frames),
+                (request.num_frames, defaults.num_frames),
                 (self.height, defaults.height),
                 (self.width, defaults.width),
             )
@@ -96,9 +112,10 @@ class GenerationRequest:
         dtype = choose_dtype(self.dtype, device)
         grid = source.grid(num_frames, height, width)
         steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
-        check_method_fits(source, grid, self.method, self.options.get(self.method), device, steps, DTYPES[dtype])
+        options = request.options.get(self.method)
+        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype])
         return Settings(
-            request=self,
+            request=request,
             source=source,
             grid=grid,
             num_frames=num_frames,
@@ -110,7 +127,65 @@ class GenerationRequest:
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
+            shift=None if self.shift is None else within("shift", self.shift, self.shift, SHIFTS),
+            trained_frames=request._trained_frames(source),
+            loras=loras,
         )
+
+    def _loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
+        """The LoRAs that were asked for, found to fit."""
+        if len(self.lora_scales) > len(self.loras):
+            raise GenerationError(
+                f"There are {len(self.lora_scales)} scales of LoRAs and {len(self.loras)} LoRAs; give one --lora for "
+                "each --lora-scale."
+            )
+        scales = (*self.lora_scales, *(1.0,) * (len(self.loras) - len(self.lora_scales)))
+        found = tuple(find_lora(text, scale) for text, scale in zip(self.loras, scales, strict=True))
+        for lora in found:
+            check_fits(lora, source)
+        return found
+
+    def _extended(self, loras: tuple[LoraFile, ...]) -> GenerationRequest:
+        """This request with what its LoRAs were trained for, where it does not say otherwise."""
+        lengths = [lora.frames for lora in loras if lora.frames is not None]
+        trained: dict[str, Any] = {}
+        for lora in loras:
+            found = lora.options(self.method)
+            # two experts of one run may say different things: what is dense for one of them is dense
+            for name in ("first_steps", "first_layers"):
+                if name in found and name in trained:
+                    found[name] = max(found[name], trained[name])
+            trained |= found
+        options = {**self.options, self.method: {**trained, **self.options.get(self.method, {})}} if trained else None
+        rope = next((lora.about for lora in loras if lora.about.get("rope", "none") != "none"), None)
+        stretched: dict[str, Any] = {}
+        if rope is not None and self.rope == "none":
+            stretched = {"rope": rope["rope"], "trained_frames": self.trained_frames or rope["trained_frames"]}
+        return replace(
+            self,
+            **stretched,
+            num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
+            options=self.options if options is None else options,
+        )
+
+    def _trained_frames(self, source: ModelSource) -> int | None:
+        """The length up to which the rotary embedding is left alone; None where it is always."""
+        if self.rope == "none":
+            if self.trained_frames is not None:
+                raise GenerationError("trained_frames is for --rope riflex, ntk or pi; drop it, or choose one.")
+            return None
+        if source.spec.family == "mochi":
+            raise GenerationError(
+                "Mochi learned the frequencies of its rotary embedding, so there is none to stretch; drop --rope."
+            )
+        defaults = source.defaults
+        trained = self.trained_frames
+        if trained is None:
+            trained = defaults.num_frames if defaults.trained_frames is None else defaults.trained_frames
+        stride = source.spec.stride[0]
+        if trained < 1 or (trained - 1) % stride:
+            raise GenerationError(f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); use 81.")
+        return trained
 
     def _check_words(self) -> None:
         if not self.prompt.strip():
@@ -126,6 +201,10 @@ class GenerationRequest:
             raise GenerationError(
                 f"Unknown offload {self.offload!r}; use {' or '.join(OFFLOADS)}.{nearest(self.offload, OFFLOADS)}"
             )
+        if self.rope not in ROPES:
+            raise GenerationError(
+                f"Unknown rope {self.rope!r}; use {', '.join(ROPES[:-1])} or {ROPES[-1]}.{nearest(self.rope, ROPES)}"
+            )
         if not 0 <= self.seed < _SEED_LIMIT:
             raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}); use 0.")
 
@@ -140,6 +219,8 @@ class Settings:
         grid: the token grid that attention will see.
         guidance_2: guidance scale of a second expert, None for the same.
         dtype: "fp32", "bf16" or "fp16".
+        loras: to load.
+        trained_frames: None without a stretched rotary embedding.
     """
 
     request: GenerationRequest
@@ -154,6 +235,9 @@ class Settings:
     fps: float
     device: torch.device
     dtype: str
+    loras: tuple[LoraFile, ...] = ()
+    shift: float | None = None
+    trained_frames: int | None = None
 
 
 def _least_steps(source: ModelSource) -> int:
@@ -170,7 +254,8 @@ def within(name: str, asked: Number | None, default: Number, limits: tuple[float
     if asked is None:
         return default
     if not limits[0] <= asked <= limits[1]:
-        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}); the model's is {default}.")
+        advice = f"; the model's is {default}" if default is not asked else ""
+        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}){advice}.")
     return asked
 
 

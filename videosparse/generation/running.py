@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from videosparse.attach import restore, sparsify
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.latents import keeping, prepare_vae
+from videosparse.generation.lora import load_loras
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
+from videosparse.generation.streaming import Sink, streaming
 from videosparse.report import RunReport
+from videosparse.stretching import extend_rope
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
@@ -31,7 +36,7 @@ class Timings:
     Args:
         prompt: from the call to the first forward of the transformer: text encoding, noise.
         denoise: from there to the end of the last step; maps are built and kernels compiled inside it.
-        decode: from there to the frames: VAE, post-processing.
+        decode: from there to the frames: VAE, post-processing, and writing them where they are streamed.
         steps: of the denoising, each one's share as the host saw it (a GPU may run behind).
     """
 
@@ -50,20 +55,22 @@ class Run:
         given: the options that the user set.
         options: all options in force.
         report: what attention did.
-        frames: fp32 [frames, 3, height, width] in [0, 1] on the CPU.
+        frames: fp32 [frames, 3, height, width] in [0, 1] on the CPU; None where they were streamed.
         timings: wall seconds.
         peak_bytes: see `environment.peak_memory`.
         notices: what the user should know about this run, a sentence each.
+        latents: [1, C, F, h, w] as the VAE takes them, on the CPU; None where they were not asked for.
     """
 
     method: str
     given: Options
     options: Options
     report: RunReport
-    frames: torch.Tensor
+    frames: torch.Tensor | None
     timings: Timings
     peak_bytes: int | None
     notices: tuple[str, ...] = ()
+    latents: torch.Tensor | None = None
 
 
 def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, float]:
@@ -91,9 +98,9 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
             raise GenerationError(
                 f"Cannot load {settings.source.location}: weights of its {name} are missing; download the model again."
             )
+    load_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
-    if settings.source.spec.family != "wan":
-        pipe.vae.enable_tiling()  # whole videos do not fit through these VAEs
+    prepare_vae(pipe.vae, settings.source)
     with memory_errors():
         if settings.request.offload == "model":
             pipe.enable_model_cpu_offload(device=settings.device)
@@ -104,28 +111,86 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     return pipe, seconds
 
 
-def run_method(pipe: Any, settings: Settings, method: str, options: Options, progress: Progress = quiet) -> Run:
+def run_method(
+    pipe: Any,
+    settings: Settings,
+    method: str,
+    options: Options,
+    progress: Progress = quiet,
+    *,
+    sink: Sink | None = None,
+    keep_latents: bool = False,
+) -> Run:
     """Make the video with a method; the pipeline has its own attention back afterwards, whatever happens.
+
+    Args:
+        pipe, settings, method, options, progress: what to run.
+        sink: gets the frames while they are decoded; None keeps them all.
+        keep_latents: whether `Run.latents` is wanted.
 
     Raises:
         GenerationError: options that the method or the model refuses, too little memory, or frames that are not
             finite. What goes wrong inside the pipeline comes through as it is.
     """
     processor = make_processor(method, options)
-    notices = tuple(_cuts(pipe, settings))
+    notices = (*_cuts(pipe, settings), *_beyond(settings))
+    kept: list[torch.Tensor] = []
     try:
         with refusals():
+            extend_rope(pipe, settings.request.rope, trained_frames=settings.trained_frames)
             sparsify(pipe, processor)
         reset_peak_memory(settings.device)
-        with memory_errors():
+        keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
+        with memory_errors(), _shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
         report = processor.report()
     finally:
         restore(pipe)
-    peak = peak_memory(settings.device)
-    return Run(method, dict(options), resolved_options(resolved), report, frames, timings, peak, notices)
+    return Run(
+        method=method,
+        given=dict(options),
+        options=resolved_options(resolved),
+        report=report,
+        frames=frames if sink is None else None,
+        timings=timings,
+        peak_bytes=peak_memory(settings.device),
+        notices=notices,
+        latents=kept[0] if kept else None,
+    )
+
+
+@contextmanager
+def _shifted(pipe: Any, shift: float | None) -> Iterator[None]:
+    """A scheduler of another shift, for the time of a block."""
+    before = pipe.scheduler
+    if shift is None:
+        yield
+        return
+    name = next((name for name in ("flow_shift", "shift") if name in before.config), None)
+    if name is None:
+        raise GenerationError(f"{type(before).__name__} has no shift to set; drop --shift.")
+    pipe.scheduler = type(before).from_config(before.config, **{name: shift})
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
+
+
+@contextmanager
+def _leading_to(pipe: Any, settings: Settings, sink: Sink | None) -> Iterator[None]:
+    """Let frames go to `sink`, if any, once they are found to be finite."""
+    if sink is None:
+        yield
+        return
+
+    def checked(frames: torch.Tensor) -> None:
+        _check_finite(frames, settings)
+        sink(frames)
+
+    with streaming(pipe, checked):
+        yield
 
 
 def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:
@@ -135,6 +200,13 @@ def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:
         tokens = len(pipe.tokenizer(text, verbose=False).input_ids)
         if tokens > most:
             yield f"The {what} has {tokens} tokens and the model reads {most}: its end was cut off."
+
+
+def _beyond(settings: Settings) -> Iterator[str]:
+    """Which LoRAs were trained for shorter videos."""
+    for lora in settings.loras:
+        if lora.frames is not None and settings.num_frames > lora.frames:
+            yield f"The LoRA {lora.name} was trained for {lora.frames} frames; this video has {settings.num_frames}."
 
 
 @dataclass
@@ -178,14 +250,18 @@ def _call(pipe: Any, settings: Settings, progress: Progress) -> tuple[torch.Tens
     end = now(settings.device)
     progress("decode", 1, 1)
     frames = video.float().cpu()
+    _check_finite(frames, settings)
+    started, ends = phases.borders["denoise"], phases.ends
+    steps = tuple(b - a for a, b in zip([started, *ends], ends, strict=False))
+    return frames, Timings(started - begin, ends[-1] - started, end - ends[-1], steps)
+
+
+def _check_finite(frames: torch.Tensor, settings: Settings) -> None:
     if not bool(frames.isfinite().all()):
         raise GenerationError(
             f"The model made frames that are not finite in {settings.dtype}; try --dtype "
             f"{'fp32' if settings.dtype != 'fp32' else 'bf16, or check its weights'}."
         )
-    started, ends = phases.borders["denoise"], phases.ends
-    steps = tuple(b - a for a, b in zip([started, *ends], ends, strict=False))
-    return frames, Timings(started - begin, ends[-1] - started, end - ends[-1], steps)
 
 
 def call_arguments(settings: Settings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
     request, source = settings.request, settings.source
     return {
         "format": FORMAT,
+        "fingerprint": fingerprint(settings),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -46,7 +48,11 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "device": str(settings.device),
             "device_name": device_name(settings.device),
             "offload": request.offload,
+            "shift": settings.shift,
+            "rope": request.rope,
+            "trained_frames": settings.trained_frames,
         },
+        "loras": [{"file": str(lora.path), "scale": lora.scale} for lora in settings.loras],
         "method": {"name": run.method, "set": dict(run.given), "options": dict(run.options)},
         "attention": _attention(run),
         "seconds": {"load": load_seconds, **_seconds(run)},
@@ -54,6 +60,28 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
         "notices": list(run.notices),
         "versions": versions(),
     }
+
+
+def fingerprint(settings: Settings) -> str:
+    """A hash of all that decides a video, by which a batch knows what it has made already.
+
+    The device is not part of it: another one rounds otherwise, and makes the same video.
+    """
+    request = settings.request
+    decides = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "location": settings.source.location,
+        "video": [settings.num_frames, settings.height, settings.width, settings.fps],
+        "steps": settings.steps,
+        "guidance": [settings.guidance, settings.guidance_2],
+        "shift": settings.shift,
+        "rope": [request.rope, settings.trained_frames],
+        "dtype": settings.dtype,
+        "method": [request.method, dict(request.options.get(request.method, {}))],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def comparison_record(

@@ -64,6 +64,7 @@ class ModelDefaults:
         max_sequence_length: text tokens that the pipeline pads or cuts the prompt to.
         fps: frames a second.
         guidance_2: guidance scale of a second expert, None where there is none or it uses the same.
+        trained_frames: pixel frames of the longest videos that it was trained on, None for `num_frames`.
     """
 
     num_frames: int
@@ -74,10 +75,11 @@ class ModelDefaults:
     max_sequence_length: int
     fps: int
     guidance_2: float | None = None
+    trained_frames: int | None = None
 
 
 DEFAULTS = {
-    EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 4.0, 48, 16),
+    EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 4.0, 48, 16, trained_frames=81),
     "wan2.1-1.3b": ModelDefaults(81, 480, 832, 50, 5.0, 512, 16),
     "wan2.1-14b": ModelDefaults(81, 480, 832, 50, 5.0, 512, 16),
     "wan2.2-a14b": ModelDefaults(81, 720, 1280, 40, 4.0, 512, 16, guidance_2=3.0),

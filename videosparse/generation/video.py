@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,27 +47,65 @@ def side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.cat((left, line, right.to(left)), dim=3)
 
 
-def write_mp4(path: str | Path, video: torch.Tensor, fps: float) -> None:
-    """Write [frames, 3, height, width] in [0, 1] as H.264, yuv420p, which every player shows.
+class Mp4Writer:
+    """Writes frames as H.264, yuv420p, which every player shows, as they come; a context manager.
 
-    That format has only even sizes: an odd last row or column is repeated once. The same video gives the same bytes.
+    That format has only even sizes: an odd last row or column is repeated once. The same video gives the same bytes,
+    however it is cut into parts. The file can be played once the block has ended.
+
+    Args:
+        path: of the file.
+        fps: frames a second.
+
+    Raises:
+        ValueError: frames of another shape; at the end, none.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, fps: float) -> None:
+        self._path, self._rate = path, Fraction(fps).limit_denominator(65535)
+        self._file: Any = None
+        self._stream: Any = None
+        self.frames = 0
+
+    def add(self, video: torch.Tensor) -> None:
+        """Write frames [frames, 3, height, width] in [0, 1]."""
+        import av
+
+        frames = to_uint8(video).numpy()
+        odd = [(0, size % 2) for size in frames.shape[1:3]]
+        frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
+        if self._stream is None:
+            self._stream = self._file.add_stream("libx264", rate=self._rate, options=_X264)
+            self._stream.height, self._stream.width = frames.shape[1:3]
+            self._stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        self.frames += len(frames)
+
+    def __enter__(self) -> Mp4Writer:
+        import av
+
+        self._file = av.open(str(self._path), "w", format="mp4")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None and self._stream is not None:
+            self._file.mux(self._stream.encode())
+        self._file.close()
+        if kind is None and not self.frames:
+            raise ValueError("There is no frame to write: generate a video inside the block.")
+
+
+def write_mp4(path: str | Path, video: torch.Tensor, fps: float) -> None:
+    """Write [frames, 3, height, width] in [0, 1] as a file; see `Mp4Writer`.
 
     Raises:
         ValueError: another shape.
         OSError: the file cannot be written.
     """
-    import av
-
-    frames = to_uint8(video).numpy()
-    odd = [(0, size % 2) for size in frames.shape[1:3]]
-    frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535), options=_X264)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
+    with Mp4Writer(path, fps) as file:
+        file.add(video)
 
 
 def read_mp4(path: str | Path) -> torch.Tensor:

@@ -16,6 +16,7 @@ from videosparse.kernels import KernelOptions, Stream, norm_rotate, reorder
 from videosparse.kernels.backend import TRITON_DTYPES, interpreted, missing
 from videosparse.kernels.norm_op import MAX_WIDTH, row_width
 from videosparse.layout import TokenLayout, VideoGrid
+from videosparse.models.rope import TemporalRotary
 from videosparse.policies.base import LayerPlan
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,14 @@ class ModelFamily(ABC):
     def variant(self, config: Mapping[str, Any], experts: int) -> str:
         """Which of `variants` a transformer's configuration describes; `experts` transformers share its run."""
         return self.variants[0]
+
+    @abstractmethod
+    def temporal_rotary(self, transformer: Any) -> TemporalRotary:
+        """Where and how the rotary embedding turns along time.
+
+        Raises:
+            ValueError: the model learned its frequencies, which no formula stretches.
+        """
 
     def text(self, inputs: Mapping[str, Any]) -> tuple[int, torch.Tensor | None]:
         """(text tokens in self-attention with padding, int32 [B] valid ones) from the root's inputs."""

@@ -19,7 +19,11 @@ from videosparse.models.base import (
     split_heads,
     valid_text,
 )
+from videosparse.models.rope import TemporalRotary
 from videosparse.policies.base import LayerPlan
+
+# By temporal columns: 16 in the published models, which repeat from 50 latent frames on (RIFLEx, arXiv 2502.15894).
+_INTRINSIC = {16: 4}
 
 
 class HunyuanVideoFamily(ModelFamily):
@@ -49,6 +53,12 @@ class HunyuanVideoFamily(ModelFamily):
             for i, block in enumerate(getattr(transformer, stack)):
                 found.append(SelfAttention(f"{stack}.{i}.attn", block.attn, len(found)))
         return found
+
+    def temporal_rotary(self, transformer: Any) -> TemporalRotary:
+        """Base 256 in the published models."""
+        rope = transformer.rope
+        dim = rope.rope_dim[0]
+        return TemporalRotary(rope, dim, float(rope.theta), rope.patch_size_t, 4, _INTRINSIC.get(dim))
 
     def project(
         self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan

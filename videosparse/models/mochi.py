@@ -19,6 +19,7 @@ from videosparse.models.base import (
     split_heads,
     valid_text,
 )
+from videosparse.models.rope import TemporalRotary
 from videosparse.policies.base import LayerPlan
 
 
@@ -43,6 +44,13 @@ class MochiFamily(ModelFamily):
         """`transformer_blocks.*.attn1`."""
         blocks = enumerate(transformer.transformer_blocks)
         return [SelfAttention(f"transformer_blocks.{i}.attn1", block.attn1, i) for i, block in blocks]
+
+    def temporal_rotary(self, transformer: Any) -> TemporalRotary:
+        """Always raises ValueError."""
+        raise ValueError(
+            "Mochi learned the frequencies of its rotary embedding, and they mix time and space: there is no temporal "
+            "frequency to stretch. Use rope none, or train a LoRA at the longer length."
+        )
 
     def project(
         self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan

@@ -17,7 +17,12 @@ from videosparse.models.base import (
     rotate,
     split_heads,
 )
+from videosparse.models.rope import TemporalRotary
 from videosparse.policies.base import LayerPlan
+
+# By temporal columns: 44 in every published model, where users see videos repeat from 51 latent frames on; 24 in the
+# embedded one.
+_INTRINSIC = {44: 6, 24: 3}
 
 
 class WanFamily(ModelFamily):
@@ -54,6 +59,11 @@ class WanFamily(ModelFamily):
                 for i, (block, depth) in enumerate(zip(control, depths, strict=True))
             ]
         return found
+
+    def temporal_rotary(self, transformer: Any) -> TemporalRotary:
+        """Base 10,000; what the heights and widths of a token leave of a head turns along time."""
+        rope = transformer.rope
+        return TemporalRotary(rope, rope.t_dim, 10000.0, rope.patch_size[0], 4, _INTRINSIC.get(rope.t_dim))
 
     def project(
         self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan

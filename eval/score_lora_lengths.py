@@ -1,0 +1,197 @@
+"""Videos longer than the embedded model was trained for: without training, and with length-extension LoRAs.
+
+    python eval/score_lora_lengths.py --lora dense=outputs/lora/dense --lora radial=outputs/lora/radial
+
+Each `--lora METHOD=FOLDER` is generated with the attention that it was trained with; without a LoRA both methods are
+run, too. Every quarter of every video is judged as a video of its own by the detectors of the world (held-out prompts,
+one object), beside the rendered truth; drift is what is right in the first quarter and wrong in the last, repetition
+that beyond the true video's from half the training length on. Rows (means with 95 % bootstrap intervals) go to
+`assets/results/lora_length.csv`; the LoRAs' training time and memory come from their logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from videosparse import restore
+from videosparse.benchmark.rows import WHERE, environment, write_rows
+from videosparse.generation.lora import find_lora
+from videosparse.generation.methods import make_processor
+from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
+from videosparse.synthetic.captions import parse_caption
+from videosparse.synthetic.render import render
+from videosparse.synthetic.scene import arrange_scene
+
+OUTPUT = Path("assets/results/lora_length.csv")
+PROMPTS = Path("eval/prompts/world128_heldout.json")
+FPS = 16.0
+TRAINED = 81
+# the schedule of the long lengths, for the runs without a LoRA
+RADIAL = {"decay": 1.0, "first_steps": 0.1, "first_layers": 1}
+FIGURES = (*(f"right_q{i + 1}" for i in range(QUARTERS)), "drift", "repetition", "permanence", "frozen")
+COLUMNS = (
+    "lora", "method", "frames", "height", "width", "videos", "steps", "guidance",
+    *(column for name in FIGURES for column in (name, f"{name}_low", f"{name}_high")),
+    "generation_s", "training_steps", "training_s", "training_peak_gib", *WHERE,
+)  # fmt: skip
+
+
+def main() -> None:
+    args = arguments()
+    pipe = load(args)
+    prompts = json.loads(args.prompts.read_text())["prompts"]
+    prompts = [entry for entry in prompts if len(entry["objects"]) == 1][: args.limit]
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, method, folder in settings_of(args):
+            switch(pipe, method, folder)
+            for frames in args.frames:
+                if name == "none" or time.monotonic() - started < args.seconds:
+                    rows.append(measure(pipe, prompts, name, method, folder, frames, pool, args))
+                    write_rows(args.output, rows, COLUMNS)
+                    print(
+                        {k: rows[-1].get(k) for k in ("lora", "method", "frames", *FIGURES, "generation_s")}, flush=True
+                    )
+
+
+def settings_of(args: argparse.Namespace) -> list[tuple[str, str, Path | None]]:
+    """(name, method, LoRA) of what is compared; the truth first."""
+    found: list[tuple[str, str, Path | None]] = [("truth", "none", None)]
+    loras = [text.partition("=") for text in args.lora]
+    methods = dict.fromkeys(["dense", *(method.split("-")[0] for method, _, _ in loras)])
+    found += [("none", method, None) for method in methods]
+    return found + [(method, method.split("-")[0], Path(folder)) for method, _, folder in loras]
+
+
+def load(args: argparse.Namespace) -> Any:
+    from diffusers import DiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def switch(pipe: Any, method: str, folder: Path | None) -> None:
+    """Give the pipeline a LoRA, or none, and the attention."""
+    restore(pipe)
+    pipe.unload_lora_weights()
+    options: dict[str, Any] = dict(RADIAL) if method == "radial" else {}
+    if folder is not None:
+        pipe.load_lora_weights(folder)
+        options = find_lora(str(folder)).options(method)
+    if method != "none":
+        pipe.set_attn_processor(make_processor(method, options))
+
+
+def measure(
+    pipe: Any, prompts: list[dict[str, Any]], name: str, method: str, folder: Path | None, frames: int,
+    pool: ProcessPoolExecutor, args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Generate and judge all prompts at one length."""
+    pending, seconds = [], 0.0
+    for at in range(0, len(prompts), args.batch):
+        part = prompts[at : at + args.batch]
+        truths = true_videos(part, frames, args, pipe.device)
+        begin = time.perf_counter()
+        videos = truths if name == "truth" else generate(pipe, part, frames, args)
+        seconds += time.perf_counter() - begin
+        look = partial(judge, min_lag=TRAINED // 2 if frames > TRAINED else frames // 2)
+        for entry, video, truth in zip(part, videos, truths, strict=True):
+            pending.append(pool.submit(look, entry["prompt"], *((x * 255).byte().numpy() for x in (video, truth))))
+    figures = [p.result() for p in pending]
+    row: dict[str, Any] = {
+        "lora": name, "method": method, "frames": frames, "height": args.size, "width": args.size,
+        "videos": len(prompts), "steps": args.steps, "guidance": args.guidance,
+        "generation_s": f"{seconds / len(prompts):.3f}", **trained(folder), **environment(args.commit),
+    }  # fmt: skip
+    for figure in FIGURES:
+        values = np.array([f[figure] for f in figures])
+        means = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        row |= {figure: f"{values.mean():.4f}", f"{figure}_low": f"{low:.4f}", f"{figure}_high": f"{high:.4f}"}
+    return row
+
+
+def true_videos(part: list[dict[str, Any]], frames: int, args: argparse.Namespace, device: torch.device) -> Tensor:
+    """[B, 3, F, H, W] on the CPU."""
+    scenes = []
+    for entry in part:
+        objects = tuple((o["shape"], o["colour"], o["motion"]) for o in entry["objects"])
+        scenes.append(arrange_scene(random.Random(entry["seed"]), objects, entry["background"]))
+    return render(scenes, frames, args.size, args.size, device=device).clamp(0, 1).cpu()
+
+
+@torch.inference_mode()
+def generate(pipe: Any, part: list[dict[str, Any]], frames: int, args: argparse.Namespace) -> Tensor:
+    """[B, 3, F, H, W] on the CPU."""
+    video: Tensor = pipe(
+        prompt=[entry["prompt"] for entry in part], num_frames=frames, height=args.size, width=args.size,
+        num_inference_steps=args.steps, guidance_scale=args.guidance, max_sequence_length=48, output_type="pt",
+        generator=[torch.Generator("cpu").manual_seed(entry["seed"]) for entry in part],
+    ).frames  # fmt: skip
+    return video.transpose(1, 2).float().cpu().clamp(0, 1)
+
+
+def judge(prompt: str, video: np.ndarray, truth: np.ndarray, min_lag: int) -> dict[str, float]:
+    """The figures of one video; runs in a worker."""
+    torch.set_num_threads(1)
+    shown, true = (torch.from_numpy(x).float() / 255 for x in (video, truth))
+    found = quarters(shown, parse_caption(prompt), FPS)
+    figures = {f"right_q{i + 1}": quarter.right for i, quarter in enumerate(found)}
+    return figures | {
+        "drift": drift(found),
+        "repetition": extra_repetition(shown, true, min_lag),
+        "permanence": float(np.mean([q.permanence for q in found])),
+        "frozen": float(np.mean([q.frozen for q in found])),
+    }
+
+
+def trained(folder: Path | None) -> dict[str, Any]:
+    """What training the LoRA took, from its log."""
+    if folder is None or not (folder / "log.jsonl").is_file():
+        return {}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "seconds" in line]
+    return {
+        "training_steps": len(steps),
+        "training_s": f"{sum(s['seconds'] for s in steps):.1f}",
+        "training_peak_gib": f"{max(s['peak_gib'] for s in steps):.2f}",
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lora", action="append", default=[], metavar="METHOD=FOLDER")
+    parser.add_argument("--model", default="assets/tiny-wan")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--frames", type=int, nargs="+", default=[81, 161, 321])
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=1e9, help="no new length of a LoRA is begun after these")
+    parser.add_argument("--commit", help="of the code; asked of git unless given")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Train a LoRA that lets a video model work at 2x to 4x its length, with sparse attention in training.
+
+    python lora/train_length_extension.py lora/recipes/tiny-2x.toml                    a CPU and some minutes
+    python lora/train_length_extension.py lora/recipes/wan2.1-14b-2x.toml --set data.path=data/wan-2x
+    accelerate launch --num_processes 8 lora/train_length_extension.py RECIPE ...      several GPUs, or machines
+
+`--set train.lr=2e-4` changes any key of the recipe, `--keys` lists them all. Encode a data set first with
+`lora/prepare_dataset.py`; only the synthetic recipes do that by themselves. `--resume` goes on from the newest
+checkpoint exactly as if nothing had happened; SIGTERM and Ctrl-C write one and leave. The result is
+`pytorch_lora_weights.safetensors` in `output.folder`, for `pipe.load_lora_weights(...)` and for
+
+    videosparse generate "a red circle bounces" --lora OUTPUT_FOLDER
+
+which takes the length, the method and its schedule from the file. `--format comfy` also writes Wan's original keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from videosparse.generation.errors import GenerationError
+from videosparse.training.adapters import FORMATS, to_comfy
+from videosparse.training.clips import Size, synthetic_clips
+from videosparse.training.config import Config, describe, load_config
+from videosparse.training.encoding import prepare
+from videosparse.training.run import Diverged, LoraRun, StepResult, make_accelerator, mean_of, quantile_text
+from videosparse.training.validation import Validation
+
+stopping = False
+
+
+def main() -> int:
+    args = arguments()
+    if args.keys:
+        for name, default, doc in describe():
+            print(f"{name} = {default!r}\n    {doc}")
+        return 0
+    try:
+        return train(load_config(args.config, args.set), args)
+    except GenerationError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: Config, args: argparse.Namespace) -> int:
+    engine = make_accelerator(config, args.device)
+    if config.data.synthetic and not (Path(config.data.path) / "dataset.json").is_file():
+        with engine.main_process_first():
+            if engine.is_main_process:
+                render_clips(config, str(engine.device))
+    run = LoraRun(config, engine)
+    begun = run.resume() if args.resume else 0
+    if not args.resume and (run.folder / "checkpoints").is_dir():
+        raise GenerationError(f"{run.folder} has checkpoints; pass --resume, or choose another output.folder.")
+    say = engine.print
+    say(f"{run.source.name}: {sum(p.numel() for p in run.parameters.values()):,} parameters in adapters, "
+        f"{config.attention.method} attention, steps {begun} to {config.train.steps}")  # fmt: skip
+    engine.init_trackers("videosparse-lora", config={name: str(value) for name, value, _ in flat(config)})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+    videos = Validation(run) if config.validate.prompts else None
+    first = validate(run, "before") if begun == 0 else {}
+    if videos and begun == 0:
+        videos.make()
+    clock = Clock(run)
+    for step in run.remaining():
+        try:
+            result = run.train_step()
+        except Diverged as error:
+            run.save()
+            raise GenerationError(f"{error} The state before is in {run.folder}/checkpoints.") from None
+        clock.tell(result)
+        if asked_to_stop(engine):
+            say(f"Stopped after step {run.done}: {run.save()} is written; --resume goes on from there.")
+            engine.end_training()
+            return 143
+        every, video_every = config.validate.every, config.validate.video_every
+        if every and run.done % every == 0 and run.done < config.train.steps:
+            validate(run, f"step {run.done}")
+        if videos and video_every and run.done % video_every == 0 and run.done < config.train.steps:
+            videos.make()
+        if run.done % config.output.save_every == 0 or step + 1 == config.train.steps:
+            run.save()
+
+    last = validate(run, "after")
+    for path in videos.make() if videos else []:
+        say(f"wrote {path}")
+    folder = run.export()
+    if args.format == "comfy" and engine.is_main_process:
+        to_comfy(folder / "pytorch_lora_weights.safetensors", folder / "comfy.safetensors")
+    for frames in first:
+        say(f"{frames} frames: held-out loss {first[frames]:.4f} before, {last[frames]:.4f} after")
+    say(f'LoRA in {folder}; try: videosparse generate "PROMPT" --lora {folder}')
+    engine.end_training()
+    return 0
+
+
+def validate(run: LoraRun, when: str) -> dict[int, float]:
+    """Mean held-out loss of every length that is trained."""
+    means = {}
+    if run.config.data.holdout and run.config.validate.quantiles:
+        with run.averaged():
+            for frames in sorted(set(run.config.train.frames)):
+                losses = run.held_out(frames)
+                means[frames] = mean_of(losses.values())
+                run.log({f"held_out/{frames}/{q:g}": loss for q, loss in losses.items()})
+                run.accelerator.print(f"{when}: {frames} frames, held-out loss {quantile_text(losses)}", flush=True)
+    return means
+
+
+def render_clips(config: Config, device: str) -> None:
+    """The data set of a synthetic recipe: clips of its longest length, which serve the others, too."""
+    size = Size(max(config.train.frames), config.data.height, config.data.width)
+    print(f"encoding {config.data.synthetic} synthetic clips of {size}", flush=True)
+    prepare(synthetic_clips(config.data.synthetic), Path(config.data.path), config.model.path, [size], device=device)
+
+
+class Clock:
+    """Writes the log and prints a line now and then, with the time that is left."""
+
+    def __init__(self, run: LoraRun) -> None:
+        self.run, self.began, self.first = run, time.perf_counter(), run.done
+
+    def tell(self, result: StepResult) -> None:
+        """Log one step."""
+        run, step = self.run, result.step
+        left = (time.perf_counter() - self.began) / (run.done - self.first) * (run.config.train.steps - run.done)
+        run.log({
+            "loss": result.loss, "gradient": result.gradient, "lr": result.lr, "frames": step.frames,
+            "dense": int(step.dense), "seconds": result.seconds, "tokens_per_second": result.tokens / result.seconds,
+            "tflops": result.flops / result.seconds / 1e12, "peak_gib": (result.peak or 0) / 2**30,
+            "seconds_left": left,
+        })  # fmt: skip
+        if run.done % run.config.output.log_every == 0 or run.done == 1:
+            run.accelerator.print(
+                f"step {run.done}/{run.config.train.steps} {step.frames} frames loss {result.loss:.4f} "
+                f"gradient {result.gradient:.3f} {result.tokens / result.seconds:,.0f} tokens/s "
+                f"{result.flops / result.seconds / 1e12:.2f} TFLOP/s {(result.peak or 0) / 2**30:.1f} GiB "
+                f"{left / 60:.1f} min left",
+                flush=True,
+            )
+
+
+def stop(number: int, frame: object) -> None:
+    global stopping
+    stopping = True
+
+
+def asked_to_stop(engine) -> bool:
+    """Whether any process was told to stop."""
+    if engine.num_processes == 1:
+        return stopping
+    flag = torch.tensor(float(stopping), device=engine.device)
+    return bool(engine.reduce(flag, "sum") > 0)
+
+
+def flat(config: Config):
+    for name, _, doc in describe():
+        section, entry = name.split(".")
+        yield name, getattr(getattr(config, section), entry), doc
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?", help="a recipe, such as lora/recipes/tiny-2x.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a key")
+    parser.add_argument("--keys", action="store_true", help="list all keys with their defaults, and leave")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="cpu keeps off the GPU")
+    parser.add_argument("--format", default="diffusers", choices=FORMATS, help="comfy writes comfy.safetensors, too")
+    args = parser.parse_args()
+    if args.config is None and not args.keys:
+        parser.error("give a recipe, such as lora/recipes/tiny-2x.toml")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

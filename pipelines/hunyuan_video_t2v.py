@@ -1,0 +1,78 @@
+"""Text to video with HunyuanVideo: text is part of the attention, and always read in full.
+
+python pipelines/hunyuan_video_t2v.py "a cat surfing" --offload
+python pipelines/hunyuan_video_t2v.py "a cat surfing" --frames 253 --rope riflex
+"""
+
+import argparse
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+
+import videosparse
+from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
+from videosparse.generation import stream_to
+
+PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--model", default="hunyuanvideo-community/HunyuanVideo", help="folder or hub id")
+    parser.add_argument("--method", choices=PROCESSORS, default="radial")
+    parser.add_argument("--frames", type=int, default=129, help="4k+1")
+    parser.add_argument("--height", type=int, default=720)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=6.0, help="distilled: without a second branch")
+    parser.add_argument("--shift", type=float, default=7.0, help="of the noise schedule")
+    parser.add_argument("--rope", choices=("none", "riflex", "ntk", "pi"), default="none", help="beyond 129 frames")
+    parser.add_argument("--lora", help="folder, file or hub id")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: minutes once, then faster")
+    parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float, default=24)
+    parser.add_argument("--output", default="hunyuan_video.mp4")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16, half = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.float32)
+    # the transformer is made for bfloat16, the other parts are published in float16
+    transformer = HunyuanVideoTransformer3DModel.from_pretrained(args.model, subfolder="transformer", torch_dtype=bf16)
+    pipe = HunyuanVideoPipeline.from_pretrained(args.model, transformer=transformer, torch_dtype=half)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=args.shift)
+    pipe.vae.enable_tiling()
+    if args.lora is not None:
+        pipe.load_lora_weights(args.lora)
+    if args.offload:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+
+    processor = PROCESSORS[args.method]()
+    pipe.set_attn_processor(processor)
+    if args.rope != "none":
+        videosparse.extend_rope(pipe, args.rope, trained_frames=129)
+    if args.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+    with stream_to(pipe, args.output, fps=args.fps):
+        pipe(
+            prompt=args.prompt,
+            num_frames=args.frames,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+    print(processor.report())
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

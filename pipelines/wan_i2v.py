@@ -1,0 +1,84 @@
+"""Image to video with Wan 2.1 or 2.2: the first frame is given, its shape decides that of the video.
+
+python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png
+python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png --frames 161 --area 720x1280 --shift 5
+"""
+
+import argparse
+from math import sqrt
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
+from diffusers.utils import load_image
+
+import videosparse
+from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
+from videosparse.generation import stream_to
+
+PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--image", required=True, help="file or URL")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--model", default="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", help="folder or hub id")
+    parser.add_argument("--method", choices=PROCESSORS, default="radial")
+    parser.add_argument("--frames", type=int, default=81, help="4k+1")
+    parser.add_argument("--area", default="480x832", help="HEIGHTxWIDTH: how many pixels a frame has, not its shape")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--shift", type=float, default=3.0, help="of the noise schedule: 3 at 480p, 5 at 720p")
+    parser.add_argument("--rope", choices=("none", "riflex", "ntk", "pi"), default="none", help="beyond 81 frames")
+    parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float, default=16)
+    parser.add_argument("--output", default="wan_i2v.mp4")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # the VAE is small, and loses detail below float32
+    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = WanImageToVideoPipeline.from_pretrained(args.model, vae=vae, torch_dtype=dtype)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=args.shift)
+    if args.offload:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+
+    processor = PROCESSORS[args.method]()
+    pipe.set_attn_processor(processor)
+    if args.rope != "none":
+        videosparse.extend_rope(pipe, args.rope, trained_frames=81)
+
+    # as many pixels as asked for, in the shape of the image, in steps that the model can take
+    image = load_image(args.image)
+    rows, columns = (int(size) for size in args.area.split("x"))
+    step = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
+    shape = image.height / image.width
+    height = round(sqrt(rows * columns * shape)) // step * step
+    width = round(sqrt(rows * columns / shape)) // step * step
+
+    with stream_to(pipe, args.output, fps=args.fps):
+        pipe(
+            image=image.resize((width, height)),
+            prompt=args.prompt,
+            negative_prompt=args.negative_prompt,
+            num_frames=args.frames,
+            height=height,
+            width=width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+    print(processor.report())
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Text to video with Wan 2.1: sparse attention, any length, frames written while they are decoded.
+
+python pipelines/wan_t2v.py "a cat surfing" --output cat.mp4
+python pipelines/wan_t2v.py "a cat surfing" --frames 321 --rope riflex --model Wan-AI/Wan2.1-T2V-14B-Diffusers
+python pipelines/wan_t2v.py "a cat surfing" --method adaspa --compile
+python pipelines/wan_t2v.py "a cat surfing" --frames 161 --lora wan-161.safetensors --offload
+"""
+
+import argparse
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+import videosparse
+from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
+from videosparse.generation import stream_to
+
+PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--model", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder or hub id")
+    parser.add_argument("--method", choices=PROCESSORS, default="radial")
+    parser.add_argument("--frames", type=int, default=81, help="4k+1")
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--shift", type=float, default=3.0, help="of the noise schedule: 3 at 480p, 5 at 720p")
+    parser.add_argument("--rope", choices=("none", "riflex", "ntk", "pi"), default="none", help="beyond 81 frames")
+    parser.add_argument("--lora", help="folder, file or hub id")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: minutes once, then faster")
+    parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float, default=16)
+    parser.add_argument("--output", default="wan.mp4")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # the VAE is small, and loses detail below float32
+    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=dtype)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=args.shift)
+    if args.lora is not None:
+        pipe.load_lora_weights(args.lora)
+    if args.offload:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+
+    processor = PROCESSORS[args.method]()
+    pipe.set_attn_processor(processor)
+    if args.rope != "none":
+        videosparse.extend_rope(pipe, args.rope, trained_frames=81)
+    if args.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+    with stream_to(pipe, args.output, fps=args.fps):
+        pipe(
+            prompt=args.prompt,
+            negative_prompt=args.negative_prompt,
+            num_frames=args.frames,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+    print(processor.report())
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""`videosparse generate` with presets, run files, prompt files and latents, and `videosparse presets`."""
+
+import os
+
+import folders
+import pytest
+from typer.testing import CliRunner
+
+from videosparse.cli import app
+
+SMALL = 'model = "small"\nframes = 9\nheight = 64\nwidth = 64\nsteps = 2\ndevice = "cpu"\n'
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, model_folder):
+    """`run("generate", ...)` in an empty folder; the model folder is called `small`, the run file `run.toml`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VIDEOSPARSE_DEBUG", raising=False)
+    os.symlink(model_folder, tmp_path / "small")
+    (tmp_path / "run.toml").write_text(SMALL)
+    (tmp_path / "prompts.txt").write_text("# two\na red circle --seed 3\n\na blue square --f 5 --s 1\n")
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_presets(run):
+    result = run("presets")
+    assert result.exit_code == 0, result.output
+    for word in ("wan2.1-14b-720p", "81 frames of 720x1280", "50 steps", "shift 5.0", "12 dense steps", "rope riflex",
+                 "offload model", "mochi-480p", "shift of the model"):  # fmt: skip
+        assert word in result.stdout
+    one = run("presets", "wan2.1-14b-720p")
+    assert 'model = "wan2.1-14b"' in one.stdout
+    assert "[radial]\ndecay = 0.2" in one.stdout
+    assert "Unknown preset" in run("presets", "no").stderr
+
+
+def test_a_run_file_and_options_that_win(run, tmp_path):
+    (tmp_path / "run.toml").write_text(SMALL + 'prompt = "a cat"\noutput = "there/"\n[radial]\ndecay = 0.5\n')
+    result = run("generate", "--config", "run.toml", "--frames", 5, "--seed", 4)
+    assert result.exit_code == 0, result.output
+    assert "5 frames of 64x64" in result.stdout
+    assert "decay=0.5" in result.stdout
+    assert names(tmp_path / "there") == ["a-cat-4-radial.json", "a-cat-4-radial.mp4"]
+
+
+def test_a_preset_with_another_model(run, tmp_path):
+    result = run(
+        "generate", "a cat", "--preset", "tiny", "--model", "small", "--frames", 9, "--height", 64, "--width", 64,
+        "--steps", 1, "--device", "cpu", "-o", "a.mp4",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.mp4").is_file()
+
+
+def test_a_batch_and_again(run, tmp_path):
+    command = ("generate", "--config", "run.toml", "--prompts", "prompts.txt", "-o", "out", "--method", "dense")
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert "1 of 2" in result.stdout
+    assert "2 of 2" in result.stdout
+    assert names(tmp_path / "out") == [
+        "001-a-red-circle-3-dense.json", "001-a-red-circle-3-dense.mp4",
+        "002-a-blue-square-0-dense.json", "002-a-blue-square-0-dense.mp4",
+    ]  # fmt: skip
+    again = run(*command)
+    assert again.stdout.count("was there already") == 2
+    assert len(names(tmp_path / "out")) == 4
+
+
+def test_latents(run, tmp_path):
+    made = run("generate", folders.PROMPT, "--config", "run.toml", "--save-latents", "-o", "a.mp4")
+    assert made.exit_code == 0, made.output
+    assert "Latents" in made.stdout
+    decoded = run("generate", "--from-latents", "a.safetensors", "--device", "cpu", "-o", "b.mp4")
+    assert decoded.exit_code == 0, decoded.output
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "prompts.txt", "a cat"], "A file of prompts and a prompt do not go together"),
+        (["--prompts", "prompts.txt", "--compare"], "A file of prompts and --compare do not go together"),
+        (["--prompts", "prompts.txt", "-o", "a.mp4"], "must be a folder for a prompt file"),
+        (["--prompts", "none.txt"], "Cannot read prompts from none.txt"),
+        (["--prompts", "prompts.txt", "--frames", "10", "--steps", "2"], "Prompt 1 of 2: num_frames must be 4k+1"),
+        (["a cat", "--compare", "--save-latents"], "do not go together"),
+        (["--from-latents", "a.safetensors", "--steps", "3"], "only decodes: steps is decided there"),
+        (["--from-latents", "a.safetensors"], "There are no latents at a.safetensors"),
+        (["a cat", "--preset", "no"], "Unknown preset 'no'"),
+        (["a cat", "--rope", "riflex", "--method", "dense"], "No intrinsic frequency is known"),
+        (["a cat", "--trained-frames", "9"], "trained_frames is for --rope"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+    before = names(tmp_path)
+    result = run("generate", "--config", "run.toml", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert names(tmp_path) == before

@@ -1,0 +1,137 @@
+"""`generate --lora`: what a file says decides what is not given, wrong files are refused, several add up."""
+
+import json
+
+import folders
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from videosparse.generation import GenerationError, GenerationRequest, generate
+from videosparse.generation.lora import find_lora
+
+ABOUT = {
+    "format": "videosparse-lora-1", "base_model": "small", "family": "wan", "layers": 2, "heads": 2,
+    "component": "transformer", "method": "radial", "options": {"decay": 0.7}, "first_steps": 0.5, "first_layers": 1,
+    "frames": [9, 17],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def make_lora(model_folder, tmp_path_factory):
+    """`make_lora(seed, about)`: the folder of a random LoRA for the small model."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    def make(seed=0, about=ABOUT):
+        folder = tmp_path_factory.mktemp("lora") / f"lora{seed}"
+        model = WanTransformer3DModel.from_pretrained(model_folder / "transformer")
+        model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=r"blocks\.\d+\.attn1\.to_[qkv]"))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        config = model.peft_config["default"].to_dict()
+        layers = get_peft_model_state_dict(model)
+        WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
+        file = folder / "pytorch_lora_weights.safetensors"
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        save_file(load_file(file), file, metadata={**header, **({"videosparse": json.dumps(about)} if about else {})})
+        return folder
+
+    return make
+
+
+def test_length_and_schedule_come_from_the_file(ask, make_lora):
+    settings = ask(num_frames=None, loras=(str(make_lora()),)).resolve()
+    assert settings.num_frames == 17
+    assert settings.request.options["radial"] == {"decay": 0.7, "first_steps": 0.5, "first_layers": 1}
+
+
+def test_a_stretched_rotary_embedding_comes_from_the_file(ask, make_lora):
+    lora = str(make_lora(5, about={**ABOUT, "rope": "ntk", "trained_frames": 9}))
+    settings = ask(loras=(lora,)).resolve()
+    assert (settings.request.rope, settings.trained_frames) == ("ntk", 9)
+    given = ask(loras=(lora,), rope="pi", trained_frames=5).resolve()
+    assert (given.request.rope, given.trained_frames) == ("pi", 5)
+
+
+def test_what_is_given_wins(ask, make_lora):
+    settings = ask(num_frames=9, loras=(str(make_lora()),), options={"radial": {"decay": 0.4}}).resolve()
+    assert settings.num_frames == 9
+    assert settings.request.options["radial"] == {"decay": 0.4, "first_steps": 0.5, "first_layers": 1}
+    assert ask(method="dense", loras=(str(make_lora()),)).resolve().request.options == {}
+
+
+def test_loras_change_the_video_and_add_up(ask, make_lora):
+    length, style = str(make_lora(1)), str(make_lora(2, about=None))
+    made = {
+        name: generate(ask(num_frames=9, steps=2, loras=loras, lora_scales=scales)).frames
+        for name, loras, scales in (
+            ("none", (), ()), ("one", (length,), ()), ("two", (length, style), ()),
+            ("zero", (length, style), (1.0, 0.0)),
+        )
+    }  # fmt: skip
+    assert not torch.equal(made["one"], made["none"])
+    assert not torch.equal(made["two"], made["one"])
+    torch.testing.assert_close(made["zero"], made["one"], rtol=0, atol=1e-4)
+
+
+def test_the_record_names_them(ask, make_lora, tmp_path):
+    result = generate(ask(num_frames=21, loras=(str(make_lora()),)))
+    data = json.loads(result.save(tmp_path / "a.mp4")[".json"].read_text())
+    assert data["loras"][0]["scale"] == 1.0
+    assert data["method"]["options"]["decay"] == 0.7
+    assert any("was trained for 17 frames; this video has 21" in notice for notice in data["notices"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 40}, "is for small .wan, 40 layers, 2 heads., and .* is wan, 2 layers, 2 heads"),
+        ({"format": "videosparse-lora-9"}, "is of format 'videosparse-lora-9'"),
+        ({"component": "transformer_2"}, "is for a second expert"),
+        ({"norms": True}, "qk_norms.safetensors is not beside it"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(ask, make_lora, change, message):
+    with pytest.raises(GenerationError, match=message):
+        ask(loras=(str(make_lora(3, about={**ABOUT, **change})),)).resolve()
+
+
+def test_files_that_are_none_are_refused(ask, tmp_path):
+    with pytest.raises(GenerationError, match="No LoRA at"):
+        ask(loras=(str(tmp_path / "none"),)).resolve()
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    with pytest.raises(GenerationError, match="Cannot read the LoRA"):
+        find_lora(str(tmp_path / "bad.safetensors"))
+    save_file({"transformer.other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(GenerationError, match=r"Cannot load the LoRA|has nothing for the transformer"):
+        generate(ask(loras=(str(tmp_path / "x.safetensors"),)))
+    with pytest.raises(GenerationError, match="2 scales of LoRAs and 1 LoRAs"):
+        GenerationRequest(folders.PROMPT, loras=("a",), lora_scales=(1.0, 2.0)).resolve()
+
+
+def test_loras_of_two_experts_agree_on_what_is_dense(ask, make_lora):
+    other = make_lora(4, about={**ABOUT, "first_steps": 0.0, "first_layers": 2})
+    for pair in ((make_lora(), other), (other, make_lora())):
+        options = ask(loras=tuple(map(str, pair))).resolve().request.options["radial"]
+        assert (options["first_steps"], options["first_layers"]) == (0.5, 2)
+
+
+def test_run_files_name_loras(tmp_path):
+    from videosparse.generation.runfile import as_toml, read_run_file, request_from
+
+    path = tmp_path / "run.toml"
+    path.write_text(as_toml({"prompt": "a cat", "lora": ["a", "b"], "lora_scale": [1.0, 0.5]}))
+    request = request_from(read_run_file(path).values)
+    assert (request.loras, request.lora_scales) == (("a", "b"), (1.0, 0.5))
+    path.write_text('prompt = "a cat"\nlora = "a"\n')
+    assert request_from(read_run_file(path).values).loras == ("a",)
+    path.write_text('prompt = "a cat"\nlora = [1]\n')
+    with pytest.raises(GenerationError, match="lora must be a text"):
+        read_run_file(path)

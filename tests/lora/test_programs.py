@@ -1,0 +1,122 @@
+"""The programs under `lora/`, as they are called: data, training, stopping, going on, and a video from the result."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "--set", "data.synthetic=4", "--set", "data.holdout=1", "--set", "data.height=32", "--set", "data.width=32",
+    "--set", "train.frames=[9, 17]", "--set", "train.batch_size=1", "--set", "validate.quantiles=[0.5]",
+    "--set", "validate.height=32", "--set", "validate.width=32", "--set", "validate.steps=1", "--device", "cpu",
+    "--set", "output.log_every=1",
+]  # fmt: skip
+
+
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "lora" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(tmp_path, *more):
+    places = ["--set", f"data.path={tmp_path / 'data'}", "--set", f"output.folder={tmp_path / 'out'}"]
+    return [str(ROOT / "lora/recipes/tiny-2x.toml"), *TINY, *places, *more]
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_video(tmp_path, monkeypatch, capsys):
+    train = program("train_length_extension")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, "--set", "train.steps=3", "--format", "comfy")])
+    assert train.main() == 0
+    said = capsys.readouterr().out
+    assert "17 frames: held-out loss" in said
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} >= {"pytorch_lora_weights.safetensors", "comfy.safetensors", "log.jsonl"}
+    assert sorted(p.name for p in (out / "videos").iterdir()) == [
+        "before-after-0.mp4", "step-000000-0.mp4", "step-000003-0.mp4",
+    ]  # fmt: skip
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    wanted = {"loss", "tokens_per_second", "tflops", "peak_gib", "seconds_left"}
+    assert sum(wanted <= set(line) for line in steps) == 3
+    assert train.main() == 2
+    assert "has checkpoints; pass --resume" in capsys.readouterr().err
+
+    from videosparse.generation import GenerationRequest, generate
+
+    made = generate(
+        GenerationRequest("a red circle rests", loras=(str(out),), height=32, width=32, steps=1, device="cpu")
+    )
+    assert made.frames.shape[0] == 17
+    assert made.run.options["first_steps"] == 0.1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_resume_goes_on(tmp_path):
+    command = [sys.executable, "lora/train_length_extension.py", *arguments(tmp_path, "--set", "train.steps=400")]
+    command += ["--set", "validate.prompts=[]", "--set", "data.holdout=0"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in run.stdout:
+            if line.startswith("step 2/"):
+                run.send_signal(signal.SIGTERM)
+                break
+        said = run.stdout.read()
+        assert run.wait(timeout=120) == 143, said
+    finally:
+        run.kill()
+    assert "--resume goes on from there" in said
+    (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert (saved / "pytorch_lora_weights.safetensors").is_file()
+    step = int(saved.name.removeprefix("step-"))
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, "--set", f"train.steps={step + 1}", "--resume"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"steps {step} to {step + 1}" in done.stdout
+    assert time.monotonic() - began < 300
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--set", "train.lrr=1"], "Did you mean 'lr'?"),
+        (["--set", "model.path=nowhere"], "No model folder at nowhere"),
+    ],
+)
+def test_mistakes_end_with_one_line(change, message, tmp_path, monkeypatch, capsys):
+    train = program("train_length_extension")
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, "--set", "data.synthetic=0", *change)])
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_all_keys_are_listed(monkeypatch, capsys):
+    train = program("train_length_extension")
+    monkeypatch.setattr(sys, "argv", ["train", "--keys"])
+    assert train.main() == 0
+    assert "train.lr = 0.0001\n    highest learning rate" in capsys.readouterr().out
+
+
+def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
+    prepare = program("prepare_dataset")
+    argv = ["prepare", "--synthetic", "1", "--frames", "9", "--size", "64", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert prepare.main() == 2
+    assert "--size must be HEIGHTxWIDTH" in capsys.readouterr().err

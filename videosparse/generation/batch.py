@@ -1,0 +1,111 @@
+"""Many videos with one model: what a killed batch has made already is not made again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from videosparse.generation.errors import GenerationError
+from videosparse.generation.generating import Generation, endings, generate_to
+from videosparse.generation.output import DEFAULT_FOLDER, Destination, destination, slug
+from videosparse.generation.request import GenerationRequest, Settings
+from videosparse.generation.running import Progress, load_pipeline, quiet
+from videosparse.generation.sidecar import FORMAT, fingerprint
+
+Told = Callable[[int, Generation | None, dict[str, Path]], None]
+"""Called after each video with its number from 0, the video (None: it was there already), and its files."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Videos to make, all with the same model on the same device.
+
+    Args:
+        runs: of each video.
+        folder: where they go.
+        latents: whether latents are kept, too.
+        overwrite: make again what is there.
+    """
+
+    runs: tuple[Settings, ...]
+    folder: Path
+    latents: bool = False
+    overwrite: bool = False
+
+    def place(self, number: int) -> Destination:
+        """Where the files of a video go: its number comes first, so that no two of a batch want one name."""
+        request = self.runs[number].request
+        stem = f"{number + 1:03d}-{slug(request.prompt)}-{request.seed}-{request.method}"
+        return destination(f"{self.folder}/", stem, endings(latents=self.latents), self.overwrite)
+
+    def done(self) -> dict[str, Path]:
+        """The videos in the folder that a batch has finished, by fingerprint."""
+        found: dict[str, Path] = {}
+        if self.overwrite or not self.folder.is_dir():
+            return found
+        for record in sorted(self.folder.glob("*.json")):
+            video = record.with_suffix(".mp4")
+            try:
+                data = json.loads(record.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue  # somebody else's file
+            whole = all(record.with_suffix(ending).is_file() for ending in endings(latents=self.latents))
+            if isinstance(data, dict) and data.get("format") == FORMAT and whole and "comparison" not in data:
+                found[str(data.get("fingerprint"))] = video
+        return found
+
+
+def plan_batch(
+    requests: Sequence[GenerationRequest],
+    output: str | Path | None = None,
+    *,
+    latents: bool = False,
+    overwrite: bool = False,
+) -> Batch:
+    """Check every video of a batch before any is made.
+
+    Raises:
+        GenerationError: the first thing that is wrong, with the number of its prompt; an output that is no folder.
+    """
+    folder = Path(DEFAULT_FOLDER if output is None else output)
+    if folder.suffix == ".mp4":
+        raise GenerationError(f"--output must be a folder for a prompt file (got {str(output)!r}); use {folder.stem}/.")
+    runs = []
+    for number, request in enumerate(requests, 1):
+        try:
+            runs.append(request.resolve())
+        except GenerationError as error:
+            raise GenerationError(f"Prompt {number} of {len(requests)}: {error}") from error
+    return Batch(tuple(runs), folder, latents, overwrite)
+
+
+def run_batch(batch: Batch, told: Told, progress: Progress = quiet) -> None:
+    """Make the videos that are not there yet, in order; the model is loaded when the first one needs it.
+
+    Args:
+        batch: see `plan_batch`.
+        told: see `Told`.
+        progress: told about every phase; the number of the video comes before its name ("3/8 denoise").
+
+    Raises:
+        GenerationError: see `generate`.
+    """
+    done, pipe, load_seconds = batch.done(), None, None
+    for number, settings in enumerate(batch.runs):
+        key = fingerprint(settings)
+        if key in done:
+            told(number, None, {".mp4": done[key]})
+            continue
+        if pipe is None:
+            pipe, load_seconds = load_pipeline(settings, progress)
+        place = batch.place(number)
+        result, paths = generate_to(place, settings, pipe=pipe, progress=_numbered(progress, number, len(batch.runs)))
+        done[key] = paths[".mp4"]
+        told(number, Generation(result.settings, result.run, load_seconds), paths)
+        load_seconds = None
+
+
+def _numbered(progress: Progress, number: int, count: int) -> Progress:
+    return lambda phase, done, total: progress(f"{number + 1}/{count} {phase}", done, total)

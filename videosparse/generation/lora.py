@@ -1,0 +1,158 @@
+"""LoRAs at generation: what a file says it is for, what follows for a request, and loading it.
+
+A LoRA that videosparse trained says in the header of its safetensors file which model, method, schedule and lengths it
+was trained for. Any other that Diffusers can load, such as one for a style, works beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.sources import ModelSource
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+NORMS_FILE = "qk_norms.safetensors"
+ABOUT_KEY = "videosparse"
+FORMAT = "videosparse-lora-1"
+COMPONENTS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA that was found but not loaded.
+
+    Args:
+        path: of its weights.
+        scale: how much of it is added.
+        about: what videosparse wrote when it was trained; empty for other LoRAs.
+        norms: trained norms of queries and keys beside it, None where there are none.
+    """
+
+    path: Path
+    scale: float = 1.0
+    about: Mapping[str, Any] = field(default_factory=dict)
+    norms: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages and as the adapter's name: the file's, or that of the folder of a file with the usual name."""
+        stem = self.path.parent.name if self.path.name == WEIGHTS_FILE else self.path.stem
+        return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem) or "lora"
+
+    @property
+    def frames(self) -> int | None:
+        """The longest video it was trained for, None where it does not say."""
+        return max(self.about["frames"]) if self.about else None
+
+    @property
+    def component(self) -> str:
+        """Which transformer of the pipeline it belongs to."""
+        return str(self.about.get("component", "transformer"))
+
+    def options(self, method: str) -> dict[str, Any]:
+        """The options of a method that it was trained with, its schedule included; empty for another method."""
+        if self.about.get("method") != method or method == "dense":
+            return {}
+        schedule = {name: self.about[name] for name in ("first_steps", "first_layers")}
+        return {**self.about.get("options", {}), **schedule}
+
+
+def find_lora(text: str, scale: float = 1.0) -> LoraFile:
+    """Read what a LoRA file says; `text` is the file, or the folder of a `pytorch_lora_weights.safetensors`.
+
+    Raises:
+        GenerationError: no such file, a damaged one, or a format of a newer version.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if not path.is_file():
+        raise GenerationError(f"No LoRA at {text}; give a .safetensors file, or a folder with {WEIGHTS_FILE}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        about = json.loads(header.get(ABOUT_KEY, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GenerationError(f"Cannot read the LoRA {path}: {one_line(error)}.") from error
+    if about and about.get("format") != FORMAT:
+        raise GenerationError(
+            f"{path} is of format {about.get('format')!r}, expected {FORMAT!r}; update videosparse, or train it again."
+        )
+    norms = path.parent / NORMS_FILE
+    found = norms if about.get("norms") and norms.is_file() else None
+    if about.get("norms") and found is None:
+        raise GenerationError(f"{path} was trained with norms, and {NORMS_FILE} is not beside it; copy it there.")
+    if found is not None and scale != 1:
+        raise GenerationError(f"{path} has trained norms, which cannot be scaled (got a scale of {scale}); use 1.")
+    return LoraFile(path, scale, about, found)
+
+
+def check_fits(lora: LoraFile, source: ModelSource) -> None:
+    """Raise GenerationError where a LoRA that says its model is for another."""
+    if not lora.about:
+        return
+    wanted = {name: lora.about.get(name) for name in ("family", "layers", "heads")}
+    here = {"family": source.spec.family, "layers": source.spec.layers, "heads": source.spec.heads}
+    if wanted != here:
+        raise GenerationError(
+            f"The LoRA {lora.path} is for {lora.about.get('base_model')} ({_sizes(wanted)}), and {source.name} is "
+            f"{_sizes(here)}; choose the --model that it was trained on."
+        )
+    if lora.component == "transformer_2" and source.experts < 2:
+        raise GenerationError(f"The LoRA {lora.path} is for a second expert, and {source.name} has one transformer.")
+
+
+def load_loras(pipe: Any, loras: tuple[LoraFile, ...]) -> None:
+    """Load LoRAs into a pipeline, each with its scale; several on one transformer add up.
+
+    Raises:
+        GenerationError: Diffusers refuses one, or none of its keys is known.
+    """
+    names: dict[str, list[tuple[str, float]]] = {}
+    for number, lora in enumerate(loras):
+        name = f"{number}-{lora.name}"
+        extra = {"load_into_transformer_2": True} if lora.component == "transformer_2" else {}
+        try:
+            pipe.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name, **extra)
+        except Exception as error:  # peft, Diffusers and safetensors each raise their own
+            raise GenerationError(f"Cannot load the LoRA {lora.path}: {one_line(error)}") from error
+        transformer = getattr(pipe, lora.component)
+        if name not in (getattr(transformer, "peft_config", None) or {}):
+            raise GenerationError(f"The LoRA {lora.path} has nothing for the {lora.component} of this model.")
+        names.setdefault(lora.component, []).append((name, lora.scale))
+        if lora.norms is not None:
+            load_norms(transformer, lora.norms)
+    for component, adapters in names.items():
+        getattr(pipe, component).set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+
+
+def load_norms(transformer: Any, path: Path) -> None:
+    """Put trained norms of queries and keys into a transformer.
+
+    Raises:
+        GenerationError: the file is damaged, or of another model.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        norms = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GenerationError(f"Cannot read {path}: {one_line(error)}.") from error
+    mine = dict(transformer.named_parameters())
+    with torch.no_grad():
+        for name, value in norms.items():
+            if name not in mine or mine[name].shape != value.shape:
+                raise GenerationError(f"{path} is for another model: it has {name} {list(value.shape)}.")
+            mine[name].copy_(value)
+
+
+def _sizes(values: Mapping[str, Any]) -> str:
+    return f"{values['family']}, {values['layers']} layers, {values['heads']} heads"

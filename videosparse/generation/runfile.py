@@ -1,0 +1,236 @@
+"""Where the values of a request come from: a preset, a run file (TOML), the command line, a line of a prompt file.
+
+Later ones win over earlier ones. A run file has one value a line and a table for the options of a method:
+
+```toml
+preset = "wan2.1-14b-720p"
+prompt = "a cat surfing"
+frames = 161
+seed = 7
+
+[radial]
+decay = 0.5
+```
+A prompt file has a prompt a line, which may end in values of its own: `a cat surfing --f 81 --w 832 --h 480 --seed 3`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from videosparse.generation.errors import GenerationError, nearest, one_line
+from videosparse.generation.methods import METHODS, parse_overrides
+from videosparse.generation.presets import find_preset
+from videosparse.generation.request import GenerationRequest
+
+KEYS: dict[str, tuple[str, type]] = {
+    "prompt": ("prompt", str),
+    "model": ("model", str),
+    "method": ("method", str),
+    "frames": ("num_frames", int),
+    "height": ("height", int),
+    "width": ("width", int),
+    "steps": ("steps", int),
+    "guidance": ("guidance", float),
+    "shift": ("shift", float),
+    "negative_prompt": ("negative_prompt", str),
+    "seed": ("seed", int),
+    "fps": ("fps", float),
+    "dtype": ("dtype", str),
+    "device": ("device", str),
+    "offload": ("offload", str),
+    "rope": ("rope", str),
+    "trained_frames": ("trained_frames", int),
+}
+"""Keys of a run file: the field of `GenerationRequest`, and the type of its value."""
+
+LISTS: dict[str, tuple[str, type]] = {"lora": ("loras", str), "lora_scale": ("lora_scales", float)}
+"""Keys of one value or several, likewise."""
+
+OUTSIDE = {"preset": str, "prompts": str, "output": str}
+"""Further keys, which belong to no request."""
+
+LINE_OPTIONS = {"w": "width", "h": "height", "f": "frames", "s": "steps", "seed": "seed"}
+
+_TYPES = {str: "a text", int: "a whole number", float: "a number"}
+_TAIL = re.compile(r"(?:^|\s)--(\S+)(?:[ \t]+([^\s-]\S*|-\d\S*))?\s*$")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """What a run file says.
+
+    Args:
+        values: by key, as in `KEYS`, and tables of method options.
+        preset, prompts, output: see `OUTSIDE`; None where it says nothing.
+    """
+
+    values: Mapping[str, object] = field(default_factory=dict)
+    preset: str | None = None
+    prompts: str | None = None
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One line of a prompt file: its number from 1, the prompt, and values of its own by key."""
+
+    number: int
+    prompt: str
+    values: Mapping[str, object]
+
+
+def read_run_file(path: str | Path) -> RunFile:
+    """Read a TOML file.
+
+    Raises:
+        GenerationError: no such file, no TOML, an unknown key (with the nearest), or a value of another type.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise GenerationError(f"Cannot read {path}: {error.strerror or one_line(error)}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GenerationError(f"{path} is no TOML: {one_line(error)}.") from error
+    found = {key.replace("-", "_"): value for key, value in found.items()}
+    for key, value in found.items():
+        _check_value(str(path), key, value)
+    outside = {key: found.pop(key) for key in OUTSIDE if key in found}
+    return RunFile(found, **outside)
+
+
+def read_prompts(path: str | Path) -> list[PromptLine]:
+    """Read a prompt file; empty lines and lines that begin with # are left out.
+
+    Raises:
+        GenerationError: no such file, no prompt in it, or a line that ends in something unknown, with its number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise GenerationError(f"Cannot read prompts from {path}: {reason}.") from None
+    found = [
+        _prompt_line(str(path), number, line.strip())
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not found:
+        raise GenerationError(f"{path} holds no prompt; write one a line.")
+    return found
+
+
+def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
+    """Values of several layers, later ones over earlier ones.
+
+    Options of a method are merged one by one. Where a later layer chooses another method, those of the earlier method
+    are dropped; so is the trained length where a later layer wants no stretched rotary embedding.
+    """
+    merged: dict[str, object] = {}
+    for layer in layers:
+        method = layer.get("method", merged.get("method"))
+        if method is not None and method != merged.get("method", "radial"):
+            merged = {key: value for key, value in merged.items() if key not in METHODS}
+        if layer.get("rope") == "none":
+            merged.pop("trained_frames", None)
+        for key, value in layer.items():
+            before = merged.get(key)
+            merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def preset_values(name: str | None) -> Mapping[str, object]:
+    """The values of a preset; none for None.
+
+    Raises:
+        GenerationError: there is no such preset.
+    """
+    return {} if name is None else find_preset(name).values
+
+
+def request_from(values: Mapping[str, object]) -> GenerationRequest:
+    """The request of merged values.
+
+    Raises:
+        GenerationError: there is no prompt.
+    """
+    if "prompt" not in values:
+        raise GenerationError(
+            "There is no prompt; give it as an argument, in a run file (prompt = ...), or a file of them (--prompts)."
+        )
+    fields = {KEYS[key][0]: value for key, value in values.items() if key in KEYS}
+    lists = {field: values[key] for key, (field, _) in LISTS.items() if key in values}
+    fields |= {field: tuple(value) if isinstance(value, list) else (value,) for field, value in lists.items()}
+    options = {key: value for key, value in values.items() if key in METHODS}
+    return GenerationRequest(**fields, options=options)  # type: ignore[arg-type]  # types were checked on the way in
+
+
+def as_toml(values: Mapping[str, object]) -> str:
+    """Values as the text of a run file."""
+    plain = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, Mapping)]
+    tables = [
+        "\n".join([f"\n[{key}]", *(f"{name} = {_toml(option)}" for name, option in value.items())])
+        for key, value in values.items()
+        if isinstance(value, Mapping)
+    ]
+    return "\n".join([*plain, *tables]) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_value(path: str, key: str, value: Any) -> None:
+    if key in METHODS:
+        _check_table(path, key, value)
+        return
+    known = {**{name: kind for name, (_, kind) in {**KEYS, **LISTS}.items()}, **OUTSIDE}
+    if key not in known:
+        raise GenerationError(f"{path} has an unknown key {key!r}.{nearest(key, [*known, *METHODS])}")
+    kind = (int, float) if known[key] is float else known[key]
+    parts = value if key in LISTS and isinstance(value, list) else [value]
+    if not all(isinstance(part, kind) and not isinstance(part, bool) for part in parts):
+        raise GenerationError(f"{path}: {key} must be {_TYPES[known[key]]} (got {value!r}).")
+
+
+def _check_table(path: str, method: str, table: Any) -> None:
+    """Raise GenerationError unless a table names options of its method, whose values are as --set takes them."""
+    if not isinstance(table, dict):
+        raise GenerationError(f"{path}: {method} must be a table of options, [{method}] (got {table!r}).")
+    for option, value in table.items():
+        text = ",".join(str(part) for part in value) if isinstance(value, list) else str(value)
+        parsed = parse_overrides([f"{method}.{option}={text}"])
+        table[option] = parsed[method][option]
+
+
+def _prompt_line(path: str, number: int, text: str) -> PromptLine:
+    """A line without the options at its end: the last one is taken off until there is none."""
+    values: dict[str, object] = {}
+    while found := _TAIL.search(text):
+        name, value = found.groups()
+        if name not in LINE_OPTIONS:
+            options = ", ".join(f"--{option}" for option in LINE_OPTIONS)
+            raise GenerationError(f"{path}, line {number}: unknown --{name}; a line may end in {options}.")
+        if value is None or not re.fullmatch(r"\d{1,19}", value):
+            raise GenerationError(
+                f"{path}, line {number}: --{name} must be followed by a whole number, such as --{name} 64 "
+                f"(got {value or 'nothing'})."
+            )
+        if LINE_OPTIONS[name] in values:
+            raise GenerationError(f"{path}, line {number}: --{name} is there twice; leave one.")
+        values[LINE_OPTIONS[name]] = int(value)
+        text = text[: found.start()].rstrip()
+    if not text:
+        raise GenerationError(f"{path}, line {number}: there is no prompt before the options.")
+    return PromptLine(number, text, values)

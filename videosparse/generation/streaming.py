@@ -1,0 +1,262 @@
+"""Decoding a video as a stream: frames go to a file as the VAE makes them, and are never all in memory.
+
+```python
+with stream_to(pipe, "cat.mp4", fps=16):
+    pipe("a cat surfing", num_frames=321)
+```
+These are the frames of the stock decode, since the VAE's own code makes them: bit by bit for Wan, whose VAE decodes one
+latent frame after the other already, and for HunyuanVideo, whose VAE decodes tiles of five. Mochi's decodes a whole
+video at once; here it gets two latent frames at a time, and its convolutions the frames before. That is the same
+computation, in which convolutions over other lengths may round otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videosparse.generation.video import Mp4Writer
+
+Sink = Callable[[torch.Tensor], None]
+"""Called with consecutive frames, floating [frames, 3, height, width] in [0, 1] on the VAE's device."""
+
+_TESTED = ((0, 41), (0, 44))
+"""Releases of Diffusers, from and before, whose decoders are known here."""
+
+_Part = Callable[[torch.Tensor], None]
+_Decode = Callable[..., Any]
+
+
+def unstreamable(vae: Any) -> str | None:
+    """Why a VAE's videos cannot be decoded as a stream; None when they can."""
+    name = type(vae).__name__
+    if name not in _DECODERS:
+        return f"{name} is not one of {', '.join(_DECODERS)}"
+    installed = importlib.metadata.version("diffusers")
+    numbers = tuple(int(part) for part in installed.split(".")[:2])
+    if not _TESTED[0] <= numbers < _TESTED[1]:
+        return f"decoding as a stream was not tested with diffusers {installed}"
+    if name == "AutoencoderKLWan" and vae.use_tiling:
+        return "a tiled Wan VAE decodes one tile of all frames after the other; leave enable_tiling out"
+    if name == "AutoencoderKLMochi" and vae.use_framewise_decoding:
+        return "framewise decoding of Mochi's VAE is another one than its usual"
+    return None
+
+
+def check_streamable(vae: Any) -> None:
+    """Raise NotImplementedError unless a VAE's videos can be decoded as a stream."""
+    if reason := unstreamable(vae):
+        raise NotImplementedError(f"This VAE cannot decode as a stream: {reason}. Decode the whole video instead.")
+
+
+def decode_stream(vae: Any, latents: torch.Tensor, sink: Sink) -> None:
+    """Decode one video and pass its frames on as they come.
+
+    Args:
+        vae: of Wan, HunyuanVideo or Mochi.
+        latents: [1, C, F, h, w] as `vae.decode` takes them.
+        sink: gets the frames.
+
+    Raises:
+        NotImplementedError: see `check_streamable`.
+        ValueError: more than one video.
+        RuntimeError: another number of frames came than the VAE makes of so many latents.
+    """
+    check_streamable(vae)
+    _decode(vae, vae.decode, latents, sink)
+
+
+@contextmanager
+def streaming(pipe: Any, sink: Sink) -> Iterator[None]:
+    """Let the videos of a pipeline go to `sink` while they are decoded; the pipeline then returns none of their frames.
+
+    Raises:
+        NotImplementedError: see `check_streamable`.
+    """
+    vae = pipe.vae
+    check_streamable(vae)
+    stock = vae.decode
+
+    def decode(z: torch.Tensor, return_dict: bool = True) -> Any:
+        _decode(vae, stock, z, sink)
+        none = z.new_zeros(1, 3, 0, 1, 1)
+        return _output(none) if return_dict else (none,)
+
+    with replaced_decode(vae, decode):
+        yield
+
+
+@contextmanager
+def replaced_decode(vae: Any, decode: _Decode) -> Iterator[None]:
+    """Let a VAE decode otherwise for the time of a block: an attribute of this one object hides its method."""
+    before = vars(vae).get("decode")
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        if before is None:
+            del vae.decode
+        else:
+            vae.decode = before
+
+
+@contextmanager
+def stream_to(pipe: Any, path: str | Path, fps: float) -> Iterator[None]:
+    """Write what a pipeline makes to an mp4 file while it is decoded. The file appears when it is whole.
+
+    Raises:
+        NotImplementedError: see `check_streamable`.
+        ValueError: nothing was generated.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{secrets.token_hex(6)}.part.mp4")  # another run may write to the same name
+    try:
+        with Mp4Writer(part, fps) as video, streaming(pipe, video.add):
+            yield
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _output(sample: torch.Tensor) -> Any:
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    return DecoderOutput(sample=sample)
+
+
+def _decode(vae: Any, stock: _Decode, latents: torch.Tensor, sink: Sink) -> None:
+    """Decode by the VAE's own `stock` method, which offloading may have wrapped."""
+    from diffusers.video_processor import VideoProcessor
+
+    if latents.shape[0] != 1:
+        raise ValueError(f"One video is decoded at a time (got {latents.shape[0]}); use num_videos_per_prompt=1.")
+    processor, seen = VideoProcessor(), 0
+
+    def emit(part: torch.Tensor) -> None:
+        nonlocal seen
+        seen += part.shape[2]
+        if part.shape[2]:
+            sink(processor.postprocess_video(part, output_type="pt")[0])
+
+    with torch.no_grad():
+        _DECODERS[type(vae).__name__](vae, stock, latents, emit)
+    expected = (latents.shape[2] - 1) * vae.config.get("scale_factor_temporal", _ratio(vae)) + 1
+    if seen != expected:
+        raise RuntimeError(
+            f"{type(vae).__name__} decoded {seen} frames of {latents.shape[2]} latent ones, and {expected} were "
+            "expected: this version of Diffusers decodes otherwise. Decode the whole video instead."
+        )
+
+
+def _ratio(vae: Any) -> int:
+    return int(getattr(vae, "temporal_compression_ratio", 4))
+
+
+def _decode_wan(vae: Any, stock: _Decode, latents: torch.Tensor, emit: _Part) -> None:
+    """The stock decode calls the decoder for each latent frame: take what it returns, and leave it nothing to join."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    patch = vae.config.patch_size
+
+    def take(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        frames = output if patch is None else unpatchify(output, patch_size=patch)
+        emit(frames.clamp(min=-1.0, max=1.0))
+        return output[:, :, :0].clone()  # a view would keep the frames
+
+    handle = vae.decoder.register_forward_hook(take)
+    try:
+        stock(latents, return_dict=False)
+    finally:
+        handle.remove()
+
+
+def _decode_hunyuan_video(vae: Any, stock: _Decode, latents: torch.Tensor, emit: _Part) -> None:
+    """The stock decode blends tiles that overlap in time, and joins them at the end: they go on as they are blended."""
+    length = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
+    if not vae.use_framewise_decoding or latents.shape[2] <= length:
+        emit(stock(latents, return_dict=False)[0])
+        return
+    stride = vae.tile_sample_stride_num_frames
+    overlap = vae.tile_sample_min_num_frames - stride
+    left = (latents.shape[2] - 1) * vae.temporal_compression_ratio + 1
+    before: torch.Tensor | None = None
+    vae.use_framewise_decoding = False  # a tile is decoded as a video that is short enough
+    try:
+        for start in range(0, latents.shape[2], stride // vae.temporal_compression_ratio):
+            tile = stock(latents[:, :, start : start + length + 1], return_dict=False)[0]
+            if before is None:
+                shown = tile[:, :, : stride + 1]
+            else:
+                tile = vae.blend_t(before, tile[:, :, 1:], overlap)
+                shown = tile[:, :, :stride]
+            emit(shown[:, :, :left])
+            left -= min(left, shown.shape[2])
+            before = tile
+    finally:
+        vae.use_framewise_decoding = True
+
+
+def _decode_mochi(vae: Any, stock: _Decode, latents: torch.Tensor, emit: _Part) -> None:
+    """The decoder only looks back: a few latent frames at a time, with the past that each convolution looks back to."""
+    drops = vae.drop_last_temporal_frames
+    step = vae.num_latent_frames_batch_size
+    with _remembering(vae.decoder) as begin:
+        try:
+            for start in range(0, latents.shape[2], step):
+                begin()
+                vae.drop_last_temporal_frames = drops and start == 0
+                emit(stock(latents[:, :, start : start + step], return_dict=False)[0])
+        finally:
+            vae.drop_last_temporal_frames = drops
+
+
+@contextmanager
+def _remembering(decoder: torch.nn.Module) -> Iterator[Callable[[], None]]:
+    """Give the causal convolutions of a decoder the frames before; call what is yielded before each part of the video.
+
+    They repeat the first frame into the past. A convolution that gets its past as further frames in front, and whose
+    first outputs are dropped, makes what it makes of the whole video. A tiled decode calls every convolution once for
+    each tile, always in the same order: so the number of a call within its part tells the tile.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
+
+    past: dict[tuple[torch.nn.Module, int], torch.Tensor] = {}
+    calls: Counter[torch.nn.Module] = Counter()
+    extra: dict[torch.nn.Module, int] = {}
+
+    def before(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        key = module, calls[module]
+        calls[module] += 1
+        found = past.get(key)
+        x = args[0] if found is None else torch.cat((found, args[0]), 2)
+        extra[module] = 0 if found is None else found.shape[2]
+        past[key] = x[:, :, -(module.time_kernel_size - 1) :].clone()
+        return x, *args[1:]
+
+    def after(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        return output[0][:, :, extra[module] :], output[1]
+
+    convolutions = [m for m in decoder.modules() if isinstance(m, CogVideoXCausalConv3d) and m.time_kernel_size > 1]
+    handles = [m.register_forward_pre_hook(before) for m in convolutions]
+    handles += [m.register_forward_hook(after) for m in convolutions]
+    try:
+        yield calls.clear
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_DECODERS: dict[str, Callable[[Any, _Decode, torch.Tensor, _Part], None]] = {
+    "AutoencoderKLWan": _decode_wan,
+    "AutoencoderKLHunyuanVideo": _decode_hunyuan_video,
+    "AutoencoderKLMochi": _decode_mochi,
+}

@@ -1,0 +1,443 @@
+"""A length-extension run: everything between a configuration and a LoRA. The loop is in the program under `lora/`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from videosparse.attach import sparsify, tracker_of
+from videosparse.generation.environment import DTYPES, peak_memory, reset_peak_memory, versions
+from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.lora import FORMAT
+from videosparse.generation.methods import make_processor, refusals
+from videosparse.generation.sources import ModelSource, find_model
+from videosparse.layout import TokenLayout
+from videosparse.stretching import extend_rope
+from videosparse.training import checkpoint
+from videosparse.training.adapters import add_adapters, copy_into, load_adapters, save_lora, trained, whole
+from videosparse.training.batches import Batch, Sampler, Step
+from videosparse.training.config import Config, ConfigError
+from videosparse.training.dataset import Dataset
+from videosparse.training.families import TRAINING_FAMILIES, TrainingFamily
+from videosparse.training.noise import NoiseLevels
+from videosparse.training.optimizing import Average, make_optimizer, rate
+from videosparse.training.sharing import share_clips
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.jsonl"
+
+
+class Diverged(GenerationError):
+    """The loss or the gradient is no number any more."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Args:
+        step: what it trained.
+        loss: mean over its samples.
+        gradient: norm before clipping.
+        lr: learning rate.
+        seconds: wall time.
+        tokens: video tokens, over all processes.
+        flops: of the model, over all processes, without what checkpointing computes twice.
+        peak: most memory so far on this process's device, bytes; see `environment.peak_memory`.
+    """
+
+    step: Step
+    loss: float
+    gradient: float
+    lr: float
+    seconds: float
+    tokens: int
+    flops: float
+    peak: int | None
+
+
+def make_accelerator(config: Config, device: str = "auto") -> Any:
+    """The engine: one process, or as many as `accelerate launch` started.
+
+    Raises:
+        ConfigError: processes that cannot be shared out as asked.
+    """
+    from datetime import timedelta
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    precision = {"auto": "bf16" if on_gpu else "no", "bf16": "bf16", "fp32": "no"}[config.train.precision]
+    present = [name for name in config.output.trackers if importlib.util.find_spec(name) is not None]
+    # processes wait for the one that makes a validation video
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not on_gpu,
+        log_with=present or None,
+        project_dir=config.output.folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    for name in sorted(set(config.output.trackers) - set(present)):
+        accelerator.print(f"Note: {name} is not installed, and nothing is logged to it (pip install {name}).")
+    if accelerator.num_processes % config.train.sequence_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel must divide the number of processes (got {config.train.sequence_parallel} and "
+            f"{accelerator.num_processes}); start as many with accelerate launch --num_processes."
+        )
+    return accelerator
+
+
+class LoraRun:
+    """A run: model with adapters, data, optimizer, and the step that it is at.
+
+    Args:
+        config: checked.
+        accelerator: of `make_accelerator`.
+
+    Raises:
+        ConfigError: the model, the data set and the configuration do not go together.
+        GenerationError: no such model, or options that its attention refuses.
+    """
+
+    def __init__(self, config: Config, accelerator: Any) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.folder = Path(config.output.folder)
+        self.source: ModelSource = find_model(config.model.path)
+        self.family: TrainingFamily = TRAINING_FAMILIES[self.source.spec.family]
+        self.data = Dataset(config.data.path, config.data.holdout)
+        self._check_data()
+        train = config.train
+        draw = self.family.draw if train.draw == "auto" else train.draw
+        self.levels = NoiseLevels(draw, train.shift or self.family.shift, train.noise_from, train.noise_to)
+        groups = accelerator.num_processes // train.sequence_parallel
+        self.sampler = Sampler(config, self.data, self.levels, groups * train.batch_size * train.accumulate)
+        self.group = accelerator.process_index // train.sequence_parallel
+        self.transformer = load_transformer(self.source, config, accelerator.device)
+        add_adapters(self.transformer, self.family, config.lora, train.seed)
+        if train.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.trained_frames = self._trained_frames()
+        extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
+        self.bind()
+        if train.sequence_parallel > 1:
+            share_clips(self.transformer, train.sequence_parallel)
+        optimizer = make_optimizer(trained(self.transformer).values(), train)
+        self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
+        self.transformer = accelerator.unwrap_model(self.model)  # sharding replaces it in place
+        self.parameters = trained(self.transformer)
+        self.average = Average(self.parameters, train.ema) if train.ema else None
+        self.done = 0
+        self._flops: dict[int, float] = {}
+        reset_peak_memory(accelerator.device)
+
+    # what a step is
+
+    def bind(self) -> None:
+        """Put the attention of training on the transformer: that of generation, without a schedule over steps."""
+        attention = self.config.attention
+        options: dict[str, object] = {}
+        if attention.method != "dense":
+            given = sorted({"first_steps", "last_steps", "first_layers", "num_steps"} & set(attention.options))
+            if given:
+                raise ConfigError(
+                    f"attention.options must not have {given[0]}: first_steps and first_layers are keys of [attention] "
+                    "themselves, and the others have no meaning in training."
+                )
+            schedule = {"first_steps": 0, "last_steps": 0, "first_layers": attention.first_layers}
+            options = {**attention.options, **schedule}
+        self.processor = make_processor(attention.method, options)
+        with refusals():
+            sparsify(self.transformer, self.processor)
+
+    def loss(self, batch: Batch, dense: bool) -> Tensor:
+        """Mean squared error of the flow in fp32, as one number."""
+        batch = batch.to(self.accelerator.device)
+        tracker_of(self.transformer).all_dense = dense
+        kind = self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.float32
+        kind = DTYPES["bf16"] if self.config.model.fp8 and self.accelerator.device.type == "cuda" else kind
+        text = {name: value.to(kind) if value.is_floating_point() else value for name, value in batch.text.items()}
+        inputs = self.family.inputs(self.transformer.config, batch.noisy.to(kind), batch.levels, text)
+        predicted = self.model(**inputs, return_dict=False)[0]
+        target = self.family.target_of(batch.latents, batch.noise)
+        return F.mse_loss(predicted.float(), target.float())
+
+    def train_step(self) -> StepResult:
+        """One optimizer step.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite; nothing has been changed.
+        """
+        start = time.perf_counter()
+        train, engine = self.config.train, self.accelerator
+        self.model.train()
+        step = self.sampler.step(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(train, self.done)
+        total = torch.zeros((), device=engine.device)
+        for turn in range(train.accumulate):
+            first = (turn * (engine.num_processes // train.sequence_parallel) + self.group) * train.batch_size
+            batch = self.sampler.batch(step, range(first, first + train.batch_size))
+            last = turn == train.accumulate - 1
+            with nullcontext() if last else engine.no_sync(self.model):
+                loss = self.loss(batch, step.dense)
+                # processes that share a clip have a part of its gradient each, of which the mean is taken
+                engine.backward(loss * train.sequence_parallel / train.accumulate)
+            total += loss.detach() / train.accumulate
+        mean = float(engine.reduce(total, "mean"))
+        gradient = float(whole(engine.clip_grad_norm_(list(self.parameters.values()), train.clip)))
+        if not (math.isfinite(mean) and math.isfinite(gradient)):
+            self.optimizer.zero_grad()
+            raise Diverged(
+                f"The {'gradient' if math.isfinite(mean) else 'loss'} is not finite at step {self.done} ({step.frames} "
+                f"frames, {'dense' if step.dense else 'sparse'}); lower train.lr or train.clip, or use "
+                'train.precision = "fp32".'
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.done)
+        self.done += 1
+        tokens, flops = self._work(step)
+        seconds, peak = time.perf_counter() - start, peak_memory(engine.device)
+        return StepResult(step, mean, gradient, rate(train, self.done - 1), seconds, tokens, flops, peak)
+
+    def remaining(self) -> Iterator[int]:
+        """Number of every step that is left to do."""
+        while self.done < self.config.train.steps:
+            yield self.done
+
+    # what is measured
+
+    @torch.no_grad()
+    def held_out(self, frames: int) -> dict[float, float]:
+        """Loss on the held-out clips of a length, by quantile of the noise levels; the same noise every time."""
+        self.model.eval()
+        threshold = self.sampler.threshold
+        found = {}
+        entries = [e for bucket in self.data.of_length(self.data.held, frames) for e in bucket.entries]
+        for quantile in self.config.validate.quantiles:
+            level = self.levels.level(quantile)
+            batches = (self.sampler.held_out(entry, frames, level) for entry in entries)
+            dense = self.sampler.dense_share > 0 and level > threshold
+            losses = [float(self.loss(batch, dense)) for batch in batches]
+            found[quantile] = sum(losses) / len(losses) if losses else math.nan
+        return found
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Add a line to the run's log, and tell the trackers."""
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=self.done)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.done, **values}) + "\n")
+
+    def _work(self, step: Step) -> tuple[int, float]:
+        """(video tokens, floating-point operations of the model) of a step over all processes."""
+        size, spec = step.bucket.size, self.source.spec
+        grid = spec.grid(step.frames, size.height, size.width)
+        samples = self.sampler.in_step
+        layout = TokenLayout(grid, spec.text)
+        density = 1.0
+        if not step.dense and self.config.attention.method != "dense":
+            density = self._density(layout)
+        weights = sum(p.numel() for p in self.transformer.parameters() if p.dim() > 1)
+        # forward, and the gradient of activations; weights of a LoRA hardly count. Attention's backward is 2.5 forwards
+        linear = 2 * 2.0 * weights * grid.tokens
+        attention = 3.5 * 4.0 * layout.length**2 * spec.heads * spec.head_dim * spec.layers * density
+        return grid.tokens * samples, (linear + attention) * samples
+
+    def _density(self, layout: TokenLayout) -> float:
+        if layout.length not in self._flops:
+            resolved = self.processor.resolve(self.source.described, experts=self.source.experts, grid=layout.grid)
+            found = None if resolved.policy is None else resolved.policy.static_map(layout)
+            density = 1.0 if found is None else float(found.density)
+            dense = min(self.source.spec.layers, self.config.attention.first_layers)
+            self._flops[layout.length] = density + (1 - density) * dense / self.source.spec.layers
+        return self._flops[layout.length]
+
+    # what is kept
+
+    def save(self) -> Path:
+        """Write a checkpoint, whose folder also is a LoRA; all processes must call."""
+        tensors = {
+            checkpoint.WEIGHTS: {name: whole(p) for name, p in self.parameters.items()},
+            checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(self.optimizer, self.parameters),
+        }
+        if self.average is not None:
+            tensors[checkpoint.EMA] = {name: whole(value) for name, value in self.average.values.items()}
+        path = self.folder / checkpoint.FOLDER / f"step-{self.done:06d}"
+        if self.accelerator.is_main_process:
+            weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
+            state = {"config": self.config.as_dict(), "processes": self.accelerator.num_processes}
+            path = checkpoint.write_checkpoint(
+                self.folder, self.done, tensors, state, self.config.output.keep, lambda part: self._write(part, weights)
+            )
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def resume(self) -> int:
+        """Go on from the newest checkpoint, if there is one; returns the step.
+
+        Raises:
+            ConfigError: the checkpoint is damaged or does not fit.
+        """
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return 0
+        tensors, state = checkpoint.read_checkpoint(found[-1])
+        self._check_same(state["config"], found[-1])
+        load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
+        checkpoint.load_optimizer(self.optimizer, self.parameters, tensors.get(checkpoint.OPTIMIZER, {}))
+        if self.average is not None:
+            for name, value in tensors[checkpoint.EMA].items():
+                copy_into(self.average.values[name], value, name)
+        self.done = int(state["step"])
+        if self.accelerator.is_main_process:
+            self._cut_log()
+        return self.done
+
+    def export(self, folder: Path | None = None) -> Path:
+        """Write the LoRA: the moving average where there is one; all processes must call."""
+        values: Mapping[str, Tensor] = self.parameters if self.average is None else self.average.values
+        weights = {name: whole(value) for name, value in values.items()}
+        folder = folder or self.folder
+        if self.accelerator.is_main_process:
+            self._write(folder, weights)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def about(self) -> dict[str, Any]:
+        """What the LoRA is for, as its file says it."""
+        config, spec = self.config, self.source.spec
+        options = {name: value for name, value in config.attention.options.items()}
+        return {
+            "format": FORMAT, "base_model": self.source.name, "location": self.source.location, "family": spec.family,
+            "layers": spec.layers, "heads": spec.heads, "component": config.model.component,
+            "method": config.attention.method, "options": options, "first_steps": config.attention.first_steps,
+            "first_layers": config.attention.first_layers, "rope": config.model.rope,
+            "trained_frames": self.trained_frames, "norms": config.lora.norms,
+            "frames": list(config.train.frames), "sizes": sorted({str(b.size) for b in self.data.train}),
+            "steps": self.done, "recipe": config.as_dict(), "versions": versions(),
+        }  # fmt: skip
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in place of the weights, for validation; nothing where there is none."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average.values[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(kept[name])
+
+    def _trained_frames(self) -> int | None:
+        """The length beyond which the rotary embedding is stretched; None where it is as it is."""
+        model, defaults = self.config.model, self.source.defaults
+        if model.rope == "none":
+            return None
+        if self.family.name == "mochi":
+            raise ConfigError('Mochi learned the frequencies of its rotary embedding; model.rope must be "none".')
+        return model.trained_frames or defaults.trained_frames or defaults.num_frames
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        save_lora(folder, self.source.pipeline_class, self.transformer, weights, self.about())
+
+    def _cut_log(self) -> None:
+        """Drop what the log says of steps that are done again."""
+        path = self.folder / LOG
+        if not path.is_file():
+            return
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        kept = [line for line in lines if json.loads(line)["step"] <= self.done]
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
+
+    def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
+        """Raise ConfigError where what was changed since a checkpoint would make it another run."""
+        now = json.loads(json.dumps(self.config.as_dict()))
+        free = {"train": ("steps",), "output": None, "validate": None}
+        for section, values in now.items():
+            allowed = free.get(section, ())
+            if allowed is None:
+                continue
+            for name, value in values.items():
+                if name not in allowed and before.get(section, {}).get(name) != value:
+                    raise ConfigError(
+                        f"{section}.{name} was {before.get(section, {}).get(name)!r} in {path} and is {value!r} now; "
+                        "give it back its value, or choose another output.folder."
+                    )
+
+    def _check_data(self) -> None:
+        """Raise ConfigError where data set, model and configuration do not go together."""
+        about, config = self.data.about, self.config
+        if about["family"] != self.family.name or about["time_stride"] != self.source.spec.stride[0]:
+            raise ConfigError(
+                f"{config.data.path} was encoded for {about['model']}, and {self.source.name} has another VAE; prepare "
+                "it with --model " + config.model.path + "."
+            )
+        if config.model.component == "transformer_2" and self.source.experts < 2:
+            raise ConfigError(f"{self.source.name} has one transformer; model.component must be transformer.")
+        if config.model.fp8 and not config.train.checkpointing:
+            raise ConfigError("model.fp8 needs train.checkpointing = true: weights are 8 bits wide between the passes.")
+        for frames in config.train.frames:
+            for bucket in self.data.of_length(self.data.train, frames):
+                self.source.grid(frames, bucket.size.height, bucket.size.width)
+
+
+def load_transformer(source: ModelSource, config: Config, device: torch.device) -> Any:
+    """The transformer to train, frozen weights in bf16 on a GPU.
+
+    Raises:
+        ConfigError: weights are missing or damaged.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, (source.config or {}).get("_class_name", "WanTransformer3DModel"))
+    half = device.type == "cuda" or config.train.precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    try:
+        transformer = cls.from_pretrained(source.location, subfolder=config.model.component, torch_dtype=dtype)
+    except Exception as error:  # of four libraries
+        raise ConfigError(f"Cannot load {config.model.component} of {source.location}: {one_line(error)}.") from error
+    if config.model.fp8:
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    return transformer.to(device)
+
+
+def change(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """A configuration with some keys changed: `change(config, train={"steps": 10})`."""
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def quantile_text(losses: Mapping[float, float]) -> str:
+    """Losses by quantile in one line."""
+    return ", ".join(f"{loss:.4f} at {quantile:g}" for quantile, loss in losses.items())
+
+
+def mean_of(losses: Iterable[float]) -> float:
+    """Mean, NaN of nothing."""
+    listed = list(losses)
+    return sum(listed) / len(listed) if listed else math.nan
