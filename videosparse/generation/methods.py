@@ -148,7 +148,7 @@ def check_method_fits(
 
 def resolved_options(resolved: Resolved) -> dict[str, object]:
     """The options in force by name; of dense none but quant."""
-    quant = {} if resolved.options.quant is None else {"quant": resolved.options.quant}
+    quant: dict[str, object] = {} if resolved.options.quant is None else {"quant": resolved.options.quant}
     if resolved.policy is None:
         return quant
     policy = {field.name: getattr(resolved.policy, field.name) for field in dataclasses.fields(resolved.policy)}  # type: ignore[arg-type]
