@@ -101,8 +101,9 @@ class HostProcessor:
             return
         if searches:
             raise NotImplementedError(
-                "Methods that search for their maps (AdaSpa) do not work with context parallelism: they compare all "
-                "heads of a layer, and a rank sees its share. Use one GPU, or RadialProcessor()."
+                "Methods that search for their maps (AdaSpa, PAROAttention without a plan) do not work with context "
+                "parallelism: they look at all heads of a layer, and a rank sees its share. Use one GPU, or "
+                "RadialProcessor()."
             )
         if by_head:
             raise NotImplementedError(

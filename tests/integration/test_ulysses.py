@@ -12,22 +12,43 @@ import torch
 
 SPARSE = {"decay": 0.2, "first_steps": 0, "first_layers": 1, "sink": False}
 ORDERS = ("sparsify, then parallel", "parallel, then sparsify")
+WIDE = {"attention_head_dim": 64}
 
 
-def one_rank(rank: int, meeting: str, order: str) -> torch.Tensor:
-    from pipes import TINY
-
-    from videosparse import RadialProcessor, sparsify
-
+def one_rank(rank: int, meeting: str, order: str) -> list[torch.Tensor]:
+    """What `forwards` makes of this rank's models."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    model = TINY["wan"].build()
-    if order == ORDERS[0]:
-        sparsify(model, RadialProcessor(**SPARSE))
-    enable_ulysses(model, rank)
-    if order == ORDERS[1]:
-        sparsify(model, RadialProcessor(**SPARSE))
-    return TINY["wan"].forward(model, (4, 8, 8), (1,))
+    return forwards(order, lambda model: enable_ulysses(model, rank))
+
+
+def forwards(order: str, enable) -> list[torch.Tensor]:
+    """Sparse outputs of two models: one in fp32, and a wide one in integers; what a rank refuses is refused."""
+    from pipes import TINY
+
+    from videosparse import DenseProcessor, PAROProcessor, RadialProcessor, sparsify
+
+    def run(processor, **config):
+        model = TINY["wan"].build(**config)
+        if order == ORDERS[0]:
+            sparsify(model, processor)
+        enable(model)
+        if order == ORDERS[1]:
+            sparsify(model, processor)
+        out = TINY["wan"].forward(model, (4, 8, 8), (1,))
+        assert processor.report().density < 0.9
+        return model, out
+
+    model, plain = run(RadialProcessor(**SPARSE))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, integers = run(RadialProcessor(**SPARSE, quant="int8"), **WIDE)
+    if torch.distributed.is_initialized():
+        with pytest.raises(NotImplementedError, match="PAROAttention without a plan"):
+            sparsify(model, PAROProcessor(num_steps=4))
+        sparsify(model, DenseProcessor(quant="int8"))
+        with pytest.raises(NotImplementedError, match="with context parallelism; drop quant"):
+            TINY["wan"].forward(model, (4, 8, 8), (1,))
+    return [plain, integers]
 
 
 def enable_ulysses(model, rank: int) -> None:
@@ -48,16 +69,8 @@ def enable_ulysses(model, rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
-def test_two_ranks_equal_one_process(order, tiny_of, tmp_path):
-    from pipes import TINY
-
-    from videosparse import RadialProcessor, sparsify
-
-    model = tiny_of("wan")
-    processor = RadialProcessor(**SPARSE)
-    sparsify(model, processor)
-    alone = TINY["wan"].forward(model, (4, 8, 8), (1,))
-    assert processor.report().density < 0.9
+def test_two_ranks_equal_one_process(order, tmp_path):
+    alone = forwards(order, lambda model: None)
 
     command = [sys.executable, __file__, str(tmp_path / "meeting"), order]
     outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
