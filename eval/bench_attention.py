@@ -126,9 +126,9 @@ def sets() -> list[BenchSet]:
         if workload not in (small, narrow):
             entries = [Entry("cudnn"), Entry("ours"), *sparse("ours fa4", (1.0,), "radial")]
             found.append(("forward", "radial", workload, entries))
-    integers = [*dense[:3], *sparse("ours int8 int8-fp8", (0.5, 0.25, 0.1))]
-    integers += [Entry(kernel) for kernel in ("ours", *INTEGERS)]
-    found += [("forward", "integers", workload, integers) for workload in (large, small)]
+    for workload, shares in ((large, (0.5, 0.3, 0.25, 0.2, 0.1)), (small, (0.5, 0.25, 0.1))):
+        integers = [*dense[:3], *(Entry(kernel) for kernel in ("ours", *INTEGERS))]
+        found.append(("forward", "integers", workload, [*integers, *sparse("ours int8 int8-fp8", shares)]))
     found.append(("forward", "128x128", narrow, [*dense, *sparse("ours portable fa4")]))
     return [BenchSet(what, label, workload, tuple(entries)) for what, label, workload, entries in found]
 

@@ -193,10 +193,10 @@ def recall(columns: list[tuple[str, str]] = RECALL_AT) -> str:
     )
 
 
-def fidelity() -> str:
+def fidelity(name: str = "video_fidelity") -> str:
     """PSNR and SSIM of every setting against dense, with 95 % bootstrap intervals over prompts."""
     lines = []
-    rows = read("video_fidelity")
+    rows = read(name)
     for setting in dict.fromkeys(r["setting"] for r in rows):
         videos = [r for r in rows if r["setting"] == setting]
         cells = [_mean([float(v[name]) for v in videos], digits) for name, digits in (("psnr_db", 1), ("ssim", 3))]
@@ -268,6 +268,114 @@ SHARES = {
 }  # fmt: skip
 
 
+def paro_videos() -> str:
+    """Videos by plans of PAROAttention, with orders and without, in integers and without."""
+    return fidelity("paro_fidelity")
+
+
+def reordering() -> str:
+    """Recall and output error of maps by how orders and maps were chosen."""
+    rows = read("reordering")
+    columns = list(dict.fromkeys((r["frames"], r["asked_density"]) for r in rows if r["method"] != "dense"))
+    columns = [(frames, density) for frames, density in columns if frames == max((c[0] for c in columns), key=int)]
+    lines = []
+    for method, quant in dict.fromkeys((r["method"], r["quant"]) for r in rows):
+        found = {(r["frames"], r["asked_density"]): r for r in rows if (r["method"], r["quant"]) == (method, quant)}
+        cells = [f"{found[c]['recall']}, {found[c]['error']}" if c in found else "-" for c in columns]
+        if method != "dense":
+            lines.append([method, quant or "bf16", *cells])
+    return markdown(["recall, error", "numbers", *(f"{n} frames at {density}" for n, density in columns)], lines)
+
+
+def rounding() -> str:
+    """What integers alone do to dense attention on real queries, keys and values."""
+    rows = [r for r in read("reordering") if r["method"] == "dense" and r["quant"]]
+    head = ["integers", "frames", "calls", "relative L2 error (95 %)", "least cosine of a call"]
+    return markdown(head, [[r["quant"], r["frames"], r["calls"], _ranged(r, "error"), r["cosine_worst"]] for r in rows])
+
+
+def integers(case: str = "wan2.1-14b 720x1280x81") -> str:
+    """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
+    rows = [r for r in read("integer_attention") if r["case"] == case and r["p50_ms"]]
+    dense = [r for r in rows if r["policy"] == "dense"]
+    fastest = min((r for r in dense if r["kernel"] not in ("int8", "int8-fp8")), key=lambda r: float(r["p50_ms"]))
+    lines = [["fastest dense", KERNELS[fastest["kernel"]], "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
+    for density in dict.fromkeys(r["density"] for r in rows):
+        found = {r["kernel"]: r for r in rows if r["density"] == density and r["policy"] in ("dense", "uniform")}
+        for kernel, name in (("ours", "bf16"), ("int8", "INT8"), ("int8-fp8", "INT8, FP8 values")):
+            if kernel in found:
+                time, own = (float(found[k]["p50_ms"]) for k in (kernel, "ours"))
+                error = found[kernel]["error"] if kernel != "ours" else ""
+                gain = f"{float(fastest['p50_ms']) / time:.2f}x"
+                lines.append(["ours", name, density, f"{time:.1f}", f"{own / time:.2f}x", gain, error])
+    head = ["", "numbers", "density", "ms", "against own bf16", "against the fastest dense", "relative error"]
+    return markdown(head, lines)
+
+
+def reorder_cost() -> str:
+    """What an order adds to a sparse attention call, part by part."""
+    rows = read("reorder")
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        found = {(r["part"], r["form"]): r for r in rows if r["case"] == case}
+        cells = []
+        for part in ("norm", "values", "attention"):
+            ordered, raster = (found.get((part, form), {}).get("p50_ms") for form in ("ordered", "raster"))
+            cells.append(f"{float(ordered) - float(raster or 0):+.2f} ms" if ordered else "-")
+        whole = found["attention", "raster"]["p50_ms"]
+        lines.append([case, f"{float(whole):.1f} ms", *cells, f"{found['sum', 'ordered'].get('percent') or '-'} %"])
+    head = ["model, size", "sparse attention", "norm and rotation", "values", "attention", "sum, of sparse attention"]
+    return markdown(head, lines)
+
+
+def calibration() -> str:
+    """Seconds and size of a calibration."""
+    rows = read("paro_calibration")
+    lines = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        parts = [r for r in rows if r["case"] == case]
+        whole = next(r for r in parts if r["part"] == "all")
+        longest = max((r for r in parts if r["total_s"]), key=lambda r: float(r["total_s"]) * (r["part"] != "all"))
+        share = f"{longest['part']}, {float(longest['total_s']):.0f} s" if len(parts) > 1 else ""
+        seconds, size = (f"{float(whole[name]):.4g}" for name in ("total_s", "plan_mb"))
+        lines.append([case, whole["kind"], whole["prompts"], whole["steps"], f"{seconds} s", share, f"{size} MB"])
+    head = ["model, size", "", "prompts", "steps", "calibration", "most of it", "plan"]
+    return markdown(head, lines)
+
+
+# CogVideoX-5B as the paper reports it (arXiv 2506.16054): density, numbers, attention speed-up, PSNR
+PUBLISHED = [
+    ("0.5", "", "1.73x", "29.1"), ("0.5, no reordering", "", "", "26.3"), ("0.5", "int8", "1.83x", "29.0"),
+    ("0.3", "", "2.71x", "22.9"), ("0.3", "int8", "5.72x", ""), ("0.2", "", "3.81x", "19.4"),
+]  # fmt: skip
+
+
+def published() -> str:
+    """The paper's table beside ours: the gain of a call of Wan-14B, and the fidelity of the embedded model."""
+    videos = read("paro_fidelity")
+    calls = [r for r in read("integer_attention") if r["case"] == "wan2.1-14b 720x1280x81" and r["p50_ms"]]
+    dense = min(float(r["p50_ms"]) for r in calls if r["policy"] == "dense" and not r["kernel"].startswith("int8"))
+    calls = [r for r in calls if r["policy"] == "uniform"]
+    lines = []
+    for density, quant, speed, quality in PUBLISHED:
+        share, _, raster = density.partition(", ")
+        setting = ", ".join(x for x in (f"paro {share}", "raster order" if raster else "", quant) if x)
+        scores = [float(r["psnr_db"]) for r in videos if r["setting"] == setting]
+        times = [
+            float(r["p50_ms"]) for r in calls
+            if r["kernel"] == (quant or "ours") and abs(float(r["density"]) - float(share)) < 0.01
+        ]  # fmt: skip
+        ours = f"{dense / times[0]:.2f}x" if times else "-"
+        lines.append(
+            [density, quant or "16 bits", speed or "-", quality or "-", ours, _mean(scores, 1) if scores else "-"]
+        )
+    head = [
+        "density", "numbers", "paper: attention", "paper: PSNR, dB", "ours: attention, Wan-14B 720p",
+        "ours: PSNR, dB, embedded model",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def goals() -> str:
     """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
     if not (RESULTS / "attention_goals.csv").exists():
@@ -296,7 +404,7 @@ def dimensions() -> str:
 
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, dimensions,
+    goals, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

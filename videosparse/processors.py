@@ -286,7 +286,7 @@ class DenseProcessor(Processor):
     Raises:
         ValueError: an unknown fused_norm or quant; with quant, at a forward, a backend that was chosen with
             `set_attention_backend`.
-        NotImplementedError: with quant, at a forward, context parallelism.
+        NotImplementedError: with quant, at a forward, ring attention.
     """
 
     fused_norm: str = "auto"
@@ -528,7 +528,7 @@ class PAROProcessor(SparseProcessor):
     Raises:
         TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
             model; at a forward, one for another grid.
-        NotImplementedError: at binding, context parallelism with a plan; training with quant.
+        NotImplementedError: ring attention; training with quant.
         RuntimeError: training without a plan; a video that changes its size in the middle of an online run.
     """
 

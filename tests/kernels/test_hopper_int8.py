@@ -107,7 +107,7 @@ def compile_int8(head_dim, keys, fp8, sparse=True, text=True, lse=True, dtype="b
     constants = {
         "KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "FP8": fp8, "NEED_LSE": lse,
     }  # fmt: skip
-    constants |= dict(zip(("OFFSET_FIRST", "TURNS"), hopper_int8.VARIANT, strict=True))
+    constants |= dict(zip(("OFFSET_FIRST", "TURNS", "PIN"), hopper_int8.variant(fp8, text), strict=True))
     values = (f"fp8e4nv[1,1,{head_dim},{keys}]", (keys, 8, 4)) if fp8 else (f"{dtype}[1,1,{keys},64]", (128, 16, 4))
     descriptors = {
         "q_desc": (f"i8[1,1,64,{head_dim}]", (head_dim, 8, 4)),

@@ -16,8 +16,15 @@ from videosparse.kernels.tma import describe, is_aligned
 from videosparse.kernels.value_tail import value_tail
 from videosparse.layout import ceil_div
 
-VARIANT = (True, 0)
-"""Whether products start from the offset that makes integers floats, and how consumers take turns."""
+VARIANTS = {False: (True, 0, True), True: (True, 0, True)}
+"""For 16-bit and for fp8 values: whether products start from the offset that makes integers floats, how consumers take
+turns, and whether weights are pinned beside the product with values; see `variant`."""
+
+
+def variant(fp8: bool, text: bool) -> tuple[bool, int, bool]:
+    """OFFSET_FIRST, TURNS and PIN of a call: where tiles of text are masked, pinned weights would spill."""
+    first, turns, pin = VARIANTS[fp8]
+    return first, turns, pin and not text
 
 
 def unsuited(
@@ -120,7 +127,7 @@ def attend_quantized(
         video,
         text_start,
     )
-    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0, *VARIANT)
+    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0, *variant(fp8, text))
     key = (device, dtype, data.v.dtype, constants)
     kernel = compiled(int8_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)

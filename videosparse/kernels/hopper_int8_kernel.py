@@ -352,9 +352,9 @@ def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
 
 @gluon.jit
 def _continue(
-    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
+    w: gl.constexpr, q, own, keys, values, turns, pins, spots, n, operand, top, shrink, total, acc, masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, PIN: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
@@ -380,6 +380,9 @@ def _continue(
     new_shrink = gl.exp2(top - new_top)
     p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
+    if PIN:
+        # nobody reads this: it makes ptxas compute the weights beside the product at work, and not after it
+        pins.index(w).store(more)
     product = warpgroup_mma_wait(0, [acc_run])
     _pass_turn(turns, w, TURNS == 3)
     acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
@@ -428,8 +431,8 @@ def _own_scales(scales, slot):
 @gluon.jit
 def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-    mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
+    pins, mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, PIN: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries
@@ -451,8 +454,8 @@ def _consume(
         shrink = top * 0.0
         for tile in range(1, tiles):
             operand, top, shrink, total, acc = _continue(
-                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS,
+                w, q, own, keys, values, turns, pins, spots, n, operand, top, shrink, total, acc, tile < masked, end,
+                layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, PIN,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -531,6 +534,7 @@ def int8_kernel(
     NEED_LSE: gl.constexpr,
     OFFSET_FIRST: gl.constexpr,
     TURNS: gl.constexpr,
+    PIN: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -540,6 +544,7 @@ def int8_kernel(
     k_full, k_empty = _barriers(k_count)
     v_full, v_empty = _barriers(v_count)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    pins = gl.allocate_shared_memory(gl.float32, [2, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
     q_slots = gl.allocate_shared_memory(gl.int8, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
@@ -559,9 +564,9 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+                        pins, mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, PIN)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+                        pins, mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, PIN)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
         ],

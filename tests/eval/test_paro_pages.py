@@ -1,0 +1,93 @@
+"""Tables and figure of PAROAttention and integers, from a few rows."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from videosparse.benchmark.rows import write_rows
+
+ROOT = Path(__file__).parents[2]
+WAN = "wan2.1-14b 720x1280x81"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of rows as the programs write them."""
+    ranged = {"error": "0.1", "error_low": "0.09", "error_high": "0.11", "recall": "0.8", "cosine_worst": "0.9995"}
+    judged = {"frames": "81", "calls": "96", "asked_density": "0.3", "density": "0.3095", **ranged}
+    write_rows(tmp_path / "reordering.csv", [
+        {**judged, "method": "raster, static", "quant": ""},
+        {**judged, "method": "reordered, static", "quant": "", "error": "0.05"},
+        {**judged, "method": "reordered, static", "quant": "int8", "error": "0.06"},
+        {**judged, "method": "dense", "quant": "int8", "asked_density": "1.0", "density": "1.0", "error": "0.01"},
+    ])  # fmt: skip
+    video = {"ssim": "0.95", "video_density": "0.3095", "average_density": "0.45", "frames": "81"}
+    write_rows(tmp_path / "paro_fidelity.csv", [
+        {"setting": setting, "psnr_db": psnr, **video}
+        for setting, psnr in (
+            ("random 0.3", "20"), ("paro 0.3", "30"), ("paro 0.3", "34"), ("paro 0.3, raster order", "28"),
+            ("paro 0.3, int8", "31"),
+        )
+    ])  # fmt: skip
+    calls = [
+        ("cudnn", "dense", "1.0000", "200", ""), ("ours", "dense", "1.0000", "180", "1e-3"),
+        ("int8", "dense", "1.0000", "160", "0.012"), ("ours", "uniform", "0.3000", "60", "1e-3"),
+        ("int8", "uniform", "0.3000", "50", "0.011"),
+    ]  # fmt: skip
+    write_rows(tmp_path / "integer_attention.csv", [
+        {"case": WAN, "kernel": kernel, "policy": policy, "density": density, "p50_ms": ms, "error": error}
+        for kernel, policy, density, ms, error in calls
+    ])  # fmt: skip
+    parts = [
+        ("norm", "raster", "1.0"), ("norm", "ordered", "1.2"), ("values", "ordered", "0.7"),
+        ("attention", "raster", "40.0"), ("attention", "ordered", "39.9"), ("sum", "ordered", "0.8"),
+    ]  # fmt: skip
+    write_rows(tmp_path / "reorder.csv", [
+        {"case": WAN, "part": part, "form": form, "p50_ms": ms, "percent": "2.00" if part == "sum" else ""}
+        for part, form, ms in parts
+    ])  # fmt: skip
+    common = {"prompts": "2", "steps": "50"}
+    write_rows(tmp_path / "paro_calibration.csv", [
+        {"case": "tiny", "kind": "measured", "part": "all", "total_s": "12.34", "plan_mb": "0.2", **common},
+        {"case": WAN, "kind": "extrapolated", "part": "dense forward", "total_s": "2400", "plan_mb": "", **common},
+        {"case": WAN, "kind": "extrapolated", "part": "plan read", "total_s": "", "plan_mb": "", **common},
+        {"case": WAN, "kind": "extrapolated", "part": "all", "total_s": "2500", "plan_mb": "839.6", **common},
+    ])  # fmt: skip
+    return tmp_path
+
+
+def test_tables(results, monkeypatch):
+    tables = load("readme_tables")
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert "| reordered, static | int8 | 0.8, 0.06 |" in tables.reordering()
+    assert "dense" not in tables.reordering()
+    assert "| int8 | 81 | 96 | 0.01 (0.09 to 0.11) | 0.9995 |" in tables.rounding()
+    assert "| paro 0.3 | 0.3095 | 0.45 | 32.0 (30.0 to 34.0) |" in tables.paro_videos()
+    lines = tables.integers().splitlines()
+    assert "| fastest dense | videosparse | 1.000 | 180.0 |  |  |  |" in lines
+    assert "| ours | INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 |" in lines
+    assert f"| {WAN} | 40.0 ms | +0.20 ms | +0.70 ms | -0.10 ms | 2.00 % |" in tables.reorder_cost()
+    assert f"| {WAN} | extrapolated | 2 | 50 | 2500 s | dense forward, 2400 s | 839.6 MB |" in tables.calibration()
+    assert "| 0.3 | int8 | 5.72x | - | 3.60x | 31.0 (31.0 to 31.0) |" in tables.published()
+    assert "| 0.5, no reordering | 16 bits | - | 26.3 | - | - |" in tables.published()
+
+
+def test_the_figure_is_drawn(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plots = load("plot_reordering")
+    files = ["--errors", str(results / "reordering.csv"), "--videos", str(results / "paro_fidelity.csv")]
+    assert plots.main([*files, "--output", str(tmp_path / "reordering.png")]) == 0
+    assert (tmp_path / "reordering.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        plots.main(["--errors", str(results / "none.csv")])
+    assert "cannot be read" in capsys.readouterr().err
