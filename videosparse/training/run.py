@@ -167,7 +167,8 @@ class LoraRun:
     def loss(self, batch: Batch, dense: bool) -> Tensor:
         """Mean squared error of the flow in fp32, as one number."""
         batch = batch.to(self.accelerator.device)
-        tracker_of(self.transformer).all_dense = dense
+        tracker = tracker_of(self.transformer)
+        tracker.outside_run, tracker.all_dense = True, dense
         kind = frozen_dtype(self.config, self.accelerator.device)
         text = {name: value.to(kind) if value.is_floating_point() else value for name, value in batch.text.items()}
         inputs = self.family.inputs(self.transformer.config, batch.noisy.to(kind), batch.levels, text)
