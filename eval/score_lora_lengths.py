@@ -3,10 +3,10 @@
     python eval/score_lora_lengths.py --lora dense=outputs/lora/dense --lora radial=outputs/lora/radial
 
 Each `--lora METHOD=FOLDER` is generated with the attention that it was trained with; without a LoRA both methods are
-run, too. Every quarter of every video is judged as a video of its own by the detectors of the world (held-out prompts,
-one object), beside the rendered truth; drift is what is right in the first quarter and wrong in the last, repetition
-that beyond the true video's from half the training length on. Rows (means with 95 % bootstrap intervals) go to
-`assets/results/lora_length.csv`; the LoRAs' training time and memory come from their logs.
+run, too, and dense attention with RIFLEx. Every quarter of every video is judged as a video of its own by the detectors
+of the world (held-out prompts, one object), beside the rendered truth; drift is what is right in the first quarter and
+wrong in the last, repetition that beyond the true video's from half the training length on. Rows (means with 95 %
+bootstrap intervals) go to `assets/results/lora_length.csv`; the LoRAs' training time and memory come from their logs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from videosparse.benchmark.rows import WHERE, environment, write_rows
 from videosparse.generation.lora import find_lora
 from videosparse.generation.methods import make_processor
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
+from videosparse.stretching import extend_rope
 from videosparse.synthetic.captions import parse_caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import arrange_scene
@@ -58,9 +59,9 @@ def main() -> None:
     started = time.monotonic()
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for name, method, folder in settings_of(args):
-            switch(pipe, method, folder)
+            switch(pipe, name, method, folder)
             for frames in args.frames:
-                if name == "none" or time.monotonic() - started < args.seconds:
+                if folder is None or time.monotonic() - started < args.seconds:
                     rows.append(measure(pipe, prompts, name, method, folder, frames, pool, args))
                     write_rows(args.output, rows, COLUMNS)
                     print(
@@ -73,7 +74,7 @@ def settings_of(args: argparse.Namespace) -> list[tuple[str, str, Path | None]]:
     found: list[tuple[str, str, Path | None]] = [("truth", "none", None)]
     loras = [text.partition("=") for text in args.lora]
     methods = dict.fromkeys(["dense", *(method.split("-")[0] for method, _, _ in loras)])
-    found += [("none", method, None) for method in methods]
+    found += [*(("none", method, None) for method in methods), ("riflex", "dense", None)]
     return found + [(method, method.split("-")[0], Path(folder)) for method, _, folder in loras]
 
 
@@ -87,14 +88,18 @@ def load(args: argparse.Namespace) -> Any:
     return pipe
 
 
-def switch(pipe: Any, method: str, folder: Path | None) -> None:
+def switch(pipe: Any, name: str, method: str, folder: Path | None) -> None:
     """Give the pipeline a LoRA, or none, and the attention."""
     restore(pipe)
     pipe.unload_lora_weights()
     options: dict[str, Any] = dict(RADIAL) if method == "radial" else {}
     if folder is not None:
         pipe.load_lora_weights(folder)
-        options = find_lora(str(folder)).options(method)
+        lora = find_lora(str(folder))
+        options = lora.options(method)
+        extend_rope(pipe, lora.about["rope"], trained_frames=lora.about["trained_frames"])
+    if name == "riflex":
+        extend_rope(pipe, "riflex", trained_frames=TRAINED)
     if method != "none":
         pipe.set_attn_processor(make_processor(method, options))
 

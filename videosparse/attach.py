@@ -83,7 +83,9 @@ class RunTracker:
         self.layers: list[tuple[int, LayerProcessor]] = []
         self.states: dict[tuple[str, int], LayerState] = {}
         self.events = RunEvents(self.end_run)
-        # set by who trains: training has no steps, and the noise level says which forwards are dense
+        # set by who trains: forwards are no steps of a run, with gradients or without (held-out losses), and the noise
+        # level says which of them are dense
+        self.outside_run = False
         self.all_dense = False
         self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
         self._grid: VideoGrid | None = None
@@ -148,7 +150,7 @@ class RunTracker:
         resolved = self._resolve(layout.grid)
         if self.all_dense:
             resolved = replace(resolved, policy=None)
-        training = _training(module)
+        training = self.outside_run or _training(module)
         if training and resolved.policy is not None and not resolved.policy.pure:
             raise RuntimeError(
                 f"{type(resolved.policy).__name__} keeps state between steps and cannot be trained with: gradient "

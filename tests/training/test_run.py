@@ -134,6 +134,30 @@ def test_attention_is_sparse_or_dense_by_the_noise_level(lora_run):
     assert modes == {"dense", "sparse"}
 
 
+def test_plans_of_paroattention(lora_run, wan_folder, tmp_path):
+    """Static maps and token orders, in training and on held-out clips."""
+    from videosparse.attach import tracker_of
+    from videosparse.generation.calibrating import CalibrationRequest, calibrate
+
+    plan = tmp_path / "plan.safetensors"
+    asked = CalibrationRequest(
+        ["a cat"], model=str(wan_folder), num_frames=33, height=64, width=64, steps=4, device="cpu", density=0.4,
+        block=(64, 64), buckets=1,
+    )  # fmt: skip
+    calibrate(asked, plan)
+    data = lora_runs.random_data(tmp_path / "large", wan_folder, clips=4, size=64)
+    run = lora_run(
+        data=data, attention={"method": "paro", "options": {"plan": str(plan)}, "first_steps": 0.0},
+        train={"frames": [33]},
+    )  # fmt: skip
+    before = run.held_out(33)
+    steps(run, 2)
+    plans = [layer.plan for _, layer in tracker_of(run.transformer).layers]
+    assert [p.mode.value for p in plans] == ["dense", "sparse", "sparse"]
+    assert plans[1].order is not None
+    assert run.held_out(33) != before
+
+
 def test_gradients_of_the_sparse_path_are_those_of_the_reference(lora_run, wan_folder, tmp_path, monkeypatch):
     """Every attention call by `attention_reference` with the same map, plain autograd behind it."""
     from videosparse import processors

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from videosparse.attach import sparsify, tracker_of
-from videosparse.generation.environment import DTYPES, peak_memory, reset_peak_memory, versions
+from videosparse.generation.environment import peak_memory, reset_peak_memory, versions
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.lora import FORMAT
 from videosparse.generation.methods import make_processor, refusals
@@ -167,9 +167,9 @@ class LoraRun:
     def loss(self, batch: Batch, dense: bool) -> Tensor:
         """Mean squared error of the flow in fp32, as one number."""
         batch = batch.to(self.accelerator.device)
-        tracker_of(self.transformer).all_dense = dense
-        kind = self.transformer.dtype if self.transformer.dtype.is_floating_point else torch.float32
-        kind = DTYPES["bf16"] if self.config.model.fp8 and self.accelerator.device.type == "cuda" else kind
+        tracker = tracker_of(self.transformer)
+        tracker.outside_run, tracker.all_dense = True, dense
+        kind = frozen_dtype(self.config, self.accelerator.device)
         text = {name: value.to(kind) if value.is_floating_point() else value for name, value in batch.text.items()}
         inputs = self.family.inputs(self.transformer.config, batch.noisy.to(kind), batch.levels, text)
         predicted = self.model(**inputs, return_dict=False)[0]
@@ -408,7 +408,7 @@ class LoraRun:
 
 
 def load_transformer(source: ModelSource, config: Config, device: torch.device) -> Any:
-    """The transformer to train, frozen weights in bf16 on a GPU.
+    """The transformer to train, its frozen weights in `frozen_dtype`.
 
     Raises:
         ConfigError: weights are missing or damaged.
@@ -416,8 +416,7 @@ def load_transformer(source: ModelSource, config: Config, device: torch.device) 
     import diffusers
 
     cls = getattr(diffusers, (source.config or {}).get("_class_name", "WanTransformer3DModel"))
-    half = device.type == "cuda" or config.train.precision == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = frozen_dtype(config, device)
     try:
         transformer = cls.from_pretrained(source.location, subfolder=config.model.component, torch_dtype=dtype)
     except Exception as error:  # of four libraries
@@ -425,6 +424,12 @@ def load_transformer(source: ModelSource, config: Config, device: torch.device) 
     if config.model.fp8:
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     return transformer.to(device)
+
+
+def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Of the frozen weights and the inputs: that of the forward."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
 
 
 def change(config: Config, **sections: Mapping[str, Any]) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videosparse.attach import sparsify, tracker_of
+from videosparse.attach import sparsify
 from videosparse.generation.methods import make_processor
 from videosparse.generation.video import side_by_side, write_mp4
 from videosparse.training.encoding import load_parts
@@ -80,7 +80,6 @@ class Validation:
         if attention.method != "dense":
             schedule = {"first_steps": attention.first_steps, "first_layers": attention.first_layers}
             options = {**attention.options, **schedule}
-        tracker_of(run.transformer).all_dense = False
         sparsify(pipe, make_processor(attention.method, options))
         try:
             with torch.no_grad(), run.accelerator.autocast():
