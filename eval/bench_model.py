@@ -9,13 +9,13 @@ Contenders, each on the same transformer, in bfloat16, from the same random late
     dense           DenseProcessor(): the fastest dense kernel that is here
     radial          RadialProcessor(), a sparse step: by its default, the first layer is dense
     adaspa          AdaSpaProcessor(), a sparse step, after a step that searched (timed, too: `search_s`)
-`forward_s` is the median of the timed forwards; the first, in which kernels are compiled, is not one of them. A step
-has two under guidance, and one of HunyuanVideo. `run_s` is no measurement: it is what 50 steps take by the method's own
-schedule, so many dense ones at the rate of `dense` here, so many sparse ones, and one search, with all layers where
---layers took fewer; text encoder and VAE are not in it. `difference` is the relative L2 distance of the output from
-that of `stock`: of dense contenders it is rounding, of sparse ones what random weights make of the blocks left out,
-which says nothing about videos. Random weights do not change how long a call takes. An output that is not finite is an
-error.
+`forward_s` is the median of the timed forwards after a first one; every kernel was compiled before, on a short video. A
+step has two under guidance, and one of HunyuanVideo. `run_s` is no measurement: it is what 50 steps take by the
+method's own schedule, so many dense ones at the rate of `dense` here, so many sparse ones, and one search, with all
+layers where --layers took fewer; text encoder and VAE are not in it. `difference` is the relative L2 distance of the
+output from that of `stock`: of dense contenders it is rounding, of sparse ones what random weights make of the blocks
+left out, which says nothing about videos. Random weights do not change how long a call takes. An output that is not
+finite is an error.
 
 Rows go to `assets/results/models.csv` as they are measured; --seconds bounds the time: what does not fit is left out,
 and said to be.
@@ -77,6 +77,10 @@ def main() -> None:
     if args.compile:
         compile_blocks(model)
     rows: list[dict[str, Any]] = []
+    short = make_inputs(spec, 2 * spec.stride[0] + 1, args.height, args.width, device)
+    for contender in contenders():
+        if not args.only or contender.name in args.only:
+            measure(model, contender, short, 1, most=1)  # so that no kernel is compiled while a search is timed
     for frames in args.frames:
         inputs = make_inputs(spec, frames, args.height, args.width, device)
         grid = spec.grid(frames, args.height, args.width)
@@ -180,7 +184,7 @@ def make_inputs(spec: ModelSpec, frames: int, height: int, width: int, device: t
 
 
 def measure(
-    model: Any, contender: Contender, inputs: dict[str, torch.Tensor], branches: int
+    model: Any, contender: Contender, inputs: dict[str, torch.Tensor], branches: int, most: int = MOST_TIMED
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """A row, and the last output."""
     if contender.processor is not None:
@@ -191,7 +195,7 @@ def measure(
     times, search = [], 0.0
     try:
         begin = time.perf_counter()
-        for number in range(MOST_TIMED + 1):
+        for number in range(most + 1):
             inputs["timestep"].fill_(900.0 - number)  # a bare transformer tells steps by their timestep
             out, seconds = timed(model, inputs)
             if number == 0 and contender.searches:

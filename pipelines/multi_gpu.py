@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 pipelines/multi_gpu.py --prompts prompts.txt --output videos
 
 One video: every GPU holds a part of its tokens; for attention they exchange tokens for heads, whose number must divide
-by that of the GPUs. Every method works but calibrated plans of paro, and memory for activations falls with the GPUs.
+by that of the GPUs. Every method works, and memory for activations falls with the number of GPUs.
 A prompt file: every GPU has the whole model and makes its own videos; what is there already is not made again.
 """
 

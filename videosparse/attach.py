@@ -7,17 +7,19 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
-from videosparse.blocks import BlockIndex
+from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
 from videosparse.kernels import KernelOptions, describe_backend
 from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.models.rope import undo
+from videosparse.ordering import TokenOrder
 from videosparse.policies.base import (
     TRAINING,
     DenseSchedule,
@@ -29,7 +31,7 @@ from videosparse.policies.base import (
 )
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
 from videosparse.report import RunRecord
-from videosparse.sharing import check_shared, shard_of
+from videosparse.sharing import Shard, check_shared, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class RunTracker:
         self._resolved: Resolved | None = None
         self._seen = (0, 0)
         self._ranks = 1
+        self._dealt: WeakKeyDictionary[PackedIndex, tuple[PackedIndex, TokenOrder, Shard]] = WeakKeyDictionary()
         self._searching: list[tuple[tuple[str, int], LayerProcessor, LayerState]] = []
         self._calls: dict[str | None, int] = {}
         self._warned = False
@@ -157,7 +160,7 @@ class RunTracker:
                 "checkpointing runs a forward twice. Use RadialProcessor; to generate, call the transformer under "
                 "torch.no_grad(), as pipelines do."
             )
-        self._share(layout, resolved)
+        self._share(layout, resolved, training)
         if training and resolved.options.fused_norm == "auto":
             # a checkpoint that runs without gradients first must round as it does when it runs again
             resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
@@ -205,11 +208,16 @@ class RunTracker:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(recall)  # type: ignore[no-untyped-call]
 
-    def _share(self, layout: TokenLayout, resolved: Resolved) -> None:
+    def _share(self, layout: TokenLayout, resolved: Resolved, training: bool) -> None:
         """Tell the layers what this rank holds of the sequence, where ranks share it."""
         host, joint = self.layers[0][1], self.family.joint
         check_shared(host, joint=joint, policy=resolved.policy, heads=int(self.config["num_attention_heads"]))
         shard = shard_of(host, layout, resolved.options)
+        if shard is not None and training and (joint or (resolved.policy is not None and resolved.policy.by_head)):
+            raise NotImplementedError(
+                "Context parallelism in training is available for Wan, with RadialProcessor or DenseProcessor, only; "
+                "use data parallelism, a video a GPU."
+            )
         self._ranks = 1 if shard is None else shard.exchange.ranks
         for _, layer in self.layers:
             layer.shard = shard
@@ -323,6 +331,7 @@ class RunTracker:
             plan = self._ask(resolved.policy, dense.layout, run, number, latents)
             if plan.mode is Mode.DENSE:
                 continue
+            plan = self._own(plan, layer)
             # only sparse plans are alike when their maps are: the others keep what belongs to one layer
             key = (id(plan.index), id(plan.order)) if plan.mode is Mode.SPARSE else (id(layer), 0)
             if key not in shared:
@@ -334,6 +343,16 @@ class RunTracker:
                     plan.order.table(latents.device)  # likewise
             layer.plan = shared[key]
 
+    def _own(self, plan: LayerPlan, layer: LayerProcessor) -> LayerPlan:
+        """The plan of this rank's heads, where it was made for all of them."""
+        index, order, shard = plan.index, plan.order, layer.shard
+        if shard is None or not isinstance(index, PackedIndex) or not isinstance(order, TokenOrder):
+            return plan  # shared by all heads, or found for these
+        if index not in self._dealt:
+            self._dealt[index] = shard.deal(index, order)
+        index, order, layer.shard = self._dealt[index]
+        return replace(plan, index=index, order=order)
+
     def _ask(
         self, policy: SparsityPolicy, layout: TokenLayout, run: RunStep, number: int, latents: torch.Tensor
     ) -> LayerPlan:
@@ -344,7 +363,7 @@ class RunTracker:
         plan = policy.plan(
             layout, run, number, state,
             device=latents.device, samples=latents.shape[0],
-            heads=int(self.config["num_attention_heads"]) // self._ranks,
+            heads=int(self.config["num_attention_heads"]) // (self._ranks if policy.searches else 1),
         )  # fmt: skip
         if plan.mode in (Mode.SEARCH, Mode.REFRESH):
             layer = self.layers[number][1]

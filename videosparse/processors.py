@@ -528,7 +528,7 @@ class PAROProcessor(SparseProcessor):
     Raises:
         TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
             model; at a forward, one for another grid.
-        NotImplementedError: ring attention; training with quant.
+        NotImplementedError: ring attention; at binding, online_maps under context parallelism; training with quant.
         RuntimeError: training without a plan; a video that changes its size in the middle of an online run.
     """
 

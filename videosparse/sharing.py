@@ -6,15 +6,18 @@ heads. So a core sees what it sees on one GPU, with fewer heads, and every metho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed import _functional_collectives as funcol
 
 from videosparse._diffusers import HostProcessor, Ulysses
+from videosparse.blocks import PackedIndex, work_order
 from videosparse.kernels import KernelOptions
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models.base import join, ordered, split
+from videosparse.ordering import TokenOrder
 from videosparse.policies.base import LayerPlan, Mode, SparsityPolicy
 
 
@@ -95,10 +98,12 @@ class Shard:
     Args:
         exchange: between the ranks.
         plan: lays out the part: this rank's video tokens, then all text.
+        dealt: int64 [H], all heads in the order in which the ranks take them; None is as numbered.
     """
 
     exchange: Exchange
     plan: LayerPlan
+    dealt: torch.Tensor | None = None
 
     @classmethod
     def of(cls, exchange: Exchange, layout: TokenLayout, options: KernelOptions) -> Shard:
@@ -112,6 +117,7 @@ class Shard:
 
     def whole(self, x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
         """[B, plan.layout.length, H / ranks, D] in the plan's order from this part [B, part, H, D]."""
+        x = x if self.dealt is None else x.index_select(2, self.dealt)
         video, text = split(x, self.plan.layout)
         video = self.exchange.to_heads(video, plan.layout.video)
         if not plan.layout.text:
@@ -122,7 +128,45 @@ class Shard:
         """This part [B, part, H, D] of the output [B, plan.layout.length, H / ranks, D]."""
         video, text = split(out, plan.layout)
         video = self.exchange.to_tokens(video)
-        return torch.cat((video, self.exchange.all_heads(text)), 1) if plan.layout.text else video
+        whole = torch.cat((video, self.exchange.all_heads(text)), 1) if plan.layout.text else video
+        return whole if self.dealt is None else whole.index_select(2, self.dealt.argsort())
+
+    def deal(self, index: PackedIndex, order: TokenOrder) -> tuple[PackedIndex, TokenOrder, Shard]:
+        """This rank's part of maps and token orders that were made for all heads, so that ranks have equal work.
+
+        Waits for the device: a plan's maps change a few times in a run.
+
+        Args:
+            index: [samples, H, rows, columns].
+            order: of H heads.
+        """
+        samples, heads, rows, columns = index.shape
+        counts = index.row_ptr.diff().view(samples, heads, rows)
+        dealt = deal_heads(counts.sum((0, 2)).tolist(), self.exchange.ranks)
+        size = heads // self.exchange.ranks
+        own = dealt[self.exchange.who.rank * size :][:size]
+        picked = torch.tensor(own, device=counts.device)
+        kept = counts.index_select(1, picked).flatten().long()
+        part = PackedIndex(
+            index.bits.index_select(1, picked), torch.nn.functional.pad(kept.cumsum(0), (1, 0)).int(), work_order(kept),
+            int(kept.sum()), (samples, size, rows, columns), index.block, index.q_len, index.kv_len,
+        )  # fmt: skip
+        codes = tuple(order.codes[head] for head in own)
+        return part, TokenOrder(order.grid, codes), replace(self, dealt=torch.tensor(dealt, device=counts.device))
+
+
+def deal_heads(work: Sequence[int], ranks: int) -> list[int]:
+    """Heads in the order in which ranks take them, each as many: those of rank 0, then those of rank 1, and so on.
+
+    Greedy: the heads with most work come first, each to the rank that has least and still has room. The numbers of one
+    rank's heads ascend.
+    """
+    size = len(work) // ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for head in sorted(range(len(work)), key=lambda head: -work[head]):
+        open_hands = (hand for hand in hands if len(hand) < size)
+        min(open_hands, key=lambda hand: sum(work[h] for h in hand)).append(head)
+    return [head for hand in hands for head in sorted(hand)]
 
 
 def shard_of(host: HostProcessor, layout: TokenLayout, options: KernelOptions) -> Shard | None:
@@ -145,7 +189,7 @@ def check_shared(host: HostProcessor, *, joint: bool, policy: SparsityPolicy | N
         heads: of a self-attention.
 
     Raises:
-        NotImplementedError: ring attention that skips keys or has text, or maps made for all heads.
+        NotImplementedError: ring attention that skips keys or has text; orders for all heads with searched maps.
         ValueError: the ranks cannot share the heads.
     """
     degree = host.ring_degree()
@@ -155,10 +199,11 @@ def check_shared(host: HostProcessor, *, joint: bool, policy: SparsityPolicy | N
             f"{what} does not work with ring attention (ring_degree={degree}): a rank never sees all keys. Use "
             "videosparse.parallelize(pipe), or ContextParallelConfig(ulysses_degree=...)."
         )
-    if policy is not None and policy.by_head and not policy.searches and host.ulysses_degree() > 1:
+    searches = policy is not None and policy.searches
+    if searches and getattr(policy, "calibrated", None) is not None and host.ulysses_degree() > 1:
         raise NotImplementedError(
-            "Plans of PAROAttention do not work with context parallelism: every head has its own order and map, and a "
-            "rank sees its share of the heads. Use one GPU, PAROProcessor() without a plan, or RadialProcessor()."
+            "online_maps does not work with context parallelism: a plan's orders are for all heads, and a rank "
+            "searches for its own. Use one GPU, or PAROProcessor() without a plan."
         )
     check_heads(heads, host.ulysses_degree())
 

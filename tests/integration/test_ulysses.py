@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ RUNS = {
     "wan, dense integers": Run("wan", "DenseProcessor", {"quant": "int8"}, half=True),
     "wan, adaspa": Run("wan", "AdaSpaProcessor", ADASPA, steps=4),
     "wan, paro": Run("wan", "PAROProcessor", {"density": 0.3, "first_steps": 0.25, "num_steps": 4}, steps=4),
+    "wan, paro by a plan": Run("wan", "plan", {"first_steps": 0.25, "num_steps": 4}, grid=(3, 8, 8), steps=4),
     "hunyuan_video, radial": Run("hunyuan_video", "RadialProcessor", {**RADIAL, "first_layers": 0}),
     "hunyuan_video, dense": Run("hunyuan_video", "DenseProcessor"),
     "hunyuan_video, adaspa": Run("hunyuan_video", "AdaSpaProcessor", ADASPA, steps=4),
@@ -59,7 +61,10 @@ def output(run: Run, share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
     tiny = TINY[run.model]
     config = {"attention_head_dim": 64} if run.half else {}
     model = tiny.build(num_attention_heads=4, **config) if run.model != "hunyuan_video" else tiny.build()
-    processor = getattr(videosparse, run.processor)(**run.options)
+    if run.processor == "plan":
+        processor = videosparse.PAROProcessor(some_plan(model), **run.options)
+    else:
+        processor = getattr(videosparse, run.processor)(**run.options)
     if run.rope:
         videosparse.extend_rope(model, "pi", trained_frames=5)
     if run.attach_first:
@@ -76,6 +81,23 @@ def output(run: Run, share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.half):
             out = model(**inputs, return_dict=False)[0]
     return out
+
+
+def some_plan(model: torch.nn.Module) -> Any:
+    """Random orders and maps for grid 3x8x8, heads of unequal density."""
+    from videosparse.blocks import pack_rows
+    from videosparse.policies.paro_plan import PAROPlan, PlanFacts, plain_config
+
+    torch.manual_seed(3)
+    layers, heads = model.config.num_layers, model.config.num_attention_heads
+    counts = torch.randint(1, 4, (layers, 3, heads), dtype=torch.int32)
+    rank = torch.rand(layers, 3, heads, 3, 3).argsort(-1).argsort(-1)
+    facts = PlanFacts(
+        model_class=type(model).__name__, config=plain_config(model.config), grid=(3, 8, 8), text=0, layers=layers,
+        heads=heads, block=(64, 64), buckets=2, density=0.5, mass=None, video=(9, 64, 64),
+    )  # fmt: skip
+    codes = torch.randint(0, 6, (layers, heads), dtype=torch.uint8)
+    return PAROPlan(codes, counts, pack_rows(rank < counts[..., None, None]), facts)
 
 
 def one_rank(rank: int, meeting: str) -> dict[str, torch.Tensor]:
@@ -195,6 +217,18 @@ def test_training_sums_the_gradients_of_the_ranks(ranks):
 def test_shards_may_differ_in_length(ranks):
     for rank in ranks:
         assert [float(x.abs().max()) for x in rank["there and back"]] == [0, 0, 0]
+
+
+def test_heads_are_dealt_so_that_ranks_have_equal_work():
+    from videosparse.sharing import deal_heads
+
+    assert deal_heads([9, 1, 1, 1, 1, 9], 2) == [0, 1, 3, 2, 4, 5]
+    work = [8, 7, 6, 5, 4, 3, 2, 1]
+    dealt = deal_heads(work, 4)
+    assert sorted(dealt) == list(range(8))
+    assert [work[a] + work[b] for a, b in zip(dealt[::2], dealt[1::2], strict=True)] == [9, 9, 9, 9]
+    assert deal_heads([5, 5, 5, 5], 2) == [0, 2, 1, 3]
+    assert deal_heads([3, 3], 1) == [0, 1]
 
 
 @pytest.mark.slow
