@@ -357,3 +357,38 @@ def test_other_families(name, tmp_path):
     if name == "mochi":
         with pytest.raises(ConfigError, match="Mochi learned the frequencies"):
             LoraRun(change(config, model={"rope": "ntk"}), make_accelerator(config, "cpu"))
+
+
+def test_each_expert_is_trained_at_its_noise_levels(tmp_path):
+    """Wan 2.2: the low-noise expert, written, loaded into the second transformer, the first one left alone."""
+    from diffusers import WanPipeline
+
+    from videosparse import restore
+    from videosparse.generation.lora import find_lora, load_loras
+    from videosparse.training.run import LoraRun, make_accelerator
+
+    torch.set_num_threads(1)
+    folder = lora_runs.save_pipe("wan22", tmp_path / "model")
+    data = lora_runs.random_data(tmp_path / "data", folder, size=64)
+    config = lora_runs.make_config(
+        folder, data, tmp_path / "out", model_={"component": "transformer_2"},
+        train={"noise_to": 0.875, "lr": 1e-1}, attention={"first_steps": 0.0},
+    )  # fmt: skip
+    run = LoraRun(config, make_accelerator(config, "cpu"))
+    levels = [run.sampler.level(run.sampler.step(n), 0) for n in range(200)]
+    assert 0.7 < max(levels) <= 0.875
+    steps(run, 3)
+    lora = find_lora(str(run.export()))
+    assert lora.component == "transformer_2"
+    batch = run.sampler.batch(run.sampler.step(0), [0])
+    inputs = run.family.inputs(run.transformer.config, batch.noisy, batch.levels, batch.text)
+    restore(run.transformer)
+    pipe = WanPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        trained = run.transformer.eval()(**inputs, return_dict=False)[0]
+        stock = [t(**inputs, return_dict=False)[0] for t in (pipe.transformer, pipe.transformer_2)]
+        load_loras(pipe, (lora,))
+        loaded = [t(**inputs, return_dict=False)[0] for t in (pipe.transformer, pipe.transformer_2)]
+    assert torch.equal(loaded[0], stock[0])
+    assert torch.equal(loaded[1], trained)
+    assert not torch.equal(trained, stock[1])
