@@ -268,6 +268,45 @@ SHARES = {
 }  # fmt: skip
 
 
+def models() -> str:
+    """A forward of a whole transformer, and runs of 50 steps reckoned from it."""
+    cases: dict[str, dict[str, Row]] = {}
+    for r in read("models"):
+        cases.setdefault(r["case"], {})[r["contender"]] = r
+    lines = []
+    for case, found in cases.items():
+        stock, dense, sparse = (found[name] for name in ("stock", "dense", "radial"))
+        cells = [f"{float(r['forward_s']):.2f}" for r in (stock, dense, sparse)]
+        runs = [f"{float(r['run_s']) / 60:.1f}" for r in (stock, sparse)]
+        step, run = (float(stock[c]) / float(sparse[c]) for c in ("forward_s", "run_s"))
+        layers = f"{stock['layers']} layers"
+        lines.append([case, layers, f"{float(sparse['density']):.2f}", *cells, f"{step:.2f}x", *runs, f"{run:.2f}x"])
+    head = [
+        "model, size", "timed", "density", "stock, s a forward", "dense, ours", "Radial", "sparse step against stock",
+        "50 steps: stock, min", "with Radial", "",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def training() -> str:
+    """Training steps of whole models, reckoned from few layers."""
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in read("lora_training"):
+        cases.setdefault((r["case"], r["frames"]), {})[r["attention"]] = r
+    lines = []
+    for (case, frames), found in cases.items():
+        first = next(iter(found.values()))
+        steps = [f"{float(found[name]['extrapolated_step_s']):.0f}" for name in ("cudnn", "fa2", "radial")]
+        gains = [f"{float(found['radial'][c]):.2f}x" for c in ("against_cudnn", "against_fa2")]
+        size = f"{case}, {frames} frames"
+        lines.append([size, f"{first['times_length']}x", f"{int(first['tokens']):,}", *steps, *gains])
+    head = [
+        "model, size", "length", "tokens", "dense by cuDNN, s", "by FlashAttention-2, s", "Radial, s",
+        "cheaper than cuDNN", "than FlashAttention-2",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def paro_videos() -> str:
     """Videos by plans of PAROAttention, with orders and without, in integers and without."""
     return fidelity("paro_fidelity")
@@ -404,7 +443,7 @@ def dimensions() -> str:
 
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published, dimensions,
+    goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

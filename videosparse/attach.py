@@ -213,10 +213,10 @@ class RunTracker:
         host, joint = self.layers[0][1], self.family.joint
         check_shared(host, joint=joint, policy=resolved.policy, heads=int(self.config["num_attention_heads"]))
         shard = shard_of(host, layout, resolved.options)
-        if shard is not None and training and (joint or (resolved.policy is not None and resolved.policy.by_head)):
+        if shard is not None and training and resolved.policy is not None and resolved.policy.by_head:
             raise NotImplementedError(
-                "Context parallelism in training is available for Wan, with RadialProcessor or DenseProcessor, only; "
-                "use data parallelism, a video a GPU."
+                "Context parallelism in training does not work with plans of PAROAttention, whose heads are dealt by "
+                "work; use RadialProcessor, DenseProcessor, or data parallelism, a video a GPU."
             )
         self._ranks = 1 if shard is None else shard.exchange.ranks
         for _, layer in self.layers:
