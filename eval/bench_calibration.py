@@ -55,6 +55,11 @@ class Part:
     seconds: float
     times: int
 
+    def columns(self) -> dict[str, Any]:
+        """Of its row."""
+        total = f"{self.seconds * self.times:.2f}" if self.times else ""
+        return {"part": self.name, "seconds": f"{self.seconds:.3f}", "times": self.times, "total_s": total}
+
 
 def clock(device: torch.device) -> float:
     """Seconds, once the device is done."""
@@ -174,13 +179,13 @@ def extrapolated(case: Case, layers_run: int, device: torch.device, pipe: WanPip
         "heads": case.model.heads, "tokens": case.grid.tokens, **_asked(),
     }  # fmt: skip
     whole = [Part(p.name, p.seconds * layers / layers_run, p.times) for p in parts]
+    yield from (common | part.columns() for part in whole)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.safetensors"
-        whole += file_parts(plan_of(bits, config, case, layers), path, device)
+        of_file = file_parts(plan_of(bits, config, case, layers), path, device)
         size = f"{path.stat().st_size / 1e6:.3f}"
-    for part in whole:
-        total = f"{part.seconds * part.times:.2f}" if part.times else ""
-        yield common | {"part": part.name, "seconds": f"{part.seconds:.3f}", "times": part.times, "total_s": total}
+    yield from (common | part.columns() for part in of_file)
+    whole += of_file
     total = sum(p.seconds * p.times for p in whole)
     yield common | {"part": "all", "total_s": f"{total:.1f}", "plan_mb": size}
 
@@ -227,19 +232,23 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"other cases or devices would replace the rows of {OUTPUT}; give another --output.")
     rows: list[dict[str, Any]] = []
     where = environment(args.commit)
+
+    def keep(row: dict[str, Any]) -> None:
+        """Written at once: a run that is cut off keeps what it has."""
+        rows.append(row | where)
+        write_rows(args.output, rows, COLUMNS)
+        print(line(row), flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         for frames in FRAMES if re.search(args.only, "embedded") else ():
             if not rows:  # a first one, for what is compiled and loaded once
                 measured(frames, args.device, 2, Path(folder))
-            rows.append(measured(frames, args.device, args.steps, Path(folder)) | where)
-            print(line(rows[-1]), flush=True)
+            keep(measured(frames, args.device, args.steps, Path(folder)))
     if re.search(args.only, CASE):
         device = torch.device(args.device)
         pipe = random_pipeline(args.layers, device, torch.bfloat16)
         for row in extrapolated(CASES[CASE], args.layers, device, pipe):
-            rows.append(row | where)
-            print(line(row), flush=True)
-    write_rows(args.output, rows, COLUMNS)
+            keep(row)
     return 0
 
 

@@ -225,14 +225,15 @@ def main(argv: list[str] | None = None) -> int:
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
+    where = environment(args.commit)
     for name in RUNS:
         if re.search(args.only, name):
             with torch.no_grad():
-                rows += (made := run(name, args.density, args.rounds, torch.device("cuda")))
+                made = run(name, args.density, args.rounds, torch.device("cuda"))
+            rows += [row | where for row in made]
+            write_rows(args.output, rows, COLUMNS)
             print("\n".join(map(line, made)), flush=True)
             torch.cuda.empty_cache()
-    where = environment(args.commit)
-    write_rows(args.output, [row | where for row in rows], COLUMNS)
     return 0
 
 

@@ -184,8 +184,10 @@ def calibrated(watch: Watch, settings: CalibrationSettings) -> Static:
     return static
 
 
-def judged(watch: Watch, judge: Judge, looked_at: dict[int, int], runs: list[Settings], advance: Any) -> None:
-    """Generate, and judge the conditional branch's calls of some steps."""
+def judged(
+    watch: Watch, judge: Judge, looked_at: dict[int, int], runs: list[Settings], advance: Any
+) -> Iterator[Settings]:
+    """Generate, and judge the conditional branch's calls of some steps; yields every run when it is done."""
     clock, seen = watch.tracker.session.clock, set[tuple[int, int, int]]()
 
     def core(number: int, original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: LayerPlan) -> Any:
@@ -201,6 +203,7 @@ def judged(watch: Watch, judge: Judge, looked_at: dict[int, int], runs: list[Set
         vars(layer)["core"] = lambda *call, n=number, o=original: core(n, o, *call)
     for run in runs:
         watch.pipe(**{**call_arguments(run), "output_type": "latent"}, callback_on_step_end=advance)
+        yield run
 
 
 def _advance(progress: Progress, bar: TaskID, *step: Any) -> dict[str, Any]:
@@ -276,9 +279,11 @@ def main() -> None:
             bar = progress.add_task(f"{frames} frames", total=args.steps * len(runs))
             judge = Judge(calibrated(watch, settings), list(args.densities))
             orders = torch.bincount(judge.static.codes.flatten().long(), minlength=6).tolist()
-            judged(watch, judge, settings.looked_at, runs, partial(_advance, progress, bar))
-        rows += [row | where for row in rows_of(judge, runs[0].grid.tokens, frames, args.steps)]
-        write_rows(args.output, rows, COLUMNS)
+            done = list(rows)
+            for run in judged(watch, judge, settings.looked_at, runs, partial(_advance, progress, bar)):
+                # after every run, so that a program that is cut off keeps what it has
+                rows = done + [row | where for row in rows_of(judge, run.grid.tokens, frames, args.steps)]
+                write_rows(args.output, rows, COLUMNS)
         print(f"{frames} frames, orders of the plan:", dict(zip(AXIS_ORDERS, orders, strict=True)))
         for row in rows:
             if row["frames"] == frames:

@@ -312,8 +312,20 @@ def paro_videos() -> str:
     return fidelity("paro_fidelity")
 
 
+def _measured(*names: str) -> bool:
+    return all((RESULTS / f"{name}.csv").exists() for name in names)
+
+
+def _integer_rows(case: str = "wan2.1-14b 720x1280x81") -> list[Row]:
+    """Rows of one call in bf16 and in integers; before there are any of the present code, the bf16 rows of variants."""
+    rows = read("integer_attention" if _measured("integer_attention") else "integer_variants")
+    return [r for r in rows if r["case"] == case and r["p50_ms"] and not r["note"]]
+
+
 def reordering() -> str:
     """Recall and output error of maps by how orders and maps were chosen."""
+    if not _measured("reordering"):
+        return UNMEASURED
     rows = read("reordering")
     columns = list(dict.fromkeys((r["frames"], r["asked_density"]) for r in rows if r["method"] != "dense"))
     columns = [(frames, density) for frames, density in columns if frames == max((c[0] for c in columns), key=int)]
@@ -328,14 +340,18 @@ def reordering() -> str:
 
 def rounding() -> str:
     """What integers alone do to dense attention on real queries, keys and values."""
+    if not _measured("reordering"):
+        return UNMEASURED
     rows = [r for r in read("reordering") if r["method"] == "dense" and r["quant"]]
     head = ["integers", "frames", "calls", "relative L2 error (95 %)", "least cosine of a call"]
     return markdown(head, [[r["quant"], r["frames"], r["calls"], _ranged(r, "error"), r["cosine_worst"]] for r in rows])
 
 
-def integers(case: str = "wan2.1-14b 720x1280x81") -> str:
+def integers() -> str:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
-    rows = [r for r in read("integer_attention") if r["case"] == case and r["p50_ms"]]
+    if not _measured("integer_attention"):
+        return UNMEASURED
+    rows = _integer_rows()
     dense = [r for r in rows if r["policy"] == "dense"]
     fastest = min((r for r in dense if r["kernel"] not in ("int8", "int8-fp8")), key=lambda r: float(r["p50_ms"]))
     lines = [["fastest dense", KERNELS[fastest["kernel"]], "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
@@ -353,6 +369,8 @@ def integers(case: str = "wan2.1-14b 720x1280x81") -> str:
 
 def reorder_cost() -> str:
     """What an order adds to a sparse attention call, part by part."""
+    if not _measured("reorder"):
+        return UNMEASURED
     rows = read("reorder")
     lines = []
     for case in dict.fromkeys(r["case"] for r in rows):
@@ -369,6 +387,8 @@ def reorder_cost() -> str:
 
 def calibration() -> str:
     """Seconds and size of a calibration."""
+    if not _measured("paro_calibration"):
+        return UNMEASURED
     rows = read("paro_calibration")
     lines = []
     for case in dict.fromkeys(r["case"] for r in rows):
@@ -392,7 +412,7 @@ PUBLISHED = [
 def published() -> str:
     """The paper's table beside ours: the gain of a call of Wan-14B, and the fidelity of the embedded model."""
     videos = read("paro_fidelity")
-    calls = [r for r in read("integer_attention") if r["case"] == "wan2.1-14b 720x1280x81" and r["p50_ms"]]
+    calls = _integer_rows()
     dense = min(float(r["p50_ms"]) for r in calls if r["policy"] == "dense" and not r["kernel"].startswith("int8"))
     calls = [r for r in calls if r["policy"] == "uniform"]
     lines = []

@@ -1,6 +1,7 @@
 """The Hopper kernel of integer attention without a Hopper GPU: its source on the CPU, compiled for sm_90."""
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(hopper_int8, "_multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int8, "compiled", lambda *_, **__: kernel)
     monkeypatch.setattr(hopper_int8, "value_tail", clean_tail)
+    monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
     monkeypatch.setattr(hopper_int8, "quantize", quantized.quantize)
     monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
     monkeypatch.setattr(int8_path, "_has_fp8", lambda device: True)
@@ -107,7 +109,7 @@ def compile_int8(head_dim, keys, fp8, sparse=True, text=True, lse=True, dtype="b
     constants = {
         "KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "FP8": fp8, "NEED_LSE": lse,
     }  # fmt: skip
-    constants |= dict(zip(("OFFSET_FIRST", "TURNS", "PIN"), hopper_int8.variant(fp8, text), strict=True))
+    constants |= dict(zip(("OFFSET_FIRST", "TURNS"), hopper_int8.VARIANT, strict=True))
     values = (f"fp8e4nv[1,1,{head_dim},{keys}]", (keys, 8, 4)) if fp8 else (f"{dtype}[1,1,{keys},64]", (128, 16, 4))
     descriptors = {
         "q_desc": (f"i8[1,1,64,{head_dim}]", (head_dim, 8, 4)),
@@ -152,9 +154,18 @@ def test_compiles_for_hopper(fp8, head_dim, keys, sparse, text, tmp_path):
     assert "LOCAL:0 " in used
     # some words may wait in local memory around the loops; masked tiles, which are few, read column numbers there
     assert int(re.search(r"STACK:(\d+)", used)[1]) <= 256, used
-    spilled = spilled_in_loops(disassemble("nvdisasm", tmp_path), 2)
+    sass = disassemble("nvdisasm", tmp_path)
+    assert not fp8 or scores_are_alone(sass)
+    spilled = spilled_in_loops(sass, 2)
     assert not any("STL" in x for x in spilled), spilled
     assert len(spilled) <= (40 if text else 0)
+
+
+def scores_are_alone(sass):
+    """Whether every integer product is waited for before one with fp8 values starts."""
+    steps = re.findall(r"(IGMMA|QGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x0)", sass)
+    waited = [before for before, after in pairwise(steps) if after == "QGMMA" and before != "QGMMA"]
+    return len(waited) >= 4 and not any(before == "IGMMA" for before in waited)
 
 
 def call(lists=None, seq_lens=None, video=256, text_start=256):
@@ -175,6 +186,9 @@ def lists(block):
         (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), False, None),
     ],
 )
-def test_what_it_does_not_take(v, given, fp8, reason):
+def test_what_it_does_not_take(v, given, fp8, reason, monkeypatch):
+    if fp8:
+        assert "until a GPU has shown" in hopper_int8.unsuited(v, v, v, given, False, fp8)
+        monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
     found = hopper_int8.unsuited(v, v, v, given, False, fp8)
     assert found is None if reason is None else re.search(reason, found)

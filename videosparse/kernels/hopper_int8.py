@@ -16,15 +16,14 @@ from videosparse.kernels.tma import describe, is_aligned
 from videosparse.kernels.value_tail import value_tail
 from videosparse.layout import ceil_div
 
-VARIANTS = {False: (True, 0, True), True: (True, 0, True)}
-"""For 16-bit and for fp8 values: whether products start from the offset that makes integers floats, how consumers take
-turns, and whether weights are pinned beside the product with values; see `variant`."""
+VARIANT = (True, 0)
+"""Whether products start from the offset that makes integers floats, and how consumers take turns."""
 
 
-def variant(fp8: bool, text: bool) -> tuple[bool, int, bool]:
-    """OFFSET_FIRST, TURNS and PIN of a call: where tiles of text are masked, pinned weights would spill."""
-    first, turns, pin = VARIANTS[fp8]
-    return first, turns, pin and not text
+FP8_VALUES = False
+"""Whether calls with fp8 values are taken. Not before a GPU has shown that outputs repeat to the bit: they did not
+while scores and such values were multiplied at the same time, which `hopper_int8_kernel` now avoids. Until then the
+portable kernel takes them."""
 
 
 def unsuited(
@@ -32,6 +31,8 @@ def unsuited(
 ) -> str | None:
     """What of a call on checked tensors [B, L, H, D] this kernel does not take; None when it takes all."""
     batch, length, heads, _ = q.shape
+    if fp8 and not FP8_VALUES:
+        return "it takes no fp8 values until a GPU has shown that its outputs repeat"
     if call.lists is not None and call.lists.block[0] != 128:
         return f"it takes blocks of 128 query rows (got {call.lists.block[0]})"
     if batch >= 2**15 or heads >= 2**16 or batch * heads * ceil_div(length, 128) >= 2**31:
@@ -127,7 +128,7 @@ def attend_quantized(
         video,
         text_start,
     )
-    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0, *variant(fp8, text))
+    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0, *VARIANT)
     key = (device, dtype, data.v.dtype, constants)
     kernel = compiled(int8_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)

@@ -15,6 +15,8 @@ Lists, layout and work are those of `hopper_kernel`, and so are the roles: a pro
 Scores are exact int32 sums. An int32 n below 2^22 becomes the float 1.5 * 2^23 + n by adding the bits of that number
 (SageAttention2, arXiv 2411.10958, does so too), and the offset leaves again in the multiply-add that applies the
 scale. Products with fp8 values keep about 14 bits on Hopper, so each tile gets accumulators of its own, added in fp32.
+A wait counts products in flight, and of an integer one and an fp8 one behind it the second may end first: that is the
+likely cause of outputs that did not repeat. So scores are waited for before the product with fp8 values starts.
 INT4 is left out: Hopper's wgmma has no 4-bit integers (PTX ISA, wgmma.mma_async: .s8, .u8 and .b1), and Triton's dot,
 3.6 to 3.9, takes none below 8 bits on any card.
 """
@@ -352,9 +354,9 @@ def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
 
 @gluon.jit
 def _continue(
-    w: gl.constexpr, q, own, keys, values, turns, pins, spots, n, operand, top, shrink, total, acc, masked, end, layout,
+    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr, PIN: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
@@ -367,11 +369,13 @@ def _continue(
     mbarrier.wait(k_full.index(k_slot), k_phase)
     _take_turn(turns, w, n, TURNS)
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+    if FP8:
+        s_run = warpgroup_mma_wait(0, [s_run])
     mbarrier.wait(v_full.index(v_slot), v_phase)
     acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
     _pass_turn(turns, w, TURNS == 1)
     halves = _key_scales(k_scales, k_slot)
-    scores = _as_float(warpgroup_mma_wait(1, [s_run]), OFFSET_FIRST)
+    scores = _as_float(s_run if FP8 else warpgroup_mma_wait(1, [s_run]), OFFSET_FIRST)
     _pass_turn(turns, w, TURNS == 2)
     if TEXT and masked:
         scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
@@ -380,9 +384,6 @@ def _continue(
     new_shrink = gl.exp2(top - new_top)
     p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
-    if PIN:
-        # nobody reads this: it makes ptxas compute the weights beside the product at work, and not after it
-        pins.index(w).store(more)
     product = warpgroup_mma_wait(0, [acc_run])
     _pass_turn(turns, w, TURNS == 3)
     acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
@@ -431,8 +432,8 @@ def _own_scales(scales, slot):
 @gluon.jit
 def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-    pins, mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, PIN: gl.constexpr,
+    mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries
@@ -454,8 +455,8 @@ def _consume(
         shrink = top * 0.0
         for tile in range(1, tiles):
             operand, top, shrink, total, acc = _continue(
-                w, q, own, keys, values, turns, pins, spots, n, operand, top, shrink, total, acc, tile < masked, end,
-                layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, PIN,
+                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
+                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -471,10 +472,12 @@ def _consume(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         _take_turn(turns, w, n, TURNS)
         s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+        if FP8:
+            s_run = warpgroup_mma_wait(0, [s_run])
         mbarrier.wait(v_full.index(v_slot), v_phase)
         acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
         _pass_turn(turns, w, TURNS == 1)
-        scores = warpgroup_mma_wait(1, [s_run])
+        scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
         _pass_turn(turns, w, TURNS == 2)
         top2, p, total2 = _open(
             scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST
@@ -534,7 +537,6 @@ def int8_kernel(
     NEED_LSE: gl.constexpr,
     OFFSET_FIRST: gl.constexpr,
     TURNS: gl.constexpr,
-    PIN: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -544,7 +546,6 @@ def int8_kernel(
     k_full, k_empty = _barriers(k_count)
     v_full, v_empty = _barriers(v_count)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    pins = gl.allocate_shared_memory(gl.float32, [2, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
     q_slots = gl.allocate_shared_memory(gl.int8, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
@@ -564,9 +565,9 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        pins, mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, PIN)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        pins, mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, PIN)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
         ],
