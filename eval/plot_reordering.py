@@ -4,7 +4,7 @@
 
 Writes `assets/figures/reordering.png`. Left: relative L2 error of attention's output by static maps, from the rows of
 `eval/measure_reordering.py`, the longest video. Right: PSNR of whole videos against dense, from those of
-`eval/compare_videos.py --paro`. Needs matplotlib (`pip install videosparse[eval]`).
+`eval/compare_methods.py`. Needs matplotlib (`pip install videosparse[eval]`).
 """
 
 from __future__ import annotations

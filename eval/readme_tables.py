@@ -1,4 +1,4 @@
-"""Write the tables of README.md (and the model card) from the rows in `assets/results`.
+"""Write the tables of README.md, of assets/results/README.md and of the model card from the rows in `assets/results`.
 
     python eval/readme_tables.py            rewrite what stands between the marks
     python eval/readme_tables.py --check    exit with 1 if a table is out of date (the test suite does this)
@@ -19,7 +19,7 @@ from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
-PAGES = ("README.md", "assets/tiny-wan/README.md")
+PAGES = ("README.md", "assets/results/README.md", "assets/tiny-wan/README.md")
 
 ACCURACY = {
     "tiny_wan_ceiling_33": "ground truth through the VAE, 33 frames",
