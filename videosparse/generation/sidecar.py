@@ -65,9 +65,12 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
 def fingerprint(settings: Settings) -> str:
     """A hash of all that decides a video, by which a batch knows what it has made already.
 
-    The device is not part of it: another one rounds otherwise, and makes the same video.
+    The device is not part of it: another one rounds otherwise, and makes the same video. LoRAs and plans count by what
+    their files are now: one that was trained again under the same name makes another video.
     """
     request = settings.request
+    options = dict(request.options.get(request.method, {}))
+    plan = options.get("plan")
     decides = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -79,9 +82,21 @@ def fingerprint(settings: Settings) -> str:
         "shift": settings.shift,
         "rope": [request.rope, settings.trained_frames],
         "dtype": settings.dtype,
-        "method": [request.method, dict(request.options.get(request.method, {}))],
+        "method": [request.method, options],
+        "loras": [[_state(lora.path), lora.scale] for lora in settings.loras],
+        "plan": _state(plan) if isinstance(plan, str | Path) else None,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _state(path: str | Path) -> list[object]:
+    """Where a file is, its size and when it changed; only where, once it is gone."""
+    place = Path(path).expanduser().absolute()
+    try:
+        status = place.stat()
+    except OSError:
+        return [str(place)]
+    return [str(place), status.st_size, status.st_mtime_ns]
 
 
 def comparison_record(
