@@ -1,6 +1,7 @@
 """`generate --lora`: what a file says decides what is not given, wrong files are refused, several add up."""
 
 import json
+import os
 
 import folders
 import pytest
@@ -121,6 +122,38 @@ def test_loras_of_two_experts_agree_on_what_is_dense(ask, make_lora):
     for pair in ((make_lora(), other), (other, make_lora())):
         options = ask(loras=tuple(map(str, pair))).resolve().request.options["radial"]
         assert (options["first_steps"], options["first_layers"]) == (0.5, 2)
+
+
+def test_another_lora_is_another_video(ask, make_lora):
+    """A batch makes again what it made with other adapters."""
+    from videosparse.generation.sidecar import fingerprint
+
+    one, two = str(make_lora(6)), make_lora(7)
+    asked = ({}, {"loras": (one,)}, {"loras": (str(two),)}, {"loras": (one,), "lora_scales": (0.5,)})
+    given = {"num_frames": 9, "options": {"radial": {"decay": 0.7, "first_steps": 0.5, "first_layers": 1}}}
+    prints = [fingerprint(ask(**given, **loras).resolve()) for loras in asked]
+    assert len(set(prints)) == 4
+    weights = two / "pytorch_lora_weights.safetensors"
+    os.utime(weights, (1, 1))  # trained again
+    assert fingerprint(ask(**given, loras=(str(two),)).resolve()) not in prints
+
+
+def test_a_pipeline_without_the_lora_is_refused(ask, make_lora):
+    from videosparse.generation.running import load_pipeline
+
+    lora = str(make_lora(8))
+    plain = load_pipeline(ask(num_frames=9).resolve())[0]
+    with pytest.raises(GenerationError, match="has not loaded the LoRA"):
+        generate(ask(num_frames=9, loras=(lora,)), pipe=plain)
+    settings = ask(num_frames=9, steps=1, loras=(lora,)).resolve()
+    assert generate(settings, pipe=load_pipeline(settings)[0]).frames.shape[0] == 9
+
+
+def test_a_batch_has_one_set_of_loras(ask, make_lora, tmp_path):
+    from videosparse.generation.batch import plan_batch
+
+    with pytest.raises(GenerationError, match="Prompt 2 of 2 asks for another model, dtype, device, offload or LoRA"):
+        plan_batch([ask(), ask(loras=(str(make_lora(9)),))], tmp_path)
 
 
 def test_run_files_name_loras(tmp_path):

@@ -78,6 +78,11 @@ def plan_batch(
             runs.append(request.resolve())
         except GenerationError as error:
             raise GenerationError(f"Prompt {number} of {len(requests)}: {error}") from error
+        if _loaded(runs[-1]) != _loaded(runs[0]):
+            raise GenerationError(
+                f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload or LoRA than the "
+                "first one, and a batch loads one pipeline; make a batch of each."
+            )
     return Batch(tuple(runs), folder, latents, overwrite)
 
 
@@ -105,6 +110,12 @@ def run_batch(batch: Batch, told: Told, progress: Progress = quiet) -> None:
         done[key] = paths[".mp4"]
         told(number, Generation(result.settings, result.run, load_seconds), paths)
         load_seconds = None
+
+
+def _loaded(run: Settings) -> tuple[object, ...]:
+    """What a pipeline is loaded with."""
+    loras = [(lora.path, lora.scale) for lora in run.loras]
+    return run.source.location, run.dtype, run.device, run.request.offload, loras
 
 
 def _numbered(progress: Progress, number: int, count: int) -> Progress:

@@ -117,20 +117,30 @@ def load_loras(pipe: Any, loras: tuple[LoraFile, ...]) -> None:
     """
     names: dict[str, list[tuple[str, float]]] = {}
     for number, lora in enumerate(loras):
-        name = f"{number}-{lora.name}"
+        name = _adapter(number, lora)
         extra = {"load_into_transformer_2": True} if lora.component == "transformer_2" else {}
         try:
             pipe.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name, **extra)
         except Exception as error:  # peft, Diffusers and safetensors each raise their own
             raise GenerationError(f"Cannot load the LoRA {lora.path}: {one_line(error)}") from error
         transformer = getattr(pipe, lora.component)
-        if name not in (getattr(transformer, "peft_config", None) or {}):
+        if not _has(transformer, name):
             raise GenerationError(f"The LoRA {lora.path} has nothing for the {lora.component} of this model.")
         names.setdefault(lora.component, []).append((name, lora.scale))
         if lora.norms is not None:
             load_norms(transformer, lora.norms)
     for component, adapters in names.items():
         getattr(pipe, component).set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+
+
+def check_loaded(pipe: Any, loras: tuple[LoraFile, ...]) -> None:
+    """Raise GenerationError where a pipeline has not loaded the LoRAs of a request, as one that was given may not."""
+    for number, lora in enumerate(loras):
+        if not _has(getattr(pipe, lora.component, None), _adapter(number, lora)):
+            raise GenerationError(
+                f"The pipeline that was given has not loaded the LoRA {lora.path}; give none, or that of "
+                "load_pipeline for this request."
+            )
 
 
 def load_norms(transformer: Any, path: Path) -> None:
@@ -152,6 +162,14 @@ def load_norms(transformer: Any, path: Path) -> None:
             if name not in mine or mine[name].shape != value.shape:
                 raise GenerationError(f"{path} is for another model: it has {name} {list(value.shape)}.")
             mine[name].copy_(value)
+
+
+def _adapter(number: int, lora: LoraFile) -> str:
+    return f"{number}-{lora.name}"
+
+
+def _has(transformer: Any, adapter: str) -> bool:
+    return adapter in (getattr(transformer, "peft_config", None) or {})
 
 
 def _sizes(values: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from videosparse.attach import restore, sparsify
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.latents import keeping, prepare_vae
-from videosparse.generation.lora import load_loras
+from videosparse.generation.lora import check_loaded, load_loras
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
 from videosparse.generation.streaming import Sink, streaming
@@ -129,9 +129,10 @@ def run_method(
         keep_latents: whether `Run.latents` is wanted.
 
     Raises:
-        GenerationError: options that the method or the model refuses, too little memory, or frames that are not
-            finite. What goes wrong inside the pipeline comes through as it is.
+        GenerationError: options that the method or the model refuses, LoRAs that the pipeline has not loaded, too
+            little memory, or frames that are not finite. What goes wrong inside the pipeline comes through as it is.
     """
+    check_loaded(pipe, settings.loras)
     processor = make_processor(method, options)
     notices = (*_cuts(pipe, settings), *_beyond(settings))
     kept: list[torch.Tensor] = []
