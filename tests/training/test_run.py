@@ -392,3 +392,24 @@ def test_each_expert_is_trained_at_its_noise_levels(tmp_path):
     assert torch.equal(loaded[0], stock[0])
     assert torch.equal(loaded[1], trained)
     assert not torch.equal(trained, stock[1])
+
+
+def test_an_expert_trains_with_the_attention_of_the_pair(tmp_path):
+    """Radial Attention's defaults are other ones for two experts; generation takes those."""
+    from videosparse.attach import tracker_of
+    from videosparse.processors import RadialProcessor
+    from videosparse.training.config import ConfigError
+    from videosparse.training.run import LoraRun, make_accelerator
+
+    torch.set_num_threads(1)
+    folder = lora_runs.save_pipe("wan22", tmp_path / "model")
+    data = lora_runs.random_data(tmp_path / "data", folder, size=64)
+    config = lora_runs.make_config(folder, data, tmp_path / "out")
+    run = LoraRun(config, make_accelerator(config, "cpu"))
+    run.loss(run.sampler.batch(run.sampler.step(0), [0]), dense=False)
+    resolved = tracker_of(run.transformer).session.processor.binding.resolved
+    assert resolved.variant == "wan2.2-a14b"
+    assert resolved.policy.decay == RadialProcessor().resolve(run.source.spec, experts=2).policy.decay
+    videos = lora_runs.make_config(folder, data, tmp_path / "out", validate={"prompts": ["a cat"]})
+    with pytest.raises(ConfigError, match="needs both of its experts"):
+        LoraRun(videos, make_accelerator(videos, "cpu"))

@@ -142,7 +142,7 @@ class LoraRun:
         self.parameters = trained(self.transformer)
         self.average = Average(self.parameters, train.ema) if train.ema else None
         self.done = 0
-        self._flops: dict[int, float] = {}
+        self._densities: dict[int, float] = {}
         reset_peak_memory(accelerator.device)
 
     # what a step is
@@ -161,8 +161,12 @@ class LoraRun:
             schedule = {"first_steps": 0, "last_steps": 0, "first_layers": attention.first_layers}
             options = {**attention.options, **schedule}
         self.processor = make_processor(attention.method, options)
+        experts = self.source.experts
         with refusals():
+            self.processor.resolve(self.source.described, experts=experts)
             sparsify(self.transformer, self.processor)
+        # one transformer does not tell that it is one of two experts, whose defaults generation takes
+        tracker_of(self.transformer).session.experts = experts
 
     def loss(self, batch: Batch, dense: bool) -> Tensor:
         """Mean squared error of the flow in fp32, as one number."""
@@ -262,13 +266,13 @@ class LoraRun:
         return grid.tokens * samples, (linear + attention) * samples
 
     def _density(self, layout: TokenLayout) -> float:
-        if layout.length not in self._flops:
+        if layout.length not in self._densities:
             resolved = self.processor.resolve(self.source.described, experts=self.source.experts, grid=layout.grid)
             found = None if resolved.policy is None else resolved.policy.static_map(layout)
             density = 1.0 if found is None else float(found.density)
             dense = min(self.source.spec.layers, self.config.attention.first_layers)
-            self._flops[layout.length] = density + (1 - density) * dense / self.source.spec.layers
-        return self._flops[layout.length]
+            self._densities[layout.length] = density + (1 - density) * dense / self.source.spec.layers
+        return self._densities[layout.length]
 
     # what is kept
 
@@ -400,6 +404,11 @@ class LoraRun:
             )
         if config.model.component == "transformer_2" and self.source.experts < 2:
             raise ConfigError(f"{self.source.name} has one transformer; model.component must be transformer.")
+        if config.validate.prompts and self.source.experts > 1:
+            raise ConfigError(
+                f"validate.prompts makes videos with the transformer that is trained, and {self.source.name} needs "
+                "both of its experts; drop it, and look at the LoRA with videosparse generate --lora."
+            )
         if config.model.fp8 and not config.train.checkpointing:
             raise ConfigError("model.fp8 needs train.checkpointing = true: weights are 8 bits wide between the passes.")
         for frames in config.train.frames:
