@@ -160,10 +160,10 @@ class RunTracker:
                 "checkpointing runs a forward twice. Use RadialProcessor; to generate, call the transformer under "
                 "torch.no_grad(), as pipelines do."
             )
-        self._share(layout, resolved, training)
         if training and resolved.options.fused_norm == "auto":
             # a checkpoint that runs without gradients first must round as it does when it runs again
             resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
+        self._share(layout, resolved, training)
         device = inputs["hidden_states"].device
         dense = self._dense(layout, resolved, inputs["hidden_states"])
         if training:
@@ -520,7 +520,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
         pipe: a Diffusers pipeline.
         processor: one of our processors, which `sparsify` then binds; or what a transformer's own
             `set_attn_processor` takes, a stock processor or a dict of them, which is passed on to every transformer
-            of the pipeline after `restore`.
+            of the pipeline once ours are off. A stretched rotary embedding stays until `restore`.
 
     Raises:
         TypeError: see `sparsify`; or the transformer has no `set_attn_processor` to pass a stock processor to.

@@ -111,7 +111,25 @@ def one_rank(rank: int, meeting: str) -> dict[str, torch.Tensor]:
         "errors": errors(),
         "there and back": there_and_back(),
         "gradient": gradient(videosparse.parallelize),
+        "norms": norms(),
     }
+
+
+def norms() -> list[str]:
+    """Whether one kernel may norm what a rank projects: in generation, and in a training step."""
+    from pipes import TINY
+
+    import videosparse
+
+    model, told = TINY["wan"].build(), []
+    videosparse.sparsify(model, videosparse.RadialProcessor(**RADIAL))
+    videosparse.parallelize(model)
+    for training in (False, True):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            model(**TINY["wan"].inputs((4, 8, 8), 1, [12]), return_dict=False)
+        told.append(model.blocks[1].attn1.processor.shard.plan.options.fused_norm)
+    return told
 
 
 def gradient(share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
@@ -211,6 +229,13 @@ def test_training_sums_the_gradients_of_the_ranks(ranks):
     alone = gradient(lambda model: None)
     for rank in ranks:
         torch.testing.assert_close(rank["gradient"], alone, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_shards_are_normed_step_by_step_in_training(ranks):
+    """Else a checkpoint that runs without gradients first would round otherwise when it runs again."""
+    for rank in ranks:
+        assert rank["norms"] == ["auto", "off"]
 
 
 @pytest.mark.slow
