@@ -89,8 +89,6 @@ def test_latents(run, tmp_path):
         (["--prompts", "none.txt"], "Cannot read prompts from none.txt"),
         (["--prompts", "prompts.txt", "--frames", "10", "--steps", "2"], "Prompt 1 of 2: num_frames must be 4k+1"),
         (["a cat", "--compare", "--save-latents"], "do not go together"),
-        (["--from-latents", "a.safetensors", "--steps", "3"], "only decodes: steps is decided there"),
-        (["--from-latents", "a.safetensors"], "There are no latents at a.safetensors"),
         (["a cat", "--preset", "no"], "Unknown preset 'no'"),
         (["a cat", "--rope", "riflex", "--method", "dense"], "No intrinsic frequency is known"),
         (["a cat", "--trained-frames", "9"], "trained_frames is for --rope"),
@@ -104,3 +102,43 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "There are no latents at a.safetensors"),
+        (["--steps", "3"], "only decodes: steps is decided there"),
+        (["--config", "run.toml"], "only decodes: config is decided there"),
+        (["--preset", "tiny"], "only decodes: preset is decided there"),
+        (["--set", "radial.decay=1"], "only decodes: set is decided there"),
+        (["--plan", "a.safetensors"], "only decodes: plan is decided there"),
+        (["--compare"], "only decodes: compare is decided there"),
+    ],
+)
+def test_decoding_takes_no_options_of_generation(run, arguments, message):
+    result = run("generate", "--from-latents", "a.safetensors", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("where", ["command", "file"])
+def test_an_interrupted_batch_says_how_to_go_on(run, tmp_path, monkeypatch, where):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videosparse.generation.batch.load_pipeline", interrupted)
+    if where == "file":
+        (tmp_path / "run.toml").write_text(SMALL + 'prompts = "prompts.txt"\n')
+    result = run("generate", "--config", "run.toml", *(["--prompts", "prompts.txt"] if where == "command" else []))
+    assert result.exit_code == 130
+    assert "goes on with the videos that are missing" in result.stderr
+    assert "nothing was written" not in result.stderr
+
+
+def test_the_demo_says_what_it_takes(run):
+    from videosparse.cli.generation import DEMO_ON_CPU, DEMO_ON_GPU
+
+    told = " ".join(run("demo", "--help").stdout.split())
+    for cpu, gpu in zip(DEMO_ON_CPU, DEMO_ON_GPU, strict=True):
+        assert f"{cpu}, on a GPU {gpu}" in told

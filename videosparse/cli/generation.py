@@ -22,6 +22,11 @@ DEMO_PROMPT = "a red circle bounces on a checker background"
 DEMO_ON_CPU = 33, 8
 DEMO_ON_GPU = 81, 20
 
+
+def _demo_default(place: int) -> str:
+    return f"{DEMO_ON_CPU[place]}, on a GPU {DEMO_ON_GPU[place]}"
+
+
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of the method, such as radial.decay=0.5."),
@@ -106,8 +111,7 @@ def generate(
 
     A batch that was interrupted goes on with the videos that are missing when the same command is given again.
     """
-    again = "Interrupted; the same command goes on with the videos that are missing."
-    with guard(debug, "Interrupted; nothing was written." if prompts is None else again):
+    with guard(debug):
         from videosparse.generation.methods import parse_overrides
 
         given: dict[str, object] = {
@@ -117,11 +121,18 @@ def generate(
             "trained_frames": trained_frames, "lora": lora or None, "lora_scale": lora_scale or None,
         }  # fmt: skip
         if from_latents is not None:
-            _decode(from_latents, given, output, overwrite)
+            more = {
+                "preset": preset, "config": config, "prompts": prompts, "plan": plan, "set": options or None,
+                "compare": compare or None, "save_latents": save_latents or None,
+            }  # fmt: skip
+            _decode(from_latents, given | more, output, overwrite)
             return
         chosen = {key: value for key, value in given.items() if value is not None}
         chosen |= parse_overrides(with_plan(plan, options))
-        _generate(chosen, preset, config, prompts, output, overwrite=overwrite, compare=compare, latents=save_latents)
+        many = _generate(chosen, preset, config, prompts, output, overwrite, compare, save_latents)
+        if many is not None:
+            with guard(debug, "Interrupted; the same command goes on with the videos that are missing."):
+                _carry_out_batch(many)
 
 
 def _generate(
@@ -130,12 +141,11 @@ def _generate(
     config: str | None,
     prompts: str | None,
     output: str | None,
-    *,
     overwrite: bool,
     compare: bool,
     latents: bool,
-) -> None:
-    """One video or a batch, from values of all sources."""
+) -> Batch | None:
+    """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
     from videosparse.generation.errors import GenerationError
     from videosparse.generation.runfile import (
@@ -153,18 +163,18 @@ def _generate(
     many = prompts or (None if "prompt" in chosen else file.prompts)
     if many is None:
         _carry_out(request_from(values), output, overwrite, compare, latents)
-        return
+        return None
     for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
         if given:
             raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
     lines = read_prompts(many)
     requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
-    _carry_out_batch(plan_batch(requests, output, latents=latents, overwrite=overwrite))
+    return plan_batch(requests, output, latents=latents, overwrite=overwrite)
 
 
 def demo(
-    frames: Annotated[int | None, typer.Option(help="Pixel frames, 4k+1.", show_default="25, on a GPU 81")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="6, on a GPU 20")] = None,
+    frames: Annotated[int | None, typer.Option(help="Pixel frames, 4k+1.", show_default=_demo_default(0))] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default=_demo_default(1))] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     output: Annotated[str | None, typer.Option("--output", "-o", help="An .mp4 file or a folder.")] = None,
