@@ -179,8 +179,9 @@ def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, 
         plans = Plans(args, batches, args.output.with_name(f"{args.output.stem}-plans"), state, of_world)
         source = batches.settings.source
         conditions = Conditions(
-            source.described, batches.settings.grid, source.spec.text, args.block, args.first_steps, plans
-        )
+            source.described, batches.settings.grid, source.spec.text, args.block, args.first_steps, plans,
+            source.experts,
+        )  # fmt: skip
         where = environment(args.commit)
         keep = args.videos if args.keep_videos else None
         work = Comparison(batches, conditions, settings, store, where, submit, keep, deadline)

@@ -119,3 +119,9 @@ def test_random_maps_differ_by_layer_and_not_by_step():
     assert plans[0].index is plans[1].index
     assert not torch.equal(plans[0].index.ids, plans[2].index.ids)
     assert int(plans[0].index.row_ptr[-1]) == 12 * round(0.25 * 12)
+
+
+def test_the_density_of_radial_is_that_of_its_experts():
+    config, grid = {"_class_name": "WanTransformer3DModel", "in_channels": 16}, VideoGrid(21, 45, 80)
+    one, two = (Conditions(config, grid, 0, (128, 64), 0.2, None, experts).radial_density for experts in (1, 2))
+    assert one < 0.9 * two  # decay .2 and .8

@@ -149,6 +149,7 @@ class Conditions:
         block: (query rows, key rows), unless a setting has its own.
         first_steps: dense denoising steps of every sparse method.
         plan: gives the file of PAROAttention's plan for a density, with token orders or without.
+        experts: transformers of the model; Radial Attention's defaults depend on it.
     """
 
     model: ModelSpec | Mapping[str, Any]
@@ -157,11 +158,12 @@ class Conditions:
     block: tuple[int, int]
     first_steps: int | float
     plan: Callable[[float, bool], Path]
+    experts: int = 1
 
     @property
     def radial_density(self) -> float:
         """Density of Radial Attention's default map on this grid and block."""
-        policy = RadialProcessor(block=self.block).resolve(self.model, grid=self.grid).policy
+        policy = RadialProcessor(block=self.block).resolve(self.model, experts=self.experts, grid=self.grid).policy
         assert isinstance(policy, RadialPolicy)
         layout = TokenLayout(self.grid, self.text).aligned(self.block)
         return policy.block_map(layout).video_density(layout)
