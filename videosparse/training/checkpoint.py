@@ -103,5 +103,6 @@ def load_optimizer(optimizer: Any, names: Mapping[str, torch.nn.Parameter], stor
             value = own.detach()
         elif value.dim():
             value = value.to(parameter.device)
-        # AdamW counts its steps on the CPU
-        optimizer.state[parameter][key] = value
+        # AdamW counts its steps in a float on the CPU, bitsandbytes in a plain int
+        plain = key == "step" and not value.is_floating_point()
+        optimizer.state[parameter][key] = int(value) if plain else value
