@@ -139,7 +139,7 @@ def check_method_fits(
         static_map(resolved.policy, layout)
         with refusals():
             resolved.policy.state_bytes(layout, 1, source.spec.heads)
-    if reason := unavailable(resolved.options.backend, device, torch.bfloat16):
+    if reason := unavailable(resolved.options.backend, device, dtype):
         raise GenerationError(f"backend={resolved.options.backend} cannot run on {device}: {reason}; use backend=auto.")
     quant = resolved.options.quant
     if quant is not None and (reason := int8_path.unavailable(quant, device, dtype, source.spec.head_dim)):
