@@ -50,7 +50,7 @@ def main() -> int:
 
 def train(config: Config, args: argparse.Namespace) -> int:
     engine = make_accelerator(config, args.device)
-    if config.data.synthetic and not (Path(config.data.path) / "dataset.json").is_file():
+    if config.data.synthetic:
         with engine.main_process_first():
             if engine.is_main_process:
                 render_clips(config, str(engine.device))
@@ -116,10 +116,20 @@ def validate(run: LoraRun, when: str) -> dict[int, float]:
 
 
 def render_clips(config: Config, device: str) -> None:
-    """The data set of a synthetic recipe: clips of its longest length, which serve the others, too."""
+    """The data set of a synthetic recipe: clips of its longest length, which serve the others, too.
+
+    One that is there stays as it is, unless its encoding was interrupted.
+    """
+    folder = Path(config.data.path)
+    begun = folder / "unfinished"
+    if (folder / "dataset.json").is_file() and not begun.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     size = Size(max(config.train.frames), config.data.height, config.data.width)
     print(f"encoding {config.data.synthetic} synthetic clips of {size}", flush=True)
-    prepare(synthetic_clips(config.data.synthetic), Path(config.data.path), config.model.path, [size], device=device)
+    prepare(synthetic_clips(config.data.synthetic), folder, config.model.path, [size], device=device)
+    begun.unlink()
 
 
 class Clock:

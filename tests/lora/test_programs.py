@@ -59,6 +59,28 @@ def test_from_nothing_to_a_video(tmp_path, monkeypatch, capsys):
     assert made.run.options["first_steps"] == 0.1
 
 
+def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
+    from videosparse.training.config import load_config
+
+    train, calls = program("train_length_extension"), []
+
+    def prepare(clips, folder, *_, **__):
+        calls.append(len(clips))
+        (folder / "dataset.json").write_text("{}")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    assignments = [a for a in arguments(tmp_path)[1:] if "=" in a]
+    config = load_config(ROOT / "lora/recipes/tiny-2x.toml", assignments)
+    with pytest.raises(KeyboardInterrupt):
+        train.render_clips(config, "cpu")
+    for _ in range(2):
+        train.render_clips(config, "cpu")
+    assert calls == [4, 4], "once more, and not again when it is whole"
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["dataset.json"]
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(tmp_path):
     command = [sys.executable, "lora/train_length_extension.py", *arguments(tmp_path, "--set", "train.steps=400")]
