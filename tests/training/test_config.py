@@ -54,6 +54,7 @@ def test_recipes_are_valid(recipe):
         ("attention.options", "decay", "attention.options must be a table"),
         ("model.rope", "riflx", "model.rope must be .* Did you mean 'riflex'"),
         ("validate.video_every", 5, "needs validate.prompts"),
+        ("train.shift", -1.0, "train.shift must be at least 0"),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, value, message):

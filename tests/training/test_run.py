@@ -98,6 +98,16 @@ def test_another_run_is_not_resumed(lora_run):
     assert lora_run(train={"steps": 9}).resume() == 1
 
 
+def test_other_numbers_of_processes_are_another_run(lora_run):
+    run = lora_run()
+    run.train_step()
+    run.save()
+    more = lora_run()
+    more.sampler.in_step = 2  # as with two processes
+    with pytest.raises(ConfigError, match=r"A step had 1 samples in .* and has 2 now; start as many processes"):
+        more.resume()
+
+
 def test_a_loss_that_is_no_number_changes_nothing(lora_run):
     from videosparse.training.run import Diverged
 

@@ -1,6 +1,7 @@
 """Which clips, noise and captions a step sees: all of it follows from the seed and the number of the sample.
 
-Nothing is kept between steps, so a run that is resumed, or spread over other numbers of processes, sees the same.
+Nothing is kept between steps, so a run that is resumed, or spread over other numbers of processes with as many samples
+a step, sees the same.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Sampler:
         return stack([(latents, self._noise(f"held out {entry.key}", latents), level, text)])
 
     def _entry(self, bucket: Bucket, number: int) -> Entry:
-        """The clip of a sample: every clip of a bucket once before any comes again."""
+        """The clip of a sample: every clip of a bucket once before any comes again, where there is one bucket."""
         epoch, at = divmod(number, len(bucket.entries))
         order = list(range(len(bucket.entries)))
         random.Random(f"{self.config.train.seed} {bucket.size} {epoch} order").shuffle(order)

@@ -283,7 +283,7 @@ def _check(config: Config) -> None:
         ("data.synthetic", data.synthetic, 0), ("validate.every", validate.every, 0),
         ("validate.video_every", validate.video_every, 0), ("attention.first_layers", config.attention.first_layers, 0),
         ("train.seed", train.seed, 0), ("train.warmup", train.warmup, 0),
-        ("model.trained_frames", config.model.trained_frames, 0),
+        ("model.trained_frames", config.model.trained_frames, 0), ("train.shift", train.shift, 0),
     ):  # fmt: skip
         if number < least:
             raise ConfigError(f"{name} must be at least {least} (got {number}).")

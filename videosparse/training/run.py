@@ -287,7 +287,7 @@ class LoraRun:
         path = self.folder / checkpoint.FOLDER / f"step-{self.done:06d}"
         if self.accelerator.is_main_process:
             weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
-            state = {"config": self.config.as_dict(), "processes": self.accelerator.num_processes}
+            state = {"config": self.config.as_dict(), "samples": self.sampler.in_step}
             path = checkpoint.write_checkpoint(
                 self.folder, self.done, tensors, state, self.config.output.keep, lambda part: self._write(part, weights)
             )
@@ -305,6 +305,12 @@ class LoraRun:
             return 0
         tensors, state = checkpoint.read_checkpoint(found[-1])
         self._check_same(state["config"], found[-1])
+        samples = state.get("samples", self.sampler.in_step)
+        if samples != self.sampler.in_step:
+            raise ConfigError(
+                f"A step had {samples} samples in {found[-1]} and has {self.sampler.in_step} now; start as many "
+                "processes as before, or choose another output.folder."
+            )
         load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
         checkpoint.load_optimizer(self.optimizer, self.parameters, tensors.get(checkpoint.OPTIMIZER, {}))
         if self.average is not None:
