@@ -107,6 +107,13 @@ def test_tables_name_videos_and_captions(name, videos):
         find_clips(videos)
 
 
+def test_tables_of_spreadsheets(videos):
+    """They begin with a byte order mark, and captions in quotes may have several lines."""
+    (videos / "metadata.csv").write_text('\ufeffvideo,caption\r\n1.mp4,"a cat\nsurfing, fast"\r\n', newline="")
+    (clip,) = find_clips(videos)
+    assert (clip.name, clip.caption) == ("1.mp4", "a cat\nsurfing, fast")
+
+
 def test_clips_go_to_the_size_of_their_shape(videos, wan_folder, tmp_path):
     sizes = [Size(9, 32, 32), Size(9, 32, 48)]
     assert nearest_size((40, 48), sizes) == Size(9, 32, 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -123,11 +124,11 @@ def _render(seed: int, size: Size, device: torch.device | str) -> Tensor:
 
 def _of_table(table: Path) -> Iterator[ClipSource]:
     try:
-        text = table.read_text(encoding="utf-8")
+        text = table.read_text(encoding="utf-8-sig")  # spreadsheets begin with a mark
         if table.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read {table}: {error}.") from error
     for number, row in enumerate(rows, 1):
