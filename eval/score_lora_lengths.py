@@ -96,6 +96,8 @@ def switch(pipe: Any, name: str, method: str, folder: Path | None) -> None:
     if folder is not None:
         pipe.load_lora_weights(folder)
         lora = find_lora(str(folder))
+        if lora.norms is not None:
+            raise SystemExit(f"{folder} has trained norms, which would stay for the others; it cannot be judged here.")
         options = lora.options(method)
         extend_rope(pipe, lora.about["rope"], trained_frames=lora.about["trained_frames"])
     if name == "riflex":
