@@ -61,6 +61,19 @@ def test_decoded_frames(folders, ledger):
     assert row["psnr"] == pytest.approx(float(psnr(a, b).mean()))
 
 
+def test_latents_of_generate_go_with_decoded_frames(folders, ledger):
+    """`videosparse generate --save-latents` leaves them beside its mp4."""
+    from videosparse.generation.latents import save_latents
+
+    for number, folder in enumerate(folders):
+        save_latents(folder / "a-0.safetensors", torch.full((1, 8, 2, 4, 4), 1.0 + number), {})
+        save_latents(folder / "alone.safetensors", torch.ones(1, 8, 2, 4, 4), {})
+    found = score_pairs(*folders, ledger)
+    assert found.failures == []
+    (row,) = found.rows
+    assert (row["frames_from"], row["latent_l1"]) == ("decoded", 0.5)
+
+
 def test_a_perceptual_distance(folders, ledger):
     mine, theirs = folders
     (row,) = score_pairs(mine, theirs, ledger, perceptual=lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))).rows

@@ -97,7 +97,7 @@ def _compare(
     if video.shape != reference.shape:
         told = [f"{x.shape[0]} frames of {x.shape[2]}x{x.shape[3]}" for x in (video, reference)]
         raise VideoError(f"{stem}: has {told[0]}, its reference {told[1]}; only equal ones can be compared.")
-    pair = tuple(read_latents(files["raw"]) if "raw" in files else None for files in (mine, theirs))
+    pair = tuple(_latents(files) for files in (mine, theirs))
     latents = (pair[0], pair[1]) if pair[0] is not None and pair[1] is not None else None
     row: dict[str, Any] = {"video": stem, "frames_from": "raw" if raw else "decoded", "convention": convention}
     for metric in fidelity(video, reference, convention, perceptual=perceptual, latents=latents):
@@ -106,6 +106,11 @@ def _compare(
             if not math.isnan(value):  # a video of less than four frames has empty ones
                 row[f"{metric.metric}_q{quarter}"] = value
     return row
+
+
+def _latents(files: Files) -> torch.Tensor | None:
+    path = files.get("raw") or files.get("latents")
+    return None if path is None else read_latents(path)
 
 
 def _frames(files: Files, raw: bool) -> torch.Tensor:

@@ -140,7 +140,7 @@ def save_raw(path: Path, video: Video, latents: torch.Tensor | None = None) -> N
 
 
 def read_latents(path: Path) -> torch.Tensor | None:
-    """The latents in a file of raw frames; None where it has none.
+    """The latents in a file of raw frames, or of latents alone; None where it has none.
 
     Raises:
         VideoError: the file cannot be read.
@@ -156,7 +156,10 @@ def read_latents(path: Path) -> torch.Tensor | None:
 
 
 def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
-    """The files of every video in a folder by its stem, in order: "decoded", "raw" or both.
+    """The files of every video in a folder by its stem, in order: "decoded", "raw" or both, and "latents".
+
+    A file of latents alone, as `videosparse generate --save-latents` writes it, goes with the video beside it; files of
+    other tensors, such as LoRAs, are left out.
 
     Raises:
         VideoError: there is no such folder, it has no videos, or two decoded files share a stem.
@@ -165,16 +168,31 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
         raise VideoError(f"{folder}: no such folder; give one that holds videos ({', '.join(ENDINGS)}).")
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
-        kind = "raw" if path.suffix == RAW_ENDING else "decoded" if path.suffix.lower() in ENDINGS else ""
-        if not kind or path.name.startswith("."):
+        if path.name.startswith("."):
+            continue
+        kind = _kind(path) if path.suffix == RAW_ENDING else "decoded" if path.suffix.lower() in ENDINGS else ""
+        if not kind:
             continue
         files = found.setdefault(path.stem, {})
         if kind in files:
             raise VideoError(f"{path} and {files[kind].name} are of one name; keep one of them.")
         files[kind] = path
+    found = {stem: files for stem, files in found.items() if files.keys() != {"latents"}}
     if not found:
         raise VideoError(f"{folder}: holds no videos ({', '.join(ENDINGS)}, or raw frames as {RAW_ENDING}).")
     return found
+
+
+def _kind(path: Path) -> str:
+    """What a file of tensors is: "raw", "latents" or neither; a damaged one is raw, and told of when it is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = set(file.keys())
+    except (SafetensorError, OSError):
+        return "raw"
+    return next((kind for kind, name in (("raw", "video"), ("latents", "latents")) if name in names), "")
 
 
 def probe_size(path: Path) -> tuple[int, int] | None:
