@@ -21,7 +21,6 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 NORMS_FILE = "qk_norms.safetensors"
 ABOUT_KEY = "videosparse"
 FORMAT = "videosparse-lora-1"
-COMPONENTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -177,12 +176,6 @@ def undo(transformer: torch.nn.Module) -> None:
     found = vars(transformer).pop(_HANDLE, None)
     if found is not None:
         found[0].remove()
-
-
-def extension_of(transformer: torch.nn.Module) -> RopeExtension | None:
-    """What `extend` put on a transformer."""
-    found: Any = vars(transformer).get(_HANDLE)
-    return None if found is None else found[1]
 
 
 def _extension(
