@@ -20,6 +20,7 @@ from videosparse.evaluation.judging import (
 )
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
+from videosparse.metrics.fidelity import fidelity
 from videosparse.synthetic.render import render
 
 
@@ -38,6 +39,17 @@ def test_fidelity_by_quarter():
     assert found["worst_psnr_db"] == pytest.approx(expected[3], abs=1e-3)
     assert [found[f"latent_l1_q{q}"] for q in range(1, 5)] == pytest.approx([0, 0.5, 0, 2])
     assert found["latent_l1"] == pytest.approx(2.5 / 4)
+
+
+def test_columns_are_the_metrics_of_that_name():
+    """Also where frames differ in size, over which a mean of ratios is no ratio of means."""
+    a, b = torch.rand(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x, y = torch.rand(2, 4, 5, 2, 2, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 6)[:, None, None]
+    found = fidelity_columns(a, b, x, y)
+    for metric in fidelity(a, b, latents=(x, y)):
+        name = {"psnr": "psnr_db"}.get(metric.metric, metric.metric)
+        assert found[name] == pytest.approx(metric.value, rel=1e-5)
+        assert [found[f"{name}_q{q}"] for q in range(1, 5)] == pytest.approx(metric.per_quarter, rel=1e-5)
 
 
 def test_few_frames_leave_quarters_empty():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from videosparse.evaluation.prompts import Prompt
-from videosparse.metrics.fidelity import psnr, ssim
+from videosparse.metrics.fidelity import psnr, quarters, relative_l1, ssim
 from videosparse.metrics.vbench import DIMENSIONS as ALL_DIMENSIONS
 from videosparse.metrics.vbench import WITHOUT_WEIGHTS, Context
 from videosparse.metrics.vbench.drift import drift
@@ -51,19 +51,15 @@ def fidelity_columns(
 
     Args:
         video, dense: [frames, 3, height, width] in [0, 1].
-        latents, dense_latents: what was decoded, [channels, latent frames, height, width]; their distance is relative,
-            sum |a - b| / sum |b|.
+        latents, dense_latents: what was decoded, [channels, latent frames, height, width].
     """
-    noise, likeness = psnr(video, dense), ssim(video, dense)
+    noise = psnr(video, dense)
     row: dict[str, Any] = {"worst_psnr_db": _round(noise.min())}
-    for name, frames in (("psnr_db", noise), ("ssim", likeness)):
+    distance = relative_l1(latents, dense_latents)
+    for name, frames in (("psnr_db", noise), ("ssim", ssim(video, dense)), ("latent_l1", distance)):
         row[name] = _round(frames.mean())
-        row |= _by_quarter(name, [_mean(part) for part in _quarters(frames)])
-    a, b = latents.double(), dense_latents.double()
-    off, size = ((x.abs().sum(dim=(0, 2, 3))).cpu() for x in (a - b, b))
-    row["latent_l1"] = _round(off.sum() / size.sum())
-    parts = zip(_quarters(off), _quarters(size), strict=True)
-    return row | _by_quarter("latent_l1", [float(x.sum() / y.sum()) for x, y in parts])
+        row |= _by_quarter(name, quarters(tuple(frames.tolist())))
+    return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +140,8 @@ def world_columns(video: torch.Tensor, prompt: Prompt, fps: float) -> dict[str, 
         "permanence", [_mean(part) for part in zip(*(_alive(d, frames) for d in result.detected), strict=True)]
     )
     for name, attribute in (("colour_error", "colour_error_by_quarter"), ("radius", "radius_by_quarter")):
-        quarters = [[getattr(d, attribute)[q] for d in seen] for q in range(QUARTERS)]
-        row |= _by_quarter(name, [_mean(x for x in quarter if not math.isnan(x)) for quarter in quarters])
+        found = [[getattr(d, attribute)[q] for d in seen] for q in range(QUARTERS)]
+        row |= _by_quarter(name, [_mean(x for x in quarter if not math.isnan(x)) for quarter in found])
     return row
 
 
@@ -158,17 +154,11 @@ def _alive(seen: ObjectReport | None, frames: int) -> list[float]:
     return [float(there[quarter == q].mean()) if (quarter == q).any() else math.nan for q in range(QUARTERS)]
 
 
-def _quarters(values: torch.Tensor) -> list[torch.Tensor]:
-    """Values of frames [F], by quarter of the video."""
-    quarter = torch.arange(len(values)) * QUARTERS // len(values)
-    return [values[quarter == q] for q in range(QUARTERS)]
-
-
 def _by_quarter(name: str, values: Sequence[float]) -> dict[str, Any]:
     return {column: _round(value) for column, value in zip(_quarterly(name), values, strict=True)}
 
 
-def _mean(values: Iterable[float] | torch.Tensor) -> float:
+def _mean(values: Iterable[float]) -> float:
     """NaN of nothing."""
     listed = [float(value) for value in values]
     return math.fsum(listed) / len(listed) if listed else math.nan

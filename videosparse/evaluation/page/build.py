@@ -56,7 +56,7 @@ TABLE = (
     Column("seconds", "denoise_seconds", 3, "Wall seconds of denoising a video, made in batches.", sure=False),
     Column("PSNR, dB", "psnr_db", 1, "Against the dense video of the same noise; mean over frames."),
     Column("SSIM", "ssim", 3, "Against the dense video of the same noise; Gaussian window of 11."),
-    Column("latent L1", "latent_l1", 3, "Sum |a - b| / sum |b| of the latents against the dense ones."),
+    Column("latent L1", "latent_l1", 3, "Mean |a - b| / mean |b| of latents against dense; mean over frames."),
     Column("all right", "all_right", 0, "Videos that show everything that the prompt says.", percent=True),
     Column("colour", "colour_right", 0, "Videos whose objects have the named colours.", percent=True),
     Column("shape", "shape_right", 0, "Videos whose objects have the named shapes.", percent=True),
