@@ -124,6 +124,21 @@ def test_clips_go_to_the_size_of_their_shape(videos, wan_folder, tmp_path):
         ClipSource("x", "", videos / "none.mp4").read(SIZE)
 
 
+def test_models_that_need_more_than_a_prompt_are_refused(wan_folder, tmp_path):
+    """Training knows no first frame."""
+    import shutil
+
+    from videosparse.generation.errors import GenerationError
+
+    folder = tmp_path / "i2v"
+    shutil.copytree(wan_folder, folder)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("WanPipeline", "WanImageToVideoPipeline"))
+    with pytest.raises(GenerationError, match="is a WanImageToVideoPipeline, which needs"):
+        encode(synthetic_clips(1), tmp_path / "data", folder)
+    assert not (tmp_path / "data").exists()
+
+
 def test_what_cannot_be_a_data_set(tmp_path, wan_folder):
     with pytest.raises(ConfigError, match="No folder of videos"):
         find_clips(tmp_path / "none")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import one_line
-from videosparse.generation.sources import ModelSource, find_model
+from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.training.clips import BrokenClip, ClipSource, Size, nearest_size, probe
 from videosparse.training.config import ConfigError
 from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, packed, read_about, shards, write_json, write_shard
@@ -63,9 +63,10 @@ def prepare(
 
     Raises:
         ConfigError: a size that the model cannot take, or a data set of another model in that folder.
-        GenerationError: no such model.
+        GenerationError: no such model, or one that needs more than a prompt.
     """
     source = find_model(model)
+    check_text_to_video(source)
     for size in sizes:
         source.grid(size.frames, size.height, size.width)
     _describe(folder, source)

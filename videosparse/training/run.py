@@ -23,7 +23,7 @@ from videosparse.generation.environment import peak_memory, reset_peak_memory, v
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.lora import FORMAT
 from videosparse.generation.methods import make_processor, refusals
-from videosparse.generation.sources import ModelSource, find_model
+from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.layout import TokenLayout
 from videosparse.stretching import extend_rope
 from videosparse.training import checkpoint
@@ -111,13 +111,14 @@ class LoraRun:
 
     Raises:
         ConfigError: the model, the data set and the configuration do not go together.
-        GenerationError: no such model, or options that its attention refuses.
+        GenerationError: no such model, one that needs more than a prompt, or options that its attention refuses.
     """
 
     def __init__(self, config: Config, accelerator: Any) -> None:
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output.folder)
         self.source: ModelSource = find_model(config.model.path)
+        check_text_to_video(self.source)
         self.family: TrainingFamily = TRAINING_FAMILIES[self.source.spec.family]
         self.data = Dataset(config.data.path, config.data.holdout)
         self._check_data()
