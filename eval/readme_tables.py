@@ -463,7 +463,8 @@ def dimensions() -> str:
 
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published, dimensions,
+    goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published,
+    dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 
