@@ -40,8 +40,6 @@ from videosparse.processors import Processor
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/models.csv"
 STEPS = 50
-FFN = {12: 8960, 24: 14336, 40: 13824}
-"""Width of Wan's feed-forward layers, by heads."""
 MOST_TIMED, MOST_SECONDS = 3, 25.0
 """Of one contender: timed forwards, and seconds after which no further one begins."""
 COLUMNS = (
@@ -138,7 +136,7 @@ def build(spec: ModelSpec, layers: int, device: torch.device) -> torch.nn.Module
                 channels = 48 if spec.variant == "wan2.2-5b" else 16
                 model: Any = WanTransformer3DModel(
                     **common, num_layers=layers, in_channels=channels, out_channels=channels,
-                    ffn_dim=FFN[spec.heads], cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+                    ffn_dim=spec.ffn, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
                 )  # fmt: skip
             elif spec.family == "hunyuan_video":
                 dual = max(1, layers // 3)

@@ -125,6 +125,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument(
         "--decay-share", type=float, default=1.0, help="last share of the phase in which the rate falls to zero"
     )
+    knobs.add_argument("--pairs", type=float, default=0.25, help="share of scenes with two objects")
     knobs.add_argument("--pool-scale", type=float, default=1.0, help="more or fewer clips in every pool of latents")
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
     out = parser.add_argument_group("export")
@@ -144,8 +145,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what would train to nothing."""
-    if not 0 <= args.decay_share <= 1:
-        parser.error(f"--decay-share must lie in 0..1 (got {args.decay_share}).")
+    for name in ("decay_share", "pairs"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} must lie in 0..1 (got {getattr(args, name)}).")
     for name in ("minutes", "budget_minutes", "lr", "matrix_lr", "vae_lr", "shift", "pool_scale", "steps"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")

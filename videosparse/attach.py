@@ -14,8 +14,9 @@ import torch
 from videosparse._diffusers import HostProcessor, RunEvents, default_processor
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
-from videosparse.kernels import KernelOptions, describe_backend
-from videosparse.kernels.dense import OWN, fastest_dense, title_of
+from videosparse.dense_plans import dense_plan
+from videosparse.kernels import describe_backend
+from videosparse.kernels.dense import title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.models.rope import undo
@@ -29,7 +30,7 @@ from videosparse.policies.base import (
     RunStep,
     SparsityPolicy,
 )
-from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved, autocast
+from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved
 from videosparse.report import RunRecord
 from videosparse.sharing import Shard, check_shared, shard_of
 
@@ -165,7 +166,8 @@ class RunTracker:
             resolved = replace(resolved, options=replace(resolved.options, fused_norm="off"))
         self._share(layout, resolved, training)
         device = inputs["hidden_states"].device
-        dense = self._dense(layout, resolved, inputs["hidden_states"])
+        hosts = [layer for _, layer in self.layers]
+        dense = dense_plan(hosts, layout, resolved, inputs["hidden_states"], int(self.config["attention_head_dim"]))
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
@@ -264,52 +266,6 @@ class RunTracker:
             )
         return name
 
-    def _dense(self, layout: TokenLayout, resolved: Resolved, latents: torch.Tensor) -> DensePlan:
-        """The plan of dense layers.
-
-        A backend chosen by the user is what dense calls are for, and Diffusers passes shards around a ring. Else it
-        is the fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several
-        times in half precision, in training too. Integers are ours alone.
-        """
-        options = _dense_options(resolved)
-        if options.quant is not None:
-            self._check_quantized(options)
-            return DensePlan(Mode.DENSE, layout, options=options, kernel=OWN)
-        device, dtype = latents.device, autocast(latents[:0]).dtype
-        free = options.backend != "torch"
-        if not free or any(layer.backend_chosen() or layer.ring_degree() > 1 for _, layer in self.layers):
-            kernel = None
-        elif layout.seq_lens is None:
-            # Diffusers' own serves training: what is fastest forward need not be so backward
-            head_dim = int(self.config["attention_head_dim"])
-            kernel = None if torch.is_grad_enabled() else fastest_dense(device, dtype, head_dim, layout.length)
-        else:
-            half = dtype in (torch.float16, torch.bfloat16)
-            kernel = OWN if half and describe_backend(device)[0] == "triton" else None
-        if kernel is None and layout.seq_lens is not None:
-            key_mask = layout.key_mask(latents.shape[0], device)
-            return DensePlan(Mode.DENSE, layout, options=options, key_mask=key_mask)
-        return DensePlan(Mode.DENSE, layout, options=options, kernel=kernel)
-
-    def _check_quantized(self, options: KernelOptions) -> None:
-        """Raise where something else decides what runs dense calls.
-
-        Raises:
-            ValueError: a backend was chosen for the transformer.
-            NotImplementedError: ring attention, whose dense calls are Diffusers' own.
-        """
-        layer = self.layers[0][1]
-        if any(layer.backend_chosen() for _, layer in self.layers):
-            raise ValueError(
-                f'DenseProcessor(quant="{options.quant}") runs our own kernel, and set_attention_backend chose '
-                f"{layer.backend_name()}; drop one of both."
-            )
-        if layer.ring_degree() > 1:
-            raise NotImplementedError(
-                f'DenseProcessor(quant="{options.quant}") does not work with ring attention; drop quant, or use '
-                "ulysses_degree."
-            )
-
     def _settle(self) -> None:
         """Bring back the states of layers that were to search in the forward before, and were not called.
 
@@ -386,18 +342,6 @@ def _check_not_compiled(transformer: torch.nn.Module) -> None:
             "offload_state=True copies maps between calls and does not work in compiled blocks; drop it, or do not "
             "compile the transformer (lse_dtype='bfloat16' halves what is kept)."
         )
-
-
-def _dense_options(resolved: Resolved) -> KernelOptions:
-    """Options of dense layers.
-
-    A backend is chosen for sparse calls, but "torch" is for who wants no kernel of ours. So is quant, unless all calls
-    are dense: steps and layers that a schedule spares are spared rounding, too.
-    """
-    options = resolved.options
-    backend = "torch" if options.backend == "torch" else "auto"
-    quant = options.quant if resolved.policy is None else None
-    return KernelOptions(backend=backend, quant=quant, fused_norm=options.fused_norm)
 
 
 def _training(transformer: torch.nn.Module) -> bool:

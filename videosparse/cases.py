@@ -20,6 +20,8 @@ class ModelSpec:
         stride: (time, space) compression of the VAE.
         text: text tokens inside self-attention (0 for Wan).
         patch: spatial patch size.
+        ffn: width of the feed-forward layers; 0 where nothing asks for it.
+        experts: transformers that take turns over the steps.
     """
 
     name: str
@@ -31,6 +33,8 @@ class ModelSpec:
     stride: tuple[int, int]
     text: int = 0
     patch: int = 2
+    ffn: int = 0
+    experts: int = 1
 
     def grid(self, num_frames: int, height: int, width: int, multiple: int = 1) -> VideoGrid:
         """The token grid of a video of `num_frames` pixel frames and height x width pixels.
@@ -84,10 +88,10 @@ class Case:
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("wan2.1-1.3b", "wan", "wan2.1", 30, 12, 128, (4, 8)),
-        ModelSpec("wan2.1-14b", "wan", "wan2.1", 40, 40, 128, (4, 8)),
-        ModelSpec("wan2.2-a14b", "wan", "wan2.2-a14b", 40, 40, 128, (4, 8)),
-        ModelSpec("wan2.2-5b", "wan", "wan2.2-5b", 30, 24, 128, (4, 16)),
+        ModelSpec("wan2.1-1.3b", "wan", "wan2.1", 30, 12, 128, (4, 8), ffn=8960),
+        ModelSpec("wan2.1-14b", "wan", "wan2.1", 40, 40, 128, (4, 8), ffn=13824),
+        ModelSpec("wan2.2-a14b", "wan", "wan2.2-a14b", 40, 40, 128, (4, 8), ffn=13824, experts=2),
+        ModelSpec("wan2.2-5b", "wan", "wan2.2-5b", 30, 24, 128, (4, 16), ffn=14336),
         ModelSpec("hunyuan-video", "hunyuan_video", "hunyuan-video", 60, 24, 128, (4, 8), text=256),
         ModelSpec("mochi", "mochi", "mochi", 48, 24, 128, (6, 8), text=256),
         ModelSpec("tiny-wan", "wan", "wan2.1", 8, 4, 64, (4, 4)),

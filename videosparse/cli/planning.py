@@ -89,6 +89,7 @@ def _show(result: GenerationPlan, method: str) -> None:
         [
             ("A step", f"{step} (self-attention, {result.branches} forward{'s' if result.branches > 1 else ''})"),
             ("A run", f"{run} ({result.steps} steps)"),
+            *_estimate(result),
         ]
     )
     if result.blocks is None:
@@ -107,6 +108,20 @@ def _show(result: GenerationPlan, method: str) -> None:
         ]
     )
     typer.echo(f"\n{result.block_map.picture()}")
+
+
+def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
+    """Rows on time and memory, where measured rates tell."""
+    from videosparse.generation.estimating import estimate
+
+    found = estimate(result)
+    if found is None:
+        return []
+    time = f"about {found.seconds / 60:.0f} min on one {found.gpu}"
+    if result.blocks is not None:
+        time += f", {found.dense_seconds / 60:.0f} min dense"
+    needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
+    return [("Time", f"{time} (transformer alone, eager, bfloat16)"), ("Peak", f"{needed}, likewise")]
 
 
 def _state(result: GenerationPlan) -> list[tuple[str, str]]:

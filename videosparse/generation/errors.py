@@ -27,7 +27,8 @@ def memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise GenerationError(
-            "The GPU has too little memory for this video; use --offload model, fewer frames or a smaller size."
+            f"The GPU has too little memory for this video{_used()}; use --offload model, fewer frames or a smaller "
+            "size. videosparse plan tells what Wan needs."
         ) from error
     except (MemoryError, RuntimeError) as error:
         # how torch reports that the system gave it no memory
@@ -36,6 +37,15 @@ def memory_errors() -> Iterator[None]:
         raise GenerationError(
             "This machine has too little memory for this video; use fewer frames or a smaller size."
         ) from error
+
+
+def _used() -> str:
+    """How much of the GPU's memory was in use, in brackets; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    gib = 2**30
+    used, total = torch.cuda.max_memory_allocated() / gib, torch.cuda.get_device_properties().total_memory / gib
+    return f" ({used:.1f} of {total:.1f} GiB were in use when more was asked for)"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

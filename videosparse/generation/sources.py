@@ -386,8 +386,9 @@ def _named(spec: ModelSpec) -> ModelSpec:
     for known in MODELS.values():
         # the embedded model keeps its name at any depth: its width and strides are unlike any other's
         layers = spec.layers if known.name == EMBEDDED else known.layers
-        if replace(spec, name=known.name) == replace(known, layers=layers):
-            return replace(spec, name=known.name)
+        named = replace(spec, name=known.name, ffn=known.ffn, experts=known.experts)  # the variant says how many
+        if named == replace(known, layers=layers):
+            return named
     return spec
 
 

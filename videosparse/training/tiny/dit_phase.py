@@ -160,7 +160,8 @@ def describe_rates(args: argparse.Namespace) -> str:
     rates = f"AdamW at {args.lr:g}"
     if args.optimizer == "muon":
         rates = f"Muon at {args.matrix_lr:g} for the matrices of the blocks, {rates} for the rest"
-    return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}"
+    scenes = f"two objects in {100 * args.pairs:g} % of scenes"
+    return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}, {scenes}"
 
 
 def save_strip(run: Run, dit: Dit, stage: int) -> None:

@@ -42,10 +42,13 @@ def sample_captions(seed: int, count: int) -> list[str]:
     return [caption(sample_scene(rng, split="train"), rng) for _ in range(count)]
 
 
-def draw_scenes(seed: int, count: int, tokenizer_state: str | None) -> tuple[list[Scene], Any]:
-    """Scenes, and the ids [count, 4, 48] of several captions of each, a new one for each use of a clip."""
+def draw_scenes(seed: int, count: int, tokenizer_state: str | None, pairs: float) -> tuple[list[Scene], Any]:
+    """Scenes, and the ids [count, 4, 48] of several captions of each, a new one for each use of a clip.
+
+    A share `pairs` of the scenes has two objects.
+    """
     rng = random.Random(seed)
-    scenes = [sample_scene(rng, split="train") for _ in range(count)]
+    scenes = [sample_scene(rng, split="train", objects=1 + (rng.random() < pairs)) for _ in range(count)]
     if tokenizer_state is None:
         return scenes, None
     texts = [caption(scene, rng) for scene in scenes for _ in range(VARIANTS)]
@@ -58,7 +61,8 @@ def submit(run: Run, seed: int, count: int, tokenizer_state: str | None = None) 
     """Begin to draw `count` scenes in the workers, in shares."""
     share = 512
     sizes = [min(share, count - at) for at in range(0, count, share)]
-    return [run.workers.submit(draw_scenes, 1_000_003 * seed + i, n, tokenizer_state) for i, n in enumerate(sizes)]
+    first = 1_000_003 * seed
+    return [run.workers.submit(draw_scenes, first + i, n, tokenizer_state, run.args.pairs) for i, n in enumerate(sizes)]
 
 
 def gather(futures: list[Future[Any]]) -> tuple[list[Scene], Tensor]:
