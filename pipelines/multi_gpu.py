@@ -71,8 +71,9 @@ def many_videos(args: argparse.Namespace, state: PartialState) -> None:
     requests = [
         request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in read_prompts(args.prompts)
     ]
-    with state.split_between_processes(requests) as own:
-        run_batch(plan_batch(own, args.output), lambda number, made, paths: print(paths[".mp4"], flush=True))
+    batch = plan_batch(requests, args.output)
+    with state.split_between_processes(list(range(len(requests)))) as own:
+        run_batch(batch, lambda number, made, paths: print(paths[".mp4"], flush=True), numbers=own)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,6 @@ def test_a_prompt_file_is_split_between_processes(folder):
     prompts = ["--prompts", folder / "prompts.txt", "--output", folder / "videos"]
     out = torchrun(*command("multi_gpu.py", "--model", model, *prompts, *size))
     assert out.count(".mp4") == 3
-    videos = sorted((folder / "videos").glob("*.mp4"))
-    assert sorted(video.name[4:] for video in videos) == [
-        "a-blue-square-3-radial.mp4", "a-red-circle-0-radial.mp4", "a-star-0-radial.mp4",
+    assert sorted(video.name for video in (folder / "videos").glob("*.mp4")) == [
+        "001-a-red-circle-0-radial.mp4", "002-a-blue-square-3-radial.mp4", "003-a-star-0-radial.mp4",
     ]  # fmt: skip

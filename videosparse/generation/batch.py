@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,19 +86,21 @@ def plan_batch(
     return Batch(tuple(runs), folder, latents, overwrite)
 
 
-def run_batch(batch: Batch, told: Told, progress: Progress = quiet) -> None:
+def run_batch(batch: Batch, told: Told, progress: Progress = quiet, numbers: Iterable[int] | None = None) -> None:
     """Make the videos that are not there yet, in order; the model is loaded when the first one needs it.
 
     Args:
         batch: see `plan_batch`.
         told: see `Told`.
         progress: told about every phase; the number of the video comes before its name ("3/8 denoise").
+        numbers: of the videos to make, from 0, where several processes share a batch; None makes all.
 
     Raises:
         GenerationError: see `generate`.
     """
     done, pipe, load_seconds = batch.done(), None, None
-    for number, settings in enumerate(batch.runs):
+    for number in range(len(batch.runs)) if numbers is None else numbers:
+        settings = batch.runs[number]
         key = fingerprint(settings)
         if key in done:
             told(number, None, {".mp4": done[key]})

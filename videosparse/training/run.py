@@ -335,7 +335,9 @@ class LoraRun:
     def about(self) -> dict[str, Any]:
         """What the LoRA is for, as its file says it."""
         config, spec = self.config, self.source.spec
-        options = {name: value for name, value in config.attention.options.items()}
+        options = dict(config.attention.options)
+        if "plan" in options:  # the LoRA may be used from another folder
+            options["plan"] = str(Path(options["plan"]).resolve())
         return {
             "format": FORMAT, "base_model": self.source.name, "location": self.source.location, "family": spec.family,
             "layers": spec.layers, "heads": spec.heads, "component": config.model.component,
