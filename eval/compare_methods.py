@@ -49,6 +49,7 @@ from videosparse.evaluation.table import RowStore, number
 from videosparse.evaluation.work import COLUMNS, KEY, Comparison, slug, workers
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, calibrate
 from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.output import check_writable
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 METHODS = ("ceiling", "other-noise", "radial", "adaspa", "random", "paro", "paro+int8", "paro+int8-fp8")
@@ -254,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
     try:
         prompts = wanted_prompts(args)
+        check_writable(args.output.parent)
         store = RowStore(args.output, COLUMNS, KEY, state.process_index)
         with workers(args.workers) as submit:
             order, failed = compare(args, state, submit, store, prompts)

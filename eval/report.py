@@ -19,6 +19,7 @@ from pathlib import Path
 from videosparse.evaluation.page.build import build_page
 from videosparse.evaluation.page.summary import NEEDED, sizes_of
 from videosparse.evaluation.table import read_table
+from videosparse.generation.output import check_writable
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,6 +34,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
+        check_writable(args.output.parent)
         rows = [row for path in args.rows for row in read_table(path, NEEDED)]
         if not rows:
             raise ValueError(f"{args.rows[0]} has no rows; run eval/compare_methods.py.")

@@ -44,6 +44,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from videosparse.benchmark.rows import write_rows
+from videosparse.generation.output import check_writable
 from videosparse.metrics import pairs
 from videosparse.metrics.fidelity import CONVENTION, CONVENTIONS, Perceptual
 from videosparse.metrics.perceptual import load_perceptual
@@ -116,6 +117,7 @@ def score(args: argparse.Namespace) -> int:
     prefix = args.name or folder.resolve().name
     if args.reference:
         find_videos(args.reference)  # told before hours of scoring
+    check_writable(output)
     ledger = Ledger(output / f"{prefix}_ledger.jsonl", {"long": args.long})
     weights = Weights(args.weights, download=not args.no_download)
     names = dimensions_asked(args.dimensions)

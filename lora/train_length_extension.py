@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from videosparse.generation.errors import GenerationError
+from videosparse.generation.output import check_writable
 from videosparse.training.adapters import FORMATS, to_comfy
 from videosparse.training.clips import Size, synthetic_clips
 from videosparse.training.config import Config, describe, load_config
@@ -50,14 +51,17 @@ def main() -> int:
 
 def train(config: Config, args: argparse.Namespace) -> int:
     engine = make_accelerator(config, args.device)
+    folder = Path(config.output.folder)
+    if engine.is_main_process:
+        check_writable(folder)
+    if not args.resume and (folder / "checkpoints").is_dir():
+        raise GenerationError(f"{folder} has checkpoints; pass --resume, or choose another output.folder.")
     if config.data.synthetic:
         with engine.main_process_first():
             if engine.is_main_process:
                 render_clips(config, str(engine.device))
     run = LoraRun(config, engine)
     begun = run.resume() if args.resume else 0
-    if not args.resume and (run.folder / "checkpoints").is_dir():
-        raise GenerationError(f"{run.folder} has checkpoints; pass --resume, or choose another output.folder.")
     say = engine.print
     say(f"{run.source.name}: {sum(p.numel() for p in run.parameters.values()):,} parameters in adapters, "
         f"{config.attention.method} attention, steps {begun} to {config.train.steps}")  # fmt: skip

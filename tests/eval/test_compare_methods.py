@@ -209,6 +209,7 @@ def test_a_setting_that_fails_leaves_the_others(program, tmp_path, monkeypatch, 
         (["--prompts", "none.json"], "Cannot read prompts from none.json"),
         (["--output", "rows.txt"], "must end in .csv or .parquet"),
         (["--models", "/no/such/folder"], "/no/such/folder"),
+        (["--output", f"{__file__}/rows.csv"], "is not a folder; choose another folder"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(program, tmp_path, capsys, options, told):

@@ -147,6 +147,8 @@ def test_what_is_missing_is_told(program, folder, tmp_path, capsys):
     (tmp_path / "empty.csv").write_text(",".join(COLUMNS) + "\n")
     assert program.main([str(tmp_path / "empty.csv"), "--output", str(path)]) == 2
     assert "has no rows" in capsys.readouterr().err
+    assert program.main([str(folder / "rows.csv"), "--output", str(tmp_path / "empty.csv" / "report.html")]) == 2
+    assert "is not a folder; choose another folder" in capsys.readouterr().err
     assert not path.exists()
 
 

@@ -150,6 +150,7 @@ def test_summarise(program, tmp_path, capsys):
         (["FAST", "--suite", "absent.json"], "cannot be read as a prompt suite"),
         (["FAST", "--dimensions", "none", "--reference", "absent"], "no such folder"),
         (["--summarise", "absent.json"], "cannot be read as results"),
+        (["FAST", "--dimensions", "free", "--output", f"{__file__}/out"], "is not a folder; choose another folder"),
     ],
 )
 def test_requests_that_cannot_be_carried_out(program, folders, tmp_path, capsys, monkeypatch, arguments, message):

@@ -1,6 +1,7 @@
 """Decoding as a stream: the frames of the stock decode, without ever holding them all."""
 
 import weakref
+from pathlib import Path
 from pipes import hunyuan, mochi, wan, wan22_5b, wan_vae
 
 import pytest
@@ -156,6 +157,12 @@ def test_nothing_generated(tmp_path):
     with pytest.raises(ValueError, match="no frame to write"), stream_to(wan(), tmp_path / "a.mp4", fps=16):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which even root cannot write")
+def test_a_folder_that_cannot_be_written_is_told_before_the_work():
+    with pytest.raises(OSError), stream_to(wan(), "/proc/a.mp4", fps=16):  # noqa: PT011  the system's own
+        pytest.fail("the work began")
 
 
 def test_refusals(monkeypatch):

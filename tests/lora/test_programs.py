@@ -117,6 +117,11 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     [
         (["--set", "train.lrr=1"], "Did you mean 'lr'?"),
         (["--set", "model.path=nowhere"], "No model folder at nowhere"),
+        (["--set", f"output.folder={__file__}/out"], "is not a folder; choose another folder"),
+        (
+            ["--set", "data.synthetic=1", "--set", f"data.path={__file__}/data"],
+            "is not a folder; choose another folder",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line(change, message, tmp_path, monkeypatch, capsys):
@@ -142,3 +147,19 @@ def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", argv)
     assert prepare.main() == 2
     assert "--size must be HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_checkpoints_of_before_are_found_before_anything_is_made(monkeypatch, capsys, tmp_path):
+    (tmp_path / "out/checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path)])
+    assert program("train_length_extension").main() == 2
+    assert "has checkpoints; pass --resume" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_preparing_needs_a_folder_that_can_be_written(monkeypatch, capsys):
+    argv = ["prepare", "--synthetic", "1", "--frames", "9", "--size", "64x64", "--output", f"{__file__}/data"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.chdir(ROOT)
+    assert program("prepare_dataset").main() == 2
+    assert "is not a folder; choose another folder" in capsys.readouterr().err

@@ -224,7 +224,7 @@ def _check(place: Destination) -> None:
         _check_replaceable(place.taken(place.stem))
     elif not place.number and (found := place.taken(place.stem)):
         raise _exists(found)
-    _check_writable(place)
+    check_writable(place.folder, [f"{place.stem}{ending}" for ending in place.endings])
 
 
 def _check_replaceable(paths: Iterable[Path]) -> None:
@@ -233,16 +233,22 @@ def _check_replaceable(paths: Iterable[Path]) -> None:
             raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
 
 
-def _check_writable(place: Destination) -> None:
-    """Try it: permissions alone do not tell of read-only file systems or of names that are too long."""
-    existing = place.folder.absolute()
+def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
+    """Whether a folder, which may not be there yet, can take files of these names; nothing is left behind.
+
+    It is tried: permissions alone do not tell of read-only file systems or of names that are too long.
+
+    Raises:
+        GenerationError: it cannot.
+    """
+    existing = folder.absolute()
     try:
         while not os.path.lexists(existing):
             existing = existing.parent
         if not existing.is_dir():
-            raise GenerationError(f"Cannot write to {place.folder}: {existing} is not a folder; choose another folder.")
+            raise GenerationError(f"Cannot write to {folder}: {existing} is not a folder; choose another folder.")
         with tempfile.TemporaryDirectory(prefix=".", dir=existing) as probe:
-            for ending in place.endings:
-                (Path(probe) / f"{place.stem}{ending}").touch()
+            for name in names:
+                (Path(probe) / name).touch()
     except OSError as error:
-        raise GenerationError(f"Cannot write to {place.folder}: {_reason(error)}; choose another folder.") from error
+        raise GenerationError(f"Cannot write to {folder}: {_reason(error)}; choose another folder.") from error

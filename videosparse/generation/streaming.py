@@ -120,6 +120,7 @@ def stream_to(pipe: Any, path: str | Path, fps: float) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(6)}.part.mp4")  # another run may write to the same name
     try:
+        part.touch()  # the writer opens it with the first frame, after all the work
         with Mp4Writer(part, fps) as video, streaming(pipe, video.add):
             yield
         part.replace(path)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import one_line
+from videosparse.generation.output import check_writable
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.training.clips import BrokenClip, ClipSource, Size, nearest_size, probe
 from videosparse.training.config import ConfigError
@@ -63,7 +64,7 @@ def prepare(
 
     Raises:
         ConfigError: a size that the model cannot take, or a data set of another model in that folder.
-        GenerationError: no such model, or one that needs more than a prompt.
+        GenerationError: no such model, one that needs more than a prompt, or a folder that cannot be written.
     """
     source = find_model(model)
     check_text_to_video(source)
@@ -201,6 +202,7 @@ def _describe(folder: Path, source: ModelSource) -> None:
                 f"{about[different[0]]!r}); use another folder."
             )
         return
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "dataset.json", about)
 
