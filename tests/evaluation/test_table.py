@@ -64,6 +64,10 @@ def test_damage_elsewhere_is_told(tmp_path):
         RowStore(tmp_path / "rows.csv", COLUMNS, KEY)
     with pytest.raises(ValueError, match="cannot be read"):
         read_table(tmp_path / "none.csv")
+    for cells in ("1", "1,2,3"):
+        store.output.write_text(f"setting,seed\n0,0\n{cells}\n")
+        with pytest.raises(ValueError, match="line 3 has not as many cells as the first"):
+            read_table(store.output)
 
 
 def test_parquet_has_numbers_and_reads_as_csv_does(tmp_path):

@@ -157,7 +157,12 @@ def _text(value: Any) -> str:
 def _read_csv(path: Path) -> tuple[list[Row], Sequence[str]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        return list(reader), reader.fieldnames or ()
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"line {reader.line_num} has not as many cells as the first")
+            rows.append(row)
+        return rows, reader.fieldnames or ()
 
 
 def _pyarrow() -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from videosparse.generation.errors import nearest
 from videosparse.metrics.vbench import DIMENSIONS, SCALES
 from videosparse.metrics.vbench.dimension import Context, Dimension, VideoScore
 from videosparse.metrics.vbench.drift import DriftCurve, clip_bounds, drift
@@ -122,7 +123,9 @@ def choose(names: Sequence[str] | None) -> list[Dimension]:
     for name in names or ():
         if name not in DIMENSIONS:
             what = "VBench's dimension" if name in SCALES else "Unknown dimension"
-            raise ValueError(f"{what} {name!r} is not computed here; these are: {', '.join(DIMENSIONS)}.")
+            raise ValueError(
+                f"{what} {name!r} is not computed here; these are: {', '.join(DIMENSIONS)}.{nearest(name, DIMENSIONS)}"
+            )
     return [dimension for name, dimension in DIMENSIONS.items() if names is None or name in names]
 
 
