@@ -108,13 +108,15 @@ def test_files_that_are_none_are_refused(ask, tmp_path):
     with pytest.raises(GenerationError, match="No LoRA at"):
         ask(loras=(str(tmp_path / "none"),)).resolve()
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(GenerationError, match="Cannot read the LoRA"):
+    with pytest.raises(GenerationError, match=r"Cannot read the LoRA .*; copy it again"):
         find_lora(str(tmp_path / "bad.safetensors"))
     save_file({"transformer.other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(GenerationError, match=r"Cannot load the LoRA|has nothing for the transformer"):
         generate(ask(loras=(str(tmp_path / "x.safetensors"),)))
     with pytest.raises(GenerationError, match="2 scales of LoRAs and 1 LoRAs"):
         GenerationRequest(folders.PROMPT, loras=("a",), lora_scales=(1.0, 2.0)).resolve()
+    with pytest.raises(GenerationError, match=r"lora_scale must be a finite number \(got nan\)"):
+        GenerationRequest(folders.PROMPT, loras=("a",), lora_scales=(float("nan"),)).resolve()
 
 
 def test_loras_of_two_experts_agree_on_what_is_dense(ask, make_lora):

@@ -75,9 +75,9 @@ def load_latents(path: str | Path) -> Latents:
             about = json.loads((file.metadata() or {})[_METADATA])
             tensor = file.get_tensor("latents")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = "none of ours" if isinstance(error, KeyError) else one_line(error, 100)
         raise GenerationError(
-            f"{path} holds no latents of videosparse ({one_line(error, 100)}); use a file that generate "
-            "--save-latents wrote."
+            f"{path} holds no latents of videosparse ({reason}); use a file that generate --save-latents wrote."
         ) from error
     if about.get("latents_format") != FORMAT or tensor.dim() != 5 or tensor.shape[0] != 1:
         raise GenerationError(f"{path} is of another version, or damaged; make it again with --save-latents.")

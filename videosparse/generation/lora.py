@@ -79,7 +79,7 @@ def find_lora(text: str, scale: float = 1.0) -> LoraFile:
             header = file.metadata() or {}
         about = json.loads(header.get(ABOUT_KEY, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise GenerationError(f"Cannot read the LoRA {path}: {one_line(error)}.") from error
+        raise GenerationError(f"Cannot read the LoRA {path}: {one_line(error)}; copy it again.") from error
     if about and about.get("format") != FORMAT:
         raise GenerationError(
             f"{path} is of format {about.get('format')!r}, expected {FORMAT!r}; update videosparse, or train it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -139,6 +140,9 @@ class GenerationRequest:
                 f"There are {len(self.lora_scales)} scales of LoRAs and {len(self.loras)} LoRAs; give one --lora for "
                 "each --lora-scale."
             )
+        for scale in self.lora_scales:
+            if not math.isfinite(scale):
+                raise GenerationError(f"lora_scale must be a finite number (got {scale}); use 1.")
         scales = (*self.lora_scales, *(1.0,) * (len(self.loras) - len(self.lora_scales)))
         found = tuple(find_lora(text, scale) for text, scale in zip(self.loras, scales, strict=True))
         for lora in found:
