@@ -128,6 +128,7 @@ def render_clips(config: Config, device: str) -> None:
     begun = folder / "unfinished"
     if (folder / "dataset.json").is_file() and not begun.is_file():
         return
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begun.touch()
     size = Size(max(config.train.frames), config.data.height, config.data.width)
