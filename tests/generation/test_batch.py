@@ -1,6 +1,7 @@
 """Videos straight into files, batches that go on, latents that are decoded later, shifts and long rotary embeddings."""
 
 import json
+import math
 
 import folders
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from videosparse.generation import GenerationError, GenerationRequest, generate, generate_to, output_place
 from videosparse.generation.batch import plan_batch, run_batch
-from videosparse.generation.latents import decode_latents, load_latents
+from videosparse.generation.latents import decode_latents, load_latents, save_latents
 from videosparse.generation.output import destination
 from videosparse.generation.running import load_pipeline
 from videosparse.generation.video import read_mp4
@@ -94,6 +95,13 @@ def test_latents_of_something_else(tmp_path, ask, pipe):
         load_latents(tmp_path / "other.safetensors")
     _, paths = generate_to(output_place(ask(), tmp_path / "a.mp4", latents=True), ask(), pipe=pipe)
     latents = load_latents(paths[".safetensors"])
+    with pytest.raises(GenerationError, match=r"fps must be 1 to 240 \(got nan\)"):
+        decode_latents(latents, destination(tmp_path / "b.mp4", "x", (".mp4",)), device="cpu", fps=float("nan"))
+    about = {**latents.about, "latents_format": "videosparse-latents-1"}
+    for tensor, record in ((latents.tensor * math.nan, about), (latents.tensor, {**about, "model": {}})):
+        save_latents(tmp_path / "damaged.safetensors", tensor, record)
+        with pytest.raises(GenerationError, match="of another version, or damaged"):
+            load_latents(tmp_path / "damaged.safetensors")
     narrow = type(latents)(latents.tensor[:, :4], latents.about)
     with pytest.raises(GenerationError, match="These latents have 4 channels, and the VAE of small takes 8"):
         decode_latents(narrow, destination(tmp_path / "b.mp4", "x", (".mp4",)), device="cpu")

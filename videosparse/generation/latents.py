@@ -14,6 +14,7 @@ import torch
 from videosparse.generation.environment import choose_device
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.output import Destination
+from videosparse.generation.request import within
 from videosparse.generation.sources import ModelSource, find_model
 from videosparse.generation.streaming import decode_stream, replaced_decode, unstreamable
 from videosparse.generation.video import Mp4Writer, write_mp4
@@ -79,7 +80,10 @@ def load_latents(path: str | Path) -> Latents:
         raise GenerationError(
             f"{path} holds no latents of videosparse ({reason}); use a file that generate --save-latents wrote."
         ) from error
-    if about.get("latents_format") != FORMAT or tensor.dim() != 5 or tensor.shape[0] != 1:
+    whole = isinstance(about, dict) and about.get("latents_format") == FORMAT
+    if whole:  # what decoding reads
+        whole = "location" in about.get("model", ()) and "fps" in about.get("video", ())
+    if not whole or tensor.dim() != 5 or tensor.shape[0] != 1 or not tensor.isfinite().all():
         raise GenerationError(f"{path} is of another version, or damaged; make it again with --save-latents.")
     return Latents(tensor, about)
 
@@ -107,7 +111,7 @@ def decode_latents(
             f"These latents have {latents.tensor.shape[1]} channels, and the VAE of {source.name} takes {channels}; "
             f"use the model that made them, {latents.about['model']['location']}."
         )
-    rate = float(latents.about["video"]["fps"] if fps is None else fps)
+    rate = float(within("fps", fps, latents.about["video"]["fps"], (1, 240)))
     with place.parts() as parts, memory_errors():
         path, z = parts.path(".mp4"), latents.tensor.to(vae.device)
         if unstreamable(vae) is None:

@@ -179,12 +179,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     path = folder / "dataset.json"
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        about: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"No data set at {folder}; write one with lora/prepare_dataset.py.") from error
-    if about.get("format") != FORMAT:
-        raise ConfigError(f"{path} is of format {about.get('format')!r}, expected {FORMAT!r}; prepare it again.")
-    return about
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        raise ConfigError(f"{path} is of format {found!r}, expected {FORMAT!r}; prepare it again.")
+    return dict(about)
 
 
 def shards(folder: Path) -> Iterator[tuple[Path, Size, list[dict[str, str]]]]:
