@@ -28,8 +28,9 @@ from torch import Tensor
 
 from videosparse import restore
 from videosparse.benchmark.rows import WHERE, environment, write_rows
+from videosparse.generation.errors import GenerationError
 from videosparse.generation.lora import find_lora
-from videosparse.generation.methods import make_processor
+from videosparse.generation.methods import check_method, make_processor
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
 from videosparse.stretching import extend_rope
 from videosparse.synthetic.captions import parse_caption
@@ -199,7 +200,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="no new length of a LoRA is begun after these")
     parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for text in args.lora:
+        method, _, folder = text.partition("=")
+        if not folder or not Path(folder).exists():
+            parser.error(f"--lora must be METHOD=FOLDER with a folder that exists (got {text!r}).")
+        try:
+            check_method(method.split("-")[0])
+        except GenerationError as error:
+            parser.error(f"--lora {text}: {error}")
+    return args
 
 
 if __name__ == "__main__":

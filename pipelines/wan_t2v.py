@@ -78,4 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+        raise SystemExit(f"error: {error}") from None

@@ -51,6 +51,14 @@ def test_help(name, monkeypatch, capsys):
         assert option in text
 
 
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("multi_gpu.py", "wan_i2v.py")])
+def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(tmp_path / "nowhere")])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="^error: "):
+        runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
+
+
 RUNS = {
     "wan_t2v.py": (wan, [*SMALL, "--method", "adaspa", "--rope", "pi"]),
     "wan22_t2v.py": (wan22, [*SMALL, "--steps", "4"]),

@@ -51,7 +51,7 @@ class Batch:
                 data = json.loads(record.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue  # somebody else's file
-            whole = all(record.with_suffix(ending).is_file() for ending in endings(latents=self.latents))
+            whole = all(_has_content(record.with_suffix(ending)) for ending in endings(latents=self.latents))
             if isinstance(data, dict) and data.get("format") == FORMAT and whole and "comparison" not in data:
                 found[str(data.get("fingerprint"))] = video
         return found
@@ -112,6 +112,10 @@ def run_batch(batch: Batch, told: Told, progress: Progress = quiet, numbers: Ite
         done[key] = paths[".mp4"]
         told(number, Generation(result.settings, result.run, load_seconds), paths)
         load_seconds = None
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _loaded(run: Settings) -> tuple[object, ...]:

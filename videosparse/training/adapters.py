@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from videosparse.generation.lora import ABOUT_KEY, NORMS_FILE, WEIGHTS_FILE
 from videosparse.training.config import ConfigError, LoraConfig
 from videosparse.training.families import TrainingFamily
+from videosparse.training.files import write_tensors
 
 ADAPTER = "default"
 FORMATS = ("diffusers", "comfy")
@@ -87,10 +88,10 @@ def save_lora(
         written = Path(place) / WEIGHTS_FILE
         header = {**_header(written), ABOUT_KEY: json.dumps(dict(about))}
         part = Path(place) / "with-metadata.safetensors"
-        save_file(load_file(written), part, metadata=header)
+        write_tensors(load_file(written), part, metadata=header)
         norms = {name: w.detach().cpu().contiguous() for name, w in weights.items() if ".lora_" not in name}
         if norms:
-            save_file(norms, Path(place) / NORMS_FILE)
+            write_tensors(norms, Path(place) / NORMS_FILE)
             os.replace(Path(place) / NORMS_FILE, folder / NORMS_FILE)
         os.replace(part, folder / WEIGHTS_FILE)
     return folder / WEIGHTS_FILE
@@ -159,7 +160,7 @@ def to_comfy(file: Path, output: Path) -> None:
         tensors[f"{stem}.lora_{'down' if match[3] == 'A' else 'up'}.weight"] = value
         tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     part = output.with_name(output.name + ".part")
-    save_file(tensors, part, metadata={"format": "pt", ABOUT_KEY: header[ABOUT_KEY]})
+    write_tensors(tensors, part, metadata={"format": "pt", ABOUT_KEY: header[ABOUT_KEY]})
     os.replace(part, output)
 
 

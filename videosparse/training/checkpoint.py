@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from videosparse.training.adapters import copy_into, whole
 from videosparse.training.config import ConfigError
+from videosparse.training.files import write_tensors
 
 FOLDER = "checkpoints"
 WEIGHTS, OPTIMIZER, EMA, STATE = "trained.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"
@@ -56,7 +57,7 @@ def write_checkpoint(
     part.mkdir(parents=True)
     for name, values in tensors.items():
         if values:
-            save_file({key: value.contiguous() for key, value in values.items()}, part / name)
+            write_tensors({key: value.contiguous() for key, value in values.items()}, part / name)
     if more is not None:
         more(part)
     (part / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from videosparse.training.clips import Size
 from videosparse.training.config import ConfigError
 from videosparse.training.families import Text
+from videosparse.training.files import write_tensors
 
 FORMAT = "videosparse-dataset-1"
 EMPTY = "empty.safetensors"
@@ -68,7 +68,7 @@ def write_shard(
     digest = hashlib.sha256("".join(sorted(entry["key"] for entry in header)).encode()).hexdigest()[:16]
     path = folder / f"{size}-{digest}.safetensors"
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
+    write_tensors(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
     os.replace(part, path)
     return path
 

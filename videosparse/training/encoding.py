@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
@@ -23,6 +22,7 @@ from videosparse.training.clips import BrokenClip, ClipSource, Size, nearest_siz
 from videosparse.training.config import ConfigError
 from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, packed, read_about, shards, write_json, write_shard
 from videosparse.training.families import TRAINING_FAMILIES, Text
+from videosparse.training.files import write_tensors
 from videosparse.training.tiny.parallel_vae import ParallelVae
 
 # values of a clip that goes through Wan's VAE at once: 321 frames of 128x128
@@ -213,7 +213,7 @@ def _is_local(source: ModelSource) -> bool:
 
 def _write_empty(folder: Path, text: Text) -> None:
     part = folder / f"{EMPTY}.part"
-    save_file(packed(text, torch.bfloat16), part)
+    write_tensors(packed(text, torch.bfloat16), part)
     os.replace(part, folder / EMPTY)
 
 
