@@ -55,7 +55,7 @@ def test_help(name, monkeypatch, capsys):
 def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(tmp_path / "nowhere")])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit, match="^error: "):
+    with pytest.raises(SystemExit, match=r"^error: "):
         runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
 
 
