@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from videosparse._diffusers import HostProcessor, RunEvents, default_processor
+from videosparse._diffusers import HostProcessor, RunEvents, default_processor, is_parallel
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
 from videosparse.dense_plans import dense_plan
@@ -431,12 +431,19 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
 def restore(pipe_or_transformer: object) -> None:
     """Give every attention its stock processor back and undo `extend_rope`. Repeatable; nothing bound is no error.
 
+    What `parallelize` split stays split, and the log says so where stock processors cannot run on it.
+
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
     for transformer in targets(pipe_or_transformer)[1]:
         _give_back(transformer)
         undo(transformer)
+        if is_parallel(transformer) and family_of(transformer).joint:
+            logger.warning(
+                "%s stays shared by ranks, and its stock processors cannot run so: give it a processor of videosparse "
+                "(DenseProcessor for dense), or load it anew.", type(transformer).__name__,
+            )  # fmt: skip
 
 
 def _give_back(transformer: torch.nn.Module) -> None:

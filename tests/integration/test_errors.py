@@ -27,6 +27,17 @@ def test_a_processor_given_to_a_transformer_says_whom_to_call(name):
     assert torch.equal(TINY[name].forward(model, (3, 4, 5)), stock)
 
 
+@pytest.mark.parametrize(("name", "told"), [("wan", False), ("hunyuan_video", True), ("mochi", True)])
+def test_restoring_a_shared_transformer_says_what_stays(name, told, caplog):
+    model = TINY[name].build()
+    sparsify(model, RadialProcessor())
+    restore(model)
+    assert not caplog.records
+    model._parallel_config = SimpleNamespace()
+    restore(model)
+    assert ("stays shared by ranks" in caplog.text) is told
+
+
 def test_unknown_transformers():
     pipe = cogvideox()
     with pytest.raises(TypeError, match=r"CogVideoXTransformer3DModel is not supported; .*Wan.*HunyuanVideo.*Mochi"):
