@@ -28,7 +28,8 @@ BLOCK = (128, 64)
 
 def columns_of_time(grid, heads=2, dim=32, strength=6.0):
     """q, k, v of a video whose tokens look at their own place in every frame."""
-    places = torch.nn.functional.normalize(torch.randn(grid.frame_tokens, dim), dim=1)
+    # at right angles: places that happened to be alike would ask for another order
+    places = torch.linalg.qr(torch.randn(dim, grid.frame_tokens))[0].T
     q = places.repeat(grid.frames, 1)[None, :, None].expand(1, -1, heads, -1) * strength * dim**0.25
     return q.contiguous(), q.clone(), torch.randn(1, grid.tokens, heads, dim)
 
@@ -125,7 +126,7 @@ def searched(q, k, lse, layout, density=0.5, choose=True, codes=None, block=BLOC
 
 
 def test_heads_that_look_through_time_read_frames_fastest():
-    grid = VideoGrid(32, 2, 4)
+    grid = VideoGrid(32, 4, 4)  # a block holds two places; with two rows, those of a column in any order
     layout = TokenLayout(grid)
     q, k, v = columns_of_time(grid)
     dense, lse = attend(q, k, v, layout=layout, return_lse=True)
