@@ -42,6 +42,7 @@ from videosparse.generation import embedded_model_path
 from videosparse.kernels import attend, block_sums
 from videosparse.layout import TokenLayout
 from videosparse.metrics.attention import attention_recall, best_map, map_of, output_error, random_map
+from videosparse.metrics.bootstrap import interval
 from videosparse.models import family_of
 from videosparse.policies import AdaSpaPolicy, RadialPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan
@@ -212,20 +213,12 @@ def watch(pipe: DiffusionPipeline, frames: int, args: argparse.Namespace) -> tup
     return observer, layout
 
 
-def interval(values: list[float], draws: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean."""
-    data = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(0))
-    low, high = data[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def row_of(calls: list[Judged]) -> dict[str, Any]:
     """Means of some calls, with their intervals."""
     row: dict[str, Any] = {"calls": len(calls), "density": f"{sum(c.density for c in calls) / len(calls):.4f}"}
     for name in ("recall", "error"):
         values = [getattr(c, name) for c in calls]
-        low, high = interval(values)
+        _, low, high = interval(values)
         row |= {name: f"{sum(values) / len(values):.4f}", f"{name}_low": f"{low:.4f}", f"{name}_high": f"{high:.4f}"}
     return row | {"recall_worst_head": f"{min(c.worst for c in calls):.4f}"}
 

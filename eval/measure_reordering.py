@@ -44,6 +44,7 @@ from videosparse.kernels import KernelOptions, attend, reorder
 from videosparse.kernels.order_search import Look, OrderMetric, choose, look
 from videosparse.layout import TokenLayout
 from videosparse.metrics.attention import attention_recall, output_error
+from videosparse.metrics.bootstrap import interval
 from videosparse.ordering import AXIS_ORDERS, SearchedOrder
 from videosparse.policies.base import LayerPlan
 
@@ -211,14 +212,6 @@ def _advance(progress: Progress, bar: TaskID, *step: Any) -> dict[str, Any]:
     return {}
 
 
-def interval(values: list[float], draws: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean."""
-    data = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(0))
-    low, high = data[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def rows_of(judge: Judge, layout_tokens: int, frames: int, steps: int) -> Iterator[dict[str, Any]]:
     """One row per method, integers and density."""
     for (method, quant, density), calls in judge.found.items():
@@ -232,7 +225,7 @@ def rows_of(judge: Judge, layout_tokens: int, frames: int, steps: int) -> Iterat
         }  # fmt: skip
         for name in ("recall", "error"):
             values = [getattr(c, name) for c in calls]
-            low, high = interval(values)
+            _, low, high = interval(values)
             row |= {
                 name: f"{sum(values) / len(values):.4f}",
                 f"{name}_low": f"{low:.4f}",

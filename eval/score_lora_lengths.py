@@ -31,6 +31,7 @@ from videosparse.benchmark.rows import WHERE, environment, write_rows
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.lora import find_lora
 from videosparse.generation.methods import check_method, make_processor
+from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
 from videosparse.stretching import extend_rope
 from videosparse.synthetic.captions import parse_caption
@@ -131,10 +132,8 @@ def measure(
         "generation_s": f"{seconds / len(prompts):.3f}", **trained(folder), **environment(args.commit),
     }  # fmt: skip
     for figure in FIGURES:
-        values = np.array([f[figure] for f in figures])
-        means = np.random.default_rng(0).choice(values, (4000, len(values))).mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        row |= {figure: f"{values.mean():.4f}", f"{figure}_low": f"{low:.4f}", f"{figure}_high": f"{high:.4f}"}
+        mean, low, high = interval([f[figure] for f in figures])
+        row |= {figure: f"{mean:.4f}", f"{figure}_low": f"{low:.4f}", f"{figure}_high": f"{high:.4f}"}
     return row
 
 

@@ -44,8 +44,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from videosparse.benchmark.rows import write_rows
+from videosparse.files import write_json
 from videosparse.generation.output import check_writable
 from videosparse.metrics import pairs
+from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.fidelity import CONVENTION, CONVENTIONS, Perceptual
 from videosparse.metrics.perceptual import load_perceptual
 from videosparse.metrics.vbench import DIMENSIONS, WITHOUT_WEIGHTS, MissingError, Models, Weights
@@ -53,11 +55,9 @@ from videosparse.metrics.vbench.ledger import Ledger
 from videosparse.metrics.vbench.prompts import Suite, load_suite
 from videosparse.metrics.vbench.results import (
     DimensionResult,
-    bootstrap,
     load_results,
     save_results,
     totals,
-    write_json,
 )
 from videosparse.metrics.vbench.suite import FolderScores, score_folder
 from videosparse.metrics.vbench.tables import (
@@ -262,7 +262,7 @@ def show_fidelity(rows: list[dict[str, Any]], convention: str) -> None:
     for metric in pairs.METRICS:
         values = [row[metric] for row in rows if metric in row]
         if values:
-            low, high = bootstrap(values)
+            _, low, high = interval(values)
             worst = (max if metric in ("lpips", "latent_l1") else min)(row[f"worst_{metric}"] for row in rows)
             table.add_row(metric, f"{sum(values) / len(values):.4f}", f"{low:.4f} to {high:.4f}", f"{worst:.4f}")
     Console(width=120).print(table)

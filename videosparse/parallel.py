@@ -46,18 +46,29 @@ def parallelize(pipe_or_transformer: object, *, uneven: bool = False) -> None:
     transformers: list[Any] = targets(pipe_or_transformer)[1]
     families = [family_of(transformer) for transformer in transformers]
     for transformer in transformers:
-        check_heads(int(transformer.config.num_attention_heads), ranks)
-        if is_parallel(transformer):
-            raise RuntimeError(f"This {type(transformer).__name__} is parallel already; load the model again.")
-        if transformer.config.get("image_condition_type") == "token_replace":
-            raise NotImplementedError(
-                "This HunyuanVideo model modulates its first frame by itself, which shards would not know; use one "
-                "GPU for each video."
-            )
+        check_shareable(transformer, ranks)
     if families[0].joint and not _has_ours(transformers[0]):
         sparsify(pipe_or_transformer, DenseProcessor())
     for transformer in transformers:
         enable_ulysses(transformer, ranks, sharding_plan(transformer), uneven)
+
+
+def check_shareable(transformer: Any, ranks: int) -> None:
+    """Raise unless so many ranks can share a transformer.
+
+    Raises:
+        RuntimeError: it is parallel already.
+        ValueError: the ranks cannot share the heads.
+        NotImplementedError: HunyuanVideo models whose first frame is modulated by itself.
+    """
+    check_heads(int(transformer.config.num_attention_heads), ranks)
+    if is_parallel(transformer):
+        raise RuntimeError(f"This {type(transformer).__name__} is parallel already; load the model again.")
+    if transformer.config.get("image_condition_type") == "token_replace":
+        raise NotImplementedError(
+            "This HunyuanVideo model modulates its first frame by itself, which shards would not know; use one GPU for "
+            "each video."
+        )
 
 
 def sharding_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:

@@ -13,12 +13,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
 from videosparse.benchmark.rows import WHERE
-from videosparse.evaluation.bootstrap import interval
 from videosparse.evaluation.maps import _mosaic, _png
 from videosparse.evaluation.prompts import load_prompts
 from videosparse.evaluation.table import write_table
 from videosparse.evaluation.work import COLUMNS
 from videosparse.generation.video import write_mp4
+from videosparse.metrics.bootstrap import interval
 from videosparse.synthetic.render import render
 
 ROOT = Path(__file__).parents[2]

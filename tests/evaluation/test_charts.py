@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from videosparse.evaluation.bootstrap import Interval
 from videosparse.evaluation.page.charts import Level, Point, Series, chart, legend, round_ticks
+from videosparse.metrics.bootstrap import Interval
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("scipy")
 
-from videosparse.evaluation.bootstrap import interval
 from videosparse.evaluation.judging import (
     DIMENSIONS,
     FIDELITY,
@@ -20,6 +19,7 @@ from videosparse.evaluation.judging import (
 )
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
+from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.fidelity import fidelity
 from videosparse.synthetic.render import render
 

@@ -74,18 +74,17 @@ def calibrate(
 
 
 def _prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a file that are neither empty nor comments (#)."""
+    """The prompts of a file; calibration has one size and seed for all."""
     from videosparse.generation.errors import GenerationError
+    from videosparse.generation.runfile import read_prompts
 
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise GenerationError(f"Cannot read prompts from {path}: {reason}.") from None
-    found = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not found:
-        raise GenerationError(f"{path} holds no prompt; write one or two, a line each.")
-    return found
+    lines = read_prompts(path)
+    if given := next((line for line in lines if line.values), None):
+        raise GenerationError(
+            f"{path}: calibration takes no values of a line ({', '.join(given.values)} after {given.prompt!r}); give "
+            "them as options."
+        )
+    return tuple(line.prompt for line in lines)
 
 
 def _block(text: str) -> tuple[int, int]:

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from videosparse.files import write_tensors
 from videosparse.generation.lora import ABOUT_KEY, NORMS_FILE, WEIGHTS_FILE
 from videosparse.training.config import ConfigError, LoraConfig
 from videosparse.training.families import TrainingFamily
-from videosparse.training.files import write_tensors
 
 ADAPTER = "default"
 FORMATS = ("diffusers", "comfy")

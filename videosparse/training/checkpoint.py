@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from videosparse.files import write_tensors
 from videosparse.training.adapters import copy_into, whole
 from videosparse.training.config import ConfigError
-from videosparse.training.files import write_tensors
 
 FOLDER = "checkpoints"
 WEIGHTS, OPTIMIZER, EMA, STATE = "trained.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"

@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from videosparse.files import write_tensors
 from videosparse.training.clips import Size
 from videosparse.training.config import ConfigError
 from videosparse.training.families import Text
-from videosparse.training.files import write_tensors
 
 FORMAT = "videosparse-dataset-1"
 EMPTY = "empty.safetensors"
@@ -46,13 +46,6 @@ class Bucket:
 
     size: Size
     entries: tuple[Entry, ...]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def write_shard(

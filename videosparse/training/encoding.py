@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videosparse.files import write_json, write_tensors
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import one_line
 from videosparse.generation.output import check_writable
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.training.clips import BrokenClip, ClipSource, Size, nearest_size, probe
 from videosparse.training.config import ConfigError
-from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, packed, read_about, shards, write_json, write_shard
+from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, packed, read_about, shards, write_shard
 from videosparse.training.families import TRAINING_FAMILIES, Text
-from videosparse.training.files import write_tensors
 from videosparse.training.tiny.parallel_vae import ParallelVae
 
 # values of a clip that goes through Wan's VAE at once: 321 frames of 128x128

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from videosparse._diffusers import enable_ulysses_in_groups
-from videosparse.parallel import sharding_plan
+from videosparse.parallel import check_shareable, sharding_plan
 from videosparse.training.config import ConfigError
 
 
@@ -15,9 +15,10 @@ def share_clips(transformer: Any, degree: int) -> None:
     Call it after the processors are bound: HunyuanVideo and Mochi can be shared with processors of ours only.
 
     Raises:
-        ConfigError: heads that cannot be shared out.
+        ConfigError: a transformer that so many cannot share.
     """
-    heads = int(transformer.config.num_attention_heads)
-    if heads % degree:
-        raise ConfigError(f"train.sequence_parallel must divide the {heads} heads of the model (got {degree}).")
+    try:
+        check_shareable(transformer, degree)
+    except (ValueError, RuntimeError) as error:  # what is not implemented is a RuntimeError, too
+        raise ConfigError(f"train.sequence_parallel = {degree} does not fit the model: {error}") from error
     enable_ulysses_in_groups(transformer, degree, sharding_plan(transformer))

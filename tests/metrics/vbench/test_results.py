@@ -6,7 +6,7 @@ import pytest
 
 from videosparse.metrics.vbench import SCALES
 from videosparse.metrics.vbench.ledger import Ledger, stamp_of
-from videosparse.metrics.vbench.results import DimensionResult, bootstrap, load_results, save_results, totals
+from videosparse.metrics.vbench.results import DimensionResult, load_results, save_results, totals
 
 
 def test_round_trip(tmp_path):
@@ -99,6 +99,9 @@ def test_scores_outside_the_range_are_clipped_and_extra_ones_left_out():
 
 
 def test_bootstrap():
+    def bootstrap(values):
+        return DimensionResult(0.5, {str(i): value for i, value in enumerate(values)}).interval()
+
     assert bootstrap([0.5] * 9) == (0.5, 0.5)
     values = [0.0, 1.0] * 50
     low, high = bootstrap(values)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.benchmark.rows import WHERE
-from videosparse.evaluation.bootstrap import Interval
 from videosparse.evaluation.judging import DIMENSIONS, QUARTERS
 from videosparse.evaluation.page.charts import Level, Point, Series, chart, legend
 from videosparse.evaluation.page.summary import Group, Size
 from videosparse.evaluation.table import Row
+from videosparse.metrics.bootstrap import Interval
 
 _SHOWN = 6  # players at first; the others are one tap away
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from videosparse.evaluation.bootstrap import Interval
+from videosparse.metrics.bootstrap import Interval
 
 _WIDTH, _HEIGHT = 440, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 44

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from videosparse.evaluation.bootstrap import Interval, interval
 from videosparse.evaluation.judging import QUARTERS
 from videosparse.evaluation.table import Row, number
+from videosparse.metrics.bootstrap import Interval, interval
 
 NEEDED = ("model", "setting", "method", "prompt", "seed", "frames", "height", "width", "steps", "guidance", "block")
 """Columns that a page cannot do without."""

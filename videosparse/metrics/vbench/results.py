@@ -11,13 +11,13 @@ missing) goes into tables beside it, never into it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from videosparse.files import write_json
+from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.vbench import DIMENSIONS, SCALES
 
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
@@ -37,7 +37,8 @@ class DimensionResult:
 
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of the mean over videos."""
-        return bootstrap(list(self.videos.values()))
+        _, low, high = interval(list(self.videos.values()))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -125,24 +126,3 @@ def _read_dimension(name: str, entry: Any, path: Path) -> DimensionResult:
         raise ValueError(
             f"{path}: {name} has another shape than [score, [{{video_path, video_results}}, ...]] ({error!r})."
         ) from error
-
-
-def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of at least one value, the same for the same values."""
-    data = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(0)
-    means = np.concatenate([rng.choice(data, (draws // 10, len(data))).mean(axis=1) for _ in range(10)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all; NaN and infinity are refused.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=4, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -1,0 +1,30 @@
+"""Small files, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all; its folder is made. NaN and infinity are refused.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: NaN or infinity.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with the usual permissions: `safetensors.torch.save_file` lets nobody else read it."""
+    path.write_bytes(save(dict(tensors), None if metadata is None else dict(metadata)))
