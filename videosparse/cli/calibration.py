@@ -46,7 +46,8 @@ def calibrate(
 
     An interrupted calibration goes on where it was when the same command is given again.
     """
-    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map."):
+    own = ("density", "mass", "block", "buckets", "alpha")
+    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map.", own):
         from videosparse.generation.calibrating import CalibrationRequest
         from videosparse.generation.calibrating import calibrate as run
 

@@ -147,8 +147,9 @@ def _generate(
 ) -> Batch | None:
     """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
-    from videosparse.generation.errors import GenerationError
+    from videosparse.generation.errors import GenerationError, calling
     from videosparse.generation.runfile import (
+        KEYS,
         RunFile,
         merge,
         preset_values,
@@ -161,15 +162,20 @@ def _generate(
     values = merge([preset_values(preset or file.preset), file.values, chosen])
     output = file.output if output is None else output
     many = prompts or (None if "prompt" in chosen else file.prompts)
-    if many is None:
-        _carry_out(request_from(values), output, overwrite, compare, latents)
-        return None
-    for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
-        if given:
-            raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
-    lines = read_prompts(many)
-    requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
-    return plan_batch(requests, output, latents=latents, overwrite=overwrite)
+    lines = []
+    if many is not None:
+        for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
+            if given:
+                raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
+        lines = read_prompts(many)
+    typed = {*chosen, *(key for line in lines for key in line.values)}
+    with calling({KEYS[key][0]: f"{key} in {config}" for key in file.values if key in KEYS and key not in typed}):
+        if many is None:
+            _carry_out(request_from(values), output, overwrite, compare, latents)
+            return None
+        requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
+        labels = [f"{many}, line {line.number}" for line in lines]
+        return plan_batch(requests, output, latents=latents, overwrite=overwrite, labels=labels)
 
 
 def demo(

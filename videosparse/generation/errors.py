@@ -3,14 +3,61 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 
 class GenerationError(ValueError):
-    """A request that cannot be carried out; the message says what, why and what to do, in one line."""
+    """A request that cannot be carried out; the message says what, why and what to do, in one line.
+
+    A message about one value begins with the field of `GenerationRequest` that holds it: "num_frames must be ...". What
+    users see of it may call that field otherwise, see `renamed`.
+    """
+
+
+OPTION_OF = {
+    "num_frames": "--frames",
+    "negative_prompt": "--negative-prompt",
+    "trained_frames": "--trained-frames",
+    "lora_scale": "--lora-scale",
+    **{name: f"--{name}" for name in ("height", "width", "steps", "guidance", "shift", "seed", "fps", "offload")},
+}
+"""How the command line and the programs call the fields that messages begin with."""
+
+_PLACE = r"(?:Prompt \d+ of \d+: |.*, line \d+: )?"
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """A message that calls the field it is about as the user typed it; any other message as it is.
+
+    Args:
+        message: of a `GenerationError`, with or without the prompt that it is about before it.
+        names: of fields, such as `OPTION_OF`.
+    """
+    found = re.match(rf"({_PLACE})(\w+)(?= must |=| is for )", message, re.S)
+    if found is None or found[2] not in names:
+        return message
+    return f"{found[1]}{names[found[2]]}{message[found.end() :]}"
+
+
+@contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors of a block call fields by other names; see `renamed`."""
+    try:
+        yield
+    except GenerationError as error:
+        message = renamed(str(error), names)
+        if message == str(error):
+            raise
+        raise GenerationError(message) from error
+
+
+def told(error: BaseException, limit: int = 1000) -> str:
+    """What a program says of an error: one line, which names options instead of fields."""
+    return renamed(one_line(error, limit), OPTION_OF)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

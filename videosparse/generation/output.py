@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +62,19 @@ class Destination:
             GenerationError: a name is taken, or the folder cannot be written. No file is left behind then, nor after
                 any other error or Ctrl-C.
         """
+        try:
+            with self.files() as parts:
+                yield parts
+        except OSError as error:
+            raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
+
+    @contextmanager
+    def files(self) -> Iterator[Parts]:
+        """`parts` for a block that runs other people's code, whose OSErrors are about something else."""
         parts, is_new = Parts(self), not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             yield parts
-        except OSError as error:
-            raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
         finally:
             parts.discard()
             if is_new:
@@ -142,8 +149,25 @@ def destination(
         if path.suffix != ".mp4":
             raise GenerationError(f"--output must end in .mp4, or be a folder (got {text!r}); use {path.stem}.mp4.")
         place = Destination(path.parent, path.stem, endings, overwrite=overwrite)
-    _check(place)
+    check_places([place])
     return place
+
+
+def video_place(
+    output: str | Path | None,
+    prompt: str,
+    seed: int,
+    method: str,
+    *,
+    endings: tuple[str, ...] = (".mp4",),
+    overwrite: bool = False,
+) -> Destination:
+    """Where the files of one video go; PROMPT-SEED-METHOD where `output` gives no name. See `destination`.
+
+    Raises:
+        GenerationError: see `destination`.
+    """
+    return destination(output, f"{slug(prompt)}-{seed}-{method}", endings, overwrite)
 
 
 def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
@@ -156,7 +180,7 @@ def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
     if path.suffix != ".png":
         raise GenerationError(f"A picture must end in .png (got {str(output)!r}); use {path.stem}.png.")
     place = Destination(path.parent, path.stem, (".png",), overwrite=overwrite)
-    _check(place)
+    check_places([place])
     return place
 
 
@@ -218,13 +242,18 @@ def _is_folder(text: str) -> bool:
         raise GenerationError(f"Cannot write to {text[:40]!r}: {_reason(error)}; choose another name.") from None
 
 
-def _check(place: Destination) -> None:
-    """Raise GenerationError where `publish` would: a taken name, a folder that cannot be written."""
-    if place.overwrite:
-        _check_replaceable(place.taken(place.stem))
-    elif not place.number and (found := place.taken(place.stem)):
-        raise _exists(found)
-    check_writable(place.folder, [f"{place.stem}{ending}" for ending in place.endings])
+def check_places(places: Sequence[Destination]) -> None:
+    """Learn before anything runs what `publish` would find out, for places in one folder.
+
+    Raises:
+        GenerationError: a taken name, or a folder that cannot be written.
+    """
+    for place in places:
+        if place.overwrite:
+            _check_replaceable(place.taken(place.stem))
+        elif not place.number and (found := place.taken(place.stem)):
+            raise _exists(found)
+    check_writable(places[0].folder, [f"{place.stem}{ending}" for place in places for ending in place.endings])
 
 
 def _check_replaceable(paths: Iterable[Path]) -> None:
