@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+from videosparse.wording import nearest, one_line
+
+__all__ = ["OPTION_OF", "GenerationError", "calling", "memory_errors", "nearest", "one_line", "renamed", "told"]
 
 
 class GenerationError(ValueError):
@@ -60,13 +63,6 @@ def told(error: BaseException, limit: int = 1000) -> str:
     return renamed(one_line(error, limit), OPTION_OF)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint ("Did you mean 'x'?" after a space) at the known word most like `word`; empty when none is close."""
-    lowered = {name.lower(): name for name in known}
-    match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
-    return f" Did you mean {lowered[match[0]]!r}?" if match else ""
-
-
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Say what to do about full memory."""
@@ -93,9 +89,3 @@ def _used() -> str:
     gib = 2**30
     used, total = torch.cuda.max_memory_allocated() / gib, torch.cuda.get_device_properties().total_memory / gib
     return f" ({used:.1f} of {total:.1f} GiB were in use when more was asked for)"
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of any error on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -16,6 +16,9 @@ from videosparse.generation.errors import GenerationError, one_line
 
 DEFAULT_FOLDER = "outputs"
 
+WHOLE = 200
+"""Letters of a name that has to tell things apart; file systems take 255."""
+
 Writer = Callable[[Path], None]
 
 
@@ -185,8 +188,11 @@ def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
 
 
 def slug(text: str, limit: int = 40) -> str:
-    """A file name from a prompt: lower-case words joined by dashes, cut between words; "video" when nothing is left."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    """A file name from any text: lower-case words and numbers joined by dashes, cut between words to `limit` letters.
+
+    It is "video" when nothing is left.
+    """
+    words = re.findall(r"[0-9]+\.[0-9]+|[a-z0-9]+", text.lower())
     name = ""
     for word in words:
         longer = f"{name}-{word}" if name else word[:limit]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from videosparse.generation.errors import nearest
 from videosparse.metrics.vbench import DIMENSIONS, SCALES
 from videosparse.metrics.vbench.dimension import Context, Dimension, VideoScore
 from videosparse.metrics.vbench.drift import DriftCurve, clip_bounds, drift
@@ -25,6 +24,7 @@ from videosparse.metrics.vbench.prompts import Suite, SuitePrompt, prompt_of
 from videosparse.metrics.vbench.results import DimensionResult
 from videosparse.metrics.vbench.weights import MissingError
 from videosparse.metrics.video import Video, VideoError, find_videos, probe_size, read_video
+from videosparse.wording import nearest
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many videos are finished, and of how many."""
