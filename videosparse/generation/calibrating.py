@@ -22,6 +22,7 @@ from videosparse.generation.environment import now, versions
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.looking import Figures, MapSums, Watch, watching
 from videosparse.generation.methods import refusals
+from videosparse.generation.output import Destination, check_places
 from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
@@ -93,6 +94,8 @@ class CalibrationRequest:
                 raise GenerationError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
         if self.density is not None and self.mass is not None:
             raise GenerationError("density and mass both say how many blocks are kept; give one of them.")
+        if first.steps < 2:
+            raise GenerationError(f"steps must be 2 or more to calibrate (got {first.steps}); the plan is for halves.")
         if not 1 <= self.buckets <= first.steps // 2:
             raise GenerationError(
                 f"buckets must be 1 to {first.steps // 2}, half of the {first.steps} steps, so that each has one "
@@ -191,17 +194,8 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     path = Path(output)
     if path.suffix != ".safetensors":
         raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {path.stem}.safetensors.")
-    if path.is_dir():
-        raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
-    if path.exists() and not overwrite:
-        raise GenerationError(f"{path} exists; choose another name, or pass --overwrite.")
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise GenerationError(f"Cannot write to {path.parent}: {error.strerror}; choose another folder.") from error
+    check_places([Destination(path.parent, path.stem, (path.suffix,), overwrite=overwrite)])
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

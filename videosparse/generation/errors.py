@@ -43,7 +43,8 @@ def renamed(message: str, names: Mapping[str, str]) -> str:
     found = re.match(rf"({_PLACE})(\w+)(?= must |=| is for )", message, re.S)
     if found is None or found[2] not in names:
         return message
-    return f"{found[1]}{names[found[2]]}{message[found.end() :]}"
+    rest = message[found.end() :]
+    return f"{found[1]}{names[found[2]]}{f' {rest[1:]}' if rest[0] == '=' else rest}"
 
 
 @contextmanager

@@ -142,6 +142,8 @@ def destination(
             written.
     """
     text = "" if output is None else str(output)
+    if output is not None and not text.strip():
+        raise GenerationError("--output must not be empty; give an .mp4 file or a folder, or leave it out.")
     is_folder = output is None or text.endswith(("/", os.sep)) or _is_folder(text)
     if is_folder:
         place = Destination(
@@ -285,5 +287,7 @@ def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
         with tempfile.TemporaryDirectory(prefix=".", dir=existing) as probe:
             for name in names:
                 (Path(probe) / name).touch()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # such as a name with a null character
+        if isinstance(error, GenerationError):
+            raise
         raise GenerationError(f"Cannot write to {folder}: {_reason(error)}; choose another folder.") from error
