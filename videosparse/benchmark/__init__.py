@@ -1,1 +1,1 @@
-"""The parts that benchmarks are made of: problems, the kernels that solve them, checks, timing and rows."""
+"""The parts that `eval/bench_attention.py` is made of: problems, the kernels that solve them, checks and timing."""

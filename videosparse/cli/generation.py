@@ -38,18 +38,11 @@ Plan = Annotated[
 ]
 
 
-def method_options(plan: str | None, options: list[str] | None) -> dict[str, dict[str, object]]:
-    """What was --set, by method, and the plan, whose name may be any, as one of them.
-
-    Raises:
-        GenerationError: see `parse_overrides`.
-    """
-    from videosparse.generation.methods import parse_overrides
-
-    given = parse_overrides(options or ())
-    if plan is not None:
-        given["paro"] = {"plan": plan, **given.get("paro", {})}
-    return given
+def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
+    """What was --set, and the plan as one of them."""
+    if plan is not None and plan.lower() == "none":
+        plan = f"./{plan}"  # a file: the word alone would be the method's default
+    return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
 
 
 def generate(
@@ -123,6 +116,8 @@ def generate(
     A batch that was interrupted goes on with the videos that are missing when the same command is given again.
     """
     with guard(debug):
+        from videosparse.generation.methods import parse_overrides
+
         given: dict[str, object] = {
             "prompt": prompt, "model": model, "method": method, "frames": frames, "height": height, "width": width,
             "steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt, "seed": seed,
@@ -137,7 +132,7 @@ def generate(
             _decode(from_latents, given | more, output, overwrite)
             return
         chosen = {key: value for key, value in given.items() if value is not None}
-        chosen |= method_options(plan, options)
+        chosen |= parse_overrides(with_plan(plan, options))
         many = _generate(chosen, preset, config, prompts, output, overwrite, compare, save_latents)
         if many is not None:
             with guard(debug, "Interrupted; the same command goes on with the videos that are missing."):
@@ -168,7 +163,7 @@ def _generate(
     )
 
     file = RunFile() if config is None else read_run_file(config)
-    values = merge([preset_values(file.preset if preset is None else preset), file.values, chosen])
+    values = merge([preset_values(preset or file.preset), file.values, chosen])
     output = file.output if output is None else output
     many = file.prompts if prompts is None and "prompt" not in chosen else prompts
     lines = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, flops, guard, memory, rows, seconds
-from videosparse.cli.generation import Set, density_text, method_options, method_text
+from videosparse.cli.generation import Set, density_text, method_text, with_plan
 
 if TYPE_CHECKING:
     from videosparse.generation.planning import GenerationPlan
@@ -34,12 +34,12 @@ def plan(
 ) -> None:
     """Show what a run will cost, without weights: tokens, densities, attention work, and the block map."""
     with guard(debug):
-        from videosparse.generation.methods import check_method, check_options_used
+        from videosparse.generation.methods import check_method, check_options_used, parse_overrides
         from videosparse.generation.output import picture_place
         from videosparse.generation.planning import plan_run
         from videosparse.generation.sources import find_spec
 
-        given = method_options(plan_file, options)
+        given = parse_overrides(with_plan(plan_file, options))
         check_method(method)
         check_options_used(given, method)
         place = None if png is None else picture_place(png, overwrite)

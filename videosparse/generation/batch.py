@@ -81,18 +81,17 @@ def plan_batch(
     folder = Path(DEFAULT_FOLDER if output is None else output)
     if folder.suffix == ".mp4":
         raise GenerationError(f"--output must be a folder for a prompt file (got {str(output)!r}); use {folder.stem}/.")
-    if labels is None:
-        labels = [f"Prompt {number} of {len(requests)}" for number in range(1, len(requests) + 1)]
     runs = []
-    for label, request in zip(labels, requests, strict=True):
+    for number, request in enumerate(requests, 1):
         try:
             runs.append(request.resolve())
         except GenerationError as error:
+            label = f"Prompt {number} of {len(requests)}" if labels is None else labels[number - 1]
             raise GenerationError(f"{label}: {error}") from error
         if _loaded(runs[-1]) != _loaded(runs[0]):
             raise GenerationError(
-                f"{label} asks for another model, dtype, device, offload or LoRA than the first one, and a batch loads "
-                "one pipeline; make a batch of each."
+                f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload or LoRA than the "
+                "first one, and a batch loads one pipeline; make a batch of each."
             )
     batch = Batch(tuple(runs), folder, latents, overwrite)
     check_places([batch.place(number) for number in range(len(runs))])

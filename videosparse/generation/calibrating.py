@@ -94,8 +94,6 @@ class CalibrationRequest:
                 raise GenerationError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
         if self.density is not None and self.mass is not None:
             raise GenerationError("density and mass both say how many blocks are kept; give one of them.")
-        if first.steps < 2:
-            raise GenerationError(f"steps must be 2 or more to calibrate (got {first.steps}); the plan is for halves.")
         if not 1 <= self.buckets <= first.steps // 2:
             raise GenerationError(
                 f"buckets must be 1 to {first.steps // 2}, half of the {first.steps} steps, so that each has one "
