@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import random
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+
+from videosparse.metrics.bootstrap import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
@@ -71,15 +71,8 @@ def accuracy() -> str:
     return markdown(["setting", "videos", "colour", "shape", "motion class"], rows)
 
 
-def _interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
-    rng = random.Random(0)
-    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
-    return fmean(values), means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
-
-
 def _share(right: list[float]) -> str:
-    return "{} % ({} to {})".format(*(f"{100 * x:.0f}" for x in _interval(right)))
+    return "{} % ({} to {})".format(*(f"{100 * x:.0f}" for x in interval(right)))
 
 
 def coverage() -> str:
@@ -238,7 +231,7 @@ def _sure(found: tuple[float, float, float] | None, digits: int, factor: int) ->
 
 
 def _mean(values: list[float], digits: int) -> str:
-    return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in _interval(values)))
+    return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in interval(values)))
 
 
 def search() -> str:

@@ -40,6 +40,8 @@ Plan = Annotated[
 
 def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
     """What was --set, and the plan as one of them."""
+    if plan is not None and plan.lower() == "none":
+        plan = f"./{plan}"  # a file: the word alone would be the method's default
     return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
 
 
@@ -57,7 +59,9 @@ def generate(
     method: Annotated[
         str | None, typer.Option(help="Attention: radial, adaspa, paro or dense.", show_default="radial")
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
@@ -147,8 +151,9 @@ def _generate(
 ) -> Batch | None:
     """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
-    from videosparse.generation.errors import GenerationError
+    from videosparse.generation.errors import GenerationError, calling
     from videosparse.generation.runfile import (
+        KEYS,
         RunFile,
         merge,
         preset_values,
@@ -160,16 +165,21 @@ def _generate(
     file = RunFile() if config is None else read_run_file(config)
     values = merge([preset_values(preset or file.preset), file.values, chosen])
     output = file.output if output is None else output
-    many = prompts or (None if "prompt" in chosen else file.prompts)
-    if many is None:
-        _carry_out(request_from(values), output, overwrite, compare, latents)
-        return None
-    for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
-        if given:
-            raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
-    lines = read_prompts(many)
-    requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
-    return plan_batch(requests, output, latents=latents, overwrite=overwrite)
+    many = file.prompts if prompts is None and "prompt" not in chosen else prompts
+    lines = []
+    if many is not None:
+        for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
+            if given:
+                raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
+        lines = read_prompts(many)
+    typed = {*chosen, *(key for line in lines for key in line.values)}
+    with calling({KEYS[key][0]: f"{key} in {config}" for key in file.values if key in KEYS and key not in typed}):
+        if many is None:
+            _carry_out(request_from(values), output, overwrite, compare, latents)
+            return None
+        requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
+        labels = [f"{many}, line {line.number}" for line in lines]
+        return plan_batch(requests, output, latents=latents, overwrite=overwrite, labels=labels)
 
 
 def demo(

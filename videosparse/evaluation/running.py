@@ -13,6 +13,7 @@ from videosparse.attach import restore, sparsify
 from videosparse.cases import ModelSpec
 from videosparse.evaluation.maps import MapPicture, picture_maps
 from videosparse.evaluation.prompts import Prompt
+from videosparse.evaluation.weights import weights_id
 from videosparse.generation.environment import now
 from videosparse.generation.errors import GenerationError, memory_errors
 from videosparse.generation.methods import refusals
@@ -85,6 +86,8 @@ class Batches:
             )
         )  # fmt: skip
         self.pipe = load_pipeline(self.settings)[0] if pipe is None else pipe
+        location = self.settings.source.location
+        self.weights = "" if location is None else weights_id(location)
 
     def size(self, prompts: int) -> int:
         """How many videos to make at once where nobody says."""
