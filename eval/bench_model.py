@@ -72,7 +72,7 @@ class OutOfTime(Exception):
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where, rows = environment(), RowFile(Path(args.output), COLUMNS, KEY)
+    where, rows = environment(args.commit), RowFile(Path(args.output), COLUMNS, KEY)
     started, failed, left = time.perf_counter(), [], []
     todo = [(case, STEP_CONTENDERS[name]) for case in args.case for name in STEP_CONTENDERS if name in args.only]
     if args.resume:
@@ -118,6 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--resume", action="store_true", help="leave out what has a row of this commit and card")
     parser.add_argument("--list", action="store_true", help="print what would be timed, in its order")
+    parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", default=str(OUTPUT))
     args = parser.parse_args(argv)
     for case in args.case:

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(args.figure)
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = environment()
+    where = environment(args.commit)
     for case in args.case:
         best, inputs = fastest_kernel(case, device), make_inputs(case, device)
         for contender in (replace(STEP_CONTENDERS[name], all_layers=True) for name in args.only):
@@ -85,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", type=case_of, nargs="+", default=[case_of(name) for name in CASES])
     parser.add_argument("--only", nargs="+", choices=list(STEP_CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--plot", action="store_true", help="draw the rows instead")
     parser.add_argument("--figure", type=Path, default=FIGURE)
