@@ -5,8 +5,8 @@
 
 A figure is the time of a step of one contender over that of another, of the same case and card, both from the newest
 commit that has both. "Dense" is the fastest dense contender in bfloat16 of that commit and card, whichever that is. The
-goals are of Radial Attention at its default density; what Diffusers as shipped and FlashAttention-2 take beside it is
-listed without a bound. Tables of the pages are made from the output by `python eval/readme_tables.py`.
+goals are of Radial Attention at its default density; AdaSpa, and what Diffusers as shipped and FlashAttention-2 take,
+are listed without a bound. Tables of the pages are made from the output by `python eval/readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def goals() -> list[Goal]:
             Goal(case, "Radial against Diffusers as shipped", ("stock",), "radial"),
             Goal(case, "Radial against FlashAttention-2", ("fa2",), "radial"),
             Goal(case, "Radial, INT8 and FP8 linears against Diffusers as shipped", ("stock",), "stack"),
+            Goal(case, "AdaSpa against the fastest dense", DENSE, "adaspa"),
+            Goal(case, "AdaSpa, INT8 and FP8 linears against the fastest dense", DENSE, "adaspa-stack"),
         ]
     return found
 

@@ -105,6 +105,7 @@ STEP_CONTENDERS: dict[str, StepContender] = {
         StepContender("stock", "Diffusers as shipped", "stock", compiled=False),
         StepContender("radial-int8", "Radial, INT8, compiled", "radial", quant="int8"),
         StepContender("adaspa", "AdaSpa, compiled", "adaspa"),
+        StepContender("adaspa-stack", "AdaSpa, INT8, FP8 linears, compiled", "adaspa", quant="int8", linears="fp8"),
         StepContender("dense-fp8", "dense, FP8 linears, compiled", "dense", linears="fp8", kernel=BEST),
         StepContender("paro", "PARO without a plan, compiled", "paro"),
         StepContender(
