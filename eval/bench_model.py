@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from videosparse.benchmark.contenders import Missing
-from videosparse.benchmark.rows import WHERE, RowFile, environment
+from videosparse.benchmark.rows import WHERE, RowFile, environment, read_rows
 from videosparse.benchmark.step_contenders import STEP_CONTENDERS, STEPS, StepContender, bound, fastest_kernel
 from videosparse.benchmark.stepping import MOST_DIFFERENCE, Inputs, Stepped, difference, step
 from videosparse.benchmark.transformer import branches_of, build, make_inputs
@@ -73,6 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where, rows = environment(args.commit), RowFile(Path(args.output), COLUMNS, KEY)
+    if args.merge:
+        for row in args.merge:
+            rows.add(row)
+        print(f"{len(args.merge)} rows added to {args.output}")
+        return 0
     started, failed, left = time.perf_counter(), [], []
     todo = [(case, STEP_CONTENDERS[name]) for case in args.case for name in STEP_CONTENDERS if name in args.only]
     if args.resume:
@@ -118,9 +123,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--resume", action="store_true", help="leave out what has a row of this commit and card")
     parser.add_argument("--list", action="store_true", help="print what would be timed, in its order")
+    parser.add_argument("--merge", type=Path, help="measure nothing: add the rows of this file, as of another machine")
     parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", default=str(OUTPUT))
     args = parser.parse_args(argv)
+    try:
+        args.merge = read_rows(args.merge, (*KEY, "forward_s", "note")) if args.merge else []
+    except ValueError as error:
+        parser.error(str(error))
     for case in args.case:
         if not 2 <= args.layers <= case.model.layers:
             parser.error(f"--layers must be 2 to {case.model.layers} for {case.model.name} (got {args.layers}).")

@@ -74,6 +74,21 @@ def test_a_tiny_run_resumes(program, tiny, tmp_path, capsys):
     assert again == rows
 
 
+def test_rows_of_another_machine_are_added(program, tmp_path, capsys):
+    here, there = tmp_path / "models.csv", tmp_path / "other.csv"
+    key = {"case": "x", "layers_timed": "3", "gpu": "H200", "commit": "a"}
+    RowFile(here, program.COLUMNS, program.KEY).add({**key, "contender": "stock", "forward_s": "1"})
+    RowFile(there, program.COLUMNS, program.KEY).add({**key, "contender": "stock", "forward_s": "2"})
+    RowFile(there, program.COLUMNS, program.KEY).add({**key, "contender": "dense", "forward_s": "3"})
+    assert program.main(["--merge", str(there), "--output", str(here)]) == 0
+    assert "2 rows added" in capsys.readouterr().out
+    with here.open() as file:
+        assert [(r["contender"], r["forward_s"]) for r in csv.DictReader(file)] == [("stock", "2"), ("dense", "3")]
+    with pytest.raises(SystemExit):
+        program.main(["--merge", str(tmp_path / "none.csv")])
+    assert "none.csv cannot be read" in capsys.readouterr().err
+
+
 def test_what_is_written_survives_what_fails(program, tiny, tmp_path, monkeypatch, capsys):
     def fail(model, contender, *rest):
         if contender.name == "stock":
