@@ -51,7 +51,7 @@ def run(program, tmp_path, *more, only, case="wan2.1-1.3b 32x32x5", layers=2):
 
 
 def test_a_tiny_run_resumes(program, tiny, tmp_path, capsys):
-    only = ["stock", "dense-eager", "radial-eager", "fa2"]
+    only = ["stock", "dense-eager", "radial-eager", "fa2", "stack"]
     rows = run(program, tmp_path, only=only)
     assert set(rows) == set(only)
     stock, dense, radial = (rows[name] for name in only[:3])
@@ -59,6 +59,7 @@ def test_a_tiny_run_resumes(program, tiny, tmp_path, capsys):
     assert dense["difference_from"] == "stock"
     assert "FlashAttention" not in rows["fa2"]["backend"]
     assert rows["fa2"]["note"].startswith("not here: it needs an NVIDIA GPU")
+    assert rows["stack"]["note"].startswith("not here: linears=fp8")
     assert stock["blocks"].startswith("WanTransformerBlock dense")
     assert "sparse" in radial["blocks"]
     assert "dense" in radial["blocks"]  # Radial leaves the first layer dense
@@ -336,6 +337,13 @@ def test_tables_name_what_is_missing():
         row(CASE, "dense", "11", layers=40), row(CASE, "radial", "4", commit="old", run="2026-11-21T12:00:00Z"),
     ]  # fmt: skip
     assert newest(rows, CASE)["dense"]["layers_timed"] == "40"
+    assert newest(rows, CASE)["radial"]["forward_s"] == "5"
+    assert (
+        newest([*rows, row(CASE, "radial", "3", gpu="H100", run="2026-11-20T12:00:00Z")], CASE)["radial"]["gpu"]
+        == "H200"
+    )
+    failed = [*rows, row(CASE, "dense", "", layers=50, note="out of memory")]
+    assert newest(failed, CASE)["dense"]["forward_s"] == "11"
     head, lines = overview(rows)
     first = dict(zip(head[:7], lines[0], strict=False))
     assert first["fastest dense, s"] == "22.00"

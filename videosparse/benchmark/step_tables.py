@@ -15,17 +15,18 @@ NOT_MEASURED = "not measured"
 
 
 def newest(rows: list[Row], case: str) -> dict[str, Row]:
-    """The rows of a case by contender: of the card and commit of its newest row that has a figure.
+    """The rows of a case by contender, all of the card of its newest figure, each of the newest commit that it ran at.
 
-    Of rows of one contender that with most layers counts.
+    Of several such rows of a contender one with a figure counts, and that with most layers.
     """
-    found = sorted((r for r in rows if r["case"] == case), key=lambda r: (r["run"], int(r["layers_timed"])))
+    found = sorted((r for r in rows if r["case"] == case), key=lambda r: r["run"])
     timed = [r for r in found if r["forward_s"]]
     if not timed:
         return {}
-    last = timed[-1]
-    same = [r for r in found if all(r[name] == last[name] for name in ("gpu", "commit"))]
-    return {r["contender"]: r for r in sorted(same, key=lambda r: (bool(r["forward_s"]), int(r["layers_timed"])))}
+    here = [r for r in found if r["gpu"] == timed[-1]["gpu"]]
+    commits = {r["contender"]: r["commit"] for r in here}
+    own = [r for r in here if r["commit"] == commits[r["contender"]]]
+    return {r["contender"]: r for r in sorted(own, key=lambda r: (bool(r["forward_s"]), int(r["layers_timed"])))}
 
 
 def fastest_dense(rows: dict[str, Row]) -> Row | None:
