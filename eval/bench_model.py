@@ -33,6 +33,7 @@ commit and card. --seconds is hard: what is being timed then is given up, and wh
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import time
 import traceback
@@ -157,27 +158,29 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 class Bench:
-    """A case: its transformers of few layers, one for each kind of linear layers, its inputs and its best kernel."""
+    """A case: a transformer of few layers, its inputs, its best dense kernel, and an output to compare with."""
 
     def __init__(self, case: Case, layers: int, device: torch.device) -> None:
         self.case, self.layers, self.device = case, layers, device
         self.inputs: Inputs = make_inputs(case, device)
         short = Case(case.model, 2 * case.model.stride[0] + 1, case.height, case.width)
         self.short: Inputs = make_inputs(short, device)
-        self.models: dict[str, Any] = {}
         self.kernel = fastest_kernel(case, device)
         self.reference: tuple[str, torch.Tensor] | None = None
+        self._linears, self._model = "", None
 
     def model(self, linears: str) -> Any:
-        """The transformer with linear layers of a kind; the other is let go where it is large."""
-        if linears not in self.models:
-            if self.layers > LAYERS:
-                self.models.clear()
-            model = build(self.case.model, self.layers, self.device)
+        """The transformer with linear layers of a kind; only one is kept, so that peaks of memory are of one."""
+        if self._linears != linears:
+            self._linears, self._model = "", None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._model = build(self.case.model, self.layers, self.device)
             if linears != "none":
-                quantize_linears(model, kind=linears)
-            self.models[linears] = model
-        return self.models[linears]
+                quantize_linears(self._model, kind=linears)
+            self._linears = linears
+        return self._model
 
 
 def key_of(case: Case, contender: StepContender, layers: int, where: dict[str, str]) -> dict[str, Any]:
