@@ -19,7 +19,7 @@ from videosparse.metrics.bootstrap import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
-PAGES = ("README.md", "assets/results/README.md", "assets/tiny-wan/README.md")
+PAGES = ("README.md", "assets/results/README.md", "assets/results/profile.md", "assets/tiny-wan/README.md")
 
 ACCURACY = {
     "tiny_wan_ceiling_33": "ground truth through the VAE, 33 frames",
@@ -262,24 +262,47 @@ SHARES = {
 
 
 def models() -> str:
-    """A forward of a whole transformer, and runs of 50 steps reckoned from it."""
-    cases: dict[str, dict[str, Row]] = {}
-    for r in read("models"):
-        cases.setdefault(r["case"], {})[r["contender"]] = r
-    lines = []
-    for case, found in cases.items():
-        stock, dense, sparse = (found[name] for name in ("stock", "dense", "radial"))
-        fastest = min(stock, dense, key=lambda r: float(r["forward_s"]))
-        cells = [f"{float(r['forward_s']):.2f}" for r in (stock, dense, sparse)]
-        runs = [f"{float(r['run_s']) / 60:.1f}" for r in (fastest, sparse)]
-        step, run = (float(fastest[c]) / float(sparse[c]) for c in ("forward_s", "run_s"))
-        layers = f"{stock['layers']} layers"
-        lines.append([case, layers, f"{float(sparse['density']):.2f}", *cells, f"{step:.2f}x", *runs, f"{run:.2f}x"])
-    head = [
-        "model, size", "timed", "density", "stock, s a forward", "dense, ours", "Radial",
-        "sparse step against the faster dense", "50 steps: faster dense, min", "with Radial", "",
-    ]  # fmt: skip
-    return markdown(head, lines)
+    """Steps of whole models and runs of 50, dense and sparse, and what measures them."""
+    from videosparse.benchmark.step_tables import overview
+
+    return markdown(*overview(read("models")))
+
+
+def model_steps() -> str:
+    """Every contender of every case, those without a figure too."""
+    from videosparse.benchmark.step_tables import every_row
+
+    return markdown(*every_row(read("models")))
+
+
+def model_check() -> str:
+    """Whole models as measured beside what few of their layers say."""
+    from videosparse.benchmark.step_tables import extrapolation
+
+    head, lines = extrapolation(read("models"))
+    return markdown(head, lines) if lines else UNMEASURED
+
+
+def model_goals() -> str:
+    """The goals of whole models and what was measured, from `eval/check_model_goals.py`."""
+    if not _measured("model_goals"):
+        return UNMEASURED
+    head = ["model, size", "a sparse step", "measured", "must", "goal", "", "seconds"]
+    return markdown(head, [
+        [r["case"], r["goal"], r["measured"] and f"{r['measured']}x", r["must"], r["wanted"], r["verdict"], r["detail"]]
+        for r in read("model_goals")
+    ])  # fmt: skip
+
+
+def profile() -> str:
+    """Where the time of a layer goes, from `eval/profile_step.py`, with its picture where there is one."""
+    from videosparse.benchmark.step_tables import parts
+
+    if not _measured("profile"):
+        return UNMEASURED
+    picture = "\n\n![Milliseconds of a layer by part](../figures/profile.png)"
+    tables = "\n\n".join(f"{case}\n\n{markdown(head, lines)}" for case, head, lines in parts(read("profile")))
+    return tables + (picture if (ROOT / "assets/figures/profile.png").exists() else "")
 
 
 def training() -> str:
@@ -457,8 +480,8 @@ def dimensions() -> str:
 
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published,
-    dimensions,
+    goals, models, model_steps, model_check, model_goals, profile, training, reordering, rounding, integers,
+    reorder_cost, calibration, paro_videos, published, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 
