@@ -16,7 +16,7 @@ from torch import Tensor
 from videosparse.training.config import Config
 from videosparse.training.dataset import Bucket, Dataset, Entry
 from videosparse.training.families import Text
-from videosparse.training.noise import NoiseLevels, dense_above
+from videosparse.training.noise import NoiseLevels, RunSchedule
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ class Sampler:
         config: of the run.
         data: to take clips from.
         levels: the noise levels that are trained.
+        schedule: of the videos that are made later, which says what is dense.
         in_step: samples of one optimizer step, over all processes.
     """
 
-    def __init__(self, config: Config, data: Dataset, levels: NoiseLevels, in_step: int) -> None:
+    def __init__(self, config: Config, data: Dataset, levels: NoiseLevels, schedule: RunSchedule, in_step: int) -> None:
         self.config, self.data, self.levels, self.in_step = config, data, levels, in_step
         first = config.attention.first_steps if config.attention.method != "dense" else 0.0
-        self.threshold = dense_above(first, levels.shift)
+        self.threshold = schedule.dense_above(first)
         self.dense_share = levels.share_above(self.threshold) if first > 0 else 0.0
 
     def step(self, number: int) -> Step:

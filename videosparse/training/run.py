@@ -23,16 +23,16 @@ from videosparse.generation.environment import peak_memory, reset_peak_memory, v
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.lora import FORMAT
 from videosparse.generation.methods import make_processor, refusals
-from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
+from videosparse.generation.sources import ModelSource, check_text_to_video, find_model, scheduler_shift
 from videosparse.layout import TokenLayout
 from videosparse.stretching import extend_rope
 from videosparse.training import checkpoint
 from videosparse.training.adapters import add_adapters, copy_into, load_adapters, save_lora, trained, whole
 from videosparse.training.batches import Batch, Sampler, Step
-from videosparse.training.config import Config, ConfigError
+from videosparse.training.config import Config, ConfigError, describe
 from videosparse.training.dataset import Dataset
 from videosparse.training.families import TRAINING_FAMILIES, TrainingFamily
-from videosparse.training.noise import NoiseLevels
+from videosparse.training.noise import NoiseLevels, RunSchedule
 from videosparse.training.optimizing import Average, make_optimizer, rate
 from videosparse.training.sharing import share_clips
 
@@ -126,7 +126,10 @@ class LoraRun:
         draw = self.family.draw if train.draw == "auto" else train.draw
         self.levels = NoiseLevels(draw, train.shift or self.family.shift, train.noise_from, train.noise_to)
         groups = accelerator.num_processes // train.sequence_parallel
-        self.sampler = Sampler(config, self.data, self.levels, groups * train.batch_size * train.accumulate)
+        self.schedule = RunSchedule(config.attention.shift or scheduler_shift(self.source), self.family.halves)
+        self.sampler = Sampler(
+            config, self.data, self.levels, self.schedule, groups * train.batch_size * train.accumulate
+        )
         self.group = accelerator.process_index // train.sequence_parallel
         self.transformer = load_transformer(self.source, config, accelerator.device)
         add_adapters(self.transformer, self.family, config.lora, train.seed)
@@ -342,7 +345,8 @@ class LoraRun:
             "format": FORMAT, "base_model": self.source.name, "location": self.source.location, "family": spec.family,
             "layers": spec.layers, "heads": spec.heads, "component": config.model.component,
             "method": config.attention.method, "options": options, "first_steps": config.attention.first_steps,
-            "first_layers": config.attention.first_layers, "rope": config.model.rope,
+            "first_layers": config.attention.first_layers, "shift": self.schedule.shift,
+            "dense_above": self.sampler.threshold, "rope": config.model.rope,
             "trained_frames": self.trained_frames, "norms": config.lora.norms,
             "frames": list(config.train.frames), "sizes": sorted({str(b.size) for b in self.data.train}),
             "steps": self.done, "recipe": config.as_dict(), "versions": versions(),
@@ -391,16 +395,18 @@ class LoraRun:
     def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
         """Raise ConfigError where what was changed since a checkpoint would make it another run."""
         now = json.loads(json.dumps(self.config.as_dict()))
+        defaults = {name: json.loads(json.dumps(default)) for name, default, _ in describe()}
         free = {"train": ("steps",), "output": None, "validate": None}
         for section, values in now.items():
             allowed = free.get(section, ())
             if allowed is None:
                 continue
             for name, value in values.items():
-                if name not in allowed and before.get(section, {}).get(name) != value:
+                was = before.get(section, {}).get(name, defaults[f"{section}.{name}"])  # a key may be a new one
+                if name not in allowed and was != value:
                     raise ConfigError(
-                        f"{section}.{name} was {before.get(section, {}).get(name)!r} in {path} and is {value!r} now; "
-                        "give it back its value, or choose another output.folder."
+                        f"{section}.{name} was {was!r} in {path} and is {value!r} now; give it back its value, or "
+                        "choose another output.folder."
                     )
 
     def _check_data(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from videosparse.attach import sparsify
 from videosparse.generation.methods import make_processor
+from videosparse.generation.running import shifted
 from videosparse.generation.video import side_by_side, write_mp4
 from videosparse.training.encoding import load_parts
 from videosparse.training.families import Text
@@ -82,7 +83,7 @@ class Validation:
             options = {**attention.options, **schedule}
         sparsify(pipe, make_processor(attention.method, options))
         try:
-            with torch.no_grad(), run.accelerator.autocast():
+            with torch.no_grad(), run.accelerator.autocast(), shifted(pipe, run.schedule.shift):
                 return [pipe(**self._call(text, device)).frames[0].float().cpu() for text in self.texts]
         finally:
             run.bind()
