@@ -86,17 +86,18 @@ class Bench:
 
     Args:
         case: what is timed.
-        layers: self-attentions; for HunyuanVideo single-stream blocks, but one dual-stream block where `dual`.
+        layers: self-attentions.
+        duals: how many of them are in dual-stream blocks, for HunyuanVideo, which needs one to be shared.
         state: of the processes.
         smoke: narrow, in fp32.
     """
 
-    def __init__(self, case: Case, layers: int, dual: bool, state: PartialState, smoke: bool) -> None:
+    def __init__(self, case: Case, layers: int, duals: int, state: PartialState, smoke: bool) -> None:
         torch.manual_seed(0)
         self.case, self.device, self.ranks = case, state.device, state.num_processes
         self.family = TRAINING_FAMILIES[case.model.family]
         with torch.device(self.device):
-            self.model = build(case.model, layers, dual, smoke).to(torch.float32 if smoke else torch.bfloat16)
+            self.model = build(case.model, layers, duals, smoke).to(torch.float32 if smoke else torch.bfloat16)
         add_adapters(self.model, self.family, LoraConfig(rank=32), 0)
         self.model.enable_gradient_checkpointing()
         self.model.train()
@@ -187,7 +188,7 @@ def slowest(seconds: float, device: torch.device, ranks: int) -> float:
     return float(found)
 
 
-def build(spec: ModelSpec, layers: int, dual: bool, smoke: bool) -> Any:
+def build(spec: ModelSpec, layers: int, duals: int, smoke: bool) -> Any:
     """The published shape with few layers."""
     import diffusers
 
@@ -198,18 +199,19 @@ def build(spec: ModelSpec, layers: int, dual: bool, smoke: bool) -> Any:
             text_dim=64 if smoke else 4096, ffn_dim=128 if smoke else 13824, freq_dim=256,
         )  # fmt: skip
     return diffusers.HunyuanVideoTransformer3DModel(
-        num_layers=int(dual), num_single_layers=layers - int(dual), num_attention_heads=heads,
+        num_layers=duals, num_single_layers=layers - duals, num_attention_heads=heads,
         attention_head_dim=head_dim, num_refiner_layers=1 if smoke else 2, text_embed_dim=64 if smoke else 4096,
         rope_axes_dim=(8, 12, 12) if smoke else (16, 56, 56), guidance_embeds=True,
     )  # fmt: skip
 
 
 def whole_model(case: Case, one: Mapping[str, float], two: float, dual: float | None) -> Callable[[str], float]:
-    """Seconds of a step of the whole model by attention: from steps of one layer with each, of two layers, and of one
-    dual-stream and one single-stream layer, with radial."""
+    """Seconds of a step of the whole model by attention: from steps of one layer with each and of two with radial; for
+    HunyuanVideo of one dual-stream layer with each, of one and a single-stream layer, and of two (`dual`) with radial.
+    """
     layer = two - one["radial"]
-    rest = one["radial"] - layer
     first = layer if dual is None else dual - one["radial"]
+    rest = one["radial"] - first
     count, duals = case.model.layers, 0 if dual is None else 20
 
     def extrapolated(attention: str) -> float:
@@ -249,19 +251,20 @@ class Points:
             write_json(self.path, self.found)
 
 
-def parts_of(case: Case, kernels: Sequence[str]) -> list[tuple[str, int, bool, str]]:
-    """(name, layers, with a dual-stream one, attention) of what is measured, what everything rests on first."""
-    found = [("one", 1, False, "radial"), ("two", 2, False, "radial")]
-    if case.model.family == "hunyuan_video":
-        found.append(("dual", 2, True, "radial"))
-    return found + [(kernel, 1, False, kernel) for kernel in kernels]
+def parts_of(case: Case, kernels: Sequence[str]) -> list[tuple[str, int, int, str]]:
+    """(name, layers, dual-stream ones, attention) of what is measured, what everything rests on first."""
+    duals = int(case.model.family == "hunyuan_video")
+    found = [("one", 1, duals, "radial"), ("two", 2, duals, "radial")]
+    if duals:
+        found.append(("dual", 2, 2, "radial"))
+    return found + [(kernel, 1, duals, kernel) for kernel in kernels]
 
 
 def measure(
     case: Case, points: Points, state: PartialState, late: Callable[[], bool], args: argparse.Namespace
 ) -> bool:
     """Make the measurements of a case that are missing; returns whether there was time for all."""
-    for part, layers, dual, attention in parts_of(case, args.kernels):
+    for part, layers, duals, attention in parts_of(case, args.kernels):
         name = point_name(case, state, part)
         if name in points or (attention in DENSE_KERNELS and DENSE_KERNELS[attention].missing(state.device)):
             continue
@@ -269,7 +272,7 @@ def measure(
             return False
         bench = None
         try:
-            bench = Bench(case, layers, dual, state, args.smoke)
+            bench = Bench(case, layers, duals, state, args.smoke)
             points.add(name, bench.timed(attention))
             told = f"{points[name]['seconds']:.2f} s, {points[name]['peak']:.1f} GiB"
         except torch.OutOfMemoryError:
@@ -312,7 +315,8 @@ def rows_of(case: Case, points: Points, state: PartialState, args: argparse.Name
     check_losses(case, found, kernels)
     one = {"radial": found["one"]["seconds"], **{kernel: found[kernel]["seconds"] for kernel in kernels}}
     two = found["two"]["seconds"]
-    seconds = whole_model(case, one, two, found["dual"]["seconds"] if "dual" in found else None)
+    dual = found["dual"]["seconds"] if "dual" in found else None
+    seconds = whole_model(case, one, two, dual)
     whole = {attention: seconds(attention) for attention in one}
     whole["radial, sparse layers"] = whole["radial"]
     whole["radial"], share = with_schedule(case, whole["radial"], min(whole[kernel] for kernel in kernels))
@@ -325,8 +329,8 @@ def rows_of(case: Case, points: Points, state: PartialState, args: argparse.Name
             "attention": attention,
             "density": f"{point['density']:.4f}" if timed == "radial" else 1,
             "step_s": f"{one[timed]:.3f}",
-            "layer_s": f"{two - one['radial'] + one[timed] - one['radial']:.3f}",
-            "rest_s": f"{2 * one['radial'] - two:.3f}",
+            "layer_s": f"{two + one[timed] - 2 * one['radial']:.3f}",
+            "rest_s": f"{2 * one['radial'] - (two if dual is None else dual):.3f}",
             "peak_gib": f"{point['peak']:.2f}",
             "extrapolated_step_s": f"{whole[attention]:.2f}",
             **{f"against_{k}": f"{whole[k] / whole[attention]:.3f}" for k in kernels if k in KERNELS},

@@ -2,13 +2,14 @@
 
     python eval/score_lora_lengths.py --lora dense=outputs/lora/dense --lora radial=outputs/lora/radial
 
-Each `--lora METHOD=FOLDER` is generated with the attention, schedule and shift that it was trained for; dense and Radial
-Attention are run without a LoRA, too, and dense attention with RIFLEx. Every quarter of every video is judged as a video
-of its own by the detectors of the world (held-out prompts, one object), beside the rendered truth; drift is what is right
-in the first quarter and wrong in the last, repetition that beyond the true video's from half the training length on.
-Rows (means with 95 % bootstrap intervals) go to `assets/results/lora_length.csv`, each as soon as it is there; the LoRAs'
-training time and memory come from their logs. The same command goes on where it was stopped: rows that are there are not
-made again, but for a LoRA that has been trained since. `eval/plot_lora_lengths.py` draws them.
+Each `--lora METHOD=FOLDER` is generated with the attention, schedule and shift that it was trained for; dense and
+Radial Attention are run without a LoRA, too, and dense attention with RIFLEx. Every quarter of every video is judged
+as a video of its own by the detectors of the world (held-out prompts, one object), beside the rendered truth; drift
+is what is right in the first quarter and wrong in the last, repetition that beyond the true video's from half the
+training length on. Rows (means with 95 % bootstrap intervals) go to `assets/results/lora_length.csv`, each as soon as
+it is there; the LoRAs' training time and memory come from their logs. The same command goes on where it was stopped:
+rows that are there are not made again, but for a LoRA that has been trained since. `eval/plot_lora_lengths.py` draws
+them.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ def bench():
 
 
 def test_whole_models_are_layers_and_the_rest(bench):
-    """Rest 1 s, a sparse layer 2 s, a dense one 5 s, a dual-stream one half a second more."""
+    """Rest 1 s, a sparse layer 2 s, a dense one 5 s, a dual-stream one half a second more, by which one begins."""
     wan, hunyuan = bench.CASES[0], bench.CASES[2]
     one = {"radial": 3.0, "cudnn": 6.0}
     seconds = bench.whole_model(wan, one, 5.0, None)
     assert seconds("radial") == pytest.approx(1 + 40 * 2)
     assert seconds("cudnn") == pytest.approx(1 + 40 * 5)
-    seconds = bench.whole_model(hunyuan, one, 5.0, 5.5)
+    seconds = bench.whole_model(hunyuan, {"radial": 3.5, "cudnn": 6.5}, 5.5, 6.0)
     assert seconds("radial") == pytest.approx(1 + 20 * 2.5 + 40 * 2)
     assert seconds("cudnn") == pytest.approx(1 + 20 * 5.5 + 40 * 5)
 

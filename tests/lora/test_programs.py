@@ -84,10 +84,12 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(tmp_path):
     command = [sys.executable, "lora/train_length_extension.py", *arguments(tmp_path, "--set", "train.steps=400")]
-    command += ["--set", "validate.prompts=[]", "--set", "data.holdout=0"]
+    command += ["--set", "validate.prompts=[]", "--set", "data.holdout=0", "--resume"]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
+        noted = False
         for line in run.stdout:
+            noted |= "has no checkpoint to resume; training starts at step 0" in line
             if line.startswith("step 2/"):
                 run.send_signal(signal.SIGTERM)
                 break
@@ -95,13 +97,14 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         assert run.wait(timeout=120) == 143, said
     finally:
         run.kill()
+    assert noted
     assert "--resume goes on from there" in said
     (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert (saved / "pytorch_lora_weights.safetensors").is_file()
     step = int(saved.name.removeprefix("step-"))
     began = time.monotonic()
     done = subprocess.run(
-        [*command, "--set", f"train.steps={step + 1}", "--resume"],
+        [*command, "--set", f"train.steps={step + 1}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -147,6 +150,19 @@ def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", argv)
     assert prepare.main() == 2
     assert "--size must be HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "bad.txt").write_text("bad")
+    argv = ["prepare", "--videos", str(tmp_path), "--frames", "9", "--size", "64x64", "--output", str(tmp_path / "d")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu"])
+    monkeypatch.chdir(ROOT)
+    assert program("prepare_dataset").main() == 1
+    said = capsys.readouterr()
+    assert "bad.mp4 cannot be decoded" in said.out
+    assert said.err.startswith(f"Error: none of 1 clips could be used, and {tmp_path}/d has none to train on")
+    assert said.err.count("\n") == 1
 
 
 def test_checkpoints_of_before_are_found_before_anything_is_made(monkeypatch, capsys, tmp_path):

@@ -170,8 +170,8 @@ class GenerationRequest:
         shifts = {lora.shift for lora in loras if lora.shift is not None}
         if self.shift is None and len(shifts) > 1:
             raise GenerationError(
-                f"The LoRAs were trained for noise schedules of several shifts ({sorted(shifts)}); give --shift, one of "
-                "them."
+                f"The LoRAs were trained for noise schedules of several shifts ({sorted(shifts)}); choose one with "
+                "--shift."
             )
         return replace(
             self,

@@ -29,6 +29,7 @@ from videosparse.stretching import extend_rope
 from videosparse.training import checkpoint
 from videosparse.training.adapters import add_adapters, copy_into, load_adapters, save_lora, trained, whole
 from videosparse.training.batches import Batch, Sampler, Step
+from videosparse.training.clips import check_size
 from videosparse.training.config import Config, ConfigError, describe
 from videosparse.training.dataset import Dataset
 from videosparse.training.families import TRAINING_FAMILIES, TrainingFamily
@@ -121,6 +122,7 @@ class LoraRun:
         check_text_to_video(self.source)
         self.family: TrainingFamily = TRAINING_FAMILIES[self.source.spec.family]
         self.data = Dataset(config.data.path, config.data.holdout)
+        self.fps = config.data.fps or float(self.source.defaults.fps)
         self._check_data()
         train = config.train
         draw = self.family.draw if train.draw == "auto" else train.draw
@@ -348,8 +350,9 @@ class LoraRun:
             "first_layers": config.attention.first_layers, "shift": self.schedule.shift,
             "dense_above": self.sampler.threshold, "rope": config.model.rope,
             "trained_frames": self.trained_frames, "norms": config.lora.norms,
-            "frames": list(config.train.frames), "sizes": sorted({str(b.size) for b in self.data.train}),
-            "steps": self.done, "recipe": config.as_dict(), "versions": versions(),
+            "frames": list(config.train.frames), "fps": self.fps,
+            "sizes": sorted({str(b.size) for b in self.data.train}), "steps": self.done, "recipe": config.as_dict(),
+            "versions": versions(),
         }  # fmt: skip
 
     @contextmanager
@@ -426,9 +429,15 @@ class LoraRun:
             )
         if config.model.fp8 and not config.train.checkpointing:
             raise ConfigError("model.fp8 needs train.checkpointing = true: weights are 8 bits wide between the passes.")
+        if about["fps"] != self.fps:
+            raise ConfigError(
+                f"{config.data.path} was prepared at {about['fps']:g} frames a second, and data.fps is {self.fps:g}"
+                f"{'' if config.data.fps else ', that of the model'}; prepare it again in another folder with --fps "
+                f"{self.fps:g}, or set data.fps."
+            )
         for frames in config.train.frames:
             for bucket in self.data.of_length(self.data.train, frames):
-                self.source.grid(frames, bucket.size.height, bucket.size.width)
+                check_size(self.source, frames, bucket.size.height, bucket.size.width, ("train.frames", "", ""))
 
 
 def load_transformer(source: ModelSource, config: Config, device: torch.device) -> Any:
