@@ -35,14 +35,19 @@ def arguments(tmp_path, *more):
 def test_from_nothing_to_a_video(tmp_path, monkeypatch, capsys):
     train = program("train_length_extension")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, "--set", "train.steps=3", "--format", "comfy")])
+    often = ["--set", "validate.every=2", "--set", "validate.video_every=2"]
+    argv = ["train", *arguments(tmp_path, "--set", "train.steps=3", *often, "--format", "comfy")]
+    monkeypatch.setattr(sys, "argv", argv)
     assert train.main() == 0
     said = capsys.readouterr().out
     assert "17 frames: held-out loss" in said
+    assert [line.split(": ")[0] for line in said.splitlines() if line.endswith(" at 0.5") and "17 frames" in line] == [
+        "before", "step 2", "after",
+    ]  # fmt: skip
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} >= {"pytorch_lora_weights.safetensors", "comfy.safetensors", "log.jsonl"}
     assert sorted(p.name for p in (out / "videos").iterdir()) == [
-        "before-after-0.mp4", "step-000000-0.mp4", "step-000003-0.mp4",
+        "before-after-0.mp4", "step-000000-0.mp4", "step-000002-0.mp4", "step-000003-0.mp4",
     ]  # fmt: skip
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     wanted = {"loss", "tokens_per_second", "tflops", "peak_gib", "seconds_left"}
@@ -79,6 +84,31 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
         train.render_clips(config, "cpu")
     assert calls == [4, 4], "once more, and not again when it is whole"
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from videosparse.training.run import LoraRun
+
+    train, loss = program("train_length_extension"), LoraRun.loss
+    calls = []
+
+    def diverging(self, batch, dense):
+        calls.append(self.done)
+        return loss(self, batch, dense) * (torch.nan if self.done == 2 else 1.0)
+
+    monkeypatch.setattr(LoraRun, "loss", diverging)
+    monkeypatch.chdir(ROOT)
+    more = ["--set", "train.steps=5", "--set", "validate.prompts=[]", "--set", "data.holdout=0"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, *more)])
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert "Error: The loss is not finite at step 2" in error
+    assert calls == [0, 1, 2]
+    (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert saved.name == "step-000002"
 
 
 @pytest.mark.slow

@@ -29,6 +29,33 @@ def test_recipes_are_valid(recipe):
     assert f"lora/recipes/{recipe.name}" in recipe.read_text(), "its first lines say how it is run"
 
 
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.stem.startswith("tiny")], ids=lambda p: p.stem)
+def test_recipes_fit_their_models_and_presets(recipe):
+    """Lengths and sizes that the model can take, the multiple in the name, and the shift of runs at that size."""
+    import re
+
+    from videosparse.generation.presets import PRESETS
+    from videosparse.generation.sources import find_spec
+
+    config, text = load_config(recipe), recipe.read_text()
+    source = find_spec(config.model.path)
+    frames, height, width = (
+        int(x) for x in re.search(r"--frames (\d+) --size (\d+)x(\d+)", text.replace("\\\n#", "")).groups()
+    )
+    assert frames == config.train.frames[-1]
+    for length in config.train.frames:
+        source.grid(length, height, width)
+    times = int(recipe.stem[-2])
+    assert frames == pytest.approx(times * source.defaults.num_frames, rel=0.02)
+    sizes = [
+        preset.values.get("shift") for preset in PRESETS.values()
+        if preset.values["model"] == config.model.path and preset.values.get("height") == height
+    ]  # fmt: skip
+    (shift,) = set(sizes)
+    own = {"wan2.1-1.3b": 3.0, "hunyuan-video": 7.0, "mochi": None}.get(config.model.path)
+    assert (config.attention.shift or own) == shift
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -55,6 +82,8 @@ def test_recipes_are_valid(recipe):
         ("model.rope", "riflx", "model.rope must be .* Did you mean 'riflex'"),
         ("validate.video_every", 5, "needs validate.prompts"),
         ("train.shift", -1.0, "train.shift must be at least 0"),
+        ("attention.shift", -1.0, "attention.shift must be at least 0"),
+        ("data.fps", -16, "data.fps must be at least 0"),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, value, message):

@@ -138,7 +138,8 @@ class LoraRun:
         if train.checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.trained_frames = self._trained_frames()
-        extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
+        with refusals():
+            extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
         self.bind()
         if train.sequence_parallel > 1:
             share_clips(self.transformer, train.sequence_parallel)
