@@ -137,7 +137,8 @@ def render_clips(config: Config, device: str) -> None:
     size = Size(max(config.train.frames), config.data.height, config.data.width)
     print(f"encoding {config.data.synthetic} synthetic clips of {size}", flush=True)
     clips = synthetic_clips(config.data.synthetic)
-    prepare(clips, folder, config.model.path, [size], fps=config.data.fps or None, device=device)
+    names = ("train.frames", "data.height", "data.width", "data.fps")
+    prepare(clips, folder, config.model.path, [size], fps=config.data.fps or None, names=names, device=device)
     begun.unlink()
 
 

@@ -151,6 +151,9 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         (["--set", "train.lrr=1"], "Did you mean 'lr'?"),
         (["--set", "model.path=nowhere"], "No model folder at nowhere"),
         (["--set", f"output.folder={__file__}/out"], "is not a folder; choose another folder"),
+        (["--set", "data.synthetic=1", "--set", "train.frames=[9, 18]"], "Error: train.frames must be 4k+1"),
+        (["--set", "data.synthetic=1", "--set", "data.height=33"], "Error: data.height must be a multiple of 16"),
+        (["--set", "data.synthetic=1", "--set", "data.fps=0.5"], "Error: data.fps must be 1 to 240"),
         (
             ["--set", "data.synthetic=1", "--set", f"data.path={__file__}/data"],
             "is not a folder; choose another folder",

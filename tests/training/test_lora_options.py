@@ -111,21 +111,38 @@ def test_noise_levels_are_those_of_the_family_or_as_asked(lora_run):
     assert [asked.level(q) for q in (0.0, 0.5, 1.0)] == pytest.approx([0.2, 0.6, 1.0], abs=1e-5)
 
 
+def test_messages_name_the_keys_of_a_recipe(lora_run):
+    for sections, message in (
+        ({"model_": {"path": __file__}}, "^model.path must be a folder"),
+        ({"model_": {"path": " "}}, "^model.path must not be empty"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            lora_run(**sections)
+
+
 @pytest.mark.parametrize("rope", ["riflex", "pi"])
 def test_every_stretched_rotary_embedding_can_be_trained(lora_run, tmp_path, rope):
     """The embedded model, whose intrinsic frequency is known."""
     model = Path(__file__).parents[2] / "assets" / "tiny-wan"
-    data = lora_runs.random_data(tmp_path / "data", model, clips=3, frames=97)
-    more = {"model": model, "data": data, "train": {"frames": [97]}, "validate": {"quantiles": [0.5]}}
+    data = lora_runs.random_data(tmp_path / "data", model, clips=2, frames=129)
+    more = {
+        "model": model,
+        "data": data,
+        "train": {"frames": [129]},
+        "validate": {"quantiles": [0.5]},
+        "data_": {"holdout": 1},
+    }
     run = lora_run("a", model_={"rope": rope, "trained_frames": 81}, **more)
-    assert run.held_out(97) != lora_run("b", **more).held_out(97)
+    assert run.held_out(129) != lora_run("b", **more).held_out(129)
     assert math.isfinite(run.train_step().loss)
     assert (run.about()["rope"], run.about()["trained_frames"]) == (rope, 81)
 
 
 def test_a_rotary_embedding_that_cannot_be_stretched_is_told_in_one_line(lora_run):
-    with pytest.raises(GenerationError, match="No intrinsic frequency is known for 8 temporal columns"):
+    with pytest.raises(GenerationError, match=r"model.rope: No intrinsic frequency is known for 8 temporal"):
         lora_run(model_={"rope": "riflex"})
+    with pytest.raises(GenerationError, match=r"model.rope: trained_frames must be 4k\+1 .got 18"):
+        lora_run(model_={"rope": "ntk", "trained_frames": 18})
 
 
 def test_optimizers_of_eight_bits_are_those_of_bitsandbytes(monkeypatch):

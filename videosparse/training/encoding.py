@@ -28,6 +28,9 @@ from videosparse.training.tiny.parallel_vae import ParallelVae
 # values of a clip that goes through Wan's VAE at once: 321 frames of 128x128
 _WHOLE = 3 * 321 * 128 * 128
 
+OPTIONS = ("--frames", "The height of --size", "The width of --size", "--fps")
+"""How `lora/prepare_dataset.py` calls what is checked."""
+
 Report = Callable[[int, int, int], None]
 """Called with clips done, skipped, and in all."""
 
@@ -48,6 +51,7 @@ def prepare(
     sizes: Sequence[Size],
     *,
     fps: float | None = None,
+    names: tuple[str, str, str, str] = OPTIONS,
     device: str = "auto",
     per_shard: int = 16,
     report: Report = lambda done, skipped, total: None,
@@ -60,6 +64,7 @@ def prepare(
         model: whose VAE and text encoder; a folder, hub id or name.
         sizes: what clips are cut to: each goes to the size of its own shape, at every length.
         fps: frames a second that clips are brought to, see `clips.at_rate`; None for the model's.
+        names: of frames, height, width and fps, for messages.
         device: for the encoders.
         per_shard: clips in a file; what is lost at most when interrupted.
         report: told about progress.
@@ -71,12 +76,11 @@ def prepare(
     """
     source = find_model(model)
     check_text_to_video(source)
-    names = ("--frames", "The height of --size", "The width of --size")
     for size in sizes:
-        check_size(source, size.frames, size.height, size.width, names)
+        check_size(source, size.frames, size.height, size.width, names[:3])
     rate = float(source.defaults.fps if fps is None else fps)
     if not 1 <= rate <= 240:
-        raise ConfigError(f"--fps must be 1 to 240 (got {rate:g}); leave it out for the model's.")
+        raise ConfigError(f"{names[3]} must be 1 to 240 (got {rate:g}); leave it out for the model's.")
     _describe(folder, source, rate)
     known = {entry["key"] for _, _, entries in shards(folder) for entry in entries}
     todo: dict[Size, list[tuple[str, ClipSource]]] = {}

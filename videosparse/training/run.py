@@ -118,7 +118,10 @@ class LoraRun:
     def __init__(self, config: Config, accelerator: Any) -> None:
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output.folder)
-        self.source: ModelSource = find_model(config.model.path)
+        try:
+            self.source: ModelSource = find_model(config.model.path)
+        except GenerationError as error:
+            raise ConfigError(str(error).replace("--model", "model.path")) from None
         check_text_to_video(self.source)
         self.family: TrainingFamily = TRAINING_FAMILIES[self.source.spec.family]
         self.data = Dataset(config.data.path, config.data.holdout)
@@ -138,7 +141,7 @@ class LoraRun:
         if train.checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.trained_frames = self._trained_frames()
-        with refusals():
+        with refusals("model.rope: "):
             extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
         self.bind()
         if train.sequence_parallel > 1:
