@@ -347,7 +347,9 @@ def lora_lengths() -> str:
         "repetition beyond the truth's", "permanence, %", "training steps", "training, s", "peak, GiB",
     ]  # fmt: skip
     note = f"\n\nNot measured yet: {', '.join(missing)}." if missing else ""
-    return markdown(head, lines) + note
+    drawn = (RESULTS.parent / "figures/lora_lengths.png").exists()
+    figure = "\n\n![Right answers by quarter, drift and repetition](../figures/lora_lengths.png)" if drawn else ""
+    return markdown(head, lines) + note + figure
 
 
 TRAINING_COLUMNS = ("training_steps", "training_s", "training_peak_gib")

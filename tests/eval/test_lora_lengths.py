@@ -86,6 +86,8 @@ def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
 
 def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     tables = load("readme_tables")
+    folder, tmp_path = tmp_path, tmp_path / "results"
+    tmp_path.mkdir()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.lora_lengths() == "Not measured yet."
     settings = [(lora, method, frames) for frames in (81, 161, 321) for lora, method in tables.LENGTH_SETTINGS]
@@ -101,6 +103,9 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     part = tables.lora_lengths().splitlines()
     assert len(part) == 2 + 16 + 2
     assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames, LoRA trained with Radial at 321 frames."
+    (folder / "figures").mkdir()
+    (folder / "figures/lora_lengths.png").touch()
+    assert tables.lora_lengths().splitlines()[-1].endswith("(../figures/lora_lengths.png)")
 
 
 def test_the_figure_is_drawn(score, tmp_path, capsys):
