@@ -45,7 +45,7 @@ def test_recipes_fit_their_models_and_presets(recipe):
     assert frames == config.train.frames[-1]
     for length in config.train.frames:
         source.grid(length, height, width)
-    times = int(recipe.stem[-2])
+    times = int(re.search(r"-(\d)x", recipe.stem)[1])
     assert frames == pytest.approx(times * source.defaults.num_frames, rel=0.02)
     sizes = [
         preset.values.get("shift") for preset in PRESETS.values()
@@ -90,6 +90,21 @@ def test_mistakes_are_told_in_one_line(name, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(with_key(name, value))
     assert "\n" not in str(caught.value)
+
+
+def test_the_experts_of_a_pair_share_all_noise_levels():
+    """And everything else but where the LoRA goes."""
+    high, low = (load_config(RECIPES[0].parent / f"wan2.2-a14b-2x{part}.toml") for part in ("", "-low"))
+    assert (high.model.component, low.model.component) == ("transformer", "transformer_2")
+    assert (low.train.noise_from, low.train.noise_to) == (0.0, high.train.noise_from)
+    assert high.train.noise_to == 1.0
+    differ = {
+        f"{section}.{name}" for section, values in high.as_dict().items() for name, value in values.items()
+        if low.as_dict()[section][name] != value
+    }  # fmt: skip
+    assert differ == {
+        "model.component", "train.noise_from", "train.noise_to", "attention.first_steps", "output.folder",
+    }  # fmt: skip
 
 
 def test_a_section_must_be_a_table():
