@@ -378,13 +378,14 @@ def test_what_does_not_go_together_is_refused(lora_run, sections, message):
         lora_run(**sections)
 
 
-def test_the_rotary_embedding_is_stretched_beyond_the_trained_length(lora_run):
+@pytest.mark.parametrize("rope", ["ntk", "pi"])
+def test_the_rotary_embedding_is_stretched_beyond_the_trained_length(lora_run, rope):
     plain = lora_run("a", train={"frames": [17, 33]})
-    stretched = lora_run("b", model_={"rope": "ntk", "trained_frames": 17}, train={"frames": [17, 33]})
+    stretched = lora_run("b", model_={"rope": rope, "trained_frames": 17}, train={"frames": [17, 33]})
     assert stretched.held_out(17) == plain.held_out(17)
     assert stretched.held_out(33) != plain.held_out(33)
     about = stretched.about()
-    assert (about["rope"], about["trained_frames"]) == ("ntk", 17)
+    assert (about["rope"], about["trained_frames"]) == (rope, 17)
 
 
 @pytest.mark.parametrize("name", ["hunyuan", "mochi"])
