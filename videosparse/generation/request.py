@@ -96,6 +96,8 @@ class GenerationRequest:
             raise GenerationError(
                 "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
             )
+        if self.shift is not None:
+            within("shift", self.shift, self.shift, SHIFTS)
         loras = self._loras(source)
         request = self._extended(loras)
         defaults = source.defaults
@@ -128,7 +130,7 @@ class GenerationRequest:
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
-            shift=None if self.shift is None else within("shift", self.shift, self.shift, SHIFTS),
+            shift=request.shift,
             trained_frames=request._trained_frames(source),
             loras=loras,
         )
@@ -154,7 +156,7 @@ class GenerationRequest:
         lengths = [lora.frames for lora in loras if lora.frames is not None]
         trained: dict[str, Any] = {}
         for lora in loras:
-            found = lora.options(self.method)
+            found = lora.options(self.method, self.shift)
             # two experts of one run may say different things: what is dense for one of them is dense
             for name in ("first_steps", "first_layers"):
                 if name in found and name in trained:
@@ -165,9 +167,16 @@ class GenerationRequest:
         stretched: dict[str, Any] = {}
         if rope is not None and self.rope == "none":
             stretched = {"rope": rope["rope"], "trained_frames": self.trained_frames or rope["trained_frames"]}
+        shifts = {lora.shift for lora in loras if lora.shift is not None}
+        if self.shift is None and len(shifts) > 1:
+            raise GenerationError(
+                f"The LoRAs were trained for noise schedules of several shifts ({sorted(shifts)}); choose one with "
+                "--shift."
+            )
         return replace(
             self,
             **stretched,
+            shift=next(iter(shifts), None) if self.shift is None else self.shift,
             num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
             options=self.options if options is None else options,
         )

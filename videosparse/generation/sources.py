@@ -236,6 +236,22 @@ def check_text_to_video(source: ModelSource) -> None:
         )
 
 
+def scheduler_shift(source: ModelSource) -> float:
+    """The shift of the noise levels of a run with the model's own scheduler.
+
+    Raises:
+        GenerationError: the folder is incomplete, or its scheduler has no shift, or one that changes with the size.
+    """
+    config = _read_config(source.location or "", "scheduler/scheduler_config.json")
+    shift = config.get("flow_shift", config.get("shift"))
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
+        raise GenerationError(
+            f"The scheduler of {source.name} ({config.get('_class_name')}) has no fixed shift of its noise levels; say "
+            "which one videos will be made with: attention.shift."
+        )
+    return float(shift)
+
+
 def _locate(name: str | None) -> str:
     """A folder, or a hub id."""
     if name is None:
