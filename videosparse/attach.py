@@ -80,8 +80,8 @@ class RunTracker:
     expert takes over.
     """
 
-    def __init__(self, transformer: Any, family: ModelFamily, session: _Session) -> None:
-        self.family, self.session = family, session
+    def __init__(self, transformer: Any, family: ModelFamily, session: _Session, expert: int = 0) -> None:
+        self.family, self.session, self.expert = family, session, expert
         self.config = {**transformer.config, "_class_name": type_name(transformer, family)}
         self.layers: list[tuple[int, LayerProcessor]] = []
         self.states: dict[tuple[str, int], LayerState] = {}
@@ -171,7 +171,8 @@ class RunTracker:
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(dense, RunStep(TRAINING, 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
+            moment = RunStep(TRAINING, 0, expert=self.expert)
+            self._plan(dense, moment, replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
         run = self._now(dense, inputs.get("timestep"), device)
         if resolved.policy is not None:
@@ -250,7 +251,7 @@ class RunTracker:
             self.free()
         if (clock.run, clock.index) != self._seen:
             self._seen, self._calls = (clock.run, clock.index), {}
-        return RunStep(self._context(), clock.index, clock.total())
+        return RunStep(self._context(), clock.index, clock.total(), self.expert, clock.part(self.expert))
 
     def _context(self) -> str:
         """Name of the guidance branch, or its number within the step where the pipeline names none."""
@@ -395,13 +396,15 @@ def tracker_of(transformer: torch.nn.Module) -> RunTracker:
     return tracker
 
 
-def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
+def sparsify(pipe_or_transformer: object, processor: Processor, *, place: tuple[int, int] | None = None) -> None:
     """Bind `processor` to every self-attention of a pipeline or a transformer. Attaching again replaces.
 
     Args:
         pipe_or_transformer: a Diffusers pipeline of a supported family, or its transformer. A transformer alone does
             not know how many steps a run has: to generate with it, give `num_steps`, or steps as ints.
         processor: e.g. `RadialProcessor()`.
+        place: for one transformer of several that share a run, given alone (to train it): (its number from 0, how
+            many they are). A pipeline knows.
 
     Raises:
         TypeError: not a supported pipeline or transformer, not one of our processors, or an attention already has a
@@ -416,8 +419,10 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
         )
     pipeline, transformers = targets(pipe_or_transformer)
     _check_free(processor, transformers)
-    session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
-    trackers = [RunTracker(t, family_of(t), session) for t in transformers]
+    session = _Session(
+        processor, Clock(pipeline, processor.num_steps), _experts(pipeline) if place is None else place[1]
+    )
+    trackers = [RunTracker(t, family_of(t), session, _expert(pipeline, t, place)) for t in transformers]
     # everything that can be wrong is found out before anything changes
     resolved = [_check_model(t, tracker) for t, tracker in zip(transformers, trackers, strict=True)]
     for transformer, tracker in zip(transformers, trackers, strict=True):
@@ -517,6 +522,14 @@ def _experts(pipeline: object | None) -> int:
     return 2 if getattr(pipeline, "transformer_2", None) is not None or config.get("boundary_ratio") else 1
 
 
+def _expert(pipeline: object | None, transformer: torch.nn.Module, place: tuple[int, int] | None) -> int:
+    """Number of a transformer among those that share a run, from 0."""
+    if place is not None:
+        return place[0]
+    second = getattr(pipeline, _COMPONENTS[1], None)
+    return int(isinstance(second, torch.nn.Module) and _unwrap(second) is transformer)
+
+
 def _check_free(processor: Processor, transformers: list[torch.nn.Module]) -> None:
     others = [t for t in processor.binding.alive() if not any(t is mine for mine in transformers)]
     if others:
@@ -552,6 +565,7 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
                 "without losing what it does. Give the attention its stock processor first."
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
+    session.processor.check_transformer(transformer, tracker.config, tracker.expert)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
     host, heads = HostProcessor(attentions[0].module.processor), int(tracker.config["num_attention_heads"])
     check_shared(host, joint=family.joint, policy=resolved.policy, heads=heads)

@@ -86,7 +86,7 @@ def test_some_other_safetensors(path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("videosparse-paro-1", "videosparse-paro-9", "its format is videosparse-paro-9, this version reads"),
+        ("videosparse-paro-2", "videosparse-paro-9", "its format is videosparse-paro-9, this version reads"),
         ('"heads": 3', '"heads": 4', r"codes must be torch.uint8 \[2, 4\]"),
         ('"block": [128, 64]', '"block": [32, 64]', "block"),
         ('"layers": 2, ', "", "it lacks 'layers'"),

@@ -39,11 +39,20 @@ class RunStep:
             `TRAINING`.
         index: denoising step, from 0.
         total: denoising steps of this run, None when nobody said.
+        expert: number of the transformer that is at work, from 0; two share a run of Wan2.2-A14B.
+        part: (first, number) of the steps of this run that it makes; None is all of them.
     """
 
     context: str
     index: int
     total: int | None = None
+    expert: int = 0
+    part: tuple[int, int] | None = None
+
+    @property
+    def own(self) -> tuple[int, int | None]:
+        """(index, total) among the steps that this transformer makes."""
+        return (self.index, self.total) if self.part is None else (self.index - self.part[0], self.part[1])
 
 
 @dataclass(frozen=True, eq=False)
