@@ -493,8 +493,8 @@ class PAROProcessor(SparseProcessor):
     Args:
         plan: a file, or a `PAROPlan`; None is online.
         density: online, the share of the video blocks that a row keeps; None takes the plan's, else .2.
-        block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64), and 64 where
-            frames have fewer than 512 tokens.
+        block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64), and 64
+            where frames have fewer than 512 tokens.
         alpha: online, the weight of sparsity in the choice of an order, 0..1; None takes .5.
         online_maps: find maps in the run, in the orders of the plan.
 
@@ -541,7 +541,7 @@ class PAROProcessor(SparseProcessor):
         return Resolved(variant, policy, self._schedule(_PARO_FIRST_STEPS, 0), self._options())
 
     def check_transformer(self, transformer: torch.nn.Module, config: Mapping[str, Any], expert: int) -> None:
-        """Raise ValueError where the plan is for another configuration, or knows these weights as the other expert's."""
+        """Raise ValueError where the plan is for another configuration, or knows these as the other expert's weights."""
         if (plan := self._plan()) is not None:
             plan.check_model(config, expert)
             plan.check_weights(transformer, expert)

@@ -52,8 +52,8 @@ def calibrate(
 ) -> None:
     """Make a plan for --method paro: token orders and block maps of a model at one size, from a few dense runs.
 
-    A run needs at least twice as many steps as buckets, 10 by default; of Wan2.2-A14B, whose plan holds both experts, each
-    of them needs as many.
+    A run needs at least twice as many steps as buckets, 10 by default. A plan of Wan2.2-A14B holds both experts, and
+    each of them needs as many.
 
     An interrupted calibration goes on where it was when the same command is given again.
     """

@@ -295,8 +295,8 @@ def _check_buckets(buckets: int, steps: int, what: str) -> None:
         )
     if buckets > steps // 2:
         raise GenerationError(
-            f"buckets must be 1 to {steps // 2}, half of {what}, so that each has one (got {buckets}); lower --buckets, "
-            f"or raise --steps ({buckets} buckets need {2 * buckets})."
+            f"buckets must be 1 to {steps // 2}, half of {what}, so that each has one (got {buckets}); lower --buckets, or "
+            f"raise --steps: {buckets} need at least {2 * buckets}."
         )
 
 
@@ -305,7 +305,7 @@ def _check_experts(watch: Watch, settings: CalibrationSettings) -> None:
     source, found = settings.runs[0].source, watch.trackers
     if len(found) != source.experts:
         raise GenerationError(
-            f"{source.name} has {source.experts} experts, and {len(found)} of them are loaded; a plan holds all of them: "
+            f"{source.name} has {source.experts} experts, and {len(found)} of them are loaded; a plan holds all: "
             "calibrate with the whole pipeline."
         )
     sizes = {(len(tracker.layers), int(tracker.config["num_attention_heads"])) for tracker in found}

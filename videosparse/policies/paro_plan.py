@@ -2,8 +2,8 @@
 
 A plan holds a token order for every layer and head, and block maps in that order for parts of the denoising run, a bit
 a block. For a model whose run is shared by two experts (Wan2.2-A14B) it holds those of both. The file is one
-safetensors: `codes`, `counts` and `bits` as in `PAROPlan`, and `PlanFacts` as JSON in its metadata. Nothing in it depends
-on when it was made: the same calibration gives the same bytes.
+safetensors: `codes`, `counts` and `bits` as in `PAROPlan`, and `PlanFacts` as JSON in its metadata. Nothing in it
+depends on when it was made: the same calibration gives the same bytes.
 """
 
 from __future__ import annotations
