@@ -541,7 +541,7 @@ class PAROProcessor(SparseProcessor):
         return Resolved(variant, policy, self._schedule(_PARO_FIRST_STEPS, 0), self._options())
 
     def check_transformer(self, transformer: torch.nn.Module, config: Mapping[str, Any], expert: int) -> None:
-        """Raise ValueError where the plan is for another configuration, or knows these as the other expert's weights."""
+        """Raise ValueError where the plan is for another configuration, or knows the weights as the other's."""
         if (plan := self._plan()) is not None:
             plan.check_model(config, expert)
             plan.check_weights(transformer, expert)

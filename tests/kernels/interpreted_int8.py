@@ -91,15 +91,15 @@ def test_nan_of_tokens_shows(position, wrong):
         assert out[1].isfinite().all()
 
 
-@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(("values", "order"), [("fp8", False), ("fp8", True), ("int8", False)])
 @pytest.mark.parametrize("kind", ["video", "ragged text", "no text at all"])
-def test_the_pass_is_that_of_plain_torch(order, kind):
+def test_the_pass_is_that_of_plain_torch(values, order, kind):
     layout = make_layout(kind, grid=SMALL).aligned((64, 64))
     q, k, v = make_qkv(layout, torch.float16, heads=2, dim=128, view="fused")
     k = quantized.biased(k)
     call = AttentionCall(None, layout.seq_lens, layout.video, layout.text_start, 0.1)
-    found = module.quantize(q, k, v, call, True, True, order)
-    expected = quantized.quantize(q, k, v, call, True, True, order)
+    found = module.quantize(q, k, v, call, True, values, order)
+    expected = quantized.quantize(q, k, v, call, True, values, order)
     for name in ("q_scale", "k_scale", "v_scale", "lse"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
     for name in ("q", "k"):  # a number between two integers may go either way

@@ -295,8 +295,8 @@ def _check_buckets(buckets: int, steps: int, what: str) -> None:
         )
     if buckets > steps // 2:
         raise GenerationError(
-            f"buckets must be 1 to {steps // 2}, half of {what}, so that each has one (got {buckets}); lower --buckets, or "
-            f"raise --steps: {buckets} need at least {2 * buckets}."
+            f"buckets must be 1 to {steps // 2}, half of {what}, so that each has one (got {buckets}); "
+            f"lower --buckets, or raise --steps: {buckets} need at least {2 * buckets}."
         )
 
 
