@@ -53,7 +53,7 @@ OUTPUT = ROOT / "assets/results/reordering.csv"
 PROMPTS = ROOT / "eval/prompts/world64.json"
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 BLOCK = (64, 64)
-QUANTS = (None, "int8", "int8-fp8")
+QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 COLUMNS = (
     "frames", "tokens", "method", "quant", "block", "asked_density", "density", "steps", "calls", "recall",
     "recall_low", "recall_high", "recall_worst_head", "error", "error_low", "error_high", "cosine_worst",

@@ -354,11 +354,12 @@ def integers() -> str:
         return UNMEASURED
     rows = _integer_rows()
     dense = [r for r in rows if r["policy"] == "dense"]
-    fastest = min((r for r in dense if r["kernel"] not in ("int8", "int8-fp8")), key=lambda r: float(r["p50_ms"]))
+    fastest = min((r for r in dense if not r["kernel"].startswith("int8")), key=lambda r: float(r["p50_ms"]))
     lines = [["fastest dense", KERNELS[fastest["kernel"]], "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
     for density in dict.fromkeys(r["density"] for r in rows):
         found = {r["kernel"]: r for r in rows if r["density"] == density and r["policy"] in ("dense", "uniform")}
-        for kernel, name in (("ours", "bf16"), ("int8", "INT8"), ("int8-fp8", "INT8, FP8 values")):
+        names = {"int8": "INT8", "int8-fp8": "INT8, FP8 values", "int8-int8": "INT8, INT8 values"}
+        for kernel, name in {"ours": "bf16", **names}.items():
             if kernel in found:
                 time, own = (float(found[k]["p50_ms"]) for k in (kernel, "ours"))
                 error = found[kernel]["error"] if kernel != "ours" else ""

@@ -285,7 +285,8 @@ class DenseProcessor(Processor):
 
     Args:
         fused_norm: "auto", "on" or "off"; see `KernelOptions`.
-        quant: integer attention, "int8" or "int8-fp8", for inference, by our own kernel; see `KernelOptions`.
+        quant: integer attention, "int8", "int8-fp8" or "int8-int8", for inference, by our own kernel; see
+            `KernelOptions`.
 
     Raises:
         ValueError: an unknown fused_norm or quant; with quant, at a forward, a backend that was chosen with
@@ -320,8 +321,8 @@ class SparseProcessor(Processor):
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
         backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
         fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
-        quant: integer attention in sparse calls, "int8" or "int8-fp8", for inference; see `KernelOptions`. Dense steps
-            and layers, searches among them, are left in full precision.
+        quant: integer attention in sparse calls, "int8", "int8-fp8" or "int8-int8", for inference; see `KernelOptions`.
+            Dense steps and layers, searches among them, are left in full precision.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the

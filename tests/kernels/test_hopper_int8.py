@@ -177,18 +177,19 @@ def lists(block):
 
 
 @pytest.mark.parametrize(
-    ("v", "given", "fp8", "reason"),
+    ("v", "given", "values", "reason"),
     [
-        (torch.zeros(1, 256, 2, 64).half(), call(lists((64, 64))), True, r"128 query rows \(got 64\)"),
-        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), False, "multiples of 16 bytes"),
-        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), True, None),
-        (torch.zeros(1, 20000, 1, 64).half(), call(text_start=300), False, "128 key blocks of text"),
-        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), False, None),
+        (torch.zeros(1, 256, 2, 64).half(), call(lists((64, 64))), "fp8", r"128 query rows \(got 64\)"),
+        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), None, "multiples of 16 bytes"),
+        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), "fp8", None),
+        (torch.zeros(1, 20000, 1, 64).half(), call(text_start=300), None, "128 key blocks of text"),
+        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), None, None),
+        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), "int8", "no int8 values"),
     ],
 )
-def test_what_it_does_not_take(v, given, fp8, reason, monkeypatch):
-    if fp8:
-        assert "until a GPU has shown" in hopper_int8.unsuited(v, v, v, given, False, fp8)
+def test_what_it_does_not_take(v, given, values, reason, monkeypatch):
+    if values == "fp8":
+        assert "until a GPU has shown" in hopper_int8.unsuited(v, v, v, given, False, values)
         monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
-    found = hopper_int8.unsuited(v, v, v, given, False, fp8)
+    found = hopper_int8.unsuited(v, v, v, given, False, values)
     assert found is None if reason is None else re.search(reason, found)

@@ -162,7 +162,7 @@ def forward(
 def integer_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, values: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward` with INT8 queries and keys, and "fp8" or "int8" values or None, of tensors with at least one element."""
+    """`forward` with INT8 queries and keys, of tensors with at least one element; `values` as in `quantize`."""
     return _run("integer attention", q, q, k, v, call, need_lse, values)  # type: ignore[no-any-return]
 
 

@@ -45,7 +45,9 @@ def unavailable(quant: str, device: torch.device, dtype: torch.dtype, head_dim: 
     if head_dim not in HEAD_DIMS:
         return f"it takes head_dim 64 and 128 (got {head_dim})"
     if quant == "int8-fp8" and device.type == "cuda" and not _has_fp8(device):
-        return f"it needs FP8 tensor cores, compute capability 8.9 or newer, which {device} has not; int8-int8 needs none"
+        return (
+            f"it needs FP8 tensor cores, compute capability 8.9 or newer, which {device} has not; int8-int8 needs none"
+        )
     return None
 
 
@@ -75,8 +77,8 @@ def forward(
         return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse.float()
     if values == "fp8" and not _has_fp8(q.device):
         raise RuntimeError(
-            f'quant="int8-fp8" needs FP8 tensor cores, compute capability 8.9 or newer (got {q.device}); use "int8-int8", '
-            'or "int8", which leaves values as they are.'
+            f'quant="int8-fp8" needs FP8 tensor cores, compute capability 8.9 or newer (got {q.device}); use '
+            '"int8-int8", or "int8", which leaves values as they are.'
         )
     kernel = gpu.best_kernel(q.device, "integer attention") or "portable Triton kernel"
     _tell(f'attend computes quant="{quant}" on {q.device} by its {kernel}, where that takes the call.')

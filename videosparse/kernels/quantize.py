@@ -8,7 +8,7 @@ Shapes
     q_scale       fp32 [B, H, P], one for each row, with the scale of the scores and log2(e) folded in
     k_scale       fp32 [B, H, P / 64, 32], one for each 64 keys, written 32 times: the least that Hopper's copies move
     v out         fp8 e4m3 or int8 [B, H, D, P], keys along the last dimension, 0 where no token is
-    v_scale       fp32 [B, H, D], one for each channel of fp8; [B, H, P / 64, D], one for each channel of 64 keys of int8
+    v_scale       fp32, one for each channel: of fp8 [B, H, D], of int8 [B, H, P / 64, D], for each 64 keys
 A score is q . k x q_scale x k_scale, base 2. Scales are positive.
 
 Keys are smoothed first: their mean over the tokens of a sample and head is subtracted (SageAttention, arXiv
@@ -223,7 +223,7 @@ def values_kernel(
     REORDER: tl.constexpr,
     INT8: tl.constexpr,
 ):
-    """ROWS values of one head, turned: fp8 by given scales, with REORDER in `KEY_ORDER` within every 16; or int8 by own."""
+    """ROWS values of one head, turned: as fp8, with REORDER in `KEY_ORDER` within every 16; or int8, by own scales."""
     head, tile, sample = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads, padded = tl.num_programs(0), tl.num_programs(1) * ROWS
     end = length

@@ -5,10 +5,10 @@ Shapes are those of `quantize`, lists and work those of `triton_forward`; values
 int8 turned, in their own order. Scores are exact int32 sums, made floats by the scales of their row and of their 64
 keys. Products with fp8 values keep about 14 bits on Hopper, so those of each tile are added in fp32.
 
-Weights for int8 values are integers of 0..127 relative to the largest of their row in this tile, not in all tiles so
-far, which leaves nothing of rows whose scores differ little but for one (19 % error against 1.4 % where one key is
-eight times as large); products are exact int32 sums, and each tile's enter by that largest weight and the values' scales.
-The row's sum is that of exact weights, so the lse is exact, too.
+Weights for int8 values are integers of 0..127 relative to the largest of their row in this tile. Relative to the
+largest so far they would leave nothing of rows whose scores differ little but for one (19 % error against 1.4 % where
+one key is eight times as large). Products are exact int32 sums; those of a tile enter by that largest weight and the
+values' scales. The row's sum is that of exact weights, and so is the lse.
 """
 
 from __future__ import annotations
