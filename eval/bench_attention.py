@@ -16,8 +16,8 @@ rows of two heads); a peer that is missing or fails gets a row that says why. Ro
 `assets/results/attention.csv`: medians and the 20th and 80th percentiles in ms, TFLOP/s on visited blocks, their
 percentage of the matrix product, and the memory beyond inputs and output.
 
-Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative, in the mean
-square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose.
+Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
+in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose.
 
 Peers: cuDNN and FlashAttention-2 through torch, FlexAttention compiled, FlashAttention-3 (`pip install fa3-fwd`) and
 FlashAttention-4 (`pip install videosparse[fa4]`). Ours runs as it does for users; "portable" is its kernel for any GPU.

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from videosparse._diffusers import HostProcessor, RunEvents, default_processor, is_parallel
+from videosparse._diffusers import FailureEvents, HostProcessor, RunEvents, default_processor, is_parallel
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
 from videosparse.dense_plans import dense_plan
@@ -70,6 +70,11 @@ class _Session:
         if self.active is not None and self.active is not tracker:
             self.active.free()
         self.grid, self.active = grid, tracker
+
+    def fail(self) -> None:
+        """A run has ended by an exception: free what it has kept."""
+        if self.active is not None:
+            self.active.end_run()
 
 
 class RunTracker:
@@ -283,7 +288,8 @@ class RunTracker:
         shared: dict[tuple[int, int], LayerPlan] = {}
         for number, (depth, layer) in enumerate(self.layers):
             layer.plan = dense
-            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths):
+            known = bool(self.states.get((run.context, number)))
+            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths, known):
                 continue
             plan = self._ask(resolved.policy, dense.layout, run, number, latents)
             if plan.mode is Mode.DENSE:
@@ -329,10 +335,15 @@ class RunTracker:
         return plan
 
 
-def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int) -> bool:
-    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches."""
+def _is_asked(
+    policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int, known: bool
+) -> bool:
+    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches.
+
+    A search in the last sparse step would be for nobody: a layer of which nothing is `known` by then stays dense.
+    """
     if not schedule.is_dense(run, layer, layers):
-        return True
+        return known or not (policy.searches and run.context != TRAINING and schedule.is_last_sparse(run))
     return policy.searches and schedule.searches_at(run, layer, layers)
 
 
@@ -357,7 +368,10 @@ def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:
     if resolved.policy is None or total is None:
         return
     schedule = resolved.schedule
-    if sum(schedule.dense_steps(total)) >= total:
+    dense = sum(schedule.dense_steps(total))
+    if dense == 0 and total == 1 and resolved.policy.searches:
+        logger.warning("A run of one step has no map to search for: every call is dense; use at least 2 steps.")
+    if dense >= total:
         logger.warning(
             "first_steps=%s and last_steps=%s cover all %d steps of this run: every call is dense; use %d, or the "
             "fraction %s.",
@@ -427,6 +441,8 @@ def sparsify(pipe_or_transformer: object, processor: Processor, *, place: tuple[
     resolved = [_check_model(t, tracker) for t, tracker in zip(transformers, trackers, strict=True)]
     for transformer, tracker in zip(transformers, trackers, strict=True):
         tracker.attach(transformer)
+    if pipeline is not None:
+        FailureEvents.install(pipeline, session.fail)
     sizes = (
         f"{type(t).__name__}, {len(tracker.layers)} layers" for t, tracker in zip(transformers, trackers, strict=True)
     )
@@ -441,7 +457,10 @@ def restore(pipe_or_transformer: object) -> None:
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
-    for transformer in targets(pipe_or_transformer)[1]:
+    pipeline, transformers = targets(pipe_or_transformer)
+    if pipeline is not None:
+        FailureEvents.remove(pipeline)
+    for transformer in transformers:
         _give_back(transformer)
         undo(transformer)
         if is_parallel(transformer) and family_of(transformer).joint:
@@ -484,6 +503,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
     if isinstance(processor, Processor):
         sparsify(pipe, processor)
         return
+    FailureEvents.remove(pipe)
     for transformer in targets(pipe)[1]:
         accept = getattr(transformer, "set_attn_processor", None)
         if accept is None:

@@ -61,7 +61,8 @@ def test_values_are_read_as_the_type_of_the_option(text, value):
     [
         ("refresh=0.6", (0.6,)), ("refresh=30", (30,)), ("refresh=0.4,0.7", (0.4, 0.7)),
         ("refresh=(20, 0.7)", (20, 0.7)),
-        ("refresh=(0.6,)", (0.6,)), ("refresh=()", ()), ("density=0.3", 0.3), ("block=64", (64, 64)),
+        ("refresh=(0.6,)", (0.6,)), ("refresh=()", ()),
+        ("refresh=never", ()), ("refresh=none", ()), ("density=0.3", 0.3), ("block=64", (64, 64)),
         ("block=128x128", (128, 128)), ("sample=16", 16), ("sample=none", None), ("head_adaptive=no", False),
         ("lse_dtype=bfloat16", "bfloat16"), ("offload_state=yes", True), ("recall_threshold=1", 1),
         ("first_steps=0.3", 0.3), ("backend=torch", "torch"),

@@ -102,7 +102,12 @@ def test_adaspa_with_text_dense_layers_and_experts():
     experts = plan_run(find_spec("wan2.2-a14b"), steps=40, method="adaspa")
     # the second expert's first step is dense, too
     assert experts.average_density == pytest.approx((9 + 31 * experts.density) / 40)
-    assert experts.search == pytest.approx(3 * 0.5 / 40)
+    assert experts.search == pytest.approx(3 * 0.5 * 16 / 128 / 40)
+    assert experts.searching_steps == 1
+    exact = plan_run(find_spec("wan2.2-a14b"), steps=40, method="adaspa", options={"sample": None})
+    assert exact.search == pytest.approx(3 * 0.5 / 40)
+    one = plan_run(find_spec("wan2.1-14b"), steps=1, method="adaspa")
+    assert (one.average_density, one.search, one.searching_steps) == (1.0, 0.0, 1)
     with pytest.raises(GenerationError, match="refresh=3 is step 3 of 50"):
         plan_run(spec, method="adaspa", options={"refresh": 3}, steps=50)
 

@@ -6,6 +6,7 @@ Weights stay fp32 where kernels round them for the product with values, so outpu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,11 +33,13 @@ def forward(
     mean = keys.sum(1, keepdim=True) / token.sum(1, keepdim=True)
     centred = (keys - mean).masked_fill(~token, 0.0)
     plain = v.float().masked_fill(~token, 0.0)
-    by_kind = {"fp8": _rounded_to_fp8, "int8": partial(_rounded_by_block, dims=(2,))}
+    by_kind: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+        None: lambda x: x, "fp8": _rounded_to_fp8, "int8": partial(_rounded_by_block, dims=(2,)),
+    }  # fmt: skip
     rounded = (
         _rounded_to_int8(queries * call.scale, (3,)),
         _rounded_by_block(centred, dims=(2, 4)),
-        plain if values is None else by_kind[values](plain),
+        by_kind[values](plain),
     )
     out, lse = torch_path.forward(*rounded, dataclasses.replace(call, scale=1.0), need_lse)
     if need_lse:

@@ -237,6 +237,13 @@ class DenseSchedule:
         first, last = self.dense_steps(run.total)
         return run.index < first or (run.total is not None and run.index >= run.total - last)
 
+    def is_last_sparse(self, run: RunStep) -> bool:
+        """Whether the transformer that is at work makes no sparse step of this run after this one."""
+        if run.total is None:
+            return False
+        end = run.total - self.dense_steps(run.total)[1]
+        return run.index + 1 >= (end if run.part is None else min(end, sum(run.part)))
+
     def searches_at(self, run: RunStep, layer: int, layers: int) -> bool:
         """Whether a method that searches does so at a step that is dense by schedule: the last of the first ones."""
         first, _ = self.dense_steps(run.total)

@@ -242,8 +242,10 @@ class PAROPolicy(SparsityPolicy):
     def search_work(self, schedule: DenseSchedule, total: int, experts: int) -> tuple[int, float]:
         """What searching costs a layer over a run: (steps dense on top of the schedule, passes in dense forwards)."""
         first, last = schedule.dense_steps(total)
-        if not self.searches or first >= total - last:
+        if not self.searches:
             return 0, 0.0
+        if max(1, first) >= total - last:  # no sparse step is left to search for
+            return max(0, total - last - first), 0.0
         looks = len(ORDERS) if self.calibrated is None else 1
         return experts - (first > 0), experts * looks * _LOOK_SHARE
 
