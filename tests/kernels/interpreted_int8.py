@@ -112,6 +112,61 @@ def test_the_pass_is_that_of_plain_torch(values, order, kind):
     assert not found.k[:, :, layout.length :].any()
 
 
+def hard(q, k, v, kind):
+    """Inputs that eight bits without an exponent may not be enough for."""
+    seldom = (torch.arange(q.shape[1]) % 31 == 0)[None, :, None, None]
+    return {
+        "scores far apart": (4 * q, k, v),
+        "large keys": (q, torch.where(seldom, 8 * k, k), v),
+        "large values": (q, k, torch.where(seldom, 50 * v, v)),
+        "a large key": (q, torch.where(torch.arange(q.shape[1])[None, :, None, None] == 5, 8 * k, k), v),
+        "large channels of values": (q, k, torch.where(torch.arange(q.shape[3]) % 16 == 3, 30 * v, v)),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["scores far apart", "large keys", "large values", "a large key", "large channels of values"]
+)
+def test_hard_inputs_in_integers_alone(kind):
+    layout = make_layout("video", grid=VideoGrid(2, 10, 14))
+    q, k, v = make_qkv(layout, torch.float16, batch=1, heads=1)
+    run_and_check("int8-int8", layout, None, *hard(q, k, v, kind))
+
+
+@pytest.fixture(scope="module")
+def real():
+    """(layout, q, k and v of every layer) of the embedded model, in the last of three steps of one run."""
+    from functools import partial
+
+    from videosparse.attach import sparsify, tracker_of
+    from videosparse.generation import GenerationRequest
+    from videosparse.generation.running import call_arguments, load_pipeline
+    from videosparse.processors import DenseProcessor
+
+    sizes = {"num_frames": 9, "height": 64, "width": 64, "steps": 3, "guidance": 1.0, "device": "cpu"}
+    settings = GenerationRequest("a red circle bounces", method="dense", **sizes).resolve()
+    pipe, _ = load_pipeline(settings)
+    sparsify(pipe, DenseProcessor())
+    tracker, seen = tracker_of(pipe.transformer), []
+
+    def core(original, q, k, v, plan):
+        if tracker.session.clock.index == 2:
+            seen.append((plan.layout, *(x.detach().clone() for x in (q, k, v))))
+        return original(q, k, v, plan)
+
+    for _, layer in tracker.layers:
+        vars(layer)["core"] = partial(core, layer.core)
+    pipe(**{**call_arguments(settings), "output_type": "latent"})
+    return seen
+
+
+@pytest.mark.parametrize("quant", quantized.QUANTS)
+def test_real_queries_keys_and_values(quant, real):
+    for layout, *tensors in (real[0], real[len(real) // 2], real[-1]):
+        assert all(x.abs().max() < 1000 for x in tensors), "far from what float16 holds"
+        run_and_check(quant, layout, None, *(x.half() for x in tensors))
+
+
 def test_zeros_stay_zeros():
     layout = make_layout("video", grid=VideoGrid(1, 7, 10))
     q, k, v = (torch.zeros(1, 70, 1, 64, dtype=torch.float16) for _ in range(3))

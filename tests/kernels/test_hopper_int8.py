@@ -24,6 +24,8 @@ from videosparse.kernels import hopper_int8_kernel as kernel_module  # noqa: E40
 from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid  # noqa: E402
 
+QUANTS = ["int8", "int8-fp8"]
+
 
 @pytest.fixture
 def on_cpu(monkeypatch):
@@ -55,7 +57,7 @@ def run_and_check(quant, layout, block_map, q, k, v, lse=True):
     assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize(("dim", "block"), [(128, (128, 128)), (64, (128, 64))])
 def test_lists(on_cpu, quant, kind, dim, block):
@@ -63,7 +65,7 @@ def test_lists(on_cpu, quant, kind, dim, block):
     run_and_check(quant, layout, make_map(layout, block, heads=2), *make_qkv(layout, torch.bfloat16, heads=2, dim=dim))
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("aligned", [False, True])
 def test_dense(on_cpu, quant, kind, aligned):
@@ -72,7 +74,7 @@ def test_dense(on_cpu, quant, kind, aligned):
     run_and_check(quant, layout, None, *make_qkv(layout, torch.float16, heads=2, dim=64))
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("share", MAP_SHARES)
 def test_shared_maps_and_strides(on_cpu, quant, share):
     layout = make_layout("video")
@@ -80,7 +82,7 @@ def test_shared_maps_and_strides(on_cpu, quant, share):
     run_and_check(quant, layout, make_map(layout, (128, 64), share), q, quantized.biased(k), v, lse=False)
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("tokens", [1, 127, 129])
 def test_few_tokens(on_cpu, quant, tokens):
     layout = TokenLayout(VideoGrid(1, 1, tokens))
@@ -98,7 +100,7 @@ def test_nan_of_tokens_shows(on_cpu):
     for position in range(3):
         q, k, v = make_qkv(layout, torch.bfloat16)
         (q, k, v)[position][0, 3, 1, 5] = torch.nan
-        for quant in quantized.QUANTS:
+        for quant in QUANTS:
             out = attend(q, k, v, layout=layout, options=KernelOptions(backend="triton", quant=quant))
             assert out[0, 3, 1].isnan().any()
             assert not out[1].isnan().any()
