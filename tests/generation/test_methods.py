@@ -78,7 +78,7 @@ def test_options_of_adaspa(text, value):
 @pytest.mark.parametrize("text", ["refresh=late", "refresh=0.4;0.5", "refresh=,", "refresh=(0.4"])
 def test_refreshes_that_are_no_numbers(text):
     value = text.partition("=")[2]
-    message = f"adaspa.refresh must be a number or several, such as 0.6 or 0.4,0.7 (got {value!r})."
+    message = f"adaspa.refresh must be a number or several, such as 0.6 or 0.4,0.7, or never (got {value!r})."
     with pytest.raises(GenerationError, match=re.escape(message)):
         parse_overrides([f"adaspa.{text}"])
 
