@@ -181,8 +181,8 @@ def test_another_configuration_of_one_expert_is_told(made):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"buckets": 3}, "buckets must be 1 to 2, half of the 4 of 10 steps of expert 1, .* 3 need at least 6"),
-        ({"steps": 2}, "the 1 of 2 steps of expert 1 have none"),
+        ({"buckets": 3}, "buckets must be 1 to 2, half of the 4 steps that expert 1 makes of 10, .* 3 need at least 6"),
+        ({"steps": 2}, r"Calibration needs at least 2 steps that expert 1 makes of 2 \(got 1\); raise --steps"),
     ],
 )
 def test_an_expert_with_too_few_steps_is_told(folder, pipe, tmp_path, fields, message):

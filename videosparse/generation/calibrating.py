@@ -107,7 +107,7 @@ class CalibrationRequest:
                 raise GenerationError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
         if self.density is not None and self.mass is not None:
             raise GenerationError("density and mass both say how many blocks are kept; give one of them.")
-        _check_buckets(self.buckets, first.steps, f"the {first.steps} steps")
+        _check_buckets(self.buckets, first.steps)
         density = DENSITY if self.density is None and self.mass is None else self.density
         return CalibrationSettings(self, runs, metric, density, block)
 
@@ -158,7 +158,7 @@ class CalibrationSettings:
             )
         for number in (expert, 1 - expert):
             steps = own if number == expert else run.steps - own
-            _check_buckets(self.request.buckets, steps, f"the {steps} of {run.steps} steps of expert {number + 1}")
+            _check_buckets(self.request.buckets, steps, f" that expert {number + 1} makes of {run.steps}")
         return _middles(own, self.request.buckets)
 
     def asked(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,18 +285,16 @@ def _middles(steps: int, buckets: int) -> dict[int, int]:
     return {own[len(own) // 2]: bucket for bucket, own in members.items()}
 
 
-def _check_buckets(buckets: int, steps: int, what: str) -> None:
-    """Raise GenerationError unless each part of the first half of so many steps has one."""
+def _check_buckets(buckets: int, steps: int, whose: str = "") -> None:
+    """Raise GenerationError unless each part of the first half of so many steps has one; `whose` follows "steps"."""
     if buckets < 1:
         raise GenerationError(f"buckets must be at least 1 (got {buckets}).")
     if steps < 2:
-        raise GenerationError(
-            f"Maps are for parts of a run, and {what} have none (at least 2 are needed); raise --steps."
-        )
+        raise GenerationError(f"Calibration needs at least 2 steps{whose} (got {steps}); raise --steps.")
     if buckets > steps // 2:
         raise GenerationError(
-            f"buckets must be 1 to {steps // 2}, half of {what}, so that each has one (got {buckets}); "
-            f"lower --buckets, or raise --steps: {buckets} need at least {2 * buckets}."
+            f"buckets must be 1 to {steps // 2}, half of the {steps} steps{whose}, so that each has one (got "
+            f"{buckets}); lower --buckets, or raise --steps: {buckets} need at least {2 * buckets}."
         )
 
 
