@@ -348,6 +348,21 @@ def rounding() -> str:
     return markdown(head, [[r["quant"], r["frames"], r["calls"], _ranged(r, "error"), r["cosine_worst"]] for r in rows])
 
 
+def integer_errors() -> str:
+    """How far integer attention is from fp64 on real and on hard inputs, by kind of integers."""
+    if not _measured("integer_errors"):
+        return UNMEASURED
+    rows = read("integer_errors")
+    kinds = list(dict.fromkeys(r["quant"] for r in rows))
+    lines = []
+    for inputs in dict.fromkeys(r["inputs"] for r in rows):
+        found = {r["quant"]: r for r in rows if r["inputs"] == inputs}
+        lines.append(
+            [inputs, *(f"{float(found[k]['error']):.2%} ({float(found[k]['error_worst']):.2%})" for k in kinds)]
+        )
+    return markdown(["inputs", *kinds], lines)
+
+
 def integers() -> str:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
     if not _measured("integer_attention"):
@@ -465,8 +480,8 @@ def dimensions() -> str:
 
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published,
-    dimensions,
+    goals, models, training, reordering, rounding, integers, integer_errors, reorder_cost, calibration,
+    paro_videos, published, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 
