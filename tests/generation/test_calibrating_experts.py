@@ -216,3 +216,20 @@ def test_one_expert_alone_is_not_calibrated(folder, pipe, tmp_path):
             calibrate(request_of(folder), tmp_path / "plan.safetensors", pipe=pipe)
     finally:
         pipe.transformer_2 = second
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", ["none", "model"])
+def test_calibrating_and_generating_on_a_gpu(folder, tmp_path, offload):
+    path, device = tmp_path / "plan.safetensors", {"device": "cuda", "dtype": "bf16", "offload": offload}
+    request = request_of(folder, **device, mass=0.9, density=None)
+    own, _ = load_pipeline(request.resolve().runs[0])
+    plan = calibrate(request, path, pipe=own).plan
+    assert plan.facts.experts == 2
+    assert len(set(plan.facts.weights)) == 2
+    options = {"paro": {"plan": str(path), "first_steps": 1}}
+    size = {**SIZE, **device, "model": str(folder)}
+    found = generate(GenerationRequest("a square", method="paro", options=options, **size), pipe=own).run.report
+    assert found.sparse_calls == (STEPS - 1) * 2 * 2
+    assert found.backend == "triton"
