@@ -61,6 +61,7 @@ def test_each_expert_has_orders_and_maps_of_its_own(made, pipe):
     assert plan.codes.shape == (4, 2)
     assert plan.bits.shape[:3] == (4, 2, 2)
     assert len(facts.method["recall"]) == 2 * 2
+    assert repr(plan).startswith("PAROPlan(plan.safetensors: 2 x WanTransformer3DModel, grid 3x8x8, density")
     assert facts.weights == tuple(fingerprint(t) for t in (pipe.transformer, pipe.transformer_2))
     assert len(set(facts.weights)) == 2
     # a map of each part of each expert's own steps, from both branches of guidance

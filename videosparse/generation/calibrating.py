@@ -382,6 +382,8 @@ def _find_maps(
         progress("maps", number, experts * parts)
         expert, bucket = divmod(number, parts)
         first = expert * layers
+        if expert and not bucket:
+            watch.pipe.maybe_free_model_hooks()  # under offloading, the expert before makes room
         sums = MapSums(codes[first : first + layers], run.grid, settings.block, first)
         own = (call for prompt in partial.calls for call in prompt if (call.expert, call.bucket) == (expert, bucket))
         watch.replay(own, sums)

@@ -186,7 +186,10 @@ class PAROPlan:
         return self
 
     def __repr__(self) -> str:
-        return f"PAROPlan({self.source}: {self.facts.model_class}, grid {self.grid}, density {self.density:.3f})"
+        model = (
+            self.facts.model_class if self.facts.experts == 1 else f"{self.facts.experts} x {self.facts.model_class}"
+        )
+        return f"PAROPlan({self.source}: {model}, grid {self.grid}, density {self.density:.3f})"
 
     def bucket(self, index: int, total: int) -> int:
         """Number of the map that step `index` (from 0) of the `total` of a transformer reads."""
