@@ -14,6 +14,7 @@ import torch
 from videosparse._diffusers import FailureEvents, HostProcessor, RunEvents, default_processor, is_parallel
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
+from videosparse.components import experts_of, number_of, targets, unwrapped
 from videosparse.dense_plans import dense_plan
 from videosparse.kernels import describe_backend
 from videosparse.kernels.dense import title_of
@@ -37,7 +38,6 @@ from videosparse.sharing import Shard, check_shared, shard_of
 logger = logging.getLogger(__name__)
 
 _TRACKER = "_videosparse_tracker"
-_COMPONENTS = ("transformer", "transformer_2")
 
 # Share of dense steps to suggest: the published 12 of 50.
 _USUAL_SHARE = 0.24
@@ -406,7 +406,7 @@ def tracker_of(transformer: torch.nn.Module) -> RunTracker:
     Raises:
         KeyError: none is.
     """
-    tracker: RunTracker = vars(_unwrap(transformer))[_TRACKER]
+    tracker: RunTracker = vars(unwrapped(transformer))[_TRACKER]
     return tracker
 
 
@@ -433,10 +433,10 @@ def sparsify(pipe_or_transformer: object, processor: Processor, *, place: tuple[
         )
     pipeline, transformers = targets(pipe_or_transformer)
     _check_free(processor, transformers)
-    session = _Session(
-        processor, Clock(pipeline, processor.num_steps), _experts(pipeline) if place is None else place[1]
-    )
-    trackers = [RunTracker(t, family_of(t), session, _expert(pipeline, t, place)) for t in transformers]
+    experts = experts_of(pipeline) if place is None else place[1]
+    session = _Session(processor, Clock(pipeline, processor.num_steps), experts)
+    numbers = [number_of(pipeline, t) if place is None else place[0] for t in transformers]
+    trackers = [RunTracker(t, family_of(t), session, n) for t, n in zip(transformers, numbers, strict=True)]
     # everything that can be wrong is found out before anything changes
     resolved = [_check_model(t, tracker) for t, tracker in zip(transformers, trackers, strict=True)]
     for transformer, tracker in zip(transformers, trackers, strict=True):
@@ -515,39 +515,6 @@ def set_attn_processor(pipe: object, processor: object) -> None:
             _give_back(transformer)
         # a transformer empties the dict that it is given
         accept(dict(processor) if isinstance(processor, Mapping) else processor)
-
-
-def targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
-    """(pipeline or None, its transformers), wrappers of torch.compile removed."""
-    if isinstance(pipe_or_transformer, torch.nn.Module):
-        return None, [_unwrap(pipe_or_transformer)]
-    parts = (getattr(pipe_or_transformer, name, None) for name in _COMPONENTS)
-    transformers = [_unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
-    if not transformers:
-        raise TypeError(
-            "Expected a Diffusers pipeline with a transformer, or a transformer "
-            f"(got {type(pipe_or_transformer).__name__}); pass what from_pretrained returned."
-        )
-    return pipe_or_transformer, transformers
-
-
-def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, torch.nn.Module) else module
-
-
-def _experts(pipeline: object | None) -> int:
-    """2 for a pipeline of two noise-level experts, also while only one of them is loaded."""
-    config = getattr(pipeline, "config", {})
-    return 2 if getattr(pipeline, "transformer_2", None) is not None or config.get("boundary_ratio") else 1
-
-
-def _expert(pipeline: object | None, transformer: torch.nn.Module, place: tuple[int, int] | None) -> int:
-    """Number of a transformer among those that share a run, from 0."""
-    if place is not None:
-        return place[0]
-    second = getattr(pipeline, _COMPONENTS[1], None)
-    return int(isinstance(second, torch.nn.Module) and _unwrap(second) is transformer)
 
 
 def _check_free(processor: Processor, transformers: list[torch.nn.Module]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from videosparse.attach import restore, sparsify, targets, tracker_of
+from videosparse.attach import restore, sparsify, tracker_of
 from videosparse.cases import ModelSpec
+from videosparse.components import targets
 from videosparse.evaluation.maps import MapPicture, drawn, maps_of
 from videosparse.evaluation.prompts import Prompt
 from videosparse.generation.environment import now

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from videosparse.attach import RunTracker, restore, sparsify, targets, tracker_of
+from videosparse.attach import RunTracker, restore, sparsify, tracker_of
+from videosparse.components import targets
 from videosparse.generation.errors import GenerationError
 from videosparse.kernels import attend, block_sums
 from videosparse.kernels.order_search import ORDERS, OrderMetric, in_order, look
