@@ -415,17 +415,33 @@ def rounding() -> str:
     return markdown(head, [[r["quant"], r["frames"], r["calls"], _ranged(r, "error"), r["cosine_worst"]] for r in rows])
 
 
+def integer_errors() -> str:
+    """How far integer attention is from fp64 on real and on hard inputs, by kind of integers."""
+    if not _measured("integer_errors"):
+        return UNMEASURED
+    rows = read("integer_errors")
+    kinds = list(dict.fromkeys(r["quant"] for r in rows))
+    lines = []
+    for inputs in dict.fromkeys(r["inputs"] for r in rows):
+        found = {r["quant"]: r for r in rows if r["inputs"] == inputs}
+        lines.append(
+            [inputs, *(f"{float(found[k]['error']):.2%} ({float(found[k]['error_worst']):.2%})" for k in kinds)]
+        )
+    return markdown(["inputs", *kinds], lines)
+
+
 def integers() -> str:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
     if not _measured("integer_attention"):
         return UNMEASURED
     rows = _integer_rows()
     dense = [r for r in rows if r["policy"] == "dense"]
-    fastest = min((r for r in dense if r["kernel"] not in ("int8", "int8-fp8")), key=lambda r: float(r["p50_ms"]))
+    fastest = min((r for r in dense if not r["kernel"].startswith("int8")), key=lambda r: float(r["p50_ms"]))
     lines = [["fastest dense", KERNELS[fastest["kernel"]], "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
     for density in dict.fromkeys(r["density"] for r in rows):
         found = {r["kernel"]: r for r in rows if r["density"] == density and r["policy"] in ("dense", "uniform")}
-        for kernel, name in (("ours", "bf16"), ("int8", "INT8"), ("int8-fp8", "INT8, FP8 values")):
+        names = {"int8": "INT8", "int8-fp8": "INT8, FP8 values", "int8-int8": "INT8, INT8 values"}
+        for kernel, name in {"ours": "bf16", **names}.items():
             if kernel in found:
                 time, own = (float(found[k]["p50_ms"]) for k in (kernel, "ours"))
                 error = found[kernel]["error"] if kernel != "ours" else ""
@@ -530,9 +546,9 @@ def dimensions() -> str:
 
 
 ALL = (
-    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding, integers,
-    reorder_cost, calibration, paro_videos, published, dimensions,
+    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search, goals,
+    models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding, integers,
+    integer_errors, reorder_cost, calibration, paro_videos, published, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

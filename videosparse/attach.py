@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from videosparse._diffusers import HostProcessor, RunEvents, default_processor, is_parallel
+from videosparse._diffusers import FailureEvents, HostProcessor, RunEvents, default_processor, is_parallel
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
+from videosparse.components import experts_of, number_of, targets, unwrapped
 from videosparse.dense_plans import dense_plan
 from videosparse.kernels import describe_backend
 from videosparse.kernels.dense import title_of
@@ -37,7 +38,6 @@ from videosparse.sharing import Shard, check_shared, shard_of
 logger = logging.getLogger(__name__)
 
 _TRACKER = "_videosparse_tracker"
-_COMPONENTS = ("transformer", "transformer_2")
 
 # Share of dense steps to suggest: the published 12 of 50.
 _USUAL_SHARE = 0.24
@@ -71,6 +71,11 @@ class _Session:
             self.active.free()
         self.grid, self.active = grid, tracker
 
+    def fail(self) -> None:
+        """A run has ended by an exception: free what it has kept."""
+        if self.active is not None:
+            self.active.end_run()
+
 
 class RunTracker:
     """Follows the forwards of one transformer and lays out the plan of every self-attention before each.
@@ -80,8 +85,8 @@ class RunTracker:
     expert takes over.
     """
 
-    def __init__(self, transformer: Any, family: ModelFamily, session: _Session) -> None:
-        self.family, self.session = family, session
+    def __init__(self, transformer: Any, family: ModelFamily, session: _Session, expert: int = 0) -> None:
+        self.family, self.session, self.expert = family, session, expert
         self.config = {**transformer.config, "_class_name": type_name(transformer, family)}
         self.layers: list[tuple[int, LayerProcessor]] = []
         self.states: dict[tuple[str, int], LayerState] = {}
@@ -171,7 +176,8 @@ class RunTracker:
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(dense, RunStep(TRAINING, 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
+            moment = RunStep(TRAINING, 0, expert=self.expert)
+            self._plan(dense, moment, replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
         run = self._now(dense, inputs.get("timestep"), device)
         if resolved.policy is not None:
@@ -250,7 +256,7 @@ class RunTracker:
             self.free()
         if (clock.run, clock.index) != self._seen:
             self._seen, self._calls = (clock.run, clock.index), {}
-        return RunStep(self._context(), clock.index, clock.total())
+        return RunStep(self._context(), clock.index, clock.total(), self.expert, clock.part(self.expert))
 
     def _context(self) -> str:
         """Name of the guidance branch, or its number within the step where the pipeline names none."""
@@ -282,7 +288,8 @@ class RunTracker:
         shared: dict[tuple[int, int], LayerPlan] = {}
         for number, (depth, layer) in enumerate(self.layers):
             layer.plan = dense
-            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths):
+            known = bool(self.states.get((run.context, number)))
+            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths, known):
                 continue
             plan = self._ask(resolved.policy, dense.layout, run, number, latents)
             if plan.mode is Mode.DENSE:
@@ -328,10 +335,15 @@ class RunTracker:
         return plan
 
 
-def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int) -> bool:
-    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches."""
+def _is_asked(
+    policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int, known: bool
+) -> bool:
+    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches.
+
+    A search in the last sparse step would be for nobody: a layer of which nothing is `known` by then stays dense.
+    """
     if not schedule.is_dense(run, layer, layers):
-        return True
+        return known or not (policy.searches and run.context != TRAINING and schedule.is_last_sparse(run))
     return policy.searches and schedule.searches_at(run, layer, layers)
 
 
@@ -356,7 +368,10 @@ def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:
     if resolved.policy is None or total is None:
         return
     schedule = resolved.schedule
-    if sum(schedule.dense_steps(total)) >= total:
+    dense = sum(schedule.dense_steps(total))
+    if dense == 0 and total == 1 and resolved.policy.searches:
+        logger.warning("A run of one step has no map to search for: every call is dense; use at least 2 steps.")
+    if dense >= total:
         logger.warning(
             "first_steps=%s and last_steps=%s cover all %d steps of this run: every call is dense; use %d, or the "
             "fraction %s.",
@@ -391,17 +406,19 @@ def tracker_of(transformer: torch.nn.Module) -> RunTracker:
     Raises:
         KeyError: none is.
     """
-    tracker: RunTracker = vars(_unwrap(transformer))[_TRACKER]
+    tracker: RunTracker = vars(unwrapped(transformer))[_TRACKER]
     return tracker
 
 
-def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
+def sparsify(pipe_or_transformer: object, processor: Processor, *, place: tuple[int, int] | None = None) -> None:
     """Bind `processor` to every self-attention of a pipeline or a transformer. Attaching again replaces.
 
     Args:
         pipe_or_transformer: a Diffusers pipeline of a supported family, or its transformer. A transformer alone does
             not know how many steps a run has: to generate with it, give `num_steps`, or steps as ints.
         processor: e.g. `RadialProcessor()`.
+        place: for one transformer of several that share a run, given alone (to train it): (its number from 0, how
+            many they are). A pipeline knows.
 
     Raises:
         TypeError: not a supported pipeline or transformer, not one of our processors, or an attention already has a
@@ -416,12 +433,16 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
         )
     pipeline, transformers = targets(pipe_or_transformer)
     _check_free(processor, transformers)
-    session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
-    trackers = [RunTracker(t, family_of(t), session) for t in transformers]
+    experts = experts_of(pipeline) if place is None else place[1]
+    session = _Session(processor, Clock(pipeline, processor.num_steps), experts)
+    numbers = [number_of(pipeline, t) if place is None else place[0] for t in transformers]
+    trackers = [RunTracker(t, family_of(t), session, n) for t, n in zip(transformers, numbers, strict=True)]
     # everything that can be wrong is found out before anything changes
     resolved = [_check_model(t, tracker) for t, tracker in zip(transformers, trackers, strict=True)]
     for transformer, tracker in zip(transformers, trackers, strict=True):
         tracker.attach(transformer)
+    if pipeline is not None:
+        FailureEvents.install(pipeline, session.fail)
     sizes = (
         f"{type(t).__name__}, {len(tracker.layers)} layers" for t, tracker in zip(transformers, trackers, strict=True)
     )
@@ -436,7 +457,10 @@ def restore(pipe_or_transformer: object) -> None:
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
-    for transformer in targets(pipe_or_transformer)[1]:
+    pipeline, transformers = targets(pipe_or_transformer)
+    if pipeline is not None:
+        FailureEvents.remove(pipeline)
+    for transformer in transformers:
         _give_back(transformer)
         undo(transformer)
         if is_parallel(transformer) and family_of(transformer).joint:
@@ -479,6 +503,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
     if isinstance(processor, Processor):
         sparsify(pipe, processor)
         return
+    FailureEvents.remove(pipe)
     for transformer in targets(pipe)[1]:
         accept = getattr(transformer, "set_attn_processor", None)
         if accept is None:
@@ -490,31 +515,6 @@ def set_attn_processor(pipe: object, processor: object) -> None:
             _give_back(transformer)
         # a transformer empties the dict that it is given
         accept(dict(processor) if isinstance(processor, Mapping) else processor)
-
-
-def targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
-    """(pipeline or None, its transformers), wrappers of torch.compile removed."""
-    if isinstance(pipe_or_transformer, torch.nn.Module):
-        return None, [_unwrap(pipe_or_transformer)]
-    parts = (getattr(pipe_or_transformer, name, None) for name in _COMPONENTS)
-    transformers = [_unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
-    if not transformers:
-        raise TypeError(
-            "Expected a Diffusers pipeline with a transformer, or a transformer "
-            f"(got {type(pipe_or_transformer).__name__}); pass what from_pretrained returned."
-        )
-    return pipe_or_transformer, transformers
-
-
-def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, torch.nn.Module) else module
-
-
-def _experts(pipeline: object | None) -> int:
-    """2 for a pipeline of two noise-level experts, also while only one of them is loaded."""
-    config = getattr(pipeline, "config", {})
-    return 2 if getattr(pipeline, "transformer_2", None) is not None or config.get("boundary_ratio") else 1
 
 
 def _check_free(processor: Processor, transformers: list[torch.nn.Module]) -> None:
@@ -552,6 +552,7 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
                 "without losing what it does. Give the attention its stock processor first."
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
+    session.processor.check_transformer(transformer, tracker.config, tracker.expert)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
     host, heads = HostProcessor(attentions[0].module.processor), int(tracker.config["num_attention_heads"])
     check_shared(host, joint=family.joint, policy=resolved.policy, heads=heads)

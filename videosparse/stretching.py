@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from videosparse.attach import targets
+from videosparse.components import targets
 from videosparse.models import family_of
 from videosparse.models.rope import extend, undo
 

@@ -87,6 +87,8 @@ def test_adaspa(run, tmp_path, compare):
     # 3 blocks of keys, of which a row keeps one; the first step searches, and is dense
     assert attention["video_density"] == attention["density"] == pytest.approx(1 / 3)
     assert (attention["dense_calls"], attention["sparse_calls"]) == (4, 20)
+    assert attention["search_calls"] == 4 * 3, "two of them refresh"
+    assert "12 searches" in result.stdout
     assert ("PSNR" in result.stdout) == compare
 
 
@@ -95,13 +97,18 @@ def test_plan_of_adaspa(run):
     result = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size)
     assert result.exit_code == 0, result.output
     for word in (
-        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.63x",
+        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.76x",
         "1.18 GiB between steps: lse 461 MiB, bits 133 MiB, lists 7 MiB for each of 2 branches of 40 layers",
         "lse in float32", "107 MiB more while a layer searches",
     ):  # fmt: skip
         assert word in result.stdout
     half = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size, "--set", "adaspa.lse_dtype=bfloat16")
     assert "lse 231 MiB" in half.stdout
+    experts = run(
+        "plan", "--model", "wan2.2-a14b", "--method", "adaspa", "--steps", 40, "--set", "adaspa.refresh=never"
+    )
+    assert "9 of 40 steps (1 of them beside the schedule, to search), 0 of 40 layers" in experts.stdout
+    assert "refresh=()" in experts.stdout
 
 
 def test_demo(run, tmp_path, model_folder, monkeypatch):

@@ -120,7 +120,7 @@ def test_fp8_needs_its_tensor_cores(monkeypatch):
     int8_path._has_fp8.cache_clear()
     assert not int8_path._has_fp8(torch.device("cuda", 3))
     q = torch.zeros(1, 96, 1, 64).half()
-    with pytest.raises(RuntimeError, match=r'"int8-fp8" needs FP8 tensor cores, compute capability 8.9 .* use "int8"'):
+    with pytest.raises(RuntimeError, match=r'needs FP8 tensor cores, compute capability 8.9 .* use "int8-int8"'):
         attend(q, q, q, layout=LAYOUT, options=options("int8-fp8"))
     assert choose("torch", q.device, q.dtype) == "torch"
 

@@ -292,7 +292,11 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
                 f"({settings.num_frames / settings.fps:.1f} s at {settings.fps:g} fps), "
                 f"grid {report.grid}, {report.tokens} tokens",
             ),
-            ("Method", f"{method_text(run.method, run.options)}; {settings.steps} steps, {report.backend} backend"),
+            (
+                "Method",
+                f"{method_text(run.method, run.options)}; {settings.steps} steps, {report.backend} backend"
+                + (f", {report.search_calls} searches" if report.search_calls else ""),
+            ),
             ("Density", density_text(report.video_density, report.density, report.average_density)),
             (
                 "Time",

@@ -62,7 +62,6 @@ def plan(
 def _show(result: GenerationPlan, method: str) -> None:
     spec, grid = result.source.spec, result.grid
     text = f" + {result.layout.text} text" if result.layout.text else ""
-    first, last = result.schedule.dense_steps(result.steps)
     rows(
         [
             ("Model", f"{result.source.name}: {spec.layers} layers, {spec.heads} heads of {spec.head_dim}"),
@@ -77,7 +76,7 @@ def _show(result: GenerationPlan, method: str) -> None:
             [
                 ("Blocks", f"{count} of {size} tokens"),
                 ("Density", density_text(result.video_density, result.density, result.average_density)),
-                ("Dense", f"{min(result.steps, first + last)} of {result.steps} steps, {_layers(result)} layers"),
+                ("Dense", f"{_steps(result)}, {_layers(result)} layers"),
             ]
         )
     step = f"{flops(result.dense_flops)} dense"
@@ -138,6 +137,13 @@ def _state(result: GenerationPlan) -> list[tuple[str, str]]:
     lse = result.method.get("lse_dtype")
     during = f"{memory(result.sums_bytes)} more while a layer searches"
     return [("State", f"{kept} (lse in {lse})" if lse else kept), ("", during)]
+
+
+def _steps(result: GenerationPlan) -> str:
+    """Dense steps, those included that search outside the schedule."""
+    more = result.searching_steps
+    dense = min(result.steps, sum(result.schedule.dense_steps(result.steps)) + more)
+    return f"{dense} of {result.steps} steps" + (f" ({more} of them beside the schedule, to search)" if more else "")
 
 
 def _layers(result: GenerationPlan) -> str:

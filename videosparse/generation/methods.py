@@ -74,7 +74,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
     """Options by method from texts such as "radial.decay=0.5"; later ones win.
 
     A value is read as the type that the processor declares: yes, no, on, off, true or false; 64, 64x128 or "64, 128";
-    numbers; several numbers, such as 0.4,0.7; words. "none" is the model's default.
+    numbers; several numbers, such as 0.4,0.7, or "never" for none of them; words. "none" is the model's default.
 
     Raises:
         GenerationError: no "method.option=value", an unknown method, an unknown option (with the nearest name), or a
@@ -198,10 +198,12 @@ def _value(method: str, option: str, text: str) -> object:
             return _SWITCH[text.lower()]
         expected = "yes or no"
     elif any(Ellipsis in parts for parts in tuples):
+        if text.lower() in ("none", "never"):
+            return ()
         numbers = tuple(_int_or_float(part) for part in inside.rstrip(",").split(",")) if inside else ()
         if None not in numbers:
             return numbers
-        expected = "a number or several, such as 0.6 or 0.4,0.7"
+        expected = "a number or several, such as 0.6 or 0.4,0.7, or never"
     elif tuples:
         if found := _SIZES.fullmatch(inside):
             return tuple(int(size or found[1]) for size in found.groups())

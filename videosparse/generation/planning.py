@@ -33,6 +33,7 @@ class GenerationPlan:
         video_density: kept share of the blocks where both sides are video.
         density: kept share of all blocks, text and forced ones included.
         average_density: attention work of the run relative to dense, dense steps and layers included.
+        searching_steps: steps that are dense beside the schedule: they search, or have nothing to search for.
         search: work of the searches of the run relative to that of all its attention, when dense.
         block_map: the map, None for dense and for a method that chooses blocks while it runs.
         index_bytes: the lists that kernels read, once per video shape.
@@ -51,6 +52,7 @@ class GenerationPlan:
     video_density: float = 1.0
     density: float = 1.0
     average_density: float = 1.0
+    searching_steps: int = 0
     search: float = 0.0
     block_map: BlockMap | None = None
     index_bytes: int = 0
@@ -216,6 +218,7 @@ def _searched(resolved: Resolved, layout: TokenLayout, source: ModelSource, step
         "video_density": video_density,
         "density": density,
         "average_density": average,
+        "searching_steps": more_dense if searched else 0,
         "search": searched * passes / steps,
         "state_bytes": state,
     }

@@ -130,6 +130,7 @@ def _attention(run: Run) -> dict[str, Any]:
         "average_density": report.average_density,
         "dense_calls": report.dense_calls,
         "sparse_calls": report.sparse_calls,
+        "search_calls": report.search_calls,
         "backend": report.backend,
     }
 

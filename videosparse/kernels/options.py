@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "triton", "torch", "fa4", "flex")
-QUANTS = (None, "int8", "int8-fp8")
+# queries and keys, then values where they are rounded, too
+QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 FUSED_NORMS = ("auto", "on", "off")
 
 
@@ -18,7 +19,8 @@ class KernelOptions:
             they cannot run, as do two libraries: "fa4" (FlashAttention-4 on Hopper, `pip install videosparse[fa4]`)
             and "flex" (PyTorch's FlexAttention), whose forward replaces ours. Gradients are computed as for "auto".
         quant: integer attention, for inference with float16 or bfloat16 and head_dim 64 or 128. "int8" rounds queries
-            and keys to INT8, "int8-fp8" also values and softmax weights to FP8 e4m3 (compute capability 8.9 or newer).
+            and keys to INT8; "int8-fp8" also values and softmax weights to FP8 e4m3, which needs compute capability 8.9
+            or newer; "int8-int8" these to INT8 too, for GPUs without FP8 (A100, RTX 30). No kind stands in for another.
             `block_sums` ignores it, as does `norm_rotate`.
         logit: a change of the scores before the softmax; not built yet, so anything but None raises.
         fused_norm: whether a model family norms and rotates queries and keys with one kernel, `norm_rotate`, instead
@@ -39,7 +41,7 @@ class KernelOptions:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
         if self.quant not in QUANTS:
-            raise ValueError(f'quant must be None, "int8" or "int8-fp8" (got {self.quant!r}).')
+            raise ValueError(f'quant must be None, "int8", "int8-fp8" or "int8-int8" (got {self.quant!r}).')
         if self.fused_norm not in FUSED_NORMS:
             raise ValueError(f"fused_norm must be one of {', '.join(FUSED_NORMS)} (got {self.fused_norm!r}).")
         if self.logit is not None:

@@ -174,9 +174,9 @@ class LoraRun:
         experts = self.source.experts
         with refusals():
             self.processor.resolve(self.source.described, experts=experts)
-            sparsify(self.transformer, self.processor)
-        # one transformer does not tell that it is one of two experts, whose defaults generation takes
-        tracker_of(self.transformer).session.experts = experts
+            # one transformer does not tell that it is one of two experts, whose defaults generation takes
+            place = int(self.config.model.component == "transformer_2"), experts
+            sparsify(self.transformer, self.processor, place=place)
 
     def loss(self, batch: Batch, dense: bool) -> Tensor:
         """Mean squared error of the flow in fp32, as one number."""
