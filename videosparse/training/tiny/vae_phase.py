@@ -33,8 +33,10 @@ def train_vae(run: Run, minutes: float) -> bool:
     if done.get("finished"):
         finish_vae(run)
         return True
+    if run.ranks.size > 1:
+        raise ValueError("one process trains the VAE; run `vae` without torchrun, then the rest with it.")
     sizes = [size for size, _ in plan.vae_batches]
-    (run.work / "pools.pt").unlink(missing_ok=True)
+    run.drop_stored_pools()
     futures = {size: submit(run, 11 + i, plan.vae_clips + plan.vae_check) for i, size in enumerate(sizes)}
     submit_pools(run)
     pools, held = {}, {}
