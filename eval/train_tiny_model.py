@@ -21,11 +21,12 @@ last section, which is written by hand:
 
     PYTHONPATH=. python eval/train_tiny_model.py card --out assets/tiny-wan --rows assets/results/tiny_wan_dense_33.csv
 
-On N GPUs of one host, with N times the batch; the VAE must be finished. Each process draws clips of its own, the first
-one logs and writes, and all stop together at a signal to one of them:
+On N GPUs of one host, with N times the batch. Each process draws clips of its own, the first one logs and writes, and
+all stop together at a signal to one of them. Here the VAE is trained on, too, and the DiT learns its new latents:
 
-    PYTHONPATH=. torchrun --nproc-per-node 2 eval/train_tiny_model.py all --from-pipeline assets/tiny-wan \\
-        --stages mixed --pairs 0.5 --scale-lr --budget-minutes 20 --work /tmp/tiny --backup out/backup --resume
+    PYTHONPATH=. torchrun --nproc-per-node 2 eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --again \\
+        --stages mixed --pairs 0.5 --vae-lr 4e-4 --vae-minutes 8 --scale-lr --budget-minutes 22 --work /tmp/tiny \\
+        --backup out/backup --resume
 
 Where a shell lives for minutes only, but the machine stays, let one process outlive it, and call again to look:
 
@@ -120,6 +121,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument(
         "--scale-lr", action="store_true", help="multiply the DiT's rates by the square root of the number of processes"
     )
+    knobs.add_argument("--vae-object-weight", type=float, default=8.0, help="how much more pixels of objects count")
     knobs.add_argument("--ema", type=float, default=0.999)
     knobs.add_argument("--attention", choices=("auto", "default"), default="auto")
     knobs.add_argument("--vae-variant", choices=("auto", *VAE_VARIANTS), default="auto")
@@ -166,8 +168,9 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name in ("minutes", "budget_minutes", "lr", "matrix_lr", "vae_lr", "shift", "pool_scale", "steps"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
-    if args.object_weight < 0:
-        parser.error(f"--object-weight must not be negative (got {args.object_weight}).")
+    for name in ("object_weight", "vae_object_weight"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must not be negative (got {getattr(args, name)}).")
     if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
         parser.error(f"--device must be auto, cpu or cuda (got {args.device!r}).")
 

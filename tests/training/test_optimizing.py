@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from videosparse.training.tiny.objectives import object_weight
+from videosparse.training.tiny.objectives import object_mask, object_weight, psnr
 from videosparse.training.tiny.optimizing import Muon, Progress, adamw, block_matrices
 from videosparse.training.tiny.pools import object_share
 
@@ -69,3 +69,24 @@ def test_object_share_finds_the_saturated_cells():
     assert share.shape == (1, 1, 2, 2, 2)
     assert share[0, 0, 0].tolist() == [[0.5, 0.0], [0.0, 0.0]]
     assert share[0, 0, 1].tolist() == [[0.0, 0.0], [0.0, 0.125]]
+
+
+def test_object_mask_has_rims_in_space_and_time():
+    video = torch.zeros(1, 3, 9, 16, 16)
+    video[:, 0, 4, 8, 8] = 1.0
+    mask = object_mask(video, rim=2, before_and_after=1)
+    expected = torch.zeros(9, 16, 16)
+    expected[3:6, 6:11, 6:11] = 1.0
+    assert torch.equal(mask[0, 0], expected)
+    assert not object_mask(torch.full((1, 3, 5, 8, 8), 0.7)).any(), "what is grey is no object"
+
+
+def test_psnr_of_a_part():
+    video = torch.zeros(1, 3, 1, 2, 2)
+    decoded = video.clone()
+    decoded[..., 0, 0] = 0.2
+    part = torch.zeros(1, 1, 1, 2, 2)
+    part[..., 0, 0] = 1.0
+    assert psnr(decoded, video, part) == pytest.approx(20.0, abs=1e-3)
+    assert psnr(decoded, video) == pytest.approx(20.0 + 6.0206, abs=1e-3)
+    assert psnr(decoded, video, torch.ones_like(part)) == psnr(decoded, video)

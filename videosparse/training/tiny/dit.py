@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from videosparse.training.tiny.plan import HELD_OUT, Shape
 from videosparse.training.tiny.pools import VARIANTS
 from videosparse.training.tiny.state import Run
 from videosparse.training.tiny.text import embed_text, tokenize
+from videosparse.training.tiny.update import Update, record
 
 
 class Batch(NamedTuple):
@@ -28,27 +29,6 @@ class Batch(NamedTuple):
     noise: Tensor
     sigma: Tensor
     weight: Tensor
-
-
-def flat_gradients(parameters: Sequence[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """One fp32 buffer that holds the gradients of all parameters and a loss, and the loss in it.
-
-    So one sum over processes carries all, and the graphs of all shapes leave gradients where the update looks for them.
-    """
-    # views of whole 64 bytes, as kernels over many tensors like them
-    sizes = [-(-p.numel() // 16) * 16 for p in parameters]
-    flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-    for parameter, part in zip(parameters, flat[:-1].split(sizes), strict=True):  # type: ignore[no-untyped-call]
-        parameter.grad = part[: parameter.numel()].view_as(parameter)
-    return flat, flat[-1]
-
-
-def record(work: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
-    """What `work` does as a graph, recorded on the stream that warmed up, in the memory of earlier ones."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        work()
-    return graph
 
 
 class Dit:
@@ -78,16 +58,15 @@ class Dit:
         self.modules = [self.transformer.train(), self.text.train()]
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
-        self.update_graph: torch.cuda.CUDAGraph | None = None
-        self.gradients, self.loss = flat_gradients(self.parameters)
         cuda = device.type == "cuda"
         # a captured graph reads its rates from tensors
         lr, matrix_lr = (torch.tensor(x, device=device) if cuda else x for x in (run.args.lr, run.args.matrix_lr))
         matrices = block_matrices(self.transformer) if run.args.optimizer == "muon" else []
-        self.adamw: Any = adamw(self.modules, lr, capturable=cuda, without=matrices)
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(self.adamw, run.args.lr)]
+        rest = adamw(self.modules, lr, capturable=cuda, without=matrices)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(rest, run.args.lr)]
         if matrices:
             self.optimizers.append((Muon(matrices, matrix_lr), run.args.matrix_lr))
+        self.update = Update(self.parameters, [optimizer for optimizer, _ in self.optimizers], run.ranks)
         self.mean = torch.tensor(run.meta["latents_mean"], device=device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(run.meta["latents_std"], device=device).view(1, -1, 1, 1, 1)
         self.empty = tokenize(run.tokenizer, [""]).to(device)
@@ -127,14 +106,10 @@ class Dit:
         else:
             self._backward(shape)
         if learn:
-            self.run.ranks.mean_(self.gradients)
-            if self.update_graph is not None:
-                self.update_graph.replay()
-            else:
-                self._update()
+            self.update()
             for ema in self.emas:
                 ema.update()
-        return self.loss
+        return self.update.loss
 
     def capture(self, shapes: Sequence[Shape]) -> None:
         """Record the gradients of every shape, and the update, as CUDA graphs: a host is slower than its device.
@@ -150,20 +125,19 @@ class Dit:
             for shape in shapes:
                 for _ in range(2):
                     self._backward(shape)
-                    self.run.ranks.mean_(self.gradients)
-                    self._update()
+                    self.update()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         for shape in shapes:
             self.graphs[shape] = record(partial(self._backward, shape), stream, pool)
             pool = self.graphs[shape].pool()
-        self.update_graph = record(self._update, stream, pool)
+        self.update.capture(stream, pool)
         torch.cuda.synchronize()
 
     def forget_graphs(self) -> None:
         """Go on without graphs."""
         self.graphs.clear()
-        self.update_graph = None
+        self.update.graph = None
 
     def draw(self, shape: Shape) -> Batch:
         """A batch of this process: clips of its pools, one of their captions or none, noise and its level."""
@@ -185,17 +159,7 @@ class Dit:
         with self.run.autocast(cache=False):
             text = embed_text(self.text, batch.words)
             loss = (flow_error(self.transformer, text, batch.x0, batch.noise, batch.sigma) * batch.weight).mean()
-        self.gradients.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.loss.copy_(loss.detach())
-
-    def _update(self) -> None:
-        """One step of the optimisers with the gradients as they are."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        # A step whose gradient is not finite is skipped on the device itself.
-        self.adamw.found_inf = (~torch.isfinite(norm)).float()
-        for optimizer, _ in self.optimizers:
-            optimizer.step()
+        self.update.backward(loss)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:

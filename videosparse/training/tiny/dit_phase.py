@@ -119,7 +119,7 @@ def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
     counts = run.meta["dit"]["steps_by_stage"]
     average = None
     checked = saved = time.monotonic()
-    while goes_on(run, progress):
+    while run.goes_on(progress):
         now = stage_of(plan, progress.fraction)
         if now != stage:
             if first:
@@ -147,12 +147,6 @@ def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
             keep_dit(run, dit, progress)
             counts = run.meta["dit"]["steps_by_stage"]
             saved = time.monotonic()
-
-
-def goes_on(run: Run, progress: Progress) -> bool:
-    """Whether there is another step; the same answer in all processes."""
-    progress.told = run.ranks.of_first(progress.measured)
-    return progress.fraction < 1.0 and not run.must_stop()
 
 
 def stage_of(plan: Plan, fraction: float) -> int:

@@ -93,7 +93,7 @@ def long(plan: Plan) -> Plan:
 
 
 def mixed(plan: Plan) -> Plan:
-    """81 and 33 frames throughout, all from one pool of 81 frames, four times the usual number of clips.
+    """81 and 33 frames throughout, from one pool of 81 frames, four times the usual number of clips; 128 pixels only.
 
     The first frames of a clip are a clip, so nothing is encoded for the shorter ones alone.
     """
@@ -104,6 +104,7 @@ def mixed(plan: Plan) -> Plan:
         pools=(replace(last, count=4 * last.count),),
         stages=((1.0, shapes),),
         sample_pool=last.name,
+        vae_batches=plan.vae_batches[-1:],
         eval_batch=16,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.models import TinySizes
+from videosparse.training.tiny.optimizing import Progress
 from videosparse.training.tiny.plan import Plan
 from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.rounds import begin_round
@@ -94,6 +95,11 @@ class Run:
     def must_stop(self) -> bool:
         """Whether this call has to checkpoint now: its own limit, or a signal to any process. All must ask."""
         return self.ranks.any(STOP.is_set() or (time.monotonic() - START) / 60 >= float(self.args.stop_after_minutes))
+
+    def goes_on(self, progress: Progress) -> bool:
+        """Whether a phase makes another step: by the clock of the first process, so the same in all. All must ask."""
+        progress.told = self.ranks.of_first(progress.measured)
+        return progress.fraction < 1.0 and not self.must_stop()
 
     def autocast(self, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision in bf16 on a GPU, nothing on a CPU."""
