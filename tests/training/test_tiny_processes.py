@@ -136,6 +136,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
     first, second = in_two(tmp_path)
     assert first["losses"] == pytest.approx(losses, rel=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert first["agreed"] == second["agreed"] == [False, True, True], "who differs takes over what the first has"
     # matrices are updated in bf16
     assert distance(first["weights"], weights) < 0.02 * went
     assert (first["told"], second["told"]) == (False, True)
@@ -163,8 +164,11 @@ if __name__ == "__main__":
     place, ranks = Path(sys.argv[1]), Ranks.of_launcher()
     ranks.join(cuda=False)
     losses, weights, _ = few_steps(str(place), ranks)
+    mine = [torch.full((3,), float(ranks.rank))]
+    agreed = [ranks.agree(mine), ranks.agree(mine), not mine[0].any()]
     ranks.leave()
     # another meeting needs another door
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     told, halted = stop_and_go_on(place / "run", ranks)
-    torch.save({"losses": losses, "weights": weights, "told": told, "halted": halted}, place / f"{ranks.rank}.pt")
+    found = {"losses": losses, "weights": weights, "agreed": agreed, "told": told, "halted": halted}
+    torch.save(found, place / f"{ranks.rank}.pt")

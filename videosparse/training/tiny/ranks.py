@@ -85,12 +85,15 @@ class Ranks:
             dist.all_reduce(tensor)
             tensor.mul_(1 / self.size)
 
-    def alike(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether all have the same values, by their sums and sums of squares."""
+    def agree(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all have the same values, by their sums and sums of squares; if not, they get those of the first."""
         if self.size == 1:
             return True
         parts = [torch.stack([t.detach().double().sum(), t.detach().double().square().sum()]) for t in tensors]
         sums = torch.stack(parts).cpu()
         most = torch.cat([sums, -sums])
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return torch.equal(most[: len(sums)], -most[len(sums) :])
+        same = torch.equal(most[: len(sums)], -most[len(sums) :])
+        if not same:
+            self.copy_first(tensors)
+        return same
