@@ -43,7 +43,7 @@ class Dit:
         if done:
             run.load_into(self.transformer, "raw.transformer.")
             run.load_into(self.text, "raw.text.")
-        run.ranks.copy_first([*self.transformer.parameters(), *self.text.parameters()])
+        run.ranks.reunite([*self.transformer.parameters(), *self.text.parameters()])
         self.ema_transformer, self.ema_text = copy.deepcopy(self.transformer), copy.deepcopy(self.text)
         if done:
             run.load_into(self.ema_transformer, "ema.transformer.")

@@ -15,6 +15,7 @@ import torch
 from videosparse.training.tiny.dit import Dit
 from videosparse.training.tiny.optimizing import Progress, Ticker, pick_attention, timed
 from videosparse.training.tiny.plan import Plan, Shape
+from videosparse.training.tiny.ranks import REUNITE_STEPS
 from videosparse.training.tiny.rounds import describe_stages
 from videosparse.training.tiny.state import Run
 
@@ -44,8 +45,8 @@ def train_dit(run: Run, minutes: float) -> bool:
             dit.compile()
         first_steps(run, dit)
         dit_loop(run, dit, progress)
-    if not run.ranks.agree(dit.parameters):
-        logger.warning("dit: the processes no longer had the same weights; all have those of the first now")
+    apart = run.ranks.reunite(dit.parameters)
+    logger.info(f"dit: weights of {run.ranks.size} processes were {apart:.1e} apart")
     finished = progress.fraction >= 1.0
     if finished and run.ranks.first:
         run.numbers["held_out_loss"] = dit.evaluate()
@@ -136,6 +137,8 @@ def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
         average = loss.clone() if average is None else average.lerp(loss, 0.02)
         counts[str(stage)] = counts.get(str(stage), 0) + 1
         progress.advance()
+        if progress.step % REUNITE_STEPS == 0:
+            run.ranks.reunite(dit.parameters)
         tick(average, args.lr * factor, f"stage {stage}")
         # As in the VAE's loop: the host must not run far ahead of the device, or the clock means nothing.
         if progress.step % 10 == 0 and run.device.type == "cuda":

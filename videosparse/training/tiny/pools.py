@@ -181,7 +181,7 @@ def encode(run: Run) -> None:
     if "latents_mean" not in run.meta:
         sample = run.pools[run.plan.sample_pool].latents[:2048].float()
         statistics = torch.stack([sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))]).cpu()
-        run.ranks.copy_first([statistics])
+        run.ranks.reunite([statistics])
         run.meta["latents_mean"], run.meta["latents_std"] = ([round(x, 5) for x in row.tolist()] for row in statistics)
         logger.info(f"latents mean {run.meta['latents_mean']} std {run.meta['latents_std']}")
     run.meta["phase"] = "encode"

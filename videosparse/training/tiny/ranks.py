@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 
 # Longer than anything that the first does alone: held-out losses, samples, a save.
 PATIENCE = timedelta(minutes=5)
+# Between two looks whether all still have the same weights.
+REUNITE_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,23 @@ class Ranks:
         dist.broadcast(told, 0)
         return float(told)
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors with those of the first."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.broadcast(tensor.detach(), 0)
+    def reunite(self, tensors: Sequence[Tensor]) -> float:
+        """Give all processes the values of the first; returns how far the furthest was from them, relatively.
+
+        Equal gradients do not make equal weights for ever: a kernel may round by how its memory is aligned.
+        """
+        if self.size == 1:
+            return 0.0
+        away = total = 0.0
+        for tensor in tensors:
+            right = tensor.detach().clone()
+            dist.broadcast(right, 0)
+            away += float((tensor.detach() - right).double().square().sum())
+            total += float(right.double().square().sum())
+            tensor.detach().copy_(right)
+        furthest = torch.tensor(math.sqrt(away / max(total, 1e-30)), dtype=torch.float64)
+        dist.all_reduce(furthest, dist.ReduceOp.MAX)
+        return float(furthest)
 
     def mean_(self, tensor: Tensor) -> None:
         """Make a tensor the mean of all, in place, on its device's stream."""
@@ -84,16 +100,3 @@ class Ranks:
             # gloo has no mean
             dist.all_reduce(tensor)
             tensor.mul_(1 / self.size)
-
-    def agree(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether all have the same values, by their sums and sums of squares; if not, they get those of the first."""
-        if self.size == 1:
-            return True
-        parts = [torch.stack([t.detach().double().sum(), t.detach().double().square().sum()]) for t in tensors]
-        sums = torch.stack(parts).cpu()
-        most = torch.cat([sums, -sums])
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        same = torch.equal(most[: len(sums)], -most[len(sums) :])
-        if not same:
-            self.copy_first(tensors)
-        return same

@@ -17,7 +17,7 @@ from videosparse.training.tiny.objectives import object_mask, psnr, vae_loss
 from videosparse.training.tiny.optimizing import Progress, Ticker, adamw, set_lr, timed
 from videosparse.training.tiny.parallel_vae import ParallelVae
 from videosparse.training.tiny.pools import gather, render_uint8, submit, submit_pools, to_video
-from videosparse.training.tiny.ranks import Ranks
+from videosparse.training.tiny.ranks import REUNITE_STEPS, Ranks
 from videosparse.training.tiny.state import Run
 from videosparse.training.tiny.update import Update, record
 
@@ -35,7 +35,7 @@ def train_vae(run: Run, minutes: float) -> bool:
     if done.get("finished"):
         finish_vae(run)
         return True
-    run.ranks.copy_first(list(run.vae.parameters()))
+    run.ranks.reunite(list(run.vae.parameters()))
     sizes = [size for size, _ in plan.vae_batches]
     run.drop_stored_pools()
     # other scenes in every round, and in every process
@@ -57,8 +57,8 @@ def train_vae(run: Run, minutes: float) -> bool:
     if args.smoke:
         time_vae(run, steps, pools)
     vae_loop(run, model, optimizer, progress, steps, pools, held)
-    if not run.ranks.agree(update.parameters):
-        logger.warning("vae: the processes no longer had the same weights; all have those of the first now")
+    apart = run.ranks.reunite(update.parameters)
+    logger.info(f"vae: weights of {run.ranks.size} processes were {apart:.1e} apart")
     finished = progress.fraction >= 1.0
     run.meta["vae"] = {
         "step": progress.step,
@@ -232,6 +232,8 @@ def vae_loop(
         size = rng.choices(sizes, sizes)[0]
         loss = steps[size](pools[size])
         progress.advance()
+        if progress.step % REUNITE_STEPS == 0:
+            run.ranks.reunite(list(run.vae.parameters()))
         tick(loss, lr, f"({size}px)")
         # The host runs ahead of the device; without this the clock would be read far too early.
         if progress.step % 20 == 0 and run.device.type == "cuda":
