@@ -16,10 +16,11 @@ DiT's, in one round of its own that is added to those in `training.json`:
     PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages large \\
         --budget-minutes 24 --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
 
-Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card, and correct the card's
-last section, which is written by hand:
+Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card (its text speaks of the
+first rows, its table has a line for each file), and correct the card's last section, which is written by hand:
 
-    PYTHONPATH=. python eval/train_tiny_model.py card --out assets/tiny-wan --rows assets/results/tiny_wan_dense_33.csv
+    PYTHONPATH=. python eval/train_tiny_model.py card --out assets/tiny-wan \\
+        --rows assets/results/tiny_wan_dense_33.csv assets/results/tiny_wan_heldout_*.csv
 
 On N GPUs of one host, with N times the batch. Each process draws clips of its own, the first one logs and writes, and
 all stop together at a signal to one of them. Here the VAE is trained on, too, and the DiT learns its new latents:
@@ -150,7 +151,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     out.add_argument("--scheduler", choices=("unipc", "euler"), default="unipc")
     out.add_argument("--check", action="store_true", help="load the exported pipeline and generate a clip")
     out.add_argument("--check-steps", type=int, default=8)
-    out.add_argument("--rows", type=Path, help="card: rows of eval/score_world.py to take the accuracy from")
+    out.add_argument(
+        "--rows", type=Path, nargs="+", default=[], help="card: rows of eval/score_world.py to take the accuracy from"
+    )
     args = parser.parse_args(argv)
     if args.keep_vae and not args.again:
         parser.error("--keep-vae says what --again keeps; give both, or neither: --from-pipeline keeps the VAE anyway.")
