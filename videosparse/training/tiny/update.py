@@ -20,7 +20,8 @@ def flat_gradients(parameters: Sequence[torch.nn.Parameter]) -> tuple[Tensor, Te
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]
     flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
     for parameter, part in zip(parameters, flat[:-1].split(sizes), strict=True):  # type: ignore[no-untyped-call]
-        parameter.grad = part[: parameter.numel()].view_as(parameter)
+        # laid out as the parameter, or a fused optimiser refuses it
+        parameter.grad = part[: parameter.numel()].as_strided(parameter.shape, parameter.stride())
     return flat, flat[-1]
 
 
