@@ -69,6 +69,7 @@ import torch
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
+from videosparse.training.tiny.objectives import FLOW_SHIFT
 from videosparse.training.tiny.plan import STAGES, Plan, smoke_plan
 from videosparse.training.tiny.pools import encode, prepare_tokenizer, sample_captions, worker_init
 from videosparse.training.tiny.ranks import Ranks
@@ -149,6 +150,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("export")
     out.add_argument("--out", default="assets/tiny-wan")
     out.add_argument("--scheduler", choices=("unipc", "euler"), default="unipc")
+    out.add_argument("--flow-shift", type=float, default=FLOW_SHIFT, help="of the noise levels of the scheduler")
     out.add_argument("--check", action="store_true", help="load the exported pipeline and generate a clip")
     out.add_argument("--check-steps", type=int, default=8)
     out.add_argument(
@@ -168,7 +170,17 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name in ("decay_share", "pairs"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in 0..1 (got {getattr(args, name)}).")
-    for name in ("minutes", "budget_minutes", "lr", "matrix_lr", "vae_lr", "shift", "pool_scale", "steps"):
+    for name in (
+        "minutes",
+        "budget_minutes",
+        "lr",
+        "matrix_lr",
+        "vae_lr",
+        "shift",
+        "flow_shift",
+        "pool_scale",
+        "steps",
+    ):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
     for name in ("object_weight", "vae_object_weight"):
@@ -303,7 +315,8 @@ def run_all(run: Run) -> bool:
     encode(run)
     run.save()
     left = args.budget_minutes - run.spent() - args.reserve_minutes
-    minutes = max(0.02, run.meta.get("dit", {}).get("elapsed", 0.0) / 60 + left)
+    # by the clock of the first process, or one would end before another
+    minutes = run.ranks.of_first(max(0.02, run.meta.get("dit", {}).get("elapsed", 0.0) / 60 + left))
     logger.info(f"dit: {minutes:.2f} min in all, {left:.2f} left")
     return train_dit(run, minutes)
 

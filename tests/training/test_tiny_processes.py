@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from videosparse.training.tiny import state
 from videosparse.training.tiny.checkpoint import read_backup
 from videosparse.training.tiny.dit import Batch, Dit
 from videosparse.training.tiny.optimizing import set_lr
@@ -80,9 +81,14 @@ def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return float(torch.stack([(x - y).square().sum() for x, y in zip(a, b, strict=True)]).sum().sqrt())
 
 
-def stop_and_go_on(folder: Path, ranks: Ranks) -> tuple[bool, bool]:
+def stop_and_go_on(folder: Path, ranks: Ranks) -> dict:
     """A whole smoke run in which the last process gets a signal, and the call that finishes it."""
     program = load_program()
+    # the others began earlier, so that they have less time left by their own clocks
+    state.START -= 7.0 * ranks.rank
+    minutes = []
+    train_dit = program.train_dit
+    program.train_dit = lambda run, left: (minutes.append(left), train_dit(run, left))[1]
     step, calls = Dit.step, iter(range(10**6))
 
     def step_until_told(self, shape, learn=True):
@@ -96,7 +102,7 @@ def stop_and_go_on(folder: Path, ranks: Ranks) -> tuple[bool, bool]:
     STOP.clear()
     halted = not read_backup(folder / "backup")[1]["dit"]["finished"]
     assert program.main(["all", "--resume", "--stages", "mixed", *common(folder)]) == 0
-    return told, halted
+    return {"told": told, "halted": halted, "minutes": minutes}
 
 
 def common(folder: Path) -> list[str]:
@@ -143,6 +149,8 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
     assert distance(first["weights"], weights) < 0.02 * went
     assert (first["told"], second["told"]) == (False, True)
     assert first["halted"]
+    assert first["minutes"] == second["minutes"], "by one clock"
+    assert len(first["minutes"]) == 2
     meta = read_backup(tmp_path / "run" / "backup")[1]
     assert meta["dit"]["finished"]
     assert meta["dit"]["step"] == 12
@@ -172,6 +180,5 @@ if __name__ == "__main__":
     ranks.leave()
     # another meeting needs another door
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    told, halted = stop_and_go_on(place / "run", ranks)
-    found = {"losses": losses, "weights": weights, "apart": apart, "mine": mine[0], "told": told, "halted": halted}
-    torch.save(found, place / f"{ranks.rank}.pt")
+    found = {"losses": losses, "weights": weights, "apart": apart, "mine": mine[0]}
+    torch.save(found | stop_and_go_on(place / "run", ranks), place / f"{ranks.rank}.pt")
