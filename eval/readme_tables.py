@@ -546,9 +546,9 @@ def dimensions() -> str:
 
 
 ALL = (
-    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search, goals,
-    models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding, integers,
-    integer_errors, reorder_cost, calibration, paro_videos, published, dimensions,
+    densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
+    goals, models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding,
+    integers, integer_errors, reorder_cost, calibration, paro_videos, published, dimensions,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

@@ -54,7 +54,7 @@ def test_four_clips_are_overfitted(lora_run, tmp_path):
 
     before = loss()
     steps(run, 14)
-    assert loss() < 0.5 * before
+    assert loss() < 0.7 * before
 
 
 @pytest.mark.parametrize("more", [{}, {"train": {"ema": 0.9, "accumulate": 2}}], ids=["plain", "ema, accumulate"])

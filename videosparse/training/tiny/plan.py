@@ -92,4 +92,21 @@ def long(plan: Plan) -> Plan:
     return replace(now, stages=((1.0, now.stages[-1][1]),))
 
 
-STAGES = {"full": lambda plan: plan, "large": large, "short": short, "long": long}
+def mixed(plan: Plan) -> Plan:
+    """81 and 33 frames throughout, from one pool of 81 frames, four times the usual number of clips; 128 pixels only.
+
+    The first frames of a clip are a clip, so nothing is encoded for the shorter ones alone.
+    """
+    last = plan.pools[-1]
+    shapes = tuple(replace(shape, pool=last.name, weight=0.5) for shape in plan.stages[-1][1])
+    return replace(
+        plan,
+        pools=(replace(last, count=4 * last.count),),
+        stages=((1.0, shapes),),
+        sample_pool=last.name,
+        vae_batches=plan.vae_batches[-1:],
+        eval_batch=16,
+    )
+
+
+STAGES = {"full": lambda plan: plan, "large": large, "short": short, "long": long, "mixed": mixed}
