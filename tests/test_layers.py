@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "videosparse"
 
 LAYERS = {
-    "layout": 0, "blocks": 0, "ordering": 0, "reference": 0, "cases": 0,
+    "layout": 0, "blocks": 0, "ordering": 0, "reference": 0, "logits": 0, "cases": 0,
     "kernels": 1,
     "policies": 2,
     "models": 3,
