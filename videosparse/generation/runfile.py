@@ -46,6 +46,9 @@ KEYS: dict[str, tuple[str, type]] = {
     "offload": ("offload", str),
     "rope": ("rope", str),
     "trained_frames": ("trained_frames", int),
+    "ultravico": ("ultravico", float),
+    "context_frames": ("context_frames", int),
+    "context_overlap": ("context_overlap", int),
 }
 """Keys of a run file: the field of `GenerationRequest`, and the type of its value."""
 
