@@ -133,14 +133,15 @@ def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
     """Values of several layers, later ones over earlier ones.
 
     Options of a method are merged one by one. Where a later layer chooses another method, those of the earlier method
-    are dropped; so is the trained length where a later layer wants no stretched rotary embedding.
+    are dropped; so is the trained length where a later layer wants no stretched rotary embedding, and nothing else
+    goes by it.
     """
     merged: dict[str, object] = {}
     for layer in layers:
         method = layer.get("method", merged.get("method"))
         if method is not None and method != merged.get("method", "radial"):
             merged = {key: value for key, value in merged.items() if key not in METHODS}
-        if layer.get("rope") == "none":
+        if layer.get("rope") == "none" and "ultravico" not in {**merged, **layer}:
             merged.pop("trained_frames", None)
         for key, value in layer.items():
             before = merged.get(key)
