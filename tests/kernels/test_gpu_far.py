@@ -17,10 +17,17 @@ pytestmark = [
 GRID = VideoGrid(11, 13, 17)  # 2431 tokens; with six trained frames 663 apart is far
 
 
-@pytest.mark.parametrize("kind", ["video", "text", "ragged text"])
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 96)])
-@pytest.mark.parametrize("block", [None, (128, 128), (128, 64), (64, 64)])
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "dim", "block", "ordered"),
+    [
+        ("video", torch.bfloat16, 128, None, False),
+        ("ragged text", torch.bfloat16, 128, None, True),
+        ("ragged text", torch.bfloat16, 128, (128, 128), False),
+        ("video", torch.bfloat16, 128, (128, 64), True),
+        ("text", torch.float16, 64, (64, 64), False),
+        ("ragged text", torch.float32, 96, (128, 64), False),
+    ],
+)
 def test_attend(kind, dtype, dim, block, ordered):
     layout = make_layout(kind, device="cuda", grid=GRID)
     layout = layout if block is None else layout.aligned(block)
@@ -29,15 +36,21 @@ def test_attend(kind, dtype, dim, block, ordered):
     check_attend(layout, block_map, q, k, v, TRITON, order=order_for(layout, 3) if ordered else None)
 
 
-@pytest.mark.parametrize("kind", ["video", "ragged text"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("block", "sample"), [((64, 64), None), ((128, 64), None), ((128, 64), 16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "block", "sample"),
+    [
+        ("ragged text", torch.bfloat16, (128, 64), None),
+        ("video", torch.float16, (64, 64), None),
+        ("ragged text", torch.bfloat16, (128, 64), 16),
+        ("video", torch.float32, (128, 128), None),
+    ],
+)
 def test_block_sums(kind, dtype, block, sample):
     layout = make_layout(kind, device="cuda", grid=GRID).aligned(block)
     check_sums(layout, block, dtype, TRITON, sample=sample, dim=64, device="cuda")
 
 
-@pytest.mark.parametrize("code", range(6))
+@pytest.mark.parametrize("code", [0, 4])
 def test_block_stats(code):
     check_stats(GRID, torch.float32, TRITON, code=code, dim=64, device="cuda")
 
