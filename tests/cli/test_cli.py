@@ -306,9 +306,31 @@ def test_plan_of_a_folder_and_of_dense(run):
     assert "MFLOP" in result.stdout or "GFLOP" in result.stdout
 
 
+def test_plan_of_videos_beyond_the_trained_length(run):
+    size = ["--model", "wan2.1-14b", "--height", "480", "--width", "832", "--frames", "161", "--steps", "50"]
+    whole = run("plan", *size, "--method", "dense")
+    far = run("plan", *size, "--method", "dense", "--ultravico", "0.9")
+    assert far.exit_code == 0, far.output
+    assert "positive scores times 0.9 beyond half of 21 latent frames; by the portable kernel" in far.stdout
+    assert "min on one" in whole.stdout
+    assert "min on one" not in far.stdout  # measured without
+    windows = run("plan", *size, "--method", "adaspa", "--context-frames", "81", "--context-overlap", "16")
+    assert windows.exit_code == 0, windows.output
+    for word in ("Windows", "3 of 21 latent frames", "6 forwards", "for each of 2 branches and 3 windows of 40 layers"):
+        assert word in windows.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "wan2.1-14b", "--frames", "81", "--ultravico", "0.9"],
+            "longer than the 81 frames that wan2.1-14b",
+        ),
+        (
+            ["--model", "wan2.1-14b", "--frames", "161", "--context-frames", "81", "--ultravico", "0.9"],
+            "longer than the 81 frames that wan2.1-14b was trained on (got 81)",
+        ),
         (["--model", "wan2.1-14b", "--frames", "80"], "use 77 or 81"),
         (["--model", "wan2.1-14b", "--set", "dense.x=1"], "Method dense has no option 'x'; it has quant."),
         (["--model", "wan2.1-14b", "--method", "dense", "--set", "radial.decay=1"], "this run uses dense"),

@@ -97,6 +97,13 @@ def test_latents(run, tmp_path):
         (["a cat", "--preset", "no"], "Unknown preset 'no'"),
         (["a cat", "--rope", "riflex", "--method", "dense"], "No intrinsic frequency is known"),
         (["a cat", "--trained-frames", "9"], "--trained-frames is for --rope"),
+        (["a cat", "--ultravico", "0.9"], "longer than the 81 frames that small was trained on"),
+        (
+            ["a cat", "--ultravico", "0"],
+            "--ultravico must lie in 0..1, 0 excluded (got 0.0); the published",
+        ),
+        (["a cat", "--context-frames", "8"], "frames of context windows must be 4k+1, at least 5 (got 8); use 5 or 9."),
+        (["a cat", "--context-overlap", "8"], "--context-overlap is for --context-frames"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message, monkeypatch):

@@ -161,7 +161,7 @@ def test_key_major_lists_are_made_when_the_graph_brings_none():
     index = block_map.index()
     out, lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=TRITON)
     lists = (index.row_ptr, index.ids, index.order, layout.seq_lens, layout.video, layout.text_start)
-    arguments = (*lists, *index.block, *index.shape[:2], 0.25, "triton", None, None, None)
+    arguments = (*lists, *index.block, *index.shape[:2], 0.25, None, 0, 0, 0, "triton", None, None, None)
     found = ops.attend_backward(grad, None, q, k, v, out, lse, *arguments)
     assert_gradients(found, q, k, v, grad, None, layout=layout, block_map=block_map)
 
@@ -192,7 +192,7 @@ def test_a_forward_without_lse_is_refused():
 
     layout = make_layout("video", grid=VideoGrid(1, 7, 10))
     q, k, v = (x.requires_grad_() for x in make_qkv(layout, torch.float16, heads=1, dim=16))
-    geometry = (None, None, None, None, layout.video, layout.video, 0, 0, 1, 1, 0.25)
+    geometry = (None, None, None, None, layout.video, layout.video, 0, 0, 1, 1, 0.25, None, 0, 0, 0)
     out, _ = ops.attend_forward(q, k, v, *geometry, False, "triton", None, False, None, None, None)
     with pytest.raises(RuntimeError, match="need_grad=True"):
         out.sum().backward()

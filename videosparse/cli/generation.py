@@ -38,6 +38,25 @@ Plan = Annotated[
 ]
 
 
+Ultravico = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ALPHA",
+        help="Beyond the trained length: factor of positive scores of far tokens, such as 0.9.",
+        show_default=False,
+    ),
+]
+
+ContextFrames = Annotated[
+    int | None,
+    typer.Option(help="Call the model on windows of so many pixel frames and blend them.", show_default="whole video"),
+]
+
+ContextOverlap = Annotated[
+    int | None, typer.Option(help="Pixel frames that neighbouring windows share.", show_default="16, for Mochi 18")
+]
+
+
 def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
     """What was --set, and the plan as one of them."""
     if plan is not None and plan.lower() == "none":
@@ -90,6 +109,9 @@ def generate(
     trained_frames: Annotated[
         int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")
     ] = None,
+    ultravico: Ultravico = None,
+    context_frames: ContextFrames = None,
+    context_overlap: ContextOverlap = None,
     plan: Plan = None,
     lora: Annotated[
         list[str] | None,
@@ -122,7 +144,8 @@ def generate(
             "prompt": prompt, "model": model, "method": method, "frames": frames, "height": height, "width": width,
             "steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt, "seed": seed,
             "fps": fps, "dtype": dtype, "device": device, "offload": offload, "rope": rope,
-            "trained_frames": trained_frames, "lora": lora or None, "lora_scale": lora_scale or None,
+            "trained_frames": trained_frames, "ultravico": ultravico, "context_frames": context_frames,
+            "context_overlap": context_overlap, "lora": lora or None, "lora_scale": lora_scale or None,
         }  # fmt: skip
         if from_latents is not None:
             more = {

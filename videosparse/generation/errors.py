@@ -26,6 +26,9 @@ OPTION_OF = {
     "negative_prompt": "--negative-prompt",
     "trained_frames": "--trained-frames",
     "lora_scale": "--lora-scale",
+    "ultravico": "--ultravico",
+    "context_frames": "--context-frames",
+    "context_overlap": "--context-overlap",
     **{name: f"--{name}" for name in ("height", "width", "steps", "guidance", "shift", "seed", "fps", "offload")},
 }
 """How the command line and the programs call the fields that messages begin with."""

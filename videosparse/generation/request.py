@@ -11,6 +11,7 @@ import torch
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
+from videosparse.generation.lengths import context, far_logits, seen, trained_length
 from videosparse.generation.lora import LoraFile, check_fits, find_lora
 from videosparse.generation.methods import (
     Options,
@@ -21,7 +22,9 @@ from videosparse.generation.methods import (
 )
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.layout import VideoGrid
+from videosparse.logits import FarLogits
 from videosparse.models.rope import ROPES
+from videosparse.windows import Windows
 
 OFFLOADS = ("none", "model")
 
@@ -59,7 +62,11 @@ class GenerationRequest:
         lora_scales: how much of each is added; those that are left out are 1.
         shift: of the noise schedule towards noise, None for the model's own.
         rope: "none", "riflex", "ntk" or "pi": how rotary embeddings stretch beyond the trained length.
-        trained_frames: pixel frames of that length.
+        trained_frames: pixel frames of that length, which `ultravico` goes by, too.
+        ultravico: factor of positive scores of far tokens in a video beyond the trained length, such as 0.9; see
+            `FarLogits`. None leaves them.
+        context_frames: pixel frames of overlapping windows that the transformer is called on; None is the whole video.
+        context_overlap: pixel frames that neighbouring windows share; None is 16 or the next the model can.
     """
 
     prompt: str
@@ -82,6 +89,9 @@ class GenerationRequest:
     shift: float | None = None
     rope: str = "none"
     trained_frames: int | None = None
+    ultravico: float | None = None
+    context_frames: int | None = None
+    context_overlap: int | None = None
 
     def resolve(self) -> Settings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -113,10 +123,12 @@ class GenerationRequest:
         if self.offload != "none" and device.type != "cuda":
             raise GenerationError(f"offload={self.offload!r} frees GPU memory, and this run is on {device}; drop it.")
         dtype = choose_dtype(self.dtype, device)
-        grid = source.grid(num_frames, height, width)
+        windows = context(source, self.context_frames, self.context_overlap)
+        grid = seen(source.grid(num_frames, height, width), windows)
+        logit = request._logit(source, grid, loras)
         steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
         options = request.options.get(self.method)
-        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype])
+        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype], logit)
         return Settings(
             request=request,
             source=source,
@@ -133,6 +145,8 @@ class GenerationRequest:
             shift=request.shift,
             trained_frames=request._trained_frames(source),
             loras=loras,
+            logit=logit,
+            windows=windows,
         )
 
     def _loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
@@ -184,21 +198,21 @@ class GenerationRequest:
     def _trained_frames(self, source: ModelSource) -> int | None:
         """The length up to which the rotary embedding is left alone; None where it is always."""
         if self.rope == "none":
-            if self.trained_frames is not None:
-                raise GenerationError("trained_frames is for --rope riflex, ntk or pi; drop it, or choose one.")
+            if self.trained_frames is not None and self.ultravico is None:
+                raise GenerationError(
+                    "trained_frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one."
+                )
             return None
         if source.spec.family == "mochi":
             raise GenerationError(
                 "Mochi learned the frequencies of its rotary embedding, so there is none to stretch; drop --rope."
             )
-        defaults = source.defaults
-        trained = self.trained_frames
-        if trained is None:
-            trained = defaults.num_frames if defaults.trained_frames is None else defaults.trained_frames
-        stride = source.spec.stride[0]
-        if trained < 1 or (trained - 1) % stride:
-            raise GenerationError(f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); use 81.")
-        return trained
+        return trained_length(source, self.trained_frames)
+
+    def _logit(self, source: ModelSource, grid: VideoGrid, loras: tuple[LoraFile, ...]) -> FarLogits | None:
+        """What is done to scores; a LoRA that was trained for more frames makes the model's length longer."""
+        lengths = [lora.frames for lora in loras if lora.frames is not None]
+        return far_logits(source, grid, self.ultravico, trained_length(source, self.trained_frames, lengths))
 
     def _check_words(self) -> None:
         if not self.prompt.strip():
@@ -229,11 +243,13 @@ class Settings:
     Args:
         request: what was asked.
         source: the model that was found.
-        grid: the token grid that attention will see.
+        grid: the token grid that attention will see: of one window, where there are several.
         guidance_2: guidance scale of a second expert, None for the same.
         dtype: "fp32", "bf16" or "fp16".
         loras: to load.
         trained_frames: None without a stretched rotary embedding.
+        logit: None without `ultravico`.
+        windows: None where the transformer is called on the whole video.
     """
 
     request: GenerationRequest
@@ -251,6 +267,8 @@ class Settings:
     loras: tuple[LoraFile, ...] = ()
     shift: float | None = None
     trained_frames: int | None = None
+    logit: FarLogits | None = None
+    windows: Windows | None = None
 
 
 def _least_steps(source: ModelSource) -> int:

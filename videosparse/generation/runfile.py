@@ -46,6 +46,9 @@ KEYS: dict[str, tuple[str, type]] = {
     "offload": ("offload", str),
     "rope": ("rope", str),
     "trained_frames": ("trained_frames", int),
+    "ultravico": ("ultravico", float),
+    "context_frames": ("context_frames", int),
+    "context_overlap": ("context_overlap", int),
 }
 """Keys of a run file: the field of `GenerationRequest`, and the type of its value."""
 
@@ -131,7 +134,8 @@ def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
 
     Options of each method are merged one by one, and no method gets those of another. What layers say of a method that
     a later layer decides against is dropped; in the layer that decides, or after it, it stays, for the request to
-    refuse. The trained length is dropped where a later layer wants no stretched rotary embedding.
+    refuse. The trained length is dropped where a later layer wants no stretched rotary embedding, and nothing else
+    goes by it.
     """
     merged: dict[str, object] = {}
     meant: set[str] = set()  # methods with options since the method was decided
@@ -139,7 +143,7 @@ def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
         if "method" in layer:
             meant.clear()
         meant |= layer.keys() & METHODS.keys()
-        if layer.get("rope") == "none":
+        if layer.get("rope") == "none" and "ultravico" not in {**merged, **layer}:
             merged.pop("trained_frames", None)
         for key, value in layer.items():
             before = merged.get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from videosparse.generation.methods import Options, make_processor, refusals, re
 from videosparse.generation.request import Settings
 from videosparse.generation.streaming import Sink, streaming
 from videosparse.report import RunReport
-from videosparse.stretching import extend_rope
+from videosparse.stretching import context_windows, extend_rope
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
@@ -133,7 +133,7 @@ def run_method(
             little memory, or frames that are not finite. What goes wrong inside the pipeline comes through as it is.
     """
     check_loaded(pipe, settings.loras)
-    processor = make_processor(method, options)
+    processor = make_processor(method, options, settings.logit)
     notices = (*_cuts(pipe, settings), *_beyond(settings))
     kept: list[torch.Tensor] = []
     try:
@@ -142,7 +142,8 @@ def run_method(
             sparsify(pipe, processor)
         reset_peak_memory(settings.device)
         keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
-        with memory_errors(), shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
+        windows = _windows(pipe, settings)
+        with memory_errors(), shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep, windows:
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
@@ -192,6 +193,15 @@ def _leading_to(pipe: Any, settings: Settings, sink: Sink | None) -> Iterator[No
 
     with streaming(pipe, checked):
         yield
+
+
+def _windows(pipe: Any, settings: Settings) -> AbstractContextManager[None]:
+    """The context windows of a run."""
+    asked = settings.windows
+    if asked is None:
+        return nullcontext()
+    stride = settings.source.spec.stride[0]
+    return context_windows(pipe, frames=(asked.size - 1) * stride + 1, overlap=asked.shared * stride)
 
 
 def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:

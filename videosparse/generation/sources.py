@@ -77,6 +77,11 @@ class ModelDefaults:
     guidance_2: float | None = None
     trained_frames: int | None = None
 
+    @property
+    def longest(self) -> int:
+        """Pixel frames of the longest videos that it was trained on."""
+        return self.num_frames if self.trained_frames is None else self.trained_frames
+
 
 DEFAULTS = {
     EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 4.0, 48, 16, trained_frames=81),

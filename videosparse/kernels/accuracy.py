@@ -16,6 +16,8 @@ import torch
 
 from videosparse.blocks import BlockMap
 from videosparse.layout import TokenLayout
+from videosparse.logits import FarLogits
+from videosparse.reference import changed
 
 OTHER_ORDERS = 2
 
@@ -52,13 +54,15 @@ def attend_rows(
     block_map: BlockMap | None = None,
     scale: float | None = None,
     base: float = math.e,
+    logit: FarLogits | None = None,
+    tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_reference` for chosen query rows, so that long sequences can be checked too.
 
     Args:
         q, k, v: [B, L, H, D]; their dtype is the precision.
         rows: int64 [R], query positions.
-        layout, block_map, scale: as in `attention_reference`.
+        layout, block_map, scale, logit, tokens: as in `attention_reference`.
         base: of the exponentials, e or 2; the results are the same but for rounding.
 
     Returns:
@@ -71,7 +75,7 @@ def attend_rows(
         allowed = allowed & keep.repeat_interleave(block_map.block[1], 3)[..., : q.shape[1]]
     scores = torch.einsum("blhd,bmhd->bhlm", q[:, rows], k) * (q.shape[3] ** -0.5 if scale is None else scale)
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores.masked_fill(~allowed, -torch.inf)
+    scores = changed(scores, rows, layout, logit, tokens).masked_fill(~allowed, -torch.inf)
     if base == 2:
         scores = scores / math.log(2)
         top = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
@@ -95,13 +99,15 @@ def measure(
     layout: TokenLayout,
     block_map: BlockMap | None = None,
     scale: float | None = None,
+    logit: FarLogits | None = None,
+    tokens: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
 ) -> Accuracy:
     """Judge an output of `attend`.
 
     Args:
         out, lse: what is judged, [B, L, H, D] and [B, H, L] or None.
-        q, k, v, layout, block_map, scale: what it was made from.
+        q, k, v, layout, block_map, scale, logit, tokens: what it was made from.
         rows: int64 [R], query positions to look at; None looks at all. Memory grows with B x H x R x L.
     """
     rows = torch.arange(layout.length, device=q.device) if rows is None else rows
@@ -109,7 +115,9 @@ def measure(
     def plain(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, base: float = math.e
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return attend_rows(q, k, v, rows, layout=layout, block_map=block_map, scale=scale, base=base)
+        return attend_rows(
+            q, k, v, rows, layout=layout, block_map=block_map, scale=scale, base=base, logit=logit, tokens=tokens
+        )
 
     true_out, true_lse = plain(q.double(), k.double(), v.double())
     empty = true_lse == -torch.inf
