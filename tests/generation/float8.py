@@ -45,7 +45,7 @@ class Float8Tensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if function is torch.nn.functional.linear:
                 x, weight, *bias = args
-                return function(_rounded(x).to(x.dtype), weight.as_subclass(torch.Tensor), *bias, **(kwargs or {}))
+                return function(_rounded(x).to(x.dtype), weight, *bias, **(kwargs or {}))
             return function(*args, **(kwargs or {}))
 
 
