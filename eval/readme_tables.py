@@ -462,10 +462,17 @@ def dimensions() -> str:
     ])  # fmt: skip
 
 
+def stack() -> str:
+    """Which accelerations go together, from what requests are refused by."""
+    from videosparse.generation.stack import matrix
+
+    return matrix()
+
+
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
     goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published,
-    dimensions,
+    dimensions, stack,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

@@ -3,12 +3,13 @@
 Import from a test of generation: its `conftest.py` puts this file on the path. The same runs on a GPU.
 """
 
-from itertools import combinations
-
 import pipes
-import torch
+from itertools import combinations
 from pipes import PIPES
 
+import torch
+
+from videosparse.attach import targets
 from videosparse.generation.methods import make_processor
 from videosparse.generation.stack import PARTS, REFUSED, Stack, apply_stack
 from videosparse.generation.step_cache import StepCache, step_cached
@@ -16,7 +17,7 @@ from videosparse.generation.step_cache import StepCache, step_cached
 # heads of 64 as integers need, sides of 16 as FP8 needs, and a block between the first and the last
 BUILDS = {
     "wan": ("wan", lambda: pipes.wan(attention_head_dim=64, ffn_dim=64, num_layers=3)),
-    "wan22": ("wan22", pipes.wan22),
+    "wan22": ("wan22", lambda: two_experts()),
     "hunyuan": (
         "hunyuan_true_cfg",
         lambda: pipes.hunyuan(attention_head_dim=64, rope_axes_dim=(16, 24, 24), num_single_layers=2),
@@ -36,8 +37,17 @@ SETS = (
 )
 
 
+def two_experts():
+    """A Wan2.2 pipeline of the size above."""
+    pipe = pipes.wan22()
+    sizes = {"attention_head_dim": 64, "ffn_dim": 64, "num_layers": 3}
+    experts = {name: pipes.wan_transformer(seed, **sizes) for seed, name in enumerate(("transformer", "transformer_2"))}
+    pipe.register_modules(**experts)
+    return pipe
+
+
 def pairs():
-    """All pairs that go together, those with two experts left out: their models are a test of their own."""
+    """All pairs that go together, those with two experts left out: these models have sets of their own."""
     one_model = [part for part in PARTS if part != "experts"]
     return [pair for pair in combinations(one_model, 2) if frozenset(pair) not in REFUSED]
 
@@ -45,11 +55,12 @@ def pairs():
 class Stacked:
     """A tiny pipeline with the parts that belong to it; `run` adds those that belong to a run."""
 
-    def __init__(self, family, parts, device="cpu"):
-        self.kind, self.parts = PIPES[BUILDS[family][0]], parts
+    def __init__(self, family, parts, device="cpu", method=None):
+        self.kind, self.parts, self.method = PIPES[BUILDS[family][0]], parts, method
         self.pipe = BUILDS[family][1]().to(torch.bfloat16)
         if "lora" in parts:
-            add_loras(self.pipe.transformer)
+            for transformer in targets(self.pipe)[1]:
+                add_loras(transformer)
         offload = next((part for part in ("model", "group") if part in parts), "none")
         fp8 = "fp8" if "fp8" in parts else "none"
         apply_stack(self.pipe, Stack(None, fp8, "compile" in parts, offload), torch.device(device))
@@ -67,6 +78,8 @@ class Stacked:
 
     def _processor(self):
         options = {"first_steps": 2, "first_layers": 0}
+        if self.method is not None:
+            return make_processor(self.method, options | ({"refresh": (3,)} if self.method == "adaspa" else {}))
         if "int8" in self.parts:
             options["quant"] = "int8"
         if "state" in self.parts:

@@ -306,6 +306,7 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
             ),
             ("Method", f"{method_text(run.method, run.options)}; {settings.steps} steps, {report.backend} backend"),
             ("Density", density_text(report.video_density, report.density, report.average_density)),
+            *_dense_rows(settings, run),
             *_stack_rows(settings, run),
             (
                 "Time",
@@ -315,6 +316,19 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
             ("Memory", f"{memory(run.peak_bytes)} at most, {where}"),
         ]
     )
+
+
+def _dense_rows(settings: Settings, run: Run) -> list[tuple[str, str]]:
+    """How many steps and layers were dense, which a share of the run does not say."""
+    from videosparse.policies.base import DenseSchedule
+
+    names = ("first_steps", "last_steps", "first_layers", "last_layers")
+    if not set(names) <= set(run.options):
+        return []
+    schedule = DenseSchedule(**{name: run.options[name] for name in names})  # type: ignore[arg-type]
+    steps, layers = sum(schedule.dense_steps(settings.steps)), settings.source.spec.layers
+    dense = min(layers, schedule.first_layers + schedule.last_layers)
+    return [("Dense", f"{min(settings.steps, steps)} of {settings.steps} steps, {dense} of {layers} layers")]
 
 
 def _stack_rows(settings: Settings, run: Run) -> list[tuple[str, str]]:

@@ -136,18 +136,22 @@ def check_together(parts: tuple[str, ...]) -> None:
 def matrix() -> str:
     """The table of what goes together, in Markdown."""
     names = list(PARTS)
-    lines = [["", *(str(number) for number in range(1, len(names) + 1))], ["---"] * (len(names) + 1)]
+    columns = names[:-1]
+    lines = [["", *(str(number) for number in range(1, len(names)))], ["---"] * len(names)]
     notes: list[str] = []
-    for row, one in enumerate(names):
+    for row, one in enumerate(names[1:], 1):
         cells = [f"{row + 1} {PARTS[one]}"]
-        for column, other in enumerate(names):
-            reason = REFUSED.get(frozenset({one, other}))
+        for column, other in enumerate(columns):
+            reason = REFUSED.get(frozenset({one, other})) if column < row else None
             if reason is not None and reason not in notes:
                 notes.append(reason)
-            cells.append("" if column >= row else "yes" if reason is None else f"no ({notes.index(reason) + 1})")
+            mark = "yes" if reason is None else f"no ({notes.index(reason) + 1})"
+            cells.append(mark if column < row else "")
         lines.append(cells)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return table + "\n\n" + "\n".join(f"({number}) {note}." for number, note in enumerate(notes, 1))
+    return f"Columns: 1 is {PARTS[names[0]]}, the others are the rows.\n\n{table}\n\n" + "\n".join(
+        f"{number}. {note[0].upper()}{note[1:]}." for number, note in enumerate(notes, 1)
+    )
 
 
 def apply_stack(pipe: Any, stack: Stack, device: torch.device) -> None:
@@ -211,7 +215,7 @@ def _sped_up(
     options = request.options
     if (quant := kept.pop("quant", None)) is not None:
         options = {**options, request.method: {"quant": quant, **options.get(request.method, {})}}
-    fill = {key: value for key, value in kept.items() if getattr(request, key) is None}
+    fill: dict[str, Any] = {key: value for key, value in kept.items() if getattr(request, key) is None}
     # what was asked for beside the preset is not left out, it is refused
     told = [f"{key} {wanted[key]} ({reason})" for key, reason in reasons.items() if not _given(request, key)]
     notices = (f"Preset {speed.name} leaves out here: {'; '.join(told)}.",) if told else ()
