@@ -68,7 +68,7 @@ def quantize_linears(
     check_kind(kind)
     if kind == "none":
         return 0
-    names = set(_suitable(transformer))
+    names = set(suitable(transformer))
     if not names:
         raise GenerationError(
             f"linears=fp8: no linear layer in the blocks of this {type(transformer).__name__} is plain and has sides "
@@ -89,8 +89,12 @@ def quantize_linears(
     return len(names)
 
 
-def _suitable(transformer: torch.nn.Module) -> Iterator[str]:
-    """Names of the linear layers to quantize, those of its LoRAs' bases among them."""
+def suitable(transformer: torch.nn.Module) -> Iterator[str]:
+    """Names of the linear layers to quantize, those of its LoRAs' bases among them.
+
+    Raises:
+        GenerationError: one of them has another dtype than bf16.
+    """
     modules = dict(transformer.named_modules())
     blocks = {attention.name.rpartition(".")[0] for attention in family_of(transformer).attentions(transformer)}
     for block in sorted(blocks):

@@ -16,6 +16,7 @@ from videosparse.generation.environment import DTYPES, now, peak_memory, reset_p
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.latents import keeping, prepare_vae
 from videosparse.generation.lora import check_loaded, load_loras
+from videosparse.generation.memory import knobs
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
 from videosparse.generation.stack import apply_stack
@@ -106,7 +107,7 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     load_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     prepare_vae(pipe.vae, settings.source)
-    with memory_errors():
+    with memory_errors(lambda: knobs(pipe, settings)):
         apply_stack(pipe, settings.stack, settings.device)
     seconds = now(settings.device) - start
     progress("load", 1, 1)
@@ -148,9 +149,13 @@ def run_method(
         reset_peak_memory(settings.device)
         keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
         with (
-            memory_errors(), compile_errors(), _shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep,
+            memory_errors(lambda: knobs(pipe, settings)),
+            compile_errors(),
+            _shifted(pipe, settings.shift),
+            _leading_to(pipe, settings, sink),
+            keep,
             step_cached(pipe, cache, settings.steps) as count,
-        ):  # fmt: skip
+        ):
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
