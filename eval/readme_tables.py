@@ -545,10 +545,18 @@ def dimensions() -> str:
     ])  # fmt: skip
 
 
+def stack() -> str:
+    """Which accelerations go together, from what requests are refused by."""
+    from videosparse.generation.stack import matrix
+
+    return matrix()
+
+
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
     goals, models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding,
     integers, integer_errors, reorder_cost, calibration, paro_videos, published, dimensions,
+    stack,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

@@ -3,6 +3,7 @@
 import importlib.util
 from pipes import TINY
 
+import float8
 import pytest
 import torch
 
@@ -23,11 +24,7 @@ COUNTS = {"wan": 2 * 10, "wan_vace": 3 * 10 + 2 * 10 + 3, "hunyuan_video": 12 + 
 
 @pytest.fixture
 def _any_device(monkeypatch):
-    """torchao asks for a GPU of sm_89 when it is called; its products run on the CPU all the same."""
-    pytest.importorskip("torchao")
-    from torchao.quantization import quant_api
-
-    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    float8.allow(monkeypatch)
 
 
 def build(name):
@@ -42,17 +39,13 @@ def forward(name, model):
         return model(**half, return_dict=False)[0].float()
 
 
-def quantized(model):
-    return [n for n, m in model.named_modules() if type(getattr(m, "weight", None)).__name__ == "Float8Tensor"]
-
-
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.usefixtures("_any_device")
 def test_linears_of_the_blocks_become_fp8(name):
     model = build(name)
     plain = forward(name, model)
     count = quantize_linears(model)
-    names = quantized(model)
+    names = float8.names(model)
     assert count == len(names) == COUNTS[name]
     assert not [n for n in names if "norm" in n or "blocks." not in n or "refiner" in n or "embed" in n]
     rounded = forward(name, model)
@@ -78,7 +71,7 @@ def test_a_lora_is_added_in_bf16(first):
     if first == "fp8":
         model.add_adapter(config)
         model.to(torch.bfloat16)
-    assert not [n for n in quantized(model) if "lora_" in n]
+    assert not [n for n in float8.names(model) if "lora_" in n]
     on = forward("wan", model)
     model.disable_adapters()
     assert not torch.equal(forward("wan", model), on)
@@ -101,7 +94,7 @@ def test_what_cannot_be_quantized_is_told():
 def test_none_changes_nothing():
     model = build("wan")
     assert quantize_linears(model, kind="none") == 0
-    assert not quantized(model)
+    assert not float8.names(model)
 
 
 def test_unknown_kinds_are_refused():

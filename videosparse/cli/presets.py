@@ -9,7 +9,7 @@ import typer
 from videosparse.cli.console import Debug, guard
 
 if TYPE_CHECKING:
-    from videosparse.generation.presets import Preset
+    from videosparse.generation.presets import Preset, Speed
 
 
 _PLANNED = ("height", "width", "steps", "guidance", "ultravico", "context_frames", "context_overlap")
@@ -22,15 +22,29 @@ def presets(
 ) -> None:
     """List what generate --preset takes, or show one as the run file that generate --config takes."""
     with guard(debug):
-        from videosparse.generation.presets import PRESETS, find_preset
+        from videosparse.generation.presets import PRESETS, SPEEDS, split_presets
         from videosparse.generation.runfile import as_toml
 
         if name is not None:
-            typer.echo(as_toml(find_preset(name).values), nl=False)
+            model, speed = split_presets([name])
+            typer.echo(as_toml(model.values if model is not None else _as_values(speed)), nl=False)
             return
+        typer.echo("Models, at the settings that suit them:")
         for preset in PRESETS.values():
             typer.echo(f"{preset.name:<24}{preset.about}")
             typer.echo(f"{'':<24}{_settings(preset)}")
+        typer.echo("Speeds, for any model, by a preset of those or not (--preset wan2.1-14b-720p --preset fast):")
+        for speed in SPEEDS.values():
+            typer.echo(f"{speed.name:<24}{speed.about}")
+            typer.echo(f"{'':<24}{', '.join(f'{key} {value}' for key, value in speed.values.items())}")
+
+
+def _as_values(speed: Speed | None) -> dict[str, object]:
+    """A speed as values of a run file for the usual method."""
+    assert speed is not None  # a name is one of a model or of a speed
+    values = dict(speed.values)
+    quant = values.pop("quant", None)
+    return values if quant is None else {**values, "radial": {"quant": quant}}
 
 
 def _settings(preset: Preset) -> str:

@@ -39,7 +39,9 @@ def unavailable(device: torch.device | str, dtype: torch.dtype = torch.bfloat16)
     return None
 
 
-def quantize_linears(transformer: torch.nn.Module, *, kind: str = "fp8") -> int:
+def quantize_linears(
+    transformer: torch.nn.Module, *, kind: str = "fp8", device: torch.device | str | None = None
+) -> int:
     """Make the linear layers of the blocks multiply FP8 values (e4m3), in place; nothing is calibrated.
 
     Weights are rounded once, with a scale for each output row, and take half the memory; activations at every call,
@@ -52,6 +54,8 @@ def quantize_linears(transformer: torch.nn.Module, *, kind: str = "fp8") -> int:
     Args:
         transformer: of a supported family, weights in bf16, on any device.
         kind: "fp8", torchao's `Float8DynamicActivationFloat8WeightConfig` by row.
+        device: where the transformer goes, layer by layer, so that its weights in bf16 need never fit there; None
+            leaves it where it is.
 
     Returns:
         The number of layers. Those whose sides are no multiples of 16 are left out.
@@ -64,7 +68,7 @@ def quantize_linears(transformer: torch.nn.Module, *, kind: str = "fp8") -> int:
     check_kind(kind)
     if kind == "none":
         return 0
-    names = set(_suitable(transformer))
+    names = set(suitable(transformer))
     if not names:
         raise GenerationError(
             f"linears=fp8: no linear layer in the blocks of this {type(transformer).__name__} is plain and has sides "
@@ -79,14 +83,18 @@ def quantize_linears(transformer: torch.nn.Module, *, kind: str = "fp8") -> int:
     # torchao would set options of torch.compile for the whole process
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     try:
-        quantize_(transformer, config, filter_fn=lambda module, name: name in names)
+        quantize_(transformer, config, filter_fn=lambda module, name: name in names, device=device)
     except (AssertionError, NotImplementedError, ImportError) as error:  # how torchao refuses a GPU or a build of torch
         raise GenerationError(f"linears=fp8 cannot run here: {one_line(error)}; drop it.") from error
     return len(names)
 
 
-def _suitable(transformer: torch.nn.Module) -> Iterator[str]:
-    """Names of the linear layers to quantize, those of its LoRAs' bases among them."""
+def suitable(transformer: torch.nn.Module) -> Iterator[str]:
+    """Names of the linear layers to quantize, those of its LoRAs' bases among them.
+
+    Raises:
+        GenerationError: one of them has another dtype than bf16.
+    """
     modules = dict(transformer.named_modules())
     blocks = {attention.name.rpartition(".")[0] for attention in family_of(transformer).attentions(transformer)}
     for block in sorted(blocks):

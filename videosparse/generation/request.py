@@ -21,12 +21,11 @@ from videosparse.generation.methods import (
     make_processor,
 )
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
+from videosparse.generation.stack import Stack, resolve_stack
 from videosparse.layout import VideoGrid
 from videosparse.logits import FarLogits
 from videosparse.models.rope import ROPES
 from videosparse.windows import Windows
-
-OFFLOADS = ("none", "model")
 
 # schedulers interpolate between the 1000 noise levels of training
 MOST_STEPS = 1000
@@ -56,7 +55,13 @@ class GenerationRequest:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto", "fp32", "bf16" or "fp16".
         fps: frames a second of the file.
-        offload: "model" keeps only the part in use on the GPU.
+        offload: "model" keeps only the part in use on the GPU, "group" one block of the transformer and the next.
+        step_cache: "first-block" or "magcache", with a threshold ("first-block=0.1") or Diffusers' default: skips all
+            blocks but the first where a step changes little; "none" does not.
+        magnitudes: for magcache, a file of what the model's steps change; one that is not there is measured.
+        linears: "fp8" computes the linear layers of the blocks in FP8; "none" leaves them.
+        compile: whether the blocks are compiled.
+        speed: "exact", "balanced" or "fast": what of the four before to take where it is None; see `presets.SPEEDS`.
         loras: files or folders of LoRAs. One that videosparse trained sets the length and the options of its method,
             where they are not given.
         lora_scales: how much of each is added; those that are left out are 1.
@@ -84,6 +89,11 @@ class GenerationRequest:
     dtype: str = "auto"
     fps: float | None = None
     offload: str = "none"
+    step_cache: str | None = None
+    magnitudes: str | None = None
+    linears: str | None = None
+    compile: bool | None = None
+    speed: str | None = None
     loras: tuple[str, ...] = ()
     lora_scales: tuple[float, ...] = ()
     shift: float | None = None
@@ -120,9 +130,8 @@ class GenerationRequest:
             )
         )
         device = choose_device(self.device)
-        if self.offload != "none" and device.type != "cuda":
-            raise GenerationError(f"offload={self.offload!r} frees GPU memory, and this run is on {device}; drop it.")
         dtype = choose_dtype(self.dtype, device)
+        request, stack, left_out = resolve_stack(request, source, device, DTYPES[dtype])
         windows = context(source, self.context_frames, self.context_overlap)
         grid = seen(source.grid(num_frames, height, width), windows)
         logit = request._logit(source, grid, loras)
@@ -147,6 +156,8 @@ class GenerationRequest:
             loras=loras,
             logit=logit,
             windows=windows,
+            stack=stack,
+            notices=left_out,
         )
 
     def _loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
@@ -224,10 +235,6 @@ class GenerationRequest:
         check_options_used(self.options, self.method)
         # bad options should be told before anything about the model
         make_processor(self.method, self.options.get(self.method))
-        if self.offload not in OFFLOADS:
-            raise GenerationError(
-                f"Unknown offload {self.offload!r}; use {' or '.join(OFFLOADS)}.{nearest(self.offload, OFFLOADS)}"
-            )
         if self.rope not in ROPES:
             raise GenerationError(
                 f"Unknown rope {self.rope!r}; use {', '.join(ROPES[:-1])} or {ROPES[-1]}.{nearest(self.rope, ROPES)}"
@@ -250,6 +257,8 @@ class Settings:
         trained_frames: None without a stretched rotary embedding.
         logit: None without `ultravico`.
         windows: None where the transformer is called on the whole video.
+        stack: what is combined with attention.
+        notices: what the user should know before, a sentence each.
     """
 
     request: GenerationRequest
@@ -269,6 +278,8 @@ class Settings:
     trained_frames: int | None = None
     logit: FarLogits | None = None
     windows: Windows | None = None
+    stack: Stack = field(default_factory=Stack)
+    notices: tuple[str, ...] = ()
 
 
 def _least_steps(source: ModelSource) -> int:

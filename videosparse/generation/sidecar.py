@@ -48,7 +48,10 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "dtype": settings.dtype,
             "device": str(settings.device),
             "device_name": device_name(settings.device),
-            "offload": request.offload,
+            "offload": settings.stack.offload,
+            "speed": request.speed,
+            "linears": settings.stack.linears,
+            "compile": settings.stack.compiled,
             "shift": settings.shift,
             "rope": request.rope,
             "trained_frames": settings.trained_frames,
@@ -58,6 +61,7 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
         "loras": [{"file": str(lora.path), "scale": lora.scale} for lora in settings.loras],
         "method": {"name": run.method, "set": dict(run.given), "options": dict(run.options)},
         "attention": _attention(run),
+        "step_cache": _step_cache(settings, run),
         "seconds": {"load": load_seconds, **_seconds(run)},
         "peak_memory_bytes": run.peak_bytes,
         "notices": list(run.notices),
@@ -74,6 +78,7 @@ def fingerprint(settings: Settings) -> str:
     request = settings.request
     options = dict(request.options.get(request.method, {}))
     plan = options.get("plan")
+    cache = settings.stack.step_cache
     decides = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -87,6 +92,8 @@ def fingerprint(settings: Settings) -> str:
         **({} if settings.logit is None else {"ultravico": _logit(settings)}),
         **({} if settings.windows is None else {"windows": _windows(settings)}),
         "dtype": settings.dtype,
+        "step_cache": None if cache is None else [cache.kind, cache.threshold, cache.magnitudes],
+        "linears": settings.stack.linears,
         "method": [request.method, options],
         "loras": [[_state(lora.path), lora.scale] for lora in settings.loras],
         "plan": _state(plan) if isinstance(plan, str | Path) else None,
@@ -145,6 +152,19 @@ def _attention(run: Run) -> dict[str, Any]:
         "sparse_calls": report.sparse_calls,
         "search_calls": report.search_calls,
         "backend": report.backend,
+    }
+
+
+def _step_cache(settings: Settings, run: Run) -> dict[str, Any] | None:
+    cache = settings.stack.step_cache
+    if cache is None or run.cache is None:
+        return None
+    return {
+        "kind": cache.kind,
+        "threshold": cache.threshold,
+        "magnitudes": None if cache.file is None else str(cache.file),
+        "forwards": run.cache.forwards,
+        "skipped": run.cache.skipped,
     }
 
 
