@@ -356,7 +356,11 @@ def _is_asked(
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:
     """Raise RuntimeError where blocks are compiled, in which state cannot be offloaded."""
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in transformer.modules()):
+    if any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in transformer.modules()
+    ):
         raise RuntimeError(
             "offload_state=True copies maps between calls and does not work in compiled blocks; drop it, or do not "
             "compile the transformer (lse_dtype='bfloat16' halves what is kept)."
