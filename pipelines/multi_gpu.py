@@ -89,6 +89,6 @@ if __name__ == "__main__":
         else:
             many_videos(arguments, state)
     except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {told(error)}" if state.is_main_process else 1) from None
+        raise SystemExit(f"error: {told(error)}") from None  # on every rank: the first to end takes the others along
     finally:
         state.destroy_process_group()
