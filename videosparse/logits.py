@@ -43,9 +43,11 @@ class Reach(NamedTuple):
         """
         rows, keys = rows[..., :, None], keys[..., None, :]
         both = (rows < video) & (keys < video)
-        far = both & ((rows - keys).abs() > self.window) & (scores > 0)
-        scores = torch.where(far, scores * self.alpha, scores)
-        return scores.masked_fill(both & (rows < self.first) & (keys >= self.seen), -torch.inf)
+        far = both & ((rows - keys).abs() > self.window)
+        # what is far is often the same for all heads, and scores are not: they are passed over as seldom as can be
+        factor = torch.ones(far.shape, dtype=scores.dtype, device=scores.device).masked_fill_(far, self.alpha)
+        scores = torch.minimum(scores, scores * factor)  # a smaller positive number, or the same negative one
+        return scores.masked_fill_(both & (rows < self.first) & (keys >= self.seen), -torch.inf)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,9 @@ def test_blends_what_calls_on_windows_predict(name, tiny_of):
         torch.testing.assert_close(as_dict.sample, expected)
         positional = model(*inputs.values(), return_dict=False)[0] if name == "wan" else expected
         torch.testing.assert_close(positional, expected)
+        sparsify(model, DenseProcessor())  # it stays what it is to who looks at its class
+        torch.testing.assert_close(call(model, inputs), expected)
+        videosparse.restore(model)
     assert type(model) is cls
     assert not [key for key in vars(model) if key.startswith("_videosparse_window")]
 

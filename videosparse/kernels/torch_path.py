@@ -42,7 +42,7 @@ class _Task:
 
 @dataclass(frozen=True, eq=False)
 class _Far:
-    """How scores of far tokens change: `reach` with tokens int64 [H, L], the raster token of each position."""
+    """How scores of far tokens change: `reach` with tokens int64 [H or 1, L], the raster token of each position."""
 
     reach: Reach
     tokens: torch.Tensor
@@ -50,7 +50,7 @@ class _Far:
 
     def part(self, task: _Task, first: int) -> Change:
         """For the queries of a task from position `first` on."""
-        tokens = self.tokens[task.heads]
+        tokens = self.tokens if self.tokens.shape[0] == 1 else self.tokens[task.heads]
         keys = tokens[:, task.keys]
 
         def change(scores: torch.Tensor, row: int) -> torch.Tensor:
@@ -61,7 +61,8 @@ class _Far:
 
     def head(self, scores: torch.Tensor, head: int, rows: torch.Tensor) -> torch.Tensor:
         """Scores [M, L] of one head and the queries at positions `rows` [M]."""
-        return self.reach.change(scores, self.tokens[head, rows], self.tokens[head], self.video)
+        tokens = self.tokens[head if self.tokens.shape[0] > 1 else 0]
+        return self.reach.change(scores, tokens[rows], tokens, self.video)
 
 
 def forward(
@@ -180,12 +181,10 @@ def _far(call: AttentionCall, q: torch.Tensor) -> _Far | None:
     """What changes far scores of a call on q [B, L, H, D]; None where nothing does."""
     if call.far is None:
         return None
-    length, heads = q.shape[1:3]
+    length = q.shape[1]
     if call.order is None:
-        tokens = torch.arange(length, device=q.device).expand(heads, -1)
-    else:
-        tokens = raster_tokens(call.order, call.video, length)
-    return _Far(call.far, tokens, call.video)
+        return _Far(call.far, torch.arange(length, device=q.device)[None], call.video)
+    return _Far(call.far, raster_tokens(call.order, call.video, length), call.video)
 
 
 def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
