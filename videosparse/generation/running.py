@@ -142,7 +142,7 @@ def run_method(
             sparsify(pipe, processor)
         reset_peak_memory(settings.device)
         keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
-        with memory_errors(), _shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
+        with memory_errors(), shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
@@ -163,7 +163,7 @@ def run_method(
 
 
 @contextmanager
-def _shifted(pipe: Any, shift: float | None) -> Iterator[None]:
+def shifted(pipe: Any, shift: float | None) -> Iterator[None]:
     """A scheduler of another shift, for the time of a block."""
     before = pipe.scheduler
     if shift is None:
