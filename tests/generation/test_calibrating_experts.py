@@ -192,6 +192,15 @@ def test_an_expert_with_too_few_steps_is_told(folder, pipe, tmp_path, fields, me
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_shift_decides_who_makes_which_steps(folder, pipe, tmp_path):
+    scheduler = pipe.scheduler
+    with pytest.raises(GenerationError, match="half of the 3 steps that expert 2 makes of 10"):
+        calibrate(request_of(folder, shift=12.0, buckets=3), tmp_path / "plan.safetensors", pipe=pipe)
+    plan = calibrate(request_of(folder, shift=12.0), tmp_path / "plan.safetensors", pipe=pipe).plan
+    assert plan.facts.method["shift"] == 12.0
+    assert pipe.scheduler is scheduler
+
+
 def test_an_interrupted_calibration_goes_on_with_the_second_expert(made, folder, pipe, tmp_path, monkeypatch):
     path, replay, done = tmp_path / "plan.safetensors", Watch.replay, []
 

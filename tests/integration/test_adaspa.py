@@ -180,6 +180,18 @@ def test_every_expert_searches_at_its_own_first_step(pipe_of, planned):
     assert held[-1] == [False, False] or held[-1] == [False, True]
 
 
+def test_an_expert_with_one_step_searches_for_nobody(pipe_of, planned):
+    pipe = pipe_of("wan22")
+    sparsify(pipe, AdaSpaProcessor(first_steps=0, refresh=()))
+    clock = trackers_of(pipe)[0].session.clock
+    run("wan22", pipe, num_inference_steps=2)
+    assert [clock.part(expert) for expert in (0, 1)] == [(0, 1), (1, 1)]
+    assert not planned
+    run("wan22", pipe, num_inference_steps=4)
+    assert [clock.part(expert) for expert in (0, 1)] == [(0, 2), (2, 2)]
+    assert [str(plan.mode) for *_, plan in planned if plan.mode is not Mode.SPARSE] == ["search"] * 8, "both experts"
+
+
 @pytest.mark.parametrize("error", [ValueError("of the user"), KeyboardInterrupt()])
 def test_a_run_that_fails_in_a_callback_keeps_nothing(error, pipe_of):
     pipe = pipe_of("wan")

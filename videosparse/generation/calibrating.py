@@ -29,7 +29,7 @@ from videosparse.generation.methods import refusals
 from videosparse.generation.output import Destination, check_places
 from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
-from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
+from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet, shifted
 from videosparse.kernels.order_search import OrderMetric, choose
 from videosparse.kernels.selection import kernels_for
 from videosparse.policies.paro import BLOCK, DENSITY
@@ -56,8 +56,8 @@ class CalibrationRequest:
 
     Args:
         prompts: one or two that are typical.
-        model, num_frames, height, width, steps, guidance, device, dtype, offload: see `GenerationRequest`. The plan is
-            for this model and size.
+        model, num_frames, height, width, steps, guidance, shift, device, dtype, offload: see `GenerationRequest`. The
+            plan is for this model and size. The shift decides how many steps each of two experts makes.
         density: share of the video blocks that every row keeps, in (0, 1]; None takes .2, unless `mass` decides.
         mass: share of the attention among video tokens that each head keeps, in (0, 1], with as few blocks a row as
             that takes, but 5 % of them; instead of `density`.
@@ -83,6 +83,7 @@ class CalibrationRequest:
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    shift: float | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -115,7 +116,7 @@ class CalibrationRequest:
     def _run(self, prompt: str, seed: int) -> Settings:
         return GenerationRequest(
             prompt, model=self.model, method="dense", num_frames=self.num_frames, height=self.height, width=self.width,
-            steps=self.steps, guidance=self.guidance, seed=seed, device=self.device, dtype=self.dtype,
+            steps=self.steps, guidance=self.guidance, shift=self.shift, seed=seed, device=self.device, dtype=self.dtype,
             offload=self.offload,
         ).resolve()  # fmt: skip
 
@@ -173,6 +174,7 @@ class CalibrationSettings:
             "width": run.width,
             "steps": run.steps,
             "guidance": run.guidance,
+            "shift": run.shift,
             "seed": request.seed,
             "dtype": run.dtype,
             "prompts": _hash(request.prompts),
@@ -251,7 +253,8 @@ def calibrate(
     if pipe is None:
         pipe, load_seconds = load_pipeline(settings.runs[0], progress)
     begin = now(settings.runs[0].device)
-    with watching(pipe, settings.runs[0].device) as watch, memory_errors():
+    run = settings.runs[0]
+    with watching(pipe, run.device) as watch, memory_errors(), shifted(pipe, run.shift):
         _check_experts(watch, settings)
         asked = settings.asked(watch.tracker.config)
         partial, resumed = _begin(Partial.path(path), asked, overwrite)
@@ -444,8 +447,9 @@ def _facts(settings: CalibrationSettings, watch: Watch, partial: Partial) -> Pla
         video=(run.num_frames, run.height, run.width),
         method={
             "alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma, "steps": run.steps,
-            "guidance": run.guidance, "seed": request.seed, "dtype": run.dtype, "model": run.source.name,
-            "reorder": request.reorder, "calls": sum(partial.calls_seen), "recall": partial.recall,
+            "guidance": run.guidance, "shift": run.shift, "seed": request.seed, "dtype": run.dtype,
+            "model": run.source.name, "reorder": request.reorder, "calls": sum(partial.calls_seen),
+            "recall": partial.recall,
         },
         prompts=_hash(request.prompts),
         versions={name: version for name, version in versions().items() if version is not None},
