@@ -17,6 +17,7 @@ from videosparse.generation.latents import keeping, prepare_vae
 from videosparse.generation.lora import check_loaded, load_loras
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
+from videosparse.generation.shifts import shifted as _shifted
 from videosparse.generation.streaming import Sink, streaming
 from videosparse.report import RunReport
 from videosparse.stretching import extend_rope
@@ -142,7 +143,7 @@ def run_method(
             sparsify(pipe, processor)
         reset_peak_memory(settings.device)
         keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
-        with memory_errors(), shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
+        with memory_errors(), _shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
@@ -160,23 +161,6 @@ def run_method(
         notices=notices,
         latents=kept[0] if kept else None,
     )
-
-
-@contextmanager
-def shifted(pipe: Any, shift: float | None) -> Iterator[None]:
-    """A scheduler of another shift, for the time of a block."""
-    before = pipe.scheduler
-    if shift is None:
-        yield
-        return
-    name = next((name for name in ("flow_shift", "shift") if name in before.config), None)
-    if name is None:
-        raise GenerationError(f"{type(before).__name__} has no shift to set; drop --shift.")
-    pipe.scheduler = type(before).from_config(before.config, **{name: shift})
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
 
 
 @contextmanager
