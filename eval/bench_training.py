@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 eval/bench_training.py       the same with each clip shared by two GPUs (Ulysses)
     python eval/bench_training.py --only hunyuan             some cases; --seconds limits the time
     python eval/bench_training.py --smoke --output x.csv     tiny shapes, on a CPU too, in seconds
+    python eval/bench_training.py --merge a.csv b.csv        put the rows of other machines into --output
 
 One clip, LoRA on q, k, v, o, gradient checkpointing, bf16, random weights: as many layers as the measurement needs.
 A step with one layer and with two tells what a layer costs, and what the rest does; the whole model's time is
@@ -388,6 +389,10 @@ def free(device: torch.device) -> None:
 
 def main() -> None:
     args = arguments()
+    if args.merge:
+        for path in args.merge:
+            write_rows(args.output, merged(args.output, read_rows(path, COLUMNS)), COLUMNS)
+        return
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.device.type == "cpu":
         args.kernels = ["math"]
@@ -422,6 +427,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new measurement is begun after these")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="CSV", help="measure nothing; see above")
     parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     return parser.parse_args()

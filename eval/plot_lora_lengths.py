@@ -19,20 +19,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.rows import read_rows
+from videosparse.benchmark.training_tables import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 QUARTERS = (1, 2, 3, 4)
 NEEDED = ("lora", "method", "frames", "right_q1", "right_q4_high", "drift", "repetition", "training_s",
           "training_peak_gib", "training_steps")  # fmt: skip
-# by the columns lora and method; one colour a setting in every panel, readable without colour vision
-STYLES = {
-    ("truth", "none"): ("rendered truth", "black", ":"),
-    ("none", "dense"): ("no training, dense", "#999999", "--"),
-    ("none", "radial"): ("no training, Radial", "#CC79A7", "--"),
-    ("riflex", "dense"): ("no training, RIFLEx, dense", "#E69F00", "-."),
-    ("dense", "dense"): ("LoRA trained dense", "#0072B2", "-"),
-    ("radial", "radial"): ("LoRA trained with Radial", "#D55E00", "-"),
-}
+# one colour a setting in every panel, readable without colour vision
+LINES = (("black", ":"), ("#999999", "--"), ("#CC79A7", "--"), ("#E69F00", "-."), ("#0072B2", "-"), ("#D55E00", "-"))
+STYLES = {key: (label, *line) for (key, label), line in zip(SETTINGS.items(), LINES, strict=True)}
 
 Row = dict[str, str]
 

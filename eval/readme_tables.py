@@ -307,72 +307,22 @@ def profile() -> str:
 
 def training() -> str:
     """Training steps of whole models, reckoned from few layers."""
-    cases: dict[tuple[str, ...], dict[str, Row]] = {}
-    for r in read("lora_training"):
-        cases.setdefault((r["case"], r["frames"], r.get("gpus") or "1"), {})[r["attention"]] = r
-    lines = []
-    for (case, frames, gpus), found in cases.items():
-        first = next(iter(found.values()))
-        steps = [_step_of(found.get(name)) for name in ("cudnn", "fa2", "fa4", "radial")]
-        gains = [found["radial"].get(f"against_{name}") for name in ("cudnn", "fa2", "fa4")]
-        size = f"{case}, {frames} frames"
-        gained = [f"{float(gain):.2f}x" if gain else "-" for gain in gains]
-        lines.append([size, f"{first['times_length']}x", f"{int(first['tokens']):,}", gpus, *steps, *gained])
-    head = [
-        "model, size", "length", "tokens", "GPUs", "dense by cuDNN, s", "by FlashAttention-2, s",
-        "by FlashAttention-4, s", "Radial, s", "cheaper than cuDNN", "than FlashAttention-2", "than FlashAttention-4",
-    ]  # fmt: skip
-    return markdown(head, lines)
+    from videosparse.benchmark.training_tables import steps
 
-
-def _step_of(row: Row | None) -> str:
-    """Seconds of a training step, or why there are none."""
-    if row is None:
-        return "not timed"
-    if row["extrapolated_step_s"]:
-        return f"{float(row['extrapolated_step_s']):.0f}"
-    return row["note"] if row["note"] == "out of memory" else "not installed"
-
-
-# what `eval/score_lora_lengths.py` compares, by the columns lora and method
-LENGTH_SETTINGS = {
-    ("truth", "none"): "rendered truth", ("none", "dense"): "no training, dense",
-    ("none", "radial"): "no training, Radial", ("riflex", "dense"): "no training, RIFLEx, dense",
-    ("dense", "dense"): "LoRA trained dense", ("radial", "radial"): "LoRA trained with Radial",
-}  # fmt: skip
-LENGTHS = ("81", "161", "321")
+    return markdown(*steps(read("lora_training")))
 
 
 def lora_lengths() -> str:
     """Videos beyond the trained length, quarter by quarter; what has no row is named below."""
+    from videosparse.benchmark.training_tables import lengths
+
     if not _measured("lora_length"):
         return UNMEASURED
-    rows = {(r["lora"], r["method"], r["frames"]): r for r in read("lora_length")}
-    lines, missing = [], []
-    for frames in LENGTHS:
-        for key, setting in LENGTH_SETTINGS.items():
-            r = rows.get((*key, frames))
-            if r is None:
-                missing.append(f"{setting} at {frames} frames")
-                continue
-            cells = [_percent(r, f"right_q{quarter}") for quarter in (1, 2, 3, 4)]
-            cells += [_percent(r, "drift"), _ranged(r, "repetition"), _percent(r, "permanence")]
-            lines.append([frames, setting, r["videos"], *cells, *(r[name] or "-" for name in TRAINING_COLUMNS)])
-    head = [
-        "frames", "setting", "videos", "right in the first quarter, %", "second", "third", "last", "drift, points",
-        "repetition beyond the truth's", "permanence, %", "training steps", "training, s", "peak, GiB",
-    ]  # fmt: skip
+    head, lines, missing = lengths(read("lora_length"))
     note = f"\n\nNot measured yet: {', '.join(missing)}." if missing else ""
     drawn = (RESULTS.parent / "figures/lora_lengths.png").exists()
     figure = "\n\n![Right answers by quarter, drift and repetition](../figures/lora_lengths.png)" if drawn else ""
     return markdown(head, lines) + note + figure
-
-
-TRAINING_COLUMNS = ("training_steps", "training_s", "training_peak_gib")
-
-
-def _percent(row: Row, name: str) -> str:
-    return "{:.0f} ({:.0f} to {:.0f})".format(*(100 * float(row[name + end]) for end in ("", "_low", "_high")))
 
 
 def paro_videos() -> str:

@@ -36,7 +36,7 @@ from videosparse.benchmark.rows import WHERE, environment, read_rows, write_rows
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.lora import find_lora
 from videosparse.generation.methods import check_method, make_processor
-from videosparse.generation.running import shifted
+from videosparse.generation.shifts import shifted
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
 from videosparse.stretching import extend_rope

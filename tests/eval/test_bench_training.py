@@ -59,6 +59,20 @@ def test_it_runs_at_tiny_shapes_and_goes_on(bench, tmp_path, monkeypatch, capsys
     assert (again, made) == (rows, 0)
 
 
+def test_rows_of_several_machines_are_put_together(bench, tmp_path, monkeypatch):
+    """Those of the same case and number of GPUs are replaced, all others stay."""
+    output = tmp_path / "rows.csv"
+    for name, gpus, seconds in (("a", 1, 5), ("b", 2, 3), ("c", 1, 4)):
+        row = {"case": "x", "frames": 161, "attention": "radial", "gpus": gpus, "extrapolated_step_s": seconds}
+        bench.write_rows(tmp_path / f"{name}.csv", [row], bench.COLUMNS)
+    monkeypatch.setattr(
+        sys, "argv", ["b", "--output", str(output), "--merge", *(str(tmp_path / f"{n}.csv") for n in "abc")]
+    )
+    bench.main()
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["gpus"], row["extrapolated_step_s"]) for row in rows] == [("2", "3"), ("1", "4")]
+
+
 @pytest.fixture
 def measured(bench, tmp_path):
     """`measured(kernel=point, ...)`: the rows of the first HunyuanVideo case with these measurements."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from videosparse.benchmark import training_tables
 from videosparse.benchmark.rows import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +45,12 @@ def test_every_setting_and_column_that_is_asked_for(score, tmp_path):
     (tmp_path / "dense/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     args = type("Args", (), {"lora": [f"{name}={tmp_path / name}" for name in ("dense", "radial")]})
     settings = score.settings_of(args)
-    tables = load("readme_tables")
-    assert [(name, method) for name, method, _ in settings] == list(tables.LENGTH_SETTINGS)
+    assert [(name, method) for name, method, _ in settings] == list(training_tables.SETTINGS)
     assert [folder is not None for *_, folder in settings] == [False] * 4 + [True] * 2
     assert {"right_q1", "right_q4", "drift", "repetition", "permanence", "frozen"} <= set(score.COLUMNS)
     found = score.trained(tmp_path / "dense")
     assert found == {"training_steps": 2, "training_s": "4.5", "training_peak_gib": "1.75"}
-    assert set(found) == set(tables.TRAINING_COLUMNS) <= set(score.COLUMNS)
+    assert set(found) == set(training_tables.TRAINING_COLUMNS) <= set(score.COLUMNS)
 
 
 def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
@@ -90,7 +90,7 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     tmp_path.mkdir()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.lora_lengths() == "Not measured yet."
-    settings = [(lora, method, frames) for frames in (81, 161, 321) for lora, method in tables.LENGTH_SETTINGS]
+    settings = [(lora, method, frames) for frames in (81, 161, 321) for lora, method in training_tables.SETTINGS]
     rows = [row(score, *setting) for setting in settings]
     write_rows(tmp_path / "lora_length.csv", rows, score.COLUMNS)
     whole = tables.lora_lengths().splitlines()
@@ -111,7 +111,7 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
 def test_the_figure_is_drawn(score, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plots = load("plot_lora_lengths")
-    assert set(plots.STYLES) == set(load("readme_tables").LENGTH_SETTINGS)
+    assert set(plots.STYLES) == set(training_tables.SETTINGS)
     rows = [row(score, lora, method, frames) for frames in (81, 321) for lora, method in plots.STYLES][:-1]
     write_rows(tmp_path / "rows.csv", rows, score.COLUMNS)
     assert plots.main(["--rows", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "lengths.png")]) == 0

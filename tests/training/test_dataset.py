@@ -228,6 +228,11 @@ def test_what_cannot_be_a_data_set(tmp_path, wan_folder):
     (tmp_path / "data" / "dataset.json").write_text(json.dumps({**about, "vae": "other"}))
     with pytest.raises(ConfigError, match="encoded with another vae"):
         encode(synthetic_clips(1), tmp_path / "data", wan_folder)
+    lora = tmp_path / "data" / "pytorch_lora_weights.safetensors"
+    lora.write_bytes((tmp_path / "data" / "empty.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors is no part of a data set; move it"):
+        Dataset(tmp_path / "data")
+    lora.unlink()
     next((tmp_path / "data").glob("9x*.safetensors")).write_bytes(b"no")
     with pytest.raises(ConfigError, match="is damaged"):
         Dataset(tmp_path / "data")

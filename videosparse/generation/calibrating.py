@@ -29,7 +29,8 @@ from videosparse.generation.methods import refusals
 from videosparse.generation.output import Destination, check_places
 from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
-from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet, shifted
+from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
+from videosparse.generation.shifts import shifted
 from videosparse.kernels.order_search import OrderMetric, choose
 from videosparse.kernels.selection import kernels_for
 from videosparse.policies.paro import BLOCK, DENSITY

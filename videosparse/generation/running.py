@@ -19,6 +19,7 @@ from videosparse.generation.lora import check_loaded, load_loras
 from videosparse.generation.memory import knobs
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
+from videosparse.generation.shifts import shifted
 from videosparse.generation.stack import apply_stack
 from videosparse.generation.step_cache import CacheCount, step_cached, write_magnitudes
 from videosparse.generation.streaming import Sink, streaming
@@ -178,23 +179,6 @@ def run_method(
         latents=kept[0] if kept else None,
         cache=None if cache is None else count,
     )
-
-
-@contextmanager
-def shifted(pipe: Any, shift: float | None) -> Iterator[None]:
-    """A scheduler of another shift, for the time of a block."""
-    before = pipe.scheduler
-    if shift is None:
-        yield
-        return
-    name = next((name for name in ("flow_shift", "shift") if name in before.config), None)
-    if name is None:
-        raise GenerationError(f"{type(before).__name__} has no shift to set; drop --shift.")
-    pipe.scheduler = type(before).from_config(before.config, **{name: shift})
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
 
 
 @contextmanager

@@ -176,12 +176,16 @@ def shards(folder: Path) -> Iterator[tuple[Path, Size, list[dict[str, str]]]]:
     """(path, size, clips) of every shard.
 
     Raises:
-        ConfigError: a shard is damaged.
+        ConfigError: a shard is damaged, or another file is among them.
     """
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == EMPTY:
             continue
         header = _header(path)
+        if not {"size", "clips"} <= set(header):
+            raise ConfigError(
+                f"{path} is no part of a data set; move it elsewhere, and give the data set a folder of its own."
+            )
         frames, height, width = (int(number) for number in header["size"].split("x"))
         yield path, Size(frames, height, width), json.loads(header["clips"])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from videosparse.attach import sparsify
 from videosparse.generation.methods import make_processor
-from videosparse.generation.running import shifted
+from videosparse.generation.shifts import shifted
 from videosparse.generation.video import side_by_side, write_mp4
 from videosparse.training.clips import check_size
 from videosparse.training.encoding import load_parts
