@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from videosparse.benchmark import block_clock, step_contenders, transformer
+from videosparse.benchmark import block_clock, step_contenders, stepping, transformer
 from videosparse.benchmark.rows import RowFile
 from videosparse.benchmark.step_contenders import STEP_CONTENDERS, bound
-from videosparse.benchmark.stepping import classes, step
+from videosparse.benchmark.stepping import classes, difference, step
 from videosparse.benchmark.whole import BlockTimes, case_of, whole_forward, whole_run
 from videosparse.cases import MODELS
 from videosparse.policies.base import DenseSchedule
@@ -186,6 +186,26 @@ def test_a_method_that_searches_is_timed_searching_and_sparse(tiny):
         found = step(model, contender, inputs, inputs)
     assert {mode for _, mode in found.times.classes} == {"sparse"}
     assert {mode for _, mode in found.search.classes} == {"search"}
+    dense = STEP_CONTENDERS["dense-eager"]
+    with bound(model, dense, ""):
+        expected = step(model, dense, inputs, inputs)
+    # one block holds all of this video, so nothing is left out, whatever number of forwards came before
+    assert found.density == 1
+    assert difference(found.out, expected.out) < 0.01
+
+
+def test_outputs_compare_whatever_number_of_forwards_was_timed(tiny, monkeypatch):
+    case = case_of("wan2.1-1.3b 32x32x5")
+    model = transformer.build(case.model, 2, torch.device("cpu"))
+    inputs = transformer.make_inputs(case, torch.device("cpu"))
+    outs = []
+    for most in (1, 3):
+        monkeypatch.setattr(stepping, "MOST_TIMED", most)
+        with bound(model, STEP_CONTENDERS["dense-eager"], ""):
+            found = step(model, STEP_CONTENDERS["dense-eager"], inputs, inputs)
+        assert len(found.times.forwards) == most
+        outs.append(found.out)
+    assert torch.equal(*outs)
 
 
 def test_compiled_blocks_keep_their_stamps_and_are_undone(tiny):

@@ -19,6 +19,9 @@ Inputs = dict[str, torch.Tensor]
 MOST_TIMED, MOST_SECONDS = 3, 15.0
 """Of one contender: timed forwards, and seconds after which no further one begins."""
 
+FIRST_TIMED = 500.0
+"""The timestep of the first timed forward, whose output is kept: so outputs compare, however many there were."""
+
 MOST_DIFFERENCE = 0.02
 """Relative L2 distance that rounding in bfloat16 may make between the outputs of two dense contenders."""
 
@@ -30,7 +33,7 @@ class Stepped:
     Args:
         times: of its steps.
         search: of a step that searches; None where none does.
-        out: fp32, the last output.
+        out: fp32, the output of the first timed forward.
         density: kept / all blocks of sparse calls, text included; 1 where there are none.
         backend: what ran attention.
         peak: bytes on the GPU, weights included; 0 off one.
@@ -67,12 +70,13 @@ def step(model: Any, contender: StepContender, inputs: Inputs, warm: Inputs, ker
         torch.cuda.reset_peak_memory_stats()
     if contender.searches and not contender.compiled:
         clock.forward(inputs)
+    clock.timestep = FIRST_TIMED
     out, forward, blocks = clock.forward(inputs)
     times = BlockTimes(classes(model, contender))
     times.add(forward, blocks)
     begin = time.perf_counter() - forward
     while len(times.forwards) < MOST_TIMED and time.perf_counter() - begin + forward < MOST_SECONDS:
-        out, forward, blocks = clock.forward(inputs)
+        _, forward, blocks = clock.forward(inputs)
         times.add(forward, blocks)
     if not bool(out.isfinite().all()):
         raise RuntimeError(f"{contender.name}: the output is not finite.")
@@ -93,12 +97,12 @@ class _Steps:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
         self.clock = BlockClock(blocks_of(model), device)
-        self.timestep = 900.0
+        self.timestep = 900.0  # of the next forward
 
     def forward(self, inputs: Inputs) -> tuple[torch.Tensor, float, list[float]]:
         """(output, seconds, seconds of each block)."""
-        self.timestep -= 1
         inputs["timestep"].fill_(self.timestep)
+        self.timestep -= 1
         self._wait()
         with self.clock, torch.no_grad():
             start = time.perf_counter()
