@@ -93,7 +93,7 @@ def test_a_round_of_both_forgets_the_latents():
 def test_mixed_lengths_come_from_one_pool():
     plan = mixed(Plan())
     (pool,) = plan.pools
-    assert (pool.frames, pool.count, plan.vae_frames, plan.vae_batches) == (81, 16384, 33, ((128, 4),))
+    assert (pool.frames, pool.count, plan.vae_frames, plan.vae_batches) == (81, 16384, 49, ((128, 3),))
     assert describe_stages(plan, {"0": 7}) == "7 steps at 128x128 with 81 and 33 frames"
 
 
