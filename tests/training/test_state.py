@@ -10,7 +10,7 @@ import torch
 from videosparse.training.tiny.card import accuracy, fill_card, update_card
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.optimizing import Progress, adamw
-from videosparse.training.tiny.plan import STAGES, Plan, large
+from videosparse.training.tiny.plan import STAGES, Plan, large, mixed
 from videosparse.training.tiny.rounds import all_rounds, begin_round, describe_stages, summary
 
 
@@ -88,6 +88,13 @@ def test_a_round_of_both_forgets_the_latents():
     assert meta["vae"] == {"step": 0, "elapsed": 0.0, "finished": False}
     assert not {"latents_mean", "latents_std", "numbers"} & set(meta)
     assert summary([])["minutes"] == 0
+
+
+def test_mixed_lengths_come_from_one_pool():
+    plan = mixed(Plan())
+    (pool,) = plan.pools
+    assert (pool.frames, pool.count, plan.vae_frames, plan.vae_batches) == (81, 16384, 49, ((128, 3),))
+    assert describe_stages(plan, {"0": 7}) == "7 steps at 128x128 with 81 and 33 frames"
 
 
 def test_stages_are_described_as_the_card_says_them():

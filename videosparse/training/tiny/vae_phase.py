@@ -66,7 +66,7 @@ def train_vae(run: Run, minutes: float) -> bool:
         "finished": finished,
         "variant": variant,
         "lr": args.vae_lr,
-        "how": f"objects weighing {1 + args.vae_object_weight:g} times as much",
+        "how": f"{plan.vae_frames} frames, objects weighing {1 + args.vae_object_weight:g} times as much",
     }
     run.meta["phase"] = "vae"
     run.set_tensors("vae.", run.vae)
