@@ -263,16 +263,18 @@ SHARES = {
 
 def models() -> str:
     """Steps of whole models and runs of 50, dense and sparse, and what measures them."""
-    from videosparse.benchmark.step_tables import overview
+    from videosparse.benchmark.step_tables import missing, overview
 
-    return markdown(*overview(read("models")))
+    rows = read("models")
+    return "\n\n".join(filter(None, (markdown(*overview(rows)), missing(rows))))
 
 
 def model_steps() -> str:
-    """Every contender of every case, those without a figure too."""
-    from videosparse.benchmark.step_tables import every_row
+    """Every contender of every case that has rows, those without a figure too."""
+    from videosparse.benchmark.step_tables import every_row, missing
 
-    return markdown(*every_row(read("models")))
+    rows = read("models")
+    return "\n\n".join(filter(None, (markdown(*every_row(rows)), missing(rows))))
 
 
 def model_check() -> str:
@@ -284,13 +286,13 @@ def model_check() -> str:
 
 
 def model_goals() -> str:
-    """The goals of whole models and what was measured, from `eval/check_model_goals.py`."""
+    """What was measured of whole models and all that must be, from `eval/check_model_goals.py`."""
     if not _measured("model_goals"):
         return UNMEASURED
     head = ["model, size", "a sparse step", "measured", "must", "goal", "", "seconds"]
     return markdown(head, [
         [r["case"], r["goal"], r["measured"] and f"{r['measured']}x", r["must"], r["wanted"], r["verdict"], r["detail"]]
-        for r in read("model_goals")
+        for r in read("model_goals") if r["measured"] or r["must"]
     ])  # fmt: skip
 
 

@@ -36,16 +36,16 @@ def fastest_dense(rows: dict[str, Row]) -> Row | None:
 
 
 def overview(rows: list[Row]) -> Table:
-    """A line for each case: the fastest dense, Radial, and Radial with integers and FP8 linear layers."""
+    """A line for each case with rows: the fastest dense, Radial, and Radial with integers and FP8 linear layers."""
     lines = []
     for case in STEP_CASES:
         found = newest(rows, case)
+        if not found:
+            continue
         dense, stock = fastest_dense(found), found.get("stock")
         radial = _timed(found, "radial") or _timed(found, "radial-eager")
         stack = found.get("stack")
         names = [r["contender"] for r in (stock, dense, radial, stack) if r is not None]
-        if dense is None:
-            names = ["dense", "radial", "stack", "stock"]
         told = f" ({dense['contender']})" if dense is not None and dense["contender"] in ("stock", "fa2") else ""
         lines.append([
             case, "" if radial is None else f"{float(radial['density']):.2f}", _seconds(stock),
@@ -61,8 +61,14 @@ def overview(rows: list[Row]) -> Table:
     return head, lines
 
 
+def missing(rows: list[Row]) -> str:
+    """A sentence that names the cases without rows; empty when there are none."""
+    cases = [case for case in STEP_CASES if not newest(rows, case)]
+    return f"Not measured yet: {', '.join(cases)}." if cases else ""
+
+
 def every_row(rows: list[Row]) -> Table:
-    """A line for each contender of each case."""
+    """A line for each contender of each case with rows."""
     lines = []
     for case in STEP_CASES:
         found = newest(rows, case)
@@ -77,8 +83,6 @@ def every_row(rows: list[Row]) -> Table:
                 f"{float(row['search_s']):.2f}" if row["search_s"] else "", _gain(dense, row), _minutes(row),
                 f"{timed} of {row['layers']}, {float(row['peak_gb'] or 0):.0f} GB",
             ])  # fmt: skip
-        if not found:
-            lines.append([case, "", "", "", NOT_MEASURED, "", "", "", ""])
     head = [
         "model, size", "contender", "attention by", "density", "s a step", "a forward that searches, s",
         "against the fastest dense", "50 steps, min", "layers timed, peak with them",
