@@ -87,6 +87,8 @@ def test_adaspa(run, tmp_path, compare):
     # 3 blocks of keys, of which a row keeps one; the first step searches, and is dense
     assert attention["video_density"] == attention["density"] == pytest.approx(1 / 3)
     assert (attention["dense_calls"], attention["sparse_calls"]) == (4, 20)
+    assert attention["search_calls"] == 4 * 3, "two of them refresh"
+    assert "12 searches" in result.stdout
     assert ("PSNR" in result.stdout) == compare
 
 
@@ -95,13 +97,18 @@ def test_plan_of_adaspa(run):
     result = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size)
     assert result.exit_code == 0, result.output
     for word in (
-        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.63x",
+        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.76x",
         "1.18 GiB between steps: lse 461 MiB, bits 133 MiB, lists 7 MiB for each of 2 branches of 40 layers",
         "lse in float32", "107 MiB more while a layer searches",
     ):  # fmt: skip
         assert word in result.stdout
     half = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size, "--set", "adaspa.lse_dtype=bfloat16")
     assert "lse 231 MiB" in half.stdout
+    experts = run(
+        "plan", "--model", "wan2.2-a14b", "--method", "adaspa", "--steps", 40, "--set", "adaspa.refresh=never"
+    )
+    assert "9 of 40 steps (1 of them beside the schedule, to search), 0 of 40 layers" in experts.stdout
+    assert "refresh=()" in experts.stdout
 
 
 def test_demo(run, tmp_path, model_folder, monkeypatch):
@@ -299,9 +306,31 @@ def test_plan_of_a_folder_and_of_dense(run):
     assert "MFLOP" in result.stdout or "GFLOP" in result.stdout
 
 
+def test_plan_of_videos_beyond_the_trained_length(run):
+    size = ["--model", "wan2.1-14b", "--height", "480", "--width", "832", "--frames", "161", "--steps", "50"]
+    whole = run("plan", *size, "--method", "dense")
+    far = run("plan", *size, "--method", "dense", "--ultravico", "0.9")
+    assert far.exit_code == 0, far.output
+    assert "positive scores times 0.9 beyond half of 21 latent frames; by the portable kernel" in far.stdout
+    assert "min on one" in whole.stdout
+    assert "min on one" not in far.stdout  # measured without
+    windows = run("plan", *size, "--method", "adaspa", "--context-frames", "81", "--context-overlap", "16")
+    assert windows.exit_code == 0, windows.output
+    for word in ("Windows", "3 of 21 latent frames", "6 forwards", "for each of 2 branches and 3 windows of 40 layers"):
+        assert word in windows.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "wan2.1-14b", "--frames", "81", "--ultravico", "0.9"],
+            "longer than the 81 frames that wan2.1-14b",
+        ),
+        (
+            ["--model", "wan2.1-14b", "--frames", "161", "--context-frames", "81", "--ultravico", "0.9"],
+            "longer than the 81 frames that wan2.1-14b was trained on (got 81)",
+        ),
         (["--model", "wan2.1-14b", "--frames", "80"], "use 77 or 81"),
         (["--model", "wan2.1-14b", "--set", "dense.x=1"], "Method dense has no option 'x'; it has quant."),
         (["--model", "wan2.1-14b", "--method", "dense", "--set", "radial.decay=1"], "this run uses dense"),

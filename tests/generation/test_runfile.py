@@ -6,7 +6,7 @@ import pytest
 
 from videosparse.generation import GenerationError
 from videosparse.generation.planning import plan_run
-from videosparse.generation.presets import PRESETS, find_preset
+from videosparse.generation.presets import PRESETS, split_presets
 from videosparse.generation.runfile import KEYS, LISTS, as_toml, merge, read_prompts, read_run_file, request_from
 from videosparse.generation.sources import find_spec
 
@@ -46,7 +46,7 @@ def test_toml_of_any_text():
 
 def test_unknown_preset():
     with pytest.raises(GenerationError, match=r"Unknown preset 'wan2.1-14b-270p'.*Did you mean 'wan2.1-14b-720p'"):
-        find_preset("wan2.1-14b-270p")
+        split_presets(["wan2.1-14b-270p"])
 
 
 def test_a_run_file(tmp_path):
@@ -56,7 +56,7 @@ def test_a_run_file(tmp_path):
         "[radial]\ndecay = 0.5\nblock = [64, 128]\nsink = false\n"
     )
     found = read_run_file(path)
-    assert (found.preset, found.output, found.prompts) == ("tiny", "o/", None)
+    assert (found.preset, found.output, found.prompts) == (("tiny",), "o/", None)
     request = request_from(found.values)
     assert (request.prompt, request.negative_prompt, request.num_frames, request.guidance) == ("a cat", "dogs", 9, 4)
     assert request.options == {"radial": {"decay": 0.5, "block": (64, 128), "sink": False}}
@@ -148,7 +148,8 @@ def test_every_key_is_a_field():
     from videosparse.generation import GenerationRequest
 
     assert {field for field, _ in {**KEYS, **LISTS}.values()} == {f.name for f in fields(GenerationRequest)} - {
-        "options"
+        "options",
+        "speed",  # by way of "preset"
     }
 
 

@@ -90,8 +90,8 @@ def plan_batch(
             raise GenerationError(f"{label}: {error}") from error
         if _loaded(runs[-1]) != _loaded(runs[0]):
             raise GenerationError(
-                f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload or LoRA than the "
-                "first one, and a batch loads one pipeline; make a batch of each."
+                f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload, linears, "
+                "compiling or LoRA than the first one, and a batch loads one pipeline; make a batch of each."
             )
     batch = Batch(tuple(runs), folder, latents, overwrite)
     check_places([batch.place(number) for number in range(len(runs))])
@@ -133,7 +133,8 @@ def _has_content(path: Path) -> bool:
 def _loaded(run: Settings) -> tuple[object, ...]:
     """What a pipeline is loaded with."""
     loras = [(lora.path, lora.scale) for lora in run.loras]
-    return run.source.location, run.dtype, run.device, run.request.offload, loras
+    stack = run.stack
+    return run.source.location, run.dtype, run.device, stack.offload, stack.linears, stack.compiled, loras
 
 
 def _numbered(progress: Progress, number: int, count: int) -> Progress:

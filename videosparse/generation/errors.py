@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,9 @@ OPTION_OF = {
     "negative_prompt": "--negative-prompt",
     "trained_frames": "--trained-frames",
     "lora_scale": "--lora-scale",
+    "ultravico": "--ultravico",
+    "context_frames": "--context-frames",
+    "context_overlap": "--context-overlap",
     **{name: f"--{name}" for name in ("height", "width", "steps", "guidance", "shift", "seed", "fps", "offload")},
 }
 """How the command line and the programs call the fields that messages begin with."""
@@ -65,14 +68,14 @@ def told(error: BaseException, limit: int = 1000) -> str:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Say what to do about full memory."""
+def memory_errors(knobs: Callable[[], str] | None = None) -> Iterator[None]:
+    """Say what to do about full memory; `knobs` names what would help on a GPU, where more is known of the run."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        helps = "use --offload model, fewer frames or a smaller size" if knobs is None else knobs()
         raise GenerationError(
-            f"The GPU has too little memory for this video{_used()}; use --offload model, fewer frames or a smaller "
-            "size. videosparse plan tells what Wan needs."
+            f"The GPU has too little memory for this video{_used()}; {helps}. videosparse plan tells what Wan needs."
         ) from error
     except (MemoryError, RuntimeError) as error:
         # how torch reports that the system gave it no memory
