@@ -13,8 +13,8 @@ How close videos are to others of the same names, by our convention or that of a
     python eval/score_videos.py FOLDER --reference DENSE
     python eval/score_videos.py FOLDER --reference DENSE --convention svg --decoded
 
-Written to FOLDER/scores, or to --output, under the folder's name, or FOLDER_long; a killed run goes on where it was
-when the same command is given again:
+Written to FOLDER/scores, or to --output, under the folder's name, with --long FOLDER_long; a killed run goes on where
+it was when the same command is given again:
 
     NAME_eval_results.json   VBench's own shape, which its summariser reads
     NAME_full_info.json      the videos by prompt, as VBench writes it beside the other

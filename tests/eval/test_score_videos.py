@@ -174,7 +174,7 @@ def test_requests_that_cannot_be_carried_out(program, folders, tmp_path, capsys,
 
 def test_another_kind_of_run_is_refused(program, folders, capsys):
     fast, _ = folders
-    command = [str(fast), "--dimensions", "temporal_flickering", "--no-download"]
+    command = [str(fast), "--dimensions", "temporal_flickering", "--no-download", "--name", "mine"]
     assert program.main(command) == 0
     assert program.main([*command, "--long"]) == 2
     assert "another long (False there, True now)" in capsys.readouterr().err
