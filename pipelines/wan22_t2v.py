@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import stream_to
+from videosparse.generation import find_model, stream_to, told, video_place
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -40,7 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--output", default="wan22.mp4")
+    parser.add_argument("--output", help="an .mp4 file or a folder; outputs/PROMPT-SEED-METHOD.mp4 unless said")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args()
     if args.plan is not None and args.method != "paro":
         parser.error("--plan is for --method paro")
@@ -49,6 +50,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    # names and sizes are checked before anything is loaded
+    place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
+    find_model(args.model).grid(args.frames, args.height, args.width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
     vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
@@ -70,7 +74,7 @@ def main() -> None:
     if args.rope != "none":
         videosparse.extend_rope(pipe, args.rope, trained_frames=81)
 
-    with stream_to(pipe, args.output, fps=args.fps):
+    with stream_to(pipe, place, fps=args.fps) as video:
         pipe(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
@@ -83,11 +87,11 @@ def main() -> None:
             generator=torch.Generator().manual_seed(args.seed),
         )
     print(processor.report())
-    print(args.output)
+    print(video.path)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {told(error)}") from None

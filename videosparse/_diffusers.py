@@ -25,6 +25,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 _EVENTS = "videosparse"
+_STEP_CACHES = ("fbc_leader_block_hook", "mag_cache_leader_block_hook")
 
 
 @dataclass(frozen=True)
@@ -286,3 +287,19 @@ def default_processor(attn: torch.nn.Module, stock: str) -> Any:
     if found is None:
         raise TypeError(f"No stock processor is known for {type(attn).__name__}; load the model again.")
     return found()
+
+
+def step_cache_states(transformer: torch.nn.Module) -> StateManager:
+    """What the step cache of a transformer (`enable_cache`) knows, by branch.
+
+    `get_state()` is that of the branch that runs: whether its last forward computed all blocks is `should_compute`, and
+    a MagCache that measures has `calibration_ratios`. The branch is `context.name`.
+
+    Raises:
+        LookupError: there is no step cache.
+    """
+    for module in transformer.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if name in _STEP_CACHES:
+                return hook.state_manager
+    raise LookupError(f"{type(transformer).__name__} has no step cache.")

@@ -17,7 +17,7 @@ from videosparse.clock import Clock
 from videosparse.components import experts_of, number_of, targets, unwrapped
 from videosparse.dense_plans import dense_plan
 from videosparse.kernels import describe_backend
-from videosparse.kernels.dense import title_of
+from videosparse.kernels.dense import OWN, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.models.rope import undo
@@ -34,6 +34,7 @@ from videosparse.policies.base import (
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved
 from videosparse.report import RunRecord
 from videosparse.sharing import Shard, check_shared, shard_of
+from videosparse.windows import current_window
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class RunTracker:
         self._ranks = 1
         self._dealt: WeakKeyDictionary[PackedIndex, tuple[PackedIndex, TokenOrder, Shard]] = WeakKeyDictionary()
         self._searching: list[tuple[tuple[str, int], LayerProcessor, LayerState]] = []
-        self._calls: dict[str | None, int] = {}
+        self._calls: dict[tuple[str | None, int | None], int] = {}
         self._warned = False
         self._handles: list[Any] = []
 
@@ -179,7 +180,7 @@ class RunTracker:
             moment = RunStep(TRAINING, 0, expert=self.expert)
             self._plan(dense, moment, replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
-        run = self._now(dense, inputs.get("timestep"), device)
+        run = self._now(dense, inputs.get("timestep"), device, current_window(module))
         if resolved.policy is not None:
             resolved.policy.check_run(resolved.schedule, run.total)
         self._plan(dense, run, resolved, inputs["hidden_states"])
@@ -237,9 +238,12 @@ class RunTracker:
             self._resolved = session.processor.resolve(self.config, experts=session.experts, grid=grid)
             session.processor.binding.resolved = self._resolved
             self._grid = grid
+            _say_if_left_alone(self._resolved, grid)
         return self._resolved
 
-    def _now(self, dense: DensePlan, timestep: torch.Tensor | None, device: torch.device) -> RunStep:
+    def _now(
+        self, dense: DensePlan, timestep: torch.Tensor | None, device: torch.device, window: int | None
+    ) -> RunStep:
         """When this forward happens; starts a record when it is the first of a run."""
         clock, binding = self.session.clock, self.session.processor.binding
         before = clock.run
@@ -248,7 +252,7 @@ class RunTracker:
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
             _warn_if_all_dense(self._resolved, clock.total())
-            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title_of(dense.kernel)
+            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else _title(dense, device)
             runs_sparse = _backend(self._resolved, device)
             binding.record = RunRecord(dense.layout, runs_sparse, runs_dense, self._resolved.options.quant)
         binding.record.steps = clock.index + 1
@@ -256,12 +260,15 @@ class RunTracker:
             self.free()
         if (clock.run, clock.index) != self._seen:
             self._seen, self._calls = (clock.run, clock.index), {}
-        return RunStep(self._context(), clock.index, clock.total(), self.expert, clock.part(self.expert))
+        context = self._context(window)
+        if window is not None:
+            context = f"{context}, window {window}"
+        return RunStep(context, clock.index, clock.total(), self.expert, clock.part(self.expert))
 
-    def _context(self) -> str:
+    def _context(self, window: int | None) -> str:
         """Name of the guidance branch, or its number within the step where the pipeline names none."""
         name = self.events.context
-        calls = self._calls[name] = self._calls.get(name, 0) + 1
+        calls = self._calls[name, window] = self._calls.get((name, window), 0) + 1
         if name is None:
             return str(calls - 1)
         if calls > 1 and self.session.clock.follows and not self._warned:
@@ -349,7 +356,11 @@ def _is_asked(
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:
     """Raise RuntimeError where blocks are compiled, in which state cannot be offloaded."""
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in transformer.modules()):
+    if any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in transformer.modules()
+    ):
         raise RuntimeError(
             "offload_state=True copies maps between calls and does not work in compiled blocks; drop it, or do not "
             "compile the transformer (lse_dtype='bfloat16' halves what is kept)."
@@ -361,6 +372,21 @@ def _training(transformer: torch.nn.Module) -> bool:
     if not torch.is_grad_enabled():
         return False
     return transformer.training or any(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def _say_if_left_alone(resolved: Resolved, grid: VideoGrid) -> None:
+    """Say so where a logit was asked for, and the video is short enough to do without."""
+    logit = resolved.options.logit
+    if logit is not None and logit.reach(grid) is None:
+        logger.info("%s leaves this video alone: it has %d latent frames.", logit, grid.frames)
+
+
+def _title(dense: DensePlan, device: torch.device) -> str:
+    """What runs dense calls, where that is not Diffusers."""
+    if dense.kernel == OWN:
+        backend = dense.options.backend
+        return f"videosparse {describe_backend(device)[0] if backend == 'auto' else backend}"
+    return title_of(str(dense.kernel))
 
 
 def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:

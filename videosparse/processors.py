@@ -20,6 +20,7 @@ from videosparse.kernels import KernelOptions, attend
 from videosparse.kernels.dense import OWN, dense_by_library
 from videosparse.kernels.selection import expand
 from videosparse.layout import VideoGrid
+from videosparse.logits import FarLogits
 from videosparse.models import ModelFamily, Rotary, model_variant
 from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
@@ -31,8 +32,7 @@ from videosparse.report import RunRecord, RunReport
 from videosparse.searching import brought, refresh, search, take_back
 from videosparse.sharing import Shard
 
-# Attribute of a rotary embedding: the plans of its forward, by layer.
-_NOTED = "_videosparse_plans"
+_NOTED = "_videosparse_plans"  # attribute of a rotary embedding: the plans of its forward, by layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,28 +280,27 @@ class DenseProcessor(Processor):
     Through the backend that was chosen with `set_attention_backend`; else through the fastest there is. For generation
     in half precision on a GPU that is our own kernel where text is part of the sequence (HunyuanVideo, Mochi), and on
     Hopper, for long sequences with head_dim 128, the first that is here of FlashAttention-3, FlashAttention-4
-    (`pip install videosparse[fa4]`) and ours.
-    `report().dense_backend` names it.
+    (`pip install videosparse[fa4]`) and ours. `report().dense_backend` names it.
 
     Args:
-        fused_norm: "auto", "on" or "off"; see `KernelOptions`.
-        quant: integer attention, "int8", "int8-fp8" or "int8-int8", for inference, by our own kernel; see
-            `KernelOptions`.
+        fused_norm, quant: see `KernelOptions`; integer attention is by our own kernel, for inference.
+        logit: `FarLogits`, for videos beyond the trained length, by our own kernel; see there.
 
     Raises:
-        ValueError: an unknown fused_norm or quant; with quant, at a forward, a backend that was chosen with
-            `set_attention_backend`.
-        NotImplementedError: with quant, at a forward, ring attention.
+        TypeError, ValueError: an unknown fused_norm, quant or logit; with quant or logit, at a forward, a backend that
+            was chosen with `set_attention_backend`.
+        NotImplementedError: with quant or logit, at a forward, ring attention, or training.
     """
 
     fused_norm: str = "auto"
     quant: str | None = None
+    logit: FarLogits | None = None
 
     def __post_init__(self) -> None:
         self._options()
 
     def _options(self) -> KernelOptions:
-        return KernelOptions(fused_norm=self.fused_norm, quant=self.quant)
+        return KernelOptions(fused_norm=self.fused_norm, quant=self.quant, logit=self.logit)
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
@@ -315,19 +314,20 @@ class SparseProcessor(Processor):
     """What the processors of all sparse methods have in common: where attention stays dense, and how kernels run.
 
     Args:
-        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a fraction of the run as a
-            float. Dense last steps remove flicker. None takes what suits the model.
+        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a float as a fraction of it.
+            Dense last steps remove flicker. None takes what suits the model.
         first_layers, last_layers: dense layers at either end of the depth.
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
         backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
         fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
         quant: integer attention in sparse calls, "int8", "int8-fp8" or "int8-int8", for inference; see `KernelOptions`.
             Dense steps and layers, searches among them, are left in full precision.
+        logit: `FarLogits`, for videos beyond the trained length, in sparse and dense calls; see there.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
             first forward of a run, a fraction of steps without a pipeline or `num_steps`.
-        NotImplementedError: training with quant.
+        NotImplementedError: training with quant or logit.
     """
 
     first_steps: int | float | None = field(default=None, kw_only=True)
@@ -338,6 +338,7 @@ class SparseProcessor(Processor):
     backend: str = field(default="auto", kw_only=True)
     fused_norm: str = field(default="auto", kw_only=True)
     quant: str | None = field(default=None, kw_only=True)
+    logit: FarLogits | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
@@ -358,7 +359,7 @@ class SparseProcessor(Processor):
         )
 
     def _options(self) -> KernelOptions:
-        return KernelOptions(backend=self.backend, quant=self.quant, fused_norm=self.fused_norm)
+        return KernelOptions(self.backend, self.quant, self.logit, self.fused_norm)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -566,9 +567,7 @@ class PAROProcessor(SparseProcessor):
 
 def _several(values: Any) -> Any:
     """One number, or any sequence of them, as a tuple; the policy checks what it holds."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        return (values,)
-    return tuple(values)
+    return (values,) if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
 
 
 def _pair(block: Any) -> tuple[int, int]:

@@ -29,7 +29,8 @@ class RunReport:
             skips some of them.
         backend: kernel of the sparse calls, "triton", "torch", "fa4" or "flex"; "none" for a dense processor.
         dense_backend: what runs dense calls: "native SDPA" or the backend chosen by the user, as Diffusers names it;
-            "videosparse triton" for our kernel; "FlashAttention-3" or "FlashAttention-4".
+            "videosparse triton" for our kernel, "videosparse torch" where there is no Triton; "FlashAttention-3" or
+            "FlashAttention-4".
         search_calls: those of the dense calls that searched for maps, and of the sparse ones that did so again.
         quant: integers in sparse calls, or in all of a dense processor: see `KernelOptions`; None for none.
     """

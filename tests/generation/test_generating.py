@@ -10,7 +10,16 @@ import folders
 import pytest
 import torch
 
-from videosparse.generation import GenerationError, GenerationRequest, compare, generate, running
+from videosparse.generation import (
+    GenerationError,
+    GenerationRequest,
+    compare,
+    generate,
+    generate_to,
+    generating,
+    output_place,
+    running,
+)
 from videosparse.generation.errors import memory_errors
 from videosparse.generation.running import load_pipeline, run_method
 from videosparse.generation.video import DIVIDER, read_mp4
@@ -226,6 +235,65 @@ def test_what_sparsify_refuses_is_an_error_of_the_request(ask, pipe, monkeypatch
 def test_a_full_gpu_says_what_to_do():
     with pytest.raises(GenerationError, match=r"too little memory.*--offload model"), memory_errors():
         raise torch.OutOfMemoryError
+
+
+def test_knobs_have_numbers(ask, pipe, monkeypatch):
+    """Of the weights that did not fit: what each option would leave, and none that is set already."""
+    from dataclasses import replace
+
+    from videosparse.generation import memory
+    from videosparse.generation.stack import Stack
+
+    monkeypatch.setattr(memory, "_GIB", 2**10)
+    monkeypatch.setattr(memory, "unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(memory, "suitable", lambda transformer: ["blocks.0.ffn.net.2"])
+    settings = ask().resolve()
+    parts = {
+        name: sum(4 * weight.numel() for weight in part.parameters())
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    block = sum(4 * weight.numel() for weight in pipe.transformer.blocks[0].parameters())
+    name, most = max(parts.items(), key=lambda part: part[1])
+    with pytest.raises(GenerationError) as error, memory_errors(lambda: memory.knobs(pipe, settings)):
+        raise torch.OutOfMemoryError
+    assert (
+        f"; try --offload model ({most / 1024:.1f} GiB of weights at a time, the {name}, instead of "
+        f"{sum(parts.values()) / 1024:.1f} GiB), --linears fp8 (1.5 GiB less), --offload group (two blocks of "
+        f"{block / 1024:.1f} GiB at a time), fewer frames or a smaller size (these are 192 tokens). videosparse plan"
+    ) in str(error.value)
+    most_saving = replace(settings, stack=Stack(None, "fp8", False, "group"))
+    assert memory.knobs(pipe, most_saving) == "try fewer frames or a smaller size (these are 192 tokens)"
+
+
+@pytest.mark.parametrize("when", ["a step", "frames"])
+def test_an_interrupted_run_leaves_no_file(ask, pipe, tmp_path, monkeypatch, when):
+    """Ctrl-C between steps, or once frames are being written: no part of a video, and stock attention."""
+    place = output_place(ask(), tmp_path / "a.mp4")
+    add, written = generating.Mp4Writer.add, []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def write_once(writer, frames):
+        if written:
+            interrupt()
+        add(writer, frames)
+        written.append(len(frames))
+
+    if when == "frames":
+        monkeypatch.setattr(generating.Mp4Writer, "add", write_once)
+    progress = interrupt_at_step if when == "a step" else running.quiet
+    with pytest.raises(KeyboardInterrupt):
+        generate_to(place, ask(), pipe=pipe, progress=progress)
+    assert not list(tmp_path.iterdir())
+    assert stock(pipe)
+    assert bool(written) == (when == "frames")
+
+
+def interrupt_at_step(phase, done, total):
+    if phase == "denoise":
+        raise KeyboardInterrupt
 
 
 def test_a_full_machine_says_what_to_do():

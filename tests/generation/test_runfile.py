@@ -6,7 +6,7 @@ import pytest
 
 from videosparse.generation import GenerationError
 from videosparse.generation.planning import plan_run
-from videosparse.generation.presets import PRESETS, find_preset
+from videosparse.generation.presets import PRESETS, split_presets
 from videosparse.generation.runfile import KEYS, LISTS, as_toml, merge, read_prompts, read_run_file, request_from
 from videosparse.generation.sources import find_spec
 
@@ -46,7 +46,7 @@ def test_toml_of_any_text():
 
 def test_unknown_preset():
     with pytest.raises(GenerationError, match=r"Unknown preset 'wan2.1-14b-270p'.*Did you mean 'wan2.1-14b-720p'"):
-        find_preset("wan2.1-14b-270p")
+        split_presets(["wan2.1-14b-270p"])
 
 
 def test_a_run_file(tmp_path):
@@ -56,7 +56,7 @@ def test_a_run_file(tmp_path):
         "[radial]\ndecay = 0.5\nblock = [64, 128]\nsink = false\n"
     )
     found = read_run_file(path)
-    assert (found.preset, found.output, found.prompts) == ("tiny", "o/", None)
+    assert (found.preset, found.output, found.prompts) == (("tiny",), "o/", None)
     request = request_from(found.values)
     assert (request.prompt, request.negative_prompt, request.num_frames, request.guidance) == ("a cat", "dogs", 9, 4)
     assert request.options == {"radial": {"decay": 0.5, "block": (64, 128), "sink": False}}
@@ -107,13 +107,49 @@ def test_later_layers_win():
     assert first["adaspa"] == {"density": 0.3, "sample": 16}
 
 
+def test_every_method_has_its_own_options_whoever_chooses_it():
+    preset = {"method": "adaspa", "adaspa": {"first_steps": 7}, "radial": {"decay": 0.3}}
+    file = {"radial": {"first_steps": 2}, "adaspa": {"sample": 16}, "paro": {"first_steps": 3}}
+    for method, options in {
+        "radial": {"decay": 0.3, "first_steps": 2},
+        "adaspa": {"first_steps": 7, "sample": 16},
+        "paro": {"first_steps": 3},
+    }.items():
+        assert merge([preset, file, {"method": method}]) == {"method": method, method: options}
+        back = merge([preset, file, {"method": "dense"}, {"method": method}])
+        assert back == {"method": method, method: options}
+
+
+@pytest.mark.parametrize("method", ["radial", "adaspa", "paro", "dense"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_leaves_nothing_in_another_method(name, method):
+    values = PRESETS[name].values
+    found = request_from(merge([values, {"method": method, "prompt": "x"}]))
+    own = values.get(method, {}) if method != "dense" else {}
+    assert found.options == ({method: own} if own else {})
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [{"radial": {"first_steps": 2}, "method": "adaspa"}],
+        [{"method": "adaspa"}, {"radial": {"first_steps": 2}}],
+        [{"adaspa": {"first_steps": 2}}],
+    ],
+)
+def test_options_of_a_method_that_does_not_run_are_refused(layers):
+    with pytest.raises(GenerationError, match=r"An option of method \w+ was set, but this run uses"):
+        request_from(merge([*layers, {"prompt": "x"}])).resolve()
+
+
 def test_every_key_is_a_field():
     from dataclasses import fields
 
     from videosparse.generation import GenerationRequest
 
     assert {field for field, _ in {**KEYS, **LISTS}.values()} == {f.name for f in fields(GenerationRequest)} - {
-        "options"
+        "options",
+        "speed",  # by way of "preset"
     }
 
 

@@ -510,10 +510,16 @@ def test_state_in_the_memory_of_the_cpu(name, pipe_of, planned):
     assert len({id(plan.index) for _, layer, plan in planned if layer == 0}) == PIPES[name].calls
 
 
-def test_state_in_the_memory_of_the_cpu_and_compiled_blocks():
+@pytest.mark.parametrize("how", ["modules", "forwards"])
+def test_state_in_the_memory_of_the_cpu_and_compiled_blocks(how):
+    from videosparse.generation.compiling import compile_blocks
+
     model = TINY["wan"].build()
     sparsify(model, AdaSpaProcessor(num_steps=4, offload_state=True))
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    if how == "modules":
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    else:
+        compile_blocks(model, backend="eager")
     with pytest.raises(RuntimeError, match=r"offload_state=True copies maps .* not work in compiled blocks; drop it"):
         TINY["wan"].forward(model, (3, 8, 8))
 

@@ -97,8 +97,6 @@ def test_options():
         KernelOptions(backend="cuda")
     with pytest.raises(ValueError, match=r'quant must be None, "int8", "int8-fp8" or "int8-int8" \(got .int4.\)'):
         KernelOptions(quant="int4")
-    with pytest.raises(NotImplementedError, match="logit"):
-        KernelOptions(logit="tanh")
 
 
 def test_block_sums():

@@ -38,7 +38,9 @@ def calibrate(
         typer.Option(help="Parts of the first half of a run with maps of their own; a run needs twice as many steps."),
     ] = 5,
     alpha: Annotated[float, typer.Option(help="Weight of sparsity against evenness in choosing orders.")] = 0.5,
-    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
@@ -58,7 +60,8 @@ def calibrate(
 
     An interrupted calibration goes on where it was when the same command is given again.
     """
-    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map."):
+    own = ("density", "mass", "block", "buckets", "alpha")
+    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map.", own):
         from videosparse.generation.calibrating import CalibrationRequest
         from videosparse.generation.calibrating import calibrate as run
 

@@ -38,8 +38,29 @@ Plan = Annotated[
 ]
 
 
+Ultravico = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ALPHA",
+        help="Beyond the trained length: factor of positive scores of far tokens, such as 0.9.",
+        show_default=False,
+    ),
+]
+
+ContextFrames = Annotated[
+    int | None,
+    typer.Option(help="Call the model on windows of so many pixel frames and blend them.", show_default="whole video"),
+]
+
+ContextOverlap = Annotated[
+    int | None, typer.Option(help="Pixel frames that neighbouring windows share.", show_default="16, for Mochi 18")
+]
+
+
 def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
     """What was --set, and the plan as one of them."""
+    if plan is not None and plan.lower() == "none":
+        plan = f"./{plan}"  # a file: the word alone would be the method's default
     return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
 
 
@@ -49,7 +70,10 @@ def generate(
         str | None,
         typer.Option(help="Diffusers folder, hub id or name (wan2.1-1.3b, ...).", show_default="the embedded model"),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Settings by name: see videosparse presets.")] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="By name: settings of a model, a speed (exact, balanced, fast), or both; see presets."),
+    ] = None,
     config: Annotated[str | None, typer.Option(help="A run file (TOML); options given here win.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help="A file with a prompt a line, which may end in --w --h --f --s --seed.")
@@ -57,7 +81,9 @@ def generate(
     method: Annotated[
         str | None, typer.Option(help="Attention: radial, adaspa, paro or dense.", show_default="radial")
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
@@ -77,7 +103,25 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")] = None,
     offload: Annotated[
-        str | None, typer.Option(help="none, or model: keep only the part in use on the GPU.", show_default="none")
+        str | None,
+        typer.Option(help="none, model: keep the part in use on the GPU, or group: a block.", show_default="none"),
+    ] = None,
+    step_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND[=THRESHOLD]",
+            help="Skip blocks where steps change little: none, first-block or magcache.",
+            show_default="none",
+        ),
+    ] = None,
+    magnitudes: Annotated[
+        str | None, typer.Option(help="For magcache: a file; one that is not there is measured.", show_default=False)
+    ] = None,
+    linears: Annotated[
+        str | None, typer.Option(help="Linear layers of the blocks: none or fp8.", show_default="none")
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks.", show_default="no")
     ] = None,
     rope: Annotated[
         str | None,
@@ -86,6 +130,9 @@ def generate(
     trained_frames: Annotated[
         int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")
     ] = None,
+    ultravico: Ultravico = None,
+    context_frames: ContextFrames = None,
+    context_overlap: ContextOverlap = None,
     plan: Plan = None,
     lora: Annotated[
         list[str] | None,
@@ -118,18 +165,20 @@ def generate(
             "prompt": prompt, "model": model, "method": method, "frames": frames, "height": height, "width": width,
             "steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt, "seed": seed,
             "fps": fps, "dtype": dtype, "device": device, "offload": offload, "rope": rope,
-            "trained_frames": trained_frames, "lora": lora or None, "lora_scale": lora_scale or None,
+            "trained_frames": trained_frames, "ultravico": ultravico, "context_frames": context_frames,
+            "context_overlap": context_overlap, "lora": lora or None, "lora_scale": lora_scale or None,
+            "step_cache": step_cache, "magnitudes": magnitudes, "linears": linears, "compile": compile,
         }  # fmt: skip
         if from_latents is not None:
             more = {
-                "preset": preset, "config": config, "prompts": prompts, "plan": plan, "set": options or None,
+                "preset": preset or None, "config": config, "prompts": prompts, "plan": plan, "set": options or None,
                 "compare": compare or None, "save_latents": save_latents or None,
             }  # fmt: skip
             _decode(from_latents, given | more, output, overwrite)
             return
         chosen = {key: value for key, value in given.items() if value is not None}
         chosen |= parse_overrides(with_plan(plan, options))
-        many = _generate(chosen, preset, config, prompts, output, overwrite, compare, save_latents)
+        many = _generate(chosen, tuple(preset or ()), config, prompts, output, overwrite, compare, save_latents)
         if many is not None:
             with guard(debug, "Interrupted; the same command goes on with the videos that are missing."):
                 _carry_out_batch(many)
@@ -137,7 +186,7 @@ def generate(
 
 def _generate(
     chosen: Mapping[str, object],
-    preset: str | None,
+    preset: tuple[str, ...],
     config: str | None,
     prompts: str | None,
     output: str | None,
@@ -147,8 +196,9 @@ def _generate(
 ) -> Batch | None:
     """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
-    from videosparse.generation.errors import GenerationError
+    from videosparse.generation.errors import GenerationError, calling
     from videosparse.generation.runfile import (
+        KEYS,
         RunFile,
         merge,
         preset_values,
@@ -160,16 +210,21 @@ def _generate(
     file = RunFile() if config is None else read_run_file(config)
     values = merge([preset_values(preset or file.preset), file.values, chosen])
     output = file.output if output is None else output
-    many = prompts or (None if "prompt" in chosen else file.prompts)
-    if many is None:
-        _carry_out(request_from(values), output, overwrite, compare, latents)
-        return None
-    for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
-        if given:
-            raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
-    lines = read_prompts(many)
-    requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
-    return plan_batch(requests, output, latents=latents, overwrite=overwrite)
+    many = file.prompts if prompts is None and "prompt" not in chosen else prompts
+    lines = []
+    if many is not None:
+        for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
+            if given:
+                raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
+        lines = read_prompts(many)
+    typed = {*chosen, *(key for line in lines for key in line.values)}
+    with calling({KEYS[key][0]: f"{key} in {config}" for key in file.values if key in KEYS and key not in typed}):
+        if many is None:
+            _carry_out(request_from(values), output, overwrite, compare, latents)
+            return None
+        requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
+        labels = [f"{many}, line {line.number}" for line in lines]
+        return plan_batch(requests, output, latents=latents, overwrite=overwrite, labels=labels)
 
 
 def demo(
@@ -288,6 +343,8 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
                 + (f", {report.search_calls} searches" if report.search_calls else ""),
             ),
             ("Density", density_text(report.video_density, report.density, report.average_density)),
+            *_dense_rows(settings, run),
+            *_stack_rows(settings, run),
             (
                 "Time",
                 f"denoising {seconds(timings.denoise)}, prompt {seconds(timings.prompt)}, decoding "
@@ -296,6 +353,33 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
             ("Memory", f"{memory(run.peak_bytes)} at most, {where}"),
         ]
     )
+
+
+def _dense_rows(settings: Settings, run: Run) -> list[tuple[str, str]]:
+    """How many steps and layers were dense, which a share of the run does not say."""
+    from videosparse.policies.base import DenseSchedule
+
+    names = ("first_steps", "last_steps", "first_layers", "last_layers")
+    if not set(names) <= set(run.options):
+        return []
+    schedule = DenseSchedule(**{name: run.options[name] for name in names})  # type: ignore[arg-type]
+    steps, layers = sum(schedule.dense_steps(settings.steps)), settings.source.spec.layers
+    dense = min(layers, schedule.first_layers + schedule.last_layers)
+    return [("Dense", f"{min(settings.steps, steps)} of {settings.steps} steps, {dense} of {layers} layers")]
+
+
+def _stack_rows(settings: Settings, run: Run) -> list[tuple[str, str]]:
+    """What was combined with attention, where something was."""
+    stack, cache = settings.stack, settings.stack.step_cache
+    parts = [
+        *([f"linears in {stack.linears}"] if stack.linears != "none" else []),
+        *(["compiled blocks"] if stack.compiled else []),
+        *([f"offload {stack.offload}"] if stack.offload != "none" else []),
+    ]
+    if cache is not None and run.cache is not None:
+        skipped = f"{run.cache.skipped} of {run.cache.forwards} forwards skipped"
+        parts.insert(0, f"{cache.kind}={cache.threshold:g}: {skipped}")
+    return [("Beside it", ", ".join(parts))] if parts else []
 
 
 def _show_comparison(result: Comparison) -> None:

@@ -9,7 +9,11 @@ import typer
 from videosparse.cli.console import Debug, guard
 
 if TYPE_CHECKING:
-    from videosparse.generation.presets import Preset
+    from videosparse.generation.presets import Preset, Speed
+
+
+_PLANNED = ("height", "width", "steps", "guidance", "ultravico", "context_frames", "context_overlap")
+"""Keys that a plan goes by, under its own names."""
 
 
 def presets(
@@ -18,15 +22,29 @@ def presets(
 ) -> None:
     """List what generate --preset takes, or show one as the run file that generate --config takes."""
     with guard(debug):
-        from videosparse.generation.presets import PRESETS, find_preset
+        from videosparse.generation.presets import PRESETS, SPEEDS, split_presets
         from videosparse.generation.runfile import as_toml
 
         if name is not None:
-            typer.echo(as_toml(find_preset(name).values), nl=False)
+            model, speed = split_presets([name])
+            typer.echo(as_toml(model.values if model is not None else _as_values(speed)), nl=False)
             return
+        typer.echo("Models, at the settings that suit them:")
         for preset in PRESETS.values():
             typer.echo(f"{preset.name:<24}{preset.about}")
             typer.echo(f"{'':<24}{_settings(preset)}")
+        typer.echo("Speeds, for any model, by a preset of those or not (--preset wan2.1-14b-720p --preset fast):")
+        for speed in SPEEDS.values():
+            typer.echo(f"{speed.name:<24}{speed.about}")
+            typer.echo(f"{'':<24}{', '.join(f'{key} {value}' for key, value in speed.values.items())}")
+
+
+def _as_values(speed: Speed | None) -> dict[str, object]:
+    """A speed as values of a run file for the usual method."""
+    assert speed is not None  # a name is one of a model or of a speed
+    values = dict(speed.values)
+    quant = values.pop("quant", None)
+    return values if quant is None else {**values, "radial": {"quant": quant}}
 
 
 def _settings(preset: Preset) -> str:
@@ -37,7 +55,7 @@ def _settings(preset: Preset) -> str:
     values = dict(preset.values)
     source = find_spec(str(values["model"]))
     method = str(values.get("method", "radial"))
-    sizes = {key: values.get(key) for key in ("height", "width", "steps", "guidance")}
+    sizes = {key: values.get(key) for key in _PLANNED}
     run = plan_run(source, num_frames=values.get("frames"), method=method, options=values.get(method), **sizes)  # type: ignore[arg-type]
     defaults = source.defaults
     height, width = (values.get(key) or getattr(defaults, key) for key in ("height", "width"))
@@ -49,6 +67,6 @@ def _settings(preset: Preset) -> str:
         f"shift {values.get('shift', 'of the model')}",
         f"{method} at density {run.video_density:.2f}, {first + last} dense steps, "
         f"{run.schedule.first_layers + run.schedule.last_layers} dense layers",
-        *(f"{key} {values[key]}" for key in ("rope", "offload") if key in values),
+        *(f"{key} {values[key]}" for key in ("rope", "ultravico", "context_frames", "offload") if key in values),
     ]
     return ", ".join(parts)

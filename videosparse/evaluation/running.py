@@ -14,6 +14,7 @@ from videosparse.cases import ModelSpec
 from videosparse.components import targets
 from videosparse.evaluation.maps import MapPicture, drawn, maps_of
 from videosparse.evaluation.prompts import Prompt
+from videosparse.evaluation.weights import weights_id
 from videosparse.generation.environment import now
 from videosparse.generation.errors import GenerationError, memory_errors
 from videosparse.generation.methods import refusals
@@ -86,6 +87,8 @@ class Batches:
             )
         )  # fmt: skip
         self.pipe = load_pipeline(self.settings)[0] if pipe is None else pipe
+        location = self.settings.source.location
+        self.weights = "" if location is None else weights_id(location)
 
     def size(self, prompts: int) -> int:
         """How many videos to make at once where nobody says."""

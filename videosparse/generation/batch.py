@@ -9,7 +9,7 @@ from pathlib import Path
 
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.generating import Generation, endings, generate_to
-from videosparse.generation.output import DEFAULT_FOLDER, Destination, destination, slug
+from videosparse.generation.output import DEFAULT_FOLDER, Destination, check_places, slug
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, load_pipeline, quiet
 from videosparse.generation.sidecar import FORMAT, fingerprint
@@ -38,7 +38,8 @@ class Batch:
         """Where the files of a video go: its number comes first, so that no two of a batch want one name."""
         request = self.runs[number].request
         stem = f"{number + 1:03d}-{slug(request.prompt)}-{request.seed}-{request.method}"
-        return destination(f"{self.folder}/", stem, endings(latents=self.latents), self.overwrite)
+        names = endings(latents=self.latents)
+        return Destination(self.folder, stem, names, number=not self.overwrite, overwrite=self.overwrite)
 
     def done(self) -> dict[str, Path]:
         """The videos in the folder that a batch has finished, by fingerprint."""
@@ -63,11 +64,19 @@ def plan_batch(
     *,
     latents: bool = False,
     overwrite: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> Batch:
-    """Check every video of a batch before any is made.
+    """Check every video of a batch, and the names of all their files, before any is made.
+
+    Args:
+        requests: at least one.
+        output: a folder; None is outputs/.
+        latents, overwrite: see `Batch`.
+        labels: what errors call each request, such as "prompts.txt, line 3"; None numbers them.
 
     Raises:
-        GenerationError: the first thing that is wrong, with the number of its prompt; an output that is no folder.
+        GenerationError: the first thing that is wrong, with the label of its request; an output that is no folder, or
+            in which one of the files cannot be written.
     """
     folder = Path(DEFAULT_FOLDER if output is None else output)
     if folder.suffix == ".mp4":
@@ -77,13 +86,16 @@ def plan_batch(
         try:
             runs.append(request.resolve())
         except GenerationError as error:
-            raise GenerationError(f"Prompt {number} of {len(requests)}: {error}") from error
+            label = f"Prompt {number} of {len(requests)}" if labels is None else labels[number - 1]
+            raise GenerationError(f"{label}: {error}") from error
         if _loaded(runs[-1]) != _loaded(runs[0]):
             raise GenerationError(
-                f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload or LoRA than the "
-                "first one, and a batch loads one pipeline; make a batch of each."
+                f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload, linears, "
+                "compiling or LoRA than the first one, and a batch loads one pipeline; make a batch of each."
             )
-    return Batch(tuple(runs), folder, latents, overwrite)
+    batch = Batch(tuple(runs), folder, latents, overwrite)
+    check_places([batch.place(number) for number in range(len(runs))])
+    return batch
 
 
 def run_batch(batch: Batch, told: Told, progress: Progress = quiet, numbers: Iterable[int] | None = None) -> None:
@@ -121,7 +133,8 @@ def _has_content(path: Path) -> bool:
 def _loaded(run: Settings) -> tuple[object, ...]:
     """What a pipeline is loaded with."""
     loras = [(lora.path, lora.scale) for lora in run.loras]
-    return run.source.location, run.dtype, run.device, run.request.offload, loras
+    stack = run.stack
+    return run.source.location, run.dtype, run.device, stack.offload, stack.linears, stack.compiled, loras
 
 
 def _numbered(progress: Progress, number: int, count: int) -> Progress:

@@ -26,9 +26,11 @@ from videosparse.generation.environment import now, versions
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.looking import Figures, MapSums, Watch, watching
 from videosparse.generation.methods import refusals
+from videosparse.generation.output import Destination, check_places
 from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
-from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet, shifted
+from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
+from videosparse.generation.shifts import shifted
 from videosparse.kernels.order_search import OrderMetric, choose
 from videosparse.kernels.selection import kernels_for
 from videosparse.policies.paro import BLOCK, DENSITY
@@ -216,17 +218,8 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     path = Path(output)
     if path.suffix != ".safetensors":
         raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {path.stem}.safetensors.")
-    if path.is_dir():
-        raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
-    if path.exists() and not overwrite:
-        raise GenerationError(f"{path} exists; choose another name, or pass --overwrite.")
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise GenerationError(f"Cannot write to {path.parent}: {error.strerror}; choose another folder.") from error
+    check_places([Destination(path.parent, path.stem, (path.suffix,), overwrite=overwrite)])
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -14,7 +14,18 @@ import torch
 from videosparse.generation.errors import GenerationError
 from videosparse.kernels import describe_backend
 
-PACKAGES = ("videosparse", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "imageio", "av")
+PACKAGES = (
+    "videosparse",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "torchao",
+    "imageio",
+    "av",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -1,11 +1,12 @@
-"""Presets: published models at the settings that suit them, by name; `videosparse presets` lists them.
+"""Presets by name, which `videosparse presets` lists: published models at the settings that suit them, and speeds.
 
-A preset is what a run file is, see `runfile`: values by key, and the options of a method in a table of its own.
+A model's preset is what a run file is, see `runfile`: values by key, and the options of a method in a table of its own.
+A speed says what is combined with attention (see `stack`), and goes with any model, by a preset or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -27,6 +28,21 @@ class Preset:
     values: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """A tested combination of accelerations.
+
+    Args:
+        name: how --preset calls it.
+        about: what it is for, in a few words.
+        values: by key of a run file; `quant` is an option of whatever method runs.
+    """
+
+    name: str
+    about: str
+    values: Mapping[str, object]
+
+
 _WAN_480P = {"frames": 81, "height": 480, "width": 832, "steps": 50, "guidance": 5.0, "shift": 3.0}
 _WAN_720P = {**_WAN_480P, "height": 720, "width": 1280, "shift": 5.0}
 _HUNYUAN_720P = {"frames": 129, "height": 720, "width": 1280, "steps": 50, "guidance": 6.0, "shift": 7.0}
@@ -46,6 +62,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "the embedded model at four times its length",
                 {"model": "tiny-wan", "frames": 321, "steps": 20, "trained_frames": 81, **_LONG},
             ),
+            Preset(
+                "tiny-windows",
+                "the same by windows of its own length",
+                {"model": "tiny-wan", "frames": 321, "steps": 20, "context_frames": 81, "context_overlap": 16},
+            ),
             Preset("wan2.1-1.3b-480p", "Wan 2.1 1.3B", {"model": "wan2.1-1.3b", **_WAN_480P}),
             Preset("wan2.1-14b-480p", "Wan 2.1 14B", {"model": "wan2.1-14b", **_WAN_480P}),
             Preset(
@@ -57,6 +78,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "wan2.1-14b-720p-adaspa",
                 "the same with maps that are searched for",
                 {"model": "wan2.1-14b", **_WAN_720P, "method": "adaspa"},
+            ),
+            Preset(
+                "wan2.1-14b-720p-2x",
+                "twice the length without a LoRA, by UltraViCo",
+                {"model": "wan2.1-14b", **_WAN_720P, "frames": 161, "ultravico": 0.9},
             ),
             Preset(
                 "wan2.1-14b-720p-4x",
@@ -92,12 +118,51 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )  # fmt: skip
 
 
-def find_preset(name: str) -> Preset:
-    """The preset called `name`.
+SPEEDS: Mapping[str, Speed] = MappingProxyType(
+    {
+        speed.name: speed
+        for speed in (
+            Speed("exact", "dense attention; blocks of the model are compiled", {"method": "dense", "compile": True}),
+            Speed("balanced", "sparse attention at the defaults of the method and model, compiled", {"compile": True}),
+            Speed(
+                "fast",
+                "the same in integers, with linear layers in FP8, and steps that change little skipped",
+                {"quant": "int8", "linears": "fp8", "step_cache": "first-block", "compile": True},
+            ),
+        )
+    }
+)
+
+
+def find_speed(name: str) -> Speed:
+    """The speed's preset called `name`.
 
     Raises:
         GenerationError: there is none.
     """
-    if name not in PRESETS:
-        raise GenerationError(f"Unknown preset {name!r}; videosparse presets lists them.{nearest(name, PRESETS)}")
-    return PRESETS[name]
+    if name not in SPEEDS:
+        raise GenerationError(f"Unknown speed {name!r}; use {', '.join(SPEEDS)}.{nearest(name, SPEEDS)}")
+    return SPEEDS[name]
+
+
+def split_presets(names: Iterable[str]) -> tuple[Preset | None, Speed | None]:
+    """The model's preset and the speed's preset of several names, one of each at most.
+
+    Raises:
+        GenerationError: an unknown name, or two of a kind.
+    """
+    models: list[Preset] = []
+    speeds: list[Speed] = []
+    for name in names:
+        if name in SPEEDS:
+            speeds.append(SPEEDS[name])
+        elif name in PRESETS:
+            models.append(PRESETS[name])
+        else:
+            hint = nearest(name, [*PRESETS, *SPEEDS])
+            raise GenerationError(f"Unknown preset {name!r}; videosparse presets lists them.{hint}")
+    for kind, found in (("model", models), ("speed", speeds)):
+        if len(found) > 1:
+            given = " and ".join(preset.name for preset in found)
+            raise GenerationError(f"Presets {given} are both of a {kind}; leave one.")
+    return models[0] if models else None, speeds[0] if speeds else None

@@ -3,7 +3,7 @@
 Later ones win over earlier ones. A run file has one value a line and a table for the options of a method:
 
 ```toml
-preset = "wan2.1-14b-720p"
+preset = ["wan2.1-14b-720p", "fast"]
 prompt = "a cat surfing"
 frames = 161
 seed = 7
@@ -25,7 +25,7 @@ from typing import Any
 
 from videosparse.generation.errors import GenerationError, nearest, one_line
 from videosparse.generation.methods import METHODS, parse_overrides
-from videosparse.generation.presets import find_preset
+from videosparse.generation.presets import split_presets
 from videosparse.generation.request import GenerationRequest
 
 KEYS: dict[str, tuple[str, type]] = {
@@ -44,8 +44,15 @@ KEYS: dict[str, tuple[str, type]] = {
     "dtype": ("dtype", str),
     "device": ("device", str),
     "offload": ("offload", str),
+    "step_cache": ("step_cache", str),
+    "magnitudes": ("magnitudes", str),
+    "linears": ("linears", str),
+    "compile": ("compile", bool),
     "rope": ("rope", str),
     "trained_frames": ("trained_frames", int),
+    "ultravico": ("ultravico", float),
+    "context_frames": ("context_frames", int),
+    "context_overlap": ("context_overlap", int),
 }
 """Keys of a run file: the field of `GenerationRequest`, and the type of its value."""
 
@@ -53,11 +60,11 @@ LISTS: dict[str, tuple[str, type]] = {"lora": ("loras", str), "lora_scale": ("lo
 """Keys of one value or several, likewise."""
 
 OUTSIDE = {"preset": str, "prompts": str, "output": str}
-"""Further keys, which belong to no request."""
+"""Further keys, which belong to no request. `preset` is one name or two: of a model, of a speed."""
 
 LINE_OPTIONS = {"w": "width", "h": "height", "f": "frames", "s": "steps", "seed": "seed"}
 
-_TYPES = {str: "a text", int: "a whole number", float: "a number"}
+_TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 _TAIL = re.compile(r"(?:^|\s)--(\S+)(?:[ \t]+([^\s-]\S*|-\d\S*))?\s*$")
 
 
@@ -67,11 +74,12 @@ class RunFile:
 
     Args:
         values: by key, as in `KEYS`, and tables of method options.
-        preset, prompts, output: see `OUTSIDE`; None where it says nothing.
+        preset: names, see `OUTSIDE`.
+        prompts, output: see `OUTSIDE`; None where it says nothing.
     """
 
     values: Mapping[str, object] = field(default_factory=dict)
-    preset: str | None = None
+    preset: tuple[str, ...] = ()
     prompts: str | None = None
     output: str | None = None
 
@@ -102,7 +110,8 @@ def read_run_file(path: str | Path) -> RunFile:
     for key, value in found.items():
         _check_value(str(path), key, value)
     outside = {key: found.pop(key) for key in OUTSIDE if key in found}
-    return RunFile(found, **outside)
+    preset = outside.pop("preset", [])
+    return RunFile(found, tuple(preset) if isinstance(preset, list) else (preset,), **outside)
 
 
 def read_prompts(path: str | Path) -> list[PromptLine]:
@@ -129,29 +138,41 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
 def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
     """Values of several layers, later ones over earlier ones.
 
-    Options of a method are merged one by one. Where a later layer chooses another method, those of the earlier method
-    are dropped; so is the trained length where a later layer wants no stretched rotary embedding.
+    Options of each method are merged one by one, and no method gets those of another. What layers say of a method that
+    a later layer decides against is dropped; in the layer that decides, or after it, it stays, for the request to
+    refuse. The trained length is dropped where a later layer wants no stretched rotary embedding, and nothing else
+    goes by it.
     """
     merged: dict[str, object] = {}
+    meant: set[str] = set()  # methods with options since the method was decided
     for layer in layers:
-        method = layer.get("method", merged.get("method"))
-        if method is not None and method != merged.get("method", "radial"):
-            merged = {key: value for key, value in merged.items() if key not in METHODS}
-        if layer.get("rope") == "none":
+        if "method" in layer:
+            meant.clear()
+        meant |= layer.keys() & METHODS.keys()
+        if layer.get("rope") == "none" and "ultravico" not in {**merged, **layer}:
             merged.pop("trained_frames", None)
         for key, value in layer.items():
             before = merged.get(key)
             merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, Mapping) else value
-    return merged
+    meant.add(str(merged.get("method", "radial")))
+    return {key: value for key, value in merged.items() if key not in METHODS or key in meant}
 
 
-def preset_values(name: str | None) -> Mapping[str, object]:
-    """The values of a preset; none for None.
+def preset_values(names: Iterable[str]) -> dict[str, object]:
+    """The values of presets, one of a model and one of a speed at most.
+
+    A speed adds its method, where it has one, and `speed`, its name: what of the rest can run is known when the device
+    is, see `resolve_stack`.
 
     Raises:
-        GenerationError: there is no such preset.
+        GenerationError: there is no such preset, or there are two of a kind.
     """
-    return {} if name is None else find_preset(name).values
+    model, speed = split_presets(names)
+    layers: list[Mapping[str, object]] = [] if model is None else [model.values]
+    if speed is not None:
+        method = {"method": speed.values["method"]} if "method" in speed.values else {}
+        layers.append({"speed": speed.name, **method})
+    return merge(layers)
 
 
 def request_from(values: Mapping[str, object]) -> GenerationRequest:
@@ -165,6 +186,7 @@ def request_from(values: Mapping[str, object]) -> GenerationRequest:
             "There is no prompt; give it as an argument, in a run file (prompt = ...), or a file of them (--prompts)."
         )
     fields = {KEYS[key][0]: value for key, value in values.items() if key in KEYS}
+    fields |= {"speed": values["speed"]} if "speed" in values else {}
     lists = {field: values[key] for key, (field, _) in LISTS.items() if key in values}
     fields |= {field: tuple(value) if isinstance(value, list) else (value,) for field, value in lists.items()}
     options = {key: value for key, value in values.items() if key in METHODS}
@@ -199,8 +221,8 @@ def _check_value(path: str, key: str, value: Any) -> None:
     if key not in known:
         raise GenerationError(f"{path} has an unknown key {key!r}.{nearest(key, [*known, *METHODS])}")
     kind = (int, float) if known[key] is float else known[key]
-    parts = value if key in LISTS and isinstance(value, list) else [value]
-    if not all(isinstance(part, kind) and not isinstance(part, bool) for part in parts):
+    parts = value if key in (*LISTS, "preset") and isinstance(value, list) else [value]
+    if not all(isinstance(part, kind) and isinstance(part, bool) == (kind is bool) for part in parts):
         raise GenerationError(f"{path}: {key} must be {_TYPES[known[key]]} (got {value!r}).")
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from videosparse.attach import restore, sparsify
+from videosparse.generation.compiling import compile_errors
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.latents import keeping, prepare_vae
 from videosparse.generation.lora import check_loaded, load_loras
+from videosparse.generation.memory import knobs
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
+from videosparse.generation.shifts import shifted
+from videosparse.generation.stack import apply_stack
+from videosparse.generation.step_cache import CacheCount, step_cached, write_magnitudes
 from videosparse.generation.streaming import Sink, streaming
 from videosparse.report import RunReport
-from videosparse.stretching import extend_rope
+from videosparse.stretching import context_windows, extend_rope
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
@@ -60,6 +65,7 @@ class Run:
         peak_bytes: see `environment.peak_memory`.
         notices: what the user should know about this run, a sentence each.
         latents: [1, C, F, h, w] as the VAE takes them, on the CPU; None where they were not asked for.
+        cache: what the step cache did; None without one.
     """
 
     method: str
@@ -71,6 +77,7 @@ class Run:
     peak_bytes: int | None
     notices: tuple[str, ...] = ()
     latents: torch.Tensor | None = None
+    cache: CacheCount | None = None
 
 
 def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, float]:
@@ -101,11 +108,8 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     load_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     prepare_vae(pipe.vae, settings.source)
-    with memory_errors():
-        if settings.request.offload == "model":
-            pipe.enable_model_cpu_offload(device=settings.device)
-        else:
-            pipe.to(settings.device)
+    with memory_errors(lambda: knobs(pipe, settings)):
+        apply_stack(pipe, settings.stack, settings.device)
     seconds = now(settings.device) - start
     progress("load", 1, 1)
     return pipe, seconds
@@ -123,6 +127,8 @@ def run_method(
 ) -> Run:
     """Make the video with a method; the pipeline has its own attention back afterwards, whatever happens.
 
+    A step cache belongs to the method that was asked for: the dense twin of a comparison runs every step whole.
+
     Args:
         pipe, settings, method, options, progress: what to run.
         sink: gets the frames while they are decoded; None keeps them all.
@@ -133,8 +139,9 @@ def run_method(
             little memory, or frames that are not finite. What goes wrong inside the pipeline comes through as it is.
     """
     check_loaded(pipe, settings.loras)
-    processor = make_processor(method, options)
-    notices = (*_cuts(pipe, settings), *_beyond(settings))
+    processor = make_processor(method, options, settings.logit)
+    notices = (*settings.notices, *_cuts(pipe, settings), *_beyond(settings))
+    cache = settings.stack.step_cache if method == settings.request.method else None
     kept: list[torch.Tensor] = []
     try:
         with refusals():
@@ -142,13 +149,24 @@ def run_method(
             sparsify(pipe, processor)
         reset_peak_memory(settings.device)
         keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
-        with memory_errors(), shifted(pipe, settings.shift), _leading_to(pipe, settings, sink), keep:
+        with (
+            memory_errors(lambda: knobs(pipe, settings)),
+            compile_errors(),
+            shifted(pipe, settings.shift),
+            _leading_to(pipe, settings, sink),
+            keep,
+            _windows(pipe, settings),
+            step_cached(pipe, cache, settings.steps) as count,
+        ):
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
         report = processor.report()
     finally:
         restore(pipe)
+    if cache is not None and cache.measures and cache.file is not None:
+        write_magnitudes(cache.file, settings.source.spec, count.mean_magnitudes())
+        notices = (*notices, f"No step was skipped: this run measured magnitudes for later ones into {cache.file}.")
     return Run(
         method=method,
         given=dict(options),
@@ -159,24 +177,8 @@ def run_method(
         peak_bytes=peak_memory(settings.device),
         notices=notices,
         latents=kept[0] if kept else None,
+        cache=None if cache is None else count,
     )
-
-
-@contextmanager
-def shifted(pipe: Any, shift: float | None) -> Iterator[None]:
-    """A scheduler of another shift, for the time of a block."""
-    before = pipe.scheduler
-    if shift is None:
-        yield
-        return
-    name = next((name for name in ("flow_shift", "shift") if name in before.config), None)
-    if name is None:
-        raise GenerationError(f"{type(before).__name__} has no shift to set; drop --shift.")
-    pipe.scheduler = type(before).from_config(before.config, **{name: shift})
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
 
 
 @contextmanager
@@ -192,6 +194,15 @@ def _leading_to(pipe: Any, settings: Settings, sink: Sink | None) -> Iterator[No
 
     with streaming(pipe, checked):
         yield
+
+
+def _windows(pipe: Any, settings: Settings) -> AbstractContextManager[None]:
+    """The context windows of a run."""
+    asked = settings.windows
+    if asked is None:
+        return nullcontext()
+    stride = settings.source.spec.stride[0]
+    return context_windows(pipe, frames=(asked.size - 1) * stride + 1, overlap=asked.shared * stride)
 
 
 def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,20 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "dtype": settings.dtype,
             "device": str(settings.device),
             "device_name": device_name(settings.device),
-            "offload": request.offload,
+            "offload": settings.stack.offload,
+            "speed": request.speed,
+            "linears": settings.stack.linears,
+            "compile": settings.stack.compiled,
             "shift": settings.shift,
             "rope": request.rope,
             "trained_frames": settings.trained_frames,
+            "ultravico": _logit(settings),
+            "windows": _windows(settings),
         },
         "loras": [{"file": str(lora.path), "scale": lora.scale} for lora in settings.loras],
         "method": {"name": run.method, "set": dict(run.given), "options": dict(run.options)},
         "attention": _attention(run),
+        "step_cache": _step_cache(settings, run),
         "seconds": {"load": load_seconds, **_seconds(run)},
         "peak_memory_bytes": run.peak_bytes,
         "notices": list(run.notices),
@@ -71,6 +78,7 @@ def fingerprint(settings: Settings) -> str:
     request = settings.request
     options = dict(request.options.get(request.method, {}))
     plan = options.get("plan")
+    cache = settings.stack.step_cache
     decides = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -81,12 +89,24 @@ def fingerprint(settings: Settings) -> str:
         "guidance": [settings.guidance, settings.guidance_2],
         "shift": settings.shift,
         "rope": [request.rope, settings.trained_frames],
+        **({} if settings.logit is None else {"ultravico": _logit(settings)}),
+        **({} if settings.windows is None else {"windows": _windows(settings)}),
         "dtype": settings.dtype,
+        "step_cache": None if cache is None else [cache.kind, cache.threshold, cache.magnitudes],
+        "linears": settings.stack.linears,
         "method": [request.method, options],
         "loras": [[_state(lora.path), lora.scale] for lora in settings.loras],
         "plan": _state(plan) if isinstance(plan, str | Path) else None,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _logit(settings: Settings) -> dict[str, Any] | None:
+    return None if settings.logit is None else asdict(settings.logit)
+
+
+def _windows(settings: Settings) -> dict[str, Any] | None:
+    return None if settings.windows is None else asdict(settings.windows)
 
 
 def _state(path: str | Path) -> list[object]:
@@ -132,6 +152,19 @@ def _attention(run: Run) -> dict[str, Any]:
         "sparse_calls": report.sparse_calls,
         "search_calls": report.search_calls,
         "backend": report.backend,
+    }
+
+
+def _step_cache(settings: Settings, run: Run) -> dict[str, Any] | None:
+    cache = settings.stack.step_cache
+    if cache is None or run.cache is None:
+        return None
+    return {
+        "kind": cache.kind,
+        "threshold": cache.threshold,
+        "magnitudes": None if cache.file is None else str(cache.file),
+        "forwards": run.cache.forwards,
+        "skipped": run.cache.skipped,
     }
 
 

@@ -36,7 +36,7 @@ class RunStep:
 
     Args:
         context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step), or
-            `TRAINING`.
+            `TRAINING`; with context windows also the number of the window, each of which has maps of its own.
         index: denoising step, from 0.
         total: denoising steps of this run, None when nobody said.
         expert: number of the transformer that is at work, from 0; two share a run of Wan2.2-A14B.
