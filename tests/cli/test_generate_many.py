@@ -128,7 +128,8 @@ def test_latents(run, tmp_path):
             ["a cat", "--ultravico", "0"],
             "--ultravico must lie in 0..1, 0 excluded (got 0.0); the published",
         ),
-        (["a cat", "--context-frames", "8"], "frames of context windows must be 4k+1, at least 5 (got 8); use 5 or 9."),
+        (["a cat", "--context-frames", "8"], "--context-frames must be 4k+1, at least 5 (got 8); use 5 or 9."),
+        (["a cat", "--linears", "fp8"], "Error: --linears fp8 cannot run: "),
         (["a cat", "--context-overlap", "8"], "--context-overlap is for --context-frames"),
     ],
 )
