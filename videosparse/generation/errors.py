@@ -29,7 +29,10 @@ OPTION_OF = {
     "ultravico": "--ultravico",
     "context_frames": "--context-frames",
     "context_overlap": "--context-overlap",
-    **{name: f"--{name}" for name in ("height", "width", "steps", "guidance", "shift", "seed", "fps", "offload")},
+    **{
+        name: f"--{name}"
+        for name in ("height", "width", "steps", "guidance", "shift", "seed", "fps", "offload", "linears")
+    },
 }
 """How the command line and the programs call the fields that messages begin with."""
 
