@@ -26,7 +26,7 @@ On N GPUs of one host, with N times the batch. Each process draws clips of its o
 all stop together at a signal to one of them. Here the VAE is trained on, too, and the DiT learns its new latents:
 
     PYTHONPATH=. torchrun --nproc-per-node 2 eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --again \\
-        --stages mixed --pairs 0.5 --vae-lr 4e-4 --vae-minutes 8 --scale-lr --budget-minutes 22 --work /tmp/tiny \\
+        --stages mixed --pairs 0.5 --vae-lr 5e-4 --vae-minutes 7.5 --scale-lr --budget-minutes 20 --work /tmp/tiny \\
         --backup out/backup --resume
 
 Where a shell lives for minutes only, but the machine stays, let one process outlive it, and call again to look:

@@ -48,7 +48,7 @@ def test_a_model_and_a_speed(run, tmp_path):
     size = ("--model", "small", "--frames", 9, "--height", 64, "--width", 64, "--steps", 3, "--device", "cpu")
     result = run("generate", "a cat", "--preset", "fast", "--preset", "tiny", *size, "-o", "a.mp4")
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("Note: Preset fast leaves out here: quant int8 (")
+    assert result.stderr.startswith("Note: Preset fast leaves out here: quant=int8 (")
     assert result.stderr.count("\n") == 1
     assert "Beside it     first-block=0.05: " in result.stdout
     (tmp_path / "speed.toml").write_text(SMALL + 'prompt = "a cat"\npreset = ["exact", "tiny"]\ncompile = false\n')

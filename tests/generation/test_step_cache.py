@@ -88,6 +88,17 @@ def test_magnitudes_are_measured_once(ask, tmp_path):
     assert generate(ask(step_cache="magcache=1000", **{**asked, "steps": 8})).run.cache.skipped > 0
 
 
+def test_magnitudes_are_measured_by_one_video(ask, tmp_path):
+    """Not while others are made or compared, which would be whole, too."""
+    from videosparse.generation.batch import plan_batch
+
+    asked = ask(step_cache="magcache", magnitudes=str(tmp_path / "m.json"))
+    with pytest.raises(GenerationError, match=r"m\.json is not there yet: make one video without --compare first"):
+        compare(asked)
+    with pytest.raises(GenerationError, match=r"Prompt 1 of 1: .*m\.json is not there yet: make one video"):
+        plan_batch([asked], tmp_path)
+
+
 def test_files_of_magnitudes_that_do_not_fit(tmp_path):
     path = tmp_path / "m.json"
     write_magnitudes(path, MODELS["wan2.1-14b"], (1.0, 1.1))
@@ -131,12 +142,12 @@ def test_what_a_speed_leaves_out_on_a_cpu(ask, speed):
     settings = ask(speed=speed, method=method).resolve()
     (notice,) = settings.notices
     assert notice.startswith(f"Preset {speed} leaves out here: ")
-    assert "compile True (it is for GPUs, and this run is on cpu)" in notice
+    assert "--compile (it is for GPUs, and this run is on cpu)" in notice
     assert not settings.stack.compiled
     assert settings.stack.linears == "none"
     if speed == "fast":
-        assert "quant int8 (plain torch computes it on cpu, no faster)" in notice
-        assert "linears fp8 (" in notice
+        assert "quant=int8 (plain torch computes it on cpu, no faster)" in notice
+        assert "--linears fp8 (" in notice
         assert settings.stack.step_cache == StepCache("first-block", 0.05)
     else:
         assert settings.stack.step_cache is None
@@ -163,7 +174,7 @@ def test_what_a_speed_takes_on_a_gpu(ask, monkeypatch):
     assert (exact.stack.compiled, exact.stack.linears, exact.stack.step_cache) == (True, "none", None)
     monkeypatch.setattr(stack, "unavailable", lambda device, dtype: "torchao is missing; install it, or drop it")
     (notice,) = ask(speed="fast").resolve().notices
-    assert notice == "Preset fast leaves out here: linears fp8 (torchao is missing; install it)."
+    assert notice == "Preset fast leaves out here: --linears fp8 (torchao is missing; install it)."
 
 
 def test_the_dense_twin_runs_every_step_whole(ask):

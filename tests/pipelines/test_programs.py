@@ -94,7 +94,7 @@ def models(folder):
 
 RUNS = {
     "wan_t2v.py": (wan, [*SMALL, "--method", "adaspa", "--rope", "pi"]),
-    "wan22_t2v.py": (wan22, [*SMALL, "--steps", "4"]),
+    "wan22_t2v.py": (wan22, [*SMALL, "--steps", "4", "--method", "paro"]),
     "wan_i2v.py": (wan_i2v, ["--frames", "9", "--area", "32x32", "--steps", "2", "--fps", "8"]),
     "hunyuan_video_t2v.py": (hunyuan, SMALL),
     "mochi_t2v.py": (mochi, ["--frames", "7", *TINY]),

@@ -144,7 +144,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
     # one rounding apart at most
     assert distance(first["weights"], second["weights"]) < 1e-4 * went
     assert first["apart"] == second["apart"] == [1.0, 0.0]
-    assert second["mine"].tolist() == [1.0, 1.0, 1.0], "all have what the first has"
+    assert torch.equal(second["mine"], torch.ones(1, 3, 2, 2, 2)), "all have what the first has"
     # matrices are updated in bf16
     assert distance(first["weights"], weights) < 0.02 * went
     assert (first["told"], second["told"]) == (False, True)
@@ -174,7 +174,7 @@ if __name__ == "__main__":
     place, ranks = Path(sys.argv[1]), Ranks.of_launcher()
     ranks.join(cuda=False)
     losses, weights, _ = few_steps(str(place), ranks)
-    mine = [torch.full((3,), float(ranks.rank))]
+    mine = [torch.full((1, 3, 2, 2, 2), float(ranks.rank)).contiguous(memory_format=torch.channels_last_3d)]
     mine[0] += 1.0
     apart = [ranks.reunite(mine), ranks.reunite(mine)]
     ranks.leave()

@@ -13,6 +13,7 @@ from videosparse.generation.output import DEFAULT_FOLDER, Destination, check_pla
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, load_pipeline, quiet
 from videosparse.generation.sidecar import FORMAT, fingerprint
+from videosparse.generation.step_cache import check_measured
 
 Told = Callable[[int, Generation | None, dict[str, Path]], None]
 """Called after each video with its number from 0, the video (None: it was there already), and its files."""
@@ -85,6 +86,7 @@ def plan_batch(
     for number, request in enumerate(requests, 1):
         try:
             runs.append(request.resolve())
+            check_measured(runs[-1].stack.step_cache)
         except GenerationError as error:
             label = f"Prompt {number} of {len(requests)}" if labels is None else labels[number - 1]
             raise GenerationError(f"{label}: {error}") from error

@@ -16,6 +16,7 @@ from videosparse.generation.output import Destination, Writer, video_place
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, Run, load_pipeline, quiet, run_method
 from videosparse.generation.sidecar import comparison_record, record, write_json
+from videosparse.generation.step_cache import check_measured
 from videosparse.generation.streaming import unstreamable
 from videosparse.generation.video import Mp4Writer, side_by_side, write_mp4
 from videosparse.metrics.fidelity import FidelityRow, fidelity
@@ -245,6 +246,7 @@ def compare(
     settings = request.resolve() if isinstance(request, GenerationRequest) else request
     method = settings.request.method
     check_comparable(method)
+    check_measured(settings.stack.step_cache)
     load_seconds = None
     if pipe is None:
         pipe, load_seconds = load_pipeline(settings, progress)

@@ -103,7 +103,7 @@ def make_processor(method: str, options: Options | None = None, logit: FarLogits
     for option in options:
         _check_option(method, option)
     with refusals(f"Bad option of method {method}: "):
-        return METHODS[method](**options, logit=logit)  # type: ignore[call-arg]  # all of them take one
+        return METHODS[method](**options, **({} if logit is None else {"logit": logit}))
 
 
 def resolve_method(

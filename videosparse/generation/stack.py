@@ -48,6 +48,9 @@ PARTS: Mapping[str, str] = MappingProxyType(
 )
 """What can be combined, as a user writes it."""
 
+_WRITTEN = {"quant": "quant=int8", "linears": "--linears fp8", "compile": "--compile"}
+"""What a speed may have to leave out, likewise."""
+
 _ONE_CACHE = "a run has one step cache; leave one"
 _ONE_PLACE = "weights can be offloaded one way; leave one"
 _ONE_CALL = "a step cache compares a call with the one before, which is of another window; drop one"
@@ -225,7 +228,7 @@ def _sped_up(
         options = {**options, request.method: {"quant": quant, **options.get(request.method, {})}}
     fill: dict[str, Any] = {key: value for key, value in kept.items() if getattr(request, key) is None}
     # what was asked for beside the preset is not left out, it is refused
-    told = [f"{key} {wanted[key]} ({reason})" for key, reason in reasons.items() if not _given(request, key)]
+    told = [f"{_WRITTEN[key]} ({reason})" for key, reason in reasons.items() if not _given(request, key)]
     notices = (f"Preset {speed.name} leaves out here: {'; '.join(told)}.",) if told else ()
     return replace(request, options=options, **fill), notices
 

@@ -148,6 +148,15 @@ def _counting(count: CacheCount, states: Any) -> Any:
     return look
 
 
+def check_measured(cache: StepCache | None) -> None:
+    """Raise GenerationError where a run would first have to measure, which one video does by itself."""
+    if cache is not None and cache.measures:
+        raise GenerationError(
+            f"{cache.file} is not there yet: make one video without --compare first, by the same options; it measures, "
+            "and skips nothing."
+        )
+
+
 def read_magnitudes(path: Path, spec: ModelSpec) -> tuple[float, ...]:
     """Magnitudes that were measured before.
 

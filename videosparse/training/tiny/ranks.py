@@ -85,7 +85,8 @@ class Ranks:
             return 0.0
         away = total = 0.0
         for tensor in tensors:
-            right = tensor.detach().clone()
+            # NCCL wants it contiguous; weights of a channels-last VAE are not
+            right = tensor.detach().clone(memory_format=torch.contiguous_format)
             dist.broadcast(right, 0)
             away += float((tensor.detach() - right).double().square().sum())
             total += float(right.double().square().sum())

@@ -56,20 +56,12 @@ def train_vae(run: Run, minutes: float) -> bool:
     vae_warm_up(run, steps, pools, optimizer)
     if args.smoke:
         time_vae(run, steps, pools)
+    run.meta["vae"] = describe_vae(run, variant)
     vae_loop(run, model, optimizer, progress, steps, pools, held)
     apart = run.ranks.reunite(update.parameters)
     logger.info(f"vae: weights of {run.ranks.size} processes were {apart:.1e} apart")
     finished = progress.fraction >= 1.0
-    run.meta["vae"] = {
-        "step": progress.step,
-        "elapsed": progress.elapsed,
-        "finished": finished,
-        "variant": variant,
-        "lr": args.vae_lr,
-        "how": f"{plan.vae_frames} frames, objects weighing {1 + args.vae_object_weight:g} times as much",
-    }
-    run.meta["phase"] = "vae"
-    run.set_tensors("vae.", run.vae)
+    keep_vae(run, progress, finished)
     if finished:
         if run.ranks.first:
             run.numbers["vae_psnr"] = told = vae_psnr(run, model, held)
@@ -77,6 +69,19 @@ def train_vae(run: Run, minutes: float) -> bool:
         finish_vae(run)
     run.save()
     return finished
+
+
+def describe_vae(run: Run, variant: str) -> dict[str, object]:
+    """What the state and the model card tell of this phase, whatever its step."""
+    how = f"{run.plan.vae_frames} frames, objects weighing {1 + run.args.vae_object_weight:g} times as much"
+    return {"variant": variant, "lr": run.args.vae_lr, "how": how}
+
+
+def keep_vae(run: Run, progress: Progress, finished: bool) -> None:
+    """Copy weights and step to what the next save writes."""
+    run.meta["vae"] |= {"step": progress.step, "elapsed": progress.elapsed, "finished": finished}
+    run.meta["phase"] = "vae"
+    run.set_tensors("vae.", run.vae)
 
 
 def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]) -> str:
@@ -220,10 +225,10 @@ def vae_loop(
     pools: dict[int, Tensor],
     held: dict[int, Tensor],
 ) -> None:
-    """Step until the phase or the call ends."""
+    """Step until the phase or the call ends; the first process looks at held-out clips and saves now and then."""
     tick = Ticker("vae", progress)
     rng = random.Random(progress.step)
-    checked = time.monotonic()
+    checked = saved = time.monotonic()
     sizes = list(steps)
     while run.goes_on(progress):
         lr = run.args.vae_lr * progress.lr_factor()
@@ -243,6 +248,10 @@ def vae_loop(
             checked = time.monotonic()
             if not torch.isfinite(loss):
                 raise FloatingPointError("the VAE's loss is not finite; lower --vae-lr.")
+        if run.ranks.first and time.monotonic() - saved > run.args.save_seconds:
+            keep_vae(run, progress, finished=False)
+            run.save()
+            saved = time.monotonic()
 
 
 def vae_psnr(run: Run, model: ParallelVae, held: dict[int, Tensor]) -> dict[str, float]:
