@@ -5,14 +5,12 @@ from itertools import combinations
 import float8
 import pytest
 import torch
-from stacks import SETS, STEPS, Stacked, pairs
+from stacks import FAMILIES, SETS, STEPS, Stacked, check, pairs
 
 from videosparse._diffusers import step_cache_states
 from videosparse.generation import GenerationError, compiling, stack
 from videosparse.generation.presets import SPEEDS
 from videosparse.generation.stack import PARTS, REFUSED, check_together
-
-FAMILIES = ("wan", "hunyuan", "mochi")
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +18,6 @@ def _on_the_cpu(monkeypatch):
     float8.allow(monkeypatch)
     monkeypatch.setattr(stack, "compile_blocks", lambda t: compiling.compile_blocks(t, backend="eager"))
     torch._dynamo.reset()
-
-
-def check(stacked):
-    """A run repeats bit by bit, also after another; a step cache skips, and at threshold 0 changes nothing."""
-    first, count = stacked.run()
-    assert first.isfinite().all()
-    other, _ = stacked.run(seed=1)
-    again, _ = stacked.run()
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    if {"first-block", "magcache"} & set(stacked.parts):
-        assert 0 < count.skipped < count.forwards
-        whole, none = stacked.run(threshold=0.0)
-        plain, _ = stacked.run(threshold=None)
-        assert none.skipped == 0
-        assert torch.equal(whole, plain)
-        assert not torch.equal(first, plain)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in pairs() if "compile" not in pair], ids="+".join)

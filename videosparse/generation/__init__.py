@@ -7,8 +7,10 @@ generate(GenerationRequest("a red circle bounces", method="radial")).save("circl
 ```
 """
 
+from videosparse.generation.compiling import compile_blocks
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.generating import Comparison, Generation, compare, generate, generate_to, output_place
+from videosparse.generation.linears import quantize_linears
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.sources import embedded_model_path, find_model
 from videosparse.generation.streaming import stream_to
@@ -20,10 +22,12 @@ __all__ = [
     "GenerationRequest",
     "Settings",
     "compare",
+    "compile_blocks",
     "embedded_model_path",
     "find_model",
     "generate",
     "generate_to",
     "output_place",
+    "quantize_linears",
     "stream_to",
 ]
