@@ -8,9 +8,10 @@ import torch
 from stacks import FAMILIES, SETS, STEPS, Stacked, check, pairs
 
 from videosparse._diffusers import step_cache_states
-from videosparse.generation import GenerationError, compiling, stack
+from videosparse.generation import GenerationError, GenerationRequest, compiling, stack
 from videosparse.generation.presets import SPEEDS
-from videosparse.generation.stack import PARTS, REFUSED, check_together
+from videosparse.generation.stack import PARTS, REFUSED, Stack, check_together, parts_of
+from videosparse.generation.step_cache import StepCache
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,18 @@ def test_pairs_that_are_refused(pair):
         assert PARTS[part].replace("`", "") in str(error.value)
     assert str(error.value).endswith(f"do not go together: {REFUSED[pair]}.")
     check_together((parts[0], "sparse"))
+
+
+def test_parts_of_a_request():
+    request = GenerationRequest(
+        "x", method="adaspa", options={"adaspa": {"quant": "int8", "offload_state": True}}, loras=("a",)
+    )
+    everything = Stack(StepCache("magcache", 0.1), "fp8", True, "group")
+    assert parts_of(request, everything, 2) == tuple(part for part in PARTS if part not in ("first-block", "model"))
+    assert parts_of(GenerationRequest("x", method="dense"), Stack()) == ()
+    assert parts_of(GenerationRequest("x"), Stack(StepCache("first-block", 0.1))) == ("sparse", "first-block")
+    with pytest.raises(GenerationError, match=r"magcache and two experts .* do not go together: .*first-block"):
+        check_together(parts_of(GenerationRequest("x"), Stack(StepCache("magcache", 0.1)), 2))
 
 
 @pytest.mark.parametrize(
