@@ -16,8 +16,8 @@ rows of two heads); a peer that is missing or fails gets a row that says why. Ro
 `assets/results/attention.csv`: medians and the 20th and 80th percentiles in ms, TFLOP/s on visited blocks, their
 percentage of the matrix product, and the memory beyond inputs and output.
 
-Integer attention ("int8", "int8-fp8") is timed with the quantization of its inputs; its error is relative, in the mean
-square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose.
+Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
+in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose.
 
 Peers: cuDNN and FlashAttention-2 through torch, FlexAttention compiled, FlashAttention-3 (`pip install fa3-fwd`) and
 FlashAttention-4 (`pip install videosparse[fa4]`). Ours runs as it does for users; "portable" is its kernel for any GPU.
@@ -128,7 +128,7 @@ def sets() -> list[BenchSet]:
             found.append(("forward", "radial", workload, entries))
     for workload, shares in ((large, (0.5, 0.3, 0.25, 0.2, 0.1)), (small, (0.5, 0.25, 0.1))):
         integers = [*dense[:3], *(Entry(kernel) for kernel in ("ours", *INTEGERS))]
-        found.append(("forward", "integers", workload, [*integers, *sparse("ours int8 int8-fp8", shares)]))
+        found.append(("forward", "integers", workload, [*integers, *sparse("ours int8 int8-fp8 int8-int8", shares)]))
     found.append(("forward", "128x128", narrow, [*dense, *sparse("ours portable fa4")]))
     return [BenchSet(what, label, workload, tuple(entries)) for what, label, workload, entries in found]
 

@@ -13,7 +13,6 @@ whole blocks.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import subprocess
 from collections.abc import Iterator
@@ -26,7 +25,9 @@ from diffusers import DiffusionPipeline
 from rich.progress import track
 
 from videosparse import RadialProcessor, restore, sparsify
+from videosparse.benchmark.rows import write_rows
 from videosparse.generation import embedded_model_path
+from videosparse.metrics.bootstrap import interval
 from videosparse.synthetic.captions import caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import sample_scene
@@ -79,14 +80,6 @@ def predict(transformer: torch.nn.Module, sample: Sample) -> torch.Tensor:
     return transformer(**inputs, return_dict=False)[0].cpu()
 
 
-def interval(values: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of fp64 [n]."""
-    rng = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(values), (draws, len(values)), generator=rng)
-    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
-
-
 def figures(found: list[torch.Tensor], dense: list[torch.Tensor], inputs: list[Sample]) -> dict[str, Any]:
     """Errors of some predictions, with their intervals."""
 
@@ -98,8 +91,8 @@ def figures(found: list[torch.Tensor], dense: list[torch.Tensor], inputs: list[S
     growth = loss(found) / loss(dense) - 1
     row: dict[str, Any] = {}
     for name, values in (("relative_l2", relative), ("loss_growth", growth)):
-        low, high = interval(values)
-        row |= {name: f"{values.mean():.4f}", f"{name}_low": f"{low:.4f}", f"{name}_high": f"{high:.4f}"}
+        mean, low, high = interval(values.tolist())
+        row |= {name: f"{mean:.4f}", f"{name}_low": f"{low:.4f}", f"{name}_high": f"{high:.4f}"}
     return row
 
 
@@ -137,11 +130,7 @@ def main() -> None:
     args = arguments()
     pipe = DiffusionPipeline.from_pretrained(embedded_model_path(), dtype=torch.float32).to(args.device)
     rows = [row for size in args.sizes for row in rows_of(pipe, size, args)]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.output, rows)
     for row in rows:
         print({k: row[k] for k in ("size", "coverage", "decay", "density", "relative_l2", "loss_growth")})
 

@@ -46,10 +46,11 @@ from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.running import Batches
 from videosparse.evaluation.settings import BY_PLAN, Conditions, Setting, expand
 from videosparse.evaluation.table import RowStore, number
-from videosparse.evaluation.work import COLUMNS, KEY, Comparison, slug, workers
+from videosparse.evaluation.work import COLUMNS, FIXED, KEY, Comparison, workers
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, calibrate
 from videosparse.generation.errors import GenerationError, one_line
-from videosparse.generation.output import check_writable
+from videosparse.generation.output import WHOLE, check_writable, slug
+from videosparse.generation.sources import find_model
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 METHODS = ("ceiling", "other-noise", "radial", "adaspa", "random", "paro", "paro+int8", "paro+int8-fp8")
@@ -100,6 +101,19 @@ def wanted_prompts(args: argparse.Namespace) -> list[Prompt]:
     return [replace(prompt, seed=prompt.seed + number) for prompt in listed for number in range(args.seeds)]
 
 
+def check_models(models: Sequence[str | None]) -> None:
+    """Raise GenerationError where rows could not tell the models apart, or one of them is not there."""
+    names: dict[str, str | None] = {}
+    for model in models:
+        name = find_model(model).name
+        if name in names:
+            raise GenerationError(
+                f"--models {names[name]} and {model} are both called {name}, by which rows tell models apart; make a "
+                "table of each."
+            )
+        names[name] = model
+
+
 def chunks(prompts: Sequence[Prompt], size: int, processes: int) -> list[list[Prompt]]:
     """Batches of at most `size`, no fewer than there are processes where there are prompts for all."""
     size = max(1, min(size, -(-len(prompts) // processes)))
@@ -123,9 +137,16 @@ class Plans:
     def __call__(self, density: float, reorder: bool = True) -> Path:
         """The file of the plan for a density, with token orders or without."""
         run, size = self.batches.settings, "x".join(map(str, self.args.block))
-        about = [run.source.name, f"{run.num_frames}x{run.height}x{run.width}", run.steps, run.guidance, size]
+        about = [
+            run.source.name,
+            self.batches.weights,
+            f"{run.num_frames}x{run.height}x{run.width}",
+            run.steps,
+            run.guidance,
+            size,
+        ]
         about += [] if reorder else ["raster"]
-        path = self.folder / f"plan-{slug('-'.join(map(str, about)))}-{density:.4f}.safetensors"
+        path = self.folder / f"plan-{slug('-'.join(map(str, about)), WHOLE)}-{density:.4f}.safetensors"
         if not path.exists():
             self._calibrate(path, density, reorder)
         return path
@@ -256,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prompts = wanted_prompts(args)
         check_writable(args.output.parent)
-        store = RowStore(args.output, COLUMNS, KEY, state.process_index)
+        check_models(args.models)
+        store = RowStore(args.output, COLUMNS, KEY, state.process_index, FIXED)
         with workers(args.workers) as submit:
             order, failed = compare(args, state, submit, store, prompts)
     except (GenerationError, ValueError) as error:

@@ -53,7 +53,7 @@ OUTPUT = ROOT / "assets/results/reordering.csv"
 PROMPTS = ROOT / "eval/prompts/world64.json"
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 BLOCK = (64, 64)
-QUANTS = (None, "int8", "int8-fp8")
+QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 COLUMNS = (
     "frames", "tokens", "method", "quant", "block", "asked_density", "density", "steps", "calls", "recall",
     "recall_low", "recall_high", "recall_worst_head", "error", "error_low", "error_high", "cosine_worst",
@@ -174,8 +174,7 @@ def calibrated(watch: Watch, settings: CalibrationSettings) -> Static:
     figures, calls = Figures(watch.layers, heads, settings.metric), []
     for run in settings.runs:
         calls += watch.run(settings.looked_at, figures, call_arguments(run))
-    means = [(x / figures.calls).movedim(2, 0).flatten(1) for x in (figures.sparse, figures.uneven)]
-    static = Static(choose(*means, settings.metric.alpha).view(watch.layers, heads).to(torch.uint8))
+    static = Static(choose(*figures.means, settings.metric.alpha).view(watch.layers, heads).to(torch.uint8))
     for bucket in range(settings.request.buckets + 1):
         own = [call for call in calls if call.bucket == bucket]
         for codes, kept in ((static.codes, static.reordered), (torch.zeros_like(static.codes), static.raster)):

@@ -23,7 +23,7 @@ from videosparse.benchmark.rows import read_rows
 ROOT = Path(__file__).resolve().parents[1]
 # one colour for the order of tokens, one line for the kind of numbers
 COLOURS = {"reordered": "#0072B2", "raster": "#D55E00", "random": "#999999"}
-LINES = {"": "-", "int8": "--", "int8-fp8": ":"}
+LINES = {"": "-", "int8": "--", "int8-fp8": ":", "int8-int8": "-."}
 
 Row = dict[str, str]
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import random
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+
+from videosparse.metrics.bootstrap import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
-PAGES = ("README.md", "assets/results/README.md", "assets/tiny-wan/README.md")
+PAGES = ("README.md", "assets/results/README.md", "assets/results/profile.md", "assets/tiny-wan/README.md")
 
 ACCURACY = {
     "tiny_wan_ceiling_33": "ground truth through the VAE, 33 frames",
@@ -71,15 +71,8 @@ def accuracy() -> str:
     return markdown(["setting", "videos", "colour", "shape", "motion class"], rows)
 
 
-def _interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
-    rng = random.Random(0)
-    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
-    return fmean(values), means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
-
-
 def _share(right: list[float]) -> str:
-    return "{} % ({} to {})".format(*(f"{100 * x:.0f}" for x in _interval(right)))
+    return "{} % ({} to {})".format(*(f"{100 * x:.0f}" for x in interval(right)))
 
 
 def coverage() -> str:
@@ -238,7 +231,7 @@ def _sure(found: tuple[float, float, float] | None, digits: int, factor: int) ->
 
 
 def _mean(values: list[float], digits: int) -> str:
-    return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in _interval(values)))
+    return "{} ({} to {})".format(*(f"{x:.{digits}f}" for x in interval(values)))
 
 
 def search() -> str:
@@ -269,43 +262,69 @@ SHARES = {
 
 
 def models() -> str:
-    """A forward of a whole transformer, and runs of 50 steps reckoned from it."""
-    cases: dict[str, dict[str, Row]] = {}
-    for r in read("models"):
-        cases.setdefault(r["case"], {})[r["contender"]] = r
-    lines = []
-    for case, found in cases.items():
-        stock, dense, sparse = (found[name] for name in ("stock", "dense", "radial"))
-        fastest = min(stock, dense, key=lambda r: float(r["forward_s"]))
-        cells = [f"{float(r['forward_s']):.2f}" for r in (stock, dense, sparse)]
-        runs = [f"{float(r['run_s']) / 60:.1f}" for r in (fastest, sparse)]
-        step, run = (float(fastest[c]) / float(sparse[c]) for c in ("forward_s", "run_s"))
-        layers = f"{stock['layers']} layers"
-        lines.append([case, layers, f"{float(sparse['density']):.2f}", *cells, f"{step:.2f}x", *runs, f"{run:.2f}x"])
-    head = [
-        "model, size", "timed", "density", "stock, s a forward", "dense, ours", "Radial",
-        "sparse step against the faster dense", "50 steps: faster dense, min", "with Radial", "",
-    ]  # fmt: skip
-    return markdown(head, lines)
+    """Steps of whole models and runs of 50, dense and sparse, and what measures them."""
+    from videosparse.benchmark.step_tables import missing, overview
+
+    rows = read("models")
+    return "\n\n".join(filter(None, (markdown(*overview(rows)), missing(rows))))
+
+
+def model_steps() -> str:
+    """Every contender of every case that has rows, those without a figure too."""
+    from videosparse.benchmark.step_tables import every_row, missing
+
+    rows = read("models")
+    return "\n\n".join(filter(None, (markdown(*every_row(rows)), missing(rows))))
+
+
+def model_check() -> str:
+    """Whole models as measured beside what few of their layers say."""
+    from videosparse.benchmark.step_tables import extrapolation
+
+    head, lines = extrapolation(read("models"))
+    return markdown(head, lines) if lines else UNMEASURED
+
+
+def model_goals() -> str:
+    """What was measured of whole models and all that must be, from `eval/check_model_goals.py`."""
+    if not _measured("model_goals"):
+        return UNMEASURED
+    head = ["model, size", "a sparse step", "measured", "must", "goal", "", "seconds"]
+    return markdown(head, [
+        [r["case"], r["goal"], r["measured"] and f"{r['measured']}x", r["must"], r["wanted"], r["verdict"], r["detail"]]
+        for r in read("model_goals") if r["measured"] or r["must"]
+    ])  # fmt: skip
+
+
+def profile() -> str:
+    """Where the time of a layer goes, from `eval/profile_step.py`, with its picture where there is one."""
+    from videosparse.benchmark.step_tables import parts
+
+    if not _measured("profile"):
+        return UNMEASURED
+    picture = "\n\n![Milliseconds of a layer by part](../figures/profile.png)"
+    tables = "\n\n".join(f"{case}\n\n{markdown(head, lines)}" for case, head, lines in parts(read("profile")))
+    return tables + (picture if (ROOT / "assets/figures/profile.png").exists() else "")
 
 
 def training() -> str:
     """Training steps of whole models, reckoned from few layers."""
-    cases: dict[tuple[str, str], dict[str, Row]] = {}
-    for r in read("lora_training"):
-        cases.setdefault((r["case"], r["frames"]), {})[r["attention"]] = r
-    lines = []
-    for (case, frames), found in cases.items():
-        first = next(iter(found.values()))
-        steps = [f"{float(found[name]['extrapolated_step_s']):.0f}" for name in ("cudnn", "fa2", "radial")]
-        gains = [f"{float(found['radial'][c]):.2f}x" for c in ("against_cudnn", "against_fa2")]
-        size = f"{case}, {frames} frames"
-        lines.append([size, f"{first['times_length']}x", f"{int(first['tokens']):,}", *steps, *gains])
-    head = [
-        "model, size", "length", "tokens", "dense by cuDNN, s", "by FlashAttention-2, s", "Radial, s",
-        "cheaper than cuDNN", "than FlashAttention-2",
-    ]  # fmt: skip
-    return markdown(head, lines)
+    from videosparse.benchmark.training_tables import steps
+
+    return markdown(*steps(read("lora_training")))
+
+
+def lora_lengths() -> str:
+    """Videos beyond the trained length, quarter by quarter; what has no row is named below."""
+    from videosparse.benchmark.training_tables import lengths
+
+    if not _measured("lora_length"):
+        return UNMEASURED
+    head, lines, missing = lengths(read("lora_length"))
+    note = f"\n\nNot measured yet: {', '.join(missing)}." if missing else ""
+    drawn = (RESULTS.parent / "figures/lora_lengths.png").exists()
+    figure = "\n\n![Right answers by quarter, drift and repetition](../figures/lora_lengths.png)" if drawn else ""
+    return markdown(head, lines) + note + figure
 
 
 def paro_videos() -> str:
@@ -348,17 +367,33 @@ def rounding() -> str:
     return markdown(head, [[r["quant"], r["frames"], r["calls"], _ranged(r, "error"), r["cosine_worst"]] for r in rows])
 
 
+def integer_errors() -> str:
+    """How far integer attention is from fp64 on real and on hard inputs, by kind of integers."""
+    if not _measured("integer_errors"):
+        return UNMEASURED
+    rows = read("integer_errors")
+    kinds = list(dict.fromkeys(r["quant"] for r in rows))
+    lines = []
+    for inputs in dict.fromkeys(r["inputs"] for r in rows):
+        found = {r["quant"]: r for r in rows if r["inputs"] == inputs}
+        lines.append(
+            [inputs, *(f"{float(found[k]['error']):.2%} ({float(found[k]['error_worst']):.2%})" for k in kinds)]
+        )
+    return markdown(["inputs", *kinds], lines)
+
+
 def integers() -> str:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
     if not _measured("integer_attention"):
         return UNMEASURED
     rows = _integer_rows()
     dense = [r for r in rows if r["policy"] == "dense"]
-    fastest = min((r for r in dense if r["kernel"] not in ("int8", "int8-fp8")), key=lambda r: float(r["p50_ms"]))
+    fastest = min((r for r in dense if not r["kernel"].startswith("int8")), key=lambda r: float(r["p50_ms"]))
     lines = [["fastest dense", KERNELS[fastest["kernel"]], "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
     for density in dict.fromkeys(r["density"] for r in rows):
         found = {r["kernel"]: r for r in rows if r["density"] == density and r["policy"] in ("dense", "uniform")}
-        for kernel, name in (("ours", "bf16"), ("int8", "INT8"), ("int8-fp8", "INT8, FP8 values")):
+        names = {"int8": "INT8", "int8-fp8": "INT8, FP8 values", "int8-int8": "INT8, INT8 values"}
+        for kernel, name in {"ours": "bf16", **names}.items():
             if kernel in found:
                 time, own = (float(found[k]["p50_ms"]) for k in (kernel, "ours"))
                 error = found[kernel]["error"] if kernel != "ours" else ""
@@ -487,8 +522,9 @@ def stack() -> str:
 
 ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
-    goals, models, training, reordering, rounding, integers, reorder_cost, calibration, paro_videos, published,
-    dimensions, speeds, stack,
+    goals, models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding,
+    integers, integer_errors, reorder_cost, calibration, paro_videos, published, dimensions,
+    speeds, stack,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

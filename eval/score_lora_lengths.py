@@ -2,11 +2,14 @@
 
     python eval/score_lora_lengths.py --lora dense=outputs/lora/dense --lora radial=outputs/lora/radial
 
-Each `--lora METHOD=FOLDER` is generated with the attention that it was trained with; without a LoRA both methods are
-run, too, and dense attention with RIFLEx. Every quarter of every video is judged as a video of its own by the detectors
-of the world (held-out prompts, one object), beside the rendered truth; drift is what is right in the first quarter and
-wrong in the last, repetition that beyond the true video's from half the training length on. Rows (means with 95 %
-bootstrap intervals) go to `assets/results/lora_length.csv`; the LoRAs' training time and memory come from their logs.
+Each `--lora METHOD=FOLDER` is generated with the attention, schedule and shift that it was trained for; dense and
+Radial Attention are run without a LoRA, too, and dense attention with RIFLEx. Every quarter of every video is judged
+as a video of its own by the detectors of the world (held-out prompts, one object), beside the rendered truth; drift
+is what is right in the first quarter and wrong in the last, repetition that beyond the true video's from half the
+training length on. Rows (means with 95 % bootstrap intervals) go to `assets/results/lora_length.csv`, each as soon as
+it is there; the LoRAs' training time and memory come from their logs. The same command goes on where it was stopped:
+rows that are there are not made again, but for a LoRA that has been trained since. `eval/plot_lora_lengths.py` draws
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +32,11 @@ import torch
 from torch import Tensor
 
 from videosparse import restore
-from videosparse.benchmark.rows import WHERE, environment, write_rows
+from videosparse.benchmark.rows import WHERE, environment, read_rows, write_rows
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.lora import find_lora
 from videosparse.generation.methods import check_method, make_processor
+from videosparse.generation.shifts import shifted
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
 from videosparse.stretching import extend_rope
@@ -57,25 +63,48 @@ def main() -> None:
     pipe = load(args)
     prompts = json.loads(args.prompts.read_text())["prompts"]
     prompts = [entry for entry in prompts if len(entry["objects"]) == 1][: args.limit]
-    rows: list[dict[str, Any]] = []
-    started = time.monotonic()
+    rows: list[dict[str, Any]] = list(read_rows(args.output, COLUMNS)) if args.output.is_file() else []
+    started, left = time.monotonic(), 0
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for name, method, folder in settings_of(args):
-            switch(pipe, name, method, folder)
-            for frames in args.frames:
-                if folder is None or time.monotonic() - started < args.seconds:
-                    rows.append(measure(pipe, prompts, name, method, folder, frames, pool, args))
-                    write_rows(args.output, rows, COLUMNS)
-                    print(
-                        {k: rows[-1].get(k) for k in ("lora", "method", "frames", *FIGURES, "generation_s")}, flush=True
-                    )
+        for frames in args.frames:
+            for name, method, folder in settings_of(args):
+                about = identity(name, method, folder, frames, len(prompts), args)
+                if any(same(row, about) for row in rows):
+                    continue
+                if time.monotonic() - started > args.seconds:
+                    left += 1
+                    continue
+                with switched(pipe, name, method, folder):
+                    figures = measure(pipe, prompts, name, frames, pool, args)
+                place = ("lora", "method", "frames", "height", "width")
+                rows = [row for row in rows if any(str(row[k]) != str(about[k]) for k in place)]
+                rows.append({**about, **figures, **environment(args.commit)})
+                write_rows(args.output, rows, COLUMNS)
+                shown = ("lora", "method", "frames", *FIGURES, "generation_s")
+                print({k: rows[-1].get(k) for k in shown}, flush=True)
+    print(f"{len(rows)} rows in {args.output}" + (f"; {left} are left, call me again" if left else ""), flush=True)
+
+
+def identity(
+    name: str, method: str, folder: Path | None, frames: int, videos: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The columns that say what a row is of."""
+    return {
+        "lora": name, "method": method, "frames": frames, "height": args.size, "width": args.size, "videos": videos,
+        "steps": args.steps, "guidance": args.guidance, **trained(folder),
+    }  # fmt: skip
+
+
+def same(row: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether a row is of this."""
+    return all(str(row[name]) == str(value) for name, value in about.items())
 
 
 def settings_of(args: argparse.Namespace) -> list[tuple[str, str, Path | None]]:
     """(name, method, LoRA) of what is compared; the truth first."""
     found: list[tuple[str, str, Path | None]] = [("truth", "none", None)]
     loras = [text.partition("=") for text in args.lora]
-    methods = dict.fromkeys(["dense", *(method.split("-")[0] for method, _, _ in loras)])
+    methods = dict.fromkeys(["dense", "radial", *(method.split("-")[0] for method, _, _ in loras)])
     found += [*(("none", method, None) for method in methods), ("riflex", "dense", None)]
     return found + [(method, method.split("-")[0], Path(folder)) for method, _, folder in loras]
 
@@ -92,29 +121,35 @@ def load(args: argparse.Namespace) -> Any:
     return pipe
 
 
-def switch(pipe: Any, name: str, method: str, folder: Path | None) -> None:
-    """Give the pipeline a LoRA, or none, and the attention."""
-    restore(pipe)
-    pipe.unload_lora_weights()
+@contextmanager
+def switched(pipe: Any, name: str, method: str, folder: Path | None) -> Iterator[None]:
+    """A pipeline with a LoRA, or none, and the attention, for the time of a block."""
     options: dict[str, Any] = dict(RADIAL) if method == "radial" else {}
-    if folder is not None:
-        pipe.load_lora_weights(folder)
-        lora = find_lora(str(folder))
-        if lora.norms is not None:
-            raise SystemExit(f"{folder} has trained norms, which would stay for the others; it cannot be judged here.")
-        options = lora.options(method)
-        extend_rope(pipe, lora.about["rope"], trained_frames=lora.about["trained_frames"])
-    if name == "riflex":
-        extend_rope(pipe, "riflex", trained_frames=TRAINED)
-    if method != "none":
-        pipe.set_attn_processor(make_processor(method, options))
+    shift = None
+    try:
+        if folder is not None:
+            lora = find_lora(str(folder))
+            if lora.norms is not None:
+                raise SystemExit(f"{folder} has trained norms, which would stay for the others; it cannot be judged.")
+            pipe.load_lora_weights(folder)
+            options, shift = lora.options(method), lora.shift
+            extend_rope(pipe, lora.about["rope"], trained_frames=lora.about["trained_frames"])
+        if name == "riflex":
+            extend_rope(pipe, "riflex", trained_frames=TRAINED)
+        if method != "none":
+            pipe.set_attn_processor(make_processor(method, options))
+        with shifted(pipe, shift):
+            yield
+    finally:
+        restore(pipe)
+        pipe.unload_lora_weights()
 
 
 def measure(
-    pipe: Any, prompts: list[dict[str, Any]], name: str, method: str, folder: Path | None, frames: int,
-    pool: ProcessPoolExecutor, args: argparse.Namespace,
+    pipe: Any, prompts: list[dict[str, Any]], name: str, frames: int, pool: ProcessPoolExecutor,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate and judge all prompts at one length."""
+    """Generate and judge all prompts at one length; the columns of what was found."""
     pending, seconds = [], 0.0
     for at in range(0, len(prompts), args.batch):
         part = prompts[at : at + args.batch]
@@ -126,11 +161,7 @@ def measure(
         for entry, video, truth in zip(part, videos, truths, strict=True):
             pending.append(pool.submit(look, entry["prompt"], *((x * 255).byte().numpy() for x in (video, truth))))
     figures = [p.result() for p in pending]
-    row: dict[str, Any] = {
-        "lora": name, "method": method, "frames": frames, "height": args.size, "width": args.size,
-        "videos": len(prompts), "steps": args.steps, "guidance": args.guidance,
-        "generation_s": f"{seconds / len(prompts):.3f}", **trained(folder), **environment(args.commit),
-    }  # fmt: skip
+    row: dict[str, Any] = {"generation_s": f"{seconds / len(prompts):.3f}"}
     for figure in FIGURES:
         mean, low, high = interval([f[figure] for f in figures])
         row |= {figure: f"{mean:.4f}", f"{figure}_low": f"{low:.4f}", f"{figure}_high": f"{high:.4f}"}
@@ -196,7 +227,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=1e9, help="no new length of a LoRA is begun after these")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no new row is begun after these")
     parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()

@@ -13,7 +13,8 @@ How close videos are to others of the same names, by our convention or that of a
     python eval/score_videos.py FOLDER --reference DENSE
     python eval/score_videos.py FOLDER --reference DENSE --convention svg --decoded
 
-Written to FOLDER/scores, or to --output; a killed run goes on where it was when it is started again:
+Written to FOLDER/scores, or to --output, under the folder's name, with --long FOLDER_long; a killed run goes on where
+it was when the same command is given again:
 
     NAME_eval_results.json   VBench's own shape, which its summariser reads
     NAME_full_info.json      the videos by prompt, as VBench writes it beside the other
@@ -89,7 +90,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoded", action="store_true", help="compare decoded files even where there are raw frames")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that models run on")
     parser.add_argument("--output", type=Path, metavar="DIR", help="FOLDER/scores if left out")
-    parser.add_argument("--name", help="that files begin with; the folder's if left out")
+    parser.add_argument("--name", help="that files begin with; the folder's, with --long FOLDER_long")
     parser.add_argument("--summarise", type=Path, metavar="JSON", help="print the totals of a results file; no scoring")
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.summarise is None):
@@ -107,14 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        print("Interrupted; the same command goes on where it was.", file=sys.stderr)
         return 130
 
 
 def score(args: argparse.Namespace) -> int:
     folder: Path = args.folder
     output: Path = args.output or folder / "scores"
-    prefix = args.name or folder.resolve().name
+    prefix = args.name or folder.resolve().name + "_long" * args.long  # scores of clips beside those of whole videos
     if args.reference:
         find_videos(args.reference)  # told before hours of scoring
     check_writable(output)

@@ -16,10 +16,18 @@ DiT's, in one round of its own that is added to those in `training.json`:
     PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages large \\
         --budget-minutes 24 --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
 
-Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card, and correct the card's
-last section, which is written by hand:
+Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card (its text speaks of the
+first rows, its table has a line for each file), and correct the card's last section, which is written by hand:
 
-    PYTHONPATH=. python eval/train_tiny_model.py card --out assets/tiny-wan --rows assets/results/tiny_wan_dense_33.csv
+    PYTHONPATH=. python eval/train_tiny_model.py card --out assets/tiny-wan \\
+        --rows assets/results/tiny_wan_dense_33.csv assets/results/tiny_wan_heldout_*.csv
+
+On N GPUs of one host, with N times the batch. Each process draws clips of its own, the first one logs and writes, and
+all stop together at a signal to one of them. Here the VAE is trained on, too, and the DiT learns its new latents:
+
+    PYTHONPATH=. torchrun --nproc-per-node 2 eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --again \\
+        --stages mixed --pairs 0.5 --vae-lr 5e-4 --vae-minutes 7.5 --scale-lr --budget-minutes 20 --work /tmp/tiny \\
+        --backup out/backup --resume
 
 Where a shell lives for minutes only, but the machine stays, let one process outlive it, and call again to look:
 
@@ -61,8 +69,10 @@ import torch
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
+from videosparse.training.tiny.objectives import FLOW_SHIFT
 from videosparse.training.tiny.plan import STAGES, Plan, smoke_plan
 from videosparse.training.tiny.pools import encode, prepare_tokenizer, sample_captions, worker_init
+from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.state import START, STOP, Run
 from videosparse.training.tiny.vae_phase import VAE_VARIANTS, train_vae
 
@@ -70,11 +80,15 @@ logger = logging.getLogger("videosparse.training.tiny")
 
 
 class Elapsed(logging.Formatter):
-    """Log lines that begin with the seconds since the start."""
+    """Log lines that begin with the seconds since the start, and say which process is speaking if not the first."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.who = f" process {rank}" if rank else ""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        return f"[{time.monotonic() - START:7.1f}s] {super().format(record)}"
+        return f"[{time.monotonic() - START:7.1f}s{self.who}] {super().format(record)}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,6 +120,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument("--lr", type=float, default=6e-4)
     knobs.add_argument("--vae-lr", type=float, default=2e-4)
     knobs.add_argument("--kl", type=float, default=1e-5, help="weight of the KL term, mean over latent elements")
+    knobs.add_argument(
+        "--scale-lr", action="store_true", help="multiply the DiT's rates by the square root of the number of processes"
+    )
+    knobs.add_argument("--vae-object-weight", type=float, default=8.0, help="how much more pixels of objects count")
     knobs.add_argument("--ema", type=float, default=0.999)
     knobs.add_argument("--attention", choices=("auto", "default"), default="auto")
     knobs.add_argument("--vae-variant", choices=("auto", *VAE_VARIANTS), default="auto")
@@ -116,7 +134,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--stages",
         choices=tuple(STAGES),
         default="full",
-        help="large: no 64 pixels and no 17-frame batches; short: nor 81 frames; long: 81 and 33 frames in every stage",
+        help="large: no 64 pixels and no 17-frame batches; short: nor 81 frames; long: 81 and 33 frames in every "
+        "stage; mixed: the same from one larger pool of 81 frames",
     )
     knobs.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the matrices of the blocks")
     knobs.add_argument("--matrix-lr", type=float, default=2e-3, help="of Muon")
@@ -131,9 +150,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("export")
     out.add_argument("--out", default="assets/tiny-wan")
     out.add_argument("--scheduler", choices=("unipc", "euler"), default="unipc")
+    out.add_argument("--flow-shift", type=float, default=FLOW_SHIFT, help="of the noise levels of the scheduler")
     out.add_argument("--check", action="store_true", help="load the exported pipeline and generate a clip")
     out.add_argument("--check-steps", type=int, default=8)
-    out.add_argument("--rows", type=Path, help="card: rows of eval/score_world.py to take the accuracy from")
+    out.add_argument(
+        "--rows", type=Path, nargs="+", default=[], help="card: rows of eval/score_world.py to take the accuracy from"
+    )
     args = parser.parse_args(argv)
     if args.keep_vae and not args.again:
         parser.error("--keep-vae says what --again keeps; give both, or neither: --from-pipeline keeps the VAE anyway.")
@@ -148,11 +170,22 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name in ("decay_share", "pairs"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in 0..1 (got {getattr(args, name)}).")
-    for name in ("minutes", "budget_minutes", "lr", "matrix_lr", "vae_lr", "shift", "pool_scale", "steps"):
+    for name in (
+        "minutes",
+        "budget_minutes",
+        "lr",
+        "matrix_lr",
+        "vae_lr",
+        "shift",
+        "flow_shift",
+        "pool_scale",
+        "steps",
+    ):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
-    if args.object_weight < 0:
-        parser.error(f"--object-weight must not be negative (got {args.object_weight}).")
+    for name in ("object_weight", "vae_object_weight"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must not be negative (got {getattr(args, name)}).")
     if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
         parser.error(f"--device must be auto, cpu or cuda (got {args.device!r}).")
 
@@ -180,47 +213,61 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Train or export, with a log of lines that begin with the seconds since the start."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(Elapsed())
+    ranks = Ranks.of_launcher()
+    handler.setFormatter(Elapsed(ranks.rank))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if ranks.first else logging.WARNING)
     try:
-        train(args)
+        train(args, ranks)
     finally:
         logger.removeHandler(handler)
     return 0
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """The phases that the command names, and the last words."""
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
-    run = make_run(args)
+    run = make_run(args, ranks)
     try:
         finished = run_phase(run)
         for saver in run.savers:
             saver.join()
     finally:
         run.workers.shutdown(wait=True, cancel_futures=True)
+    # the first may still have been writing
+    ranks.any(False)
+    ranks.leave()
     logger.info("finished" if finished else "stopped before the end; go on with --resume")
 
 
-def make_run(args: argparse.Namespace) -> Run:
-    """Workers first: they are forked, so before the first use of the GPU or of any thread pool."""
-    count = args.workers or max(1, min(12, (os.cpu_count() or 2) - 2))
+def make_run(args: argparse.Namespace, ranks: Ranks) -> Run:
+    """Workers first: they are forked, so before the first use of the GPU, any thread pool and other processes."""
+    count = args.workers or max(1, min(12, ((os.cpu_count() or 2) - 2) // ranks.size))
     workers = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=worker_init)
     workers.submit(sample_captions, 0, 1).result()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
-    torch.manual_seed(args.seed)
+    device = torch.device(pick_gpu(args.device) if cuda else "cpu")
+    # new weights are those of the first process; clips and noise are each one's own
+    torch.manual_seed(args.seed + ranks.rank)
     if cuda:
+        torch.cuda.set_device(device)
         set_up_cuda()
+    ranks.join(cuda)
     plan = smoke_plan(cuda) if args.smoke else Plan()
     if args.pool_scale != 1.0:
         pools = (replace(p, count=max(2, round(args.pool_scale * p.count / p.chunk)) * p.chunk) for p in plan.pools)
         plan = replace(plan, pools=tuple(pools))
-    run = Run(args, STAGES[args.stages](plan), device, workers)
+    run = Run(args, STAGES[args.stages](plan), device, workers, ranks)
     run.load(resume=args.resume or args.command in ("encode", "dit", "export"))
+    # nobody stores pools before the first has removed those of another round
+    ranks.any(False)
     return run
+
+
+def pick_gpu(name: str) -> str:
+    """The device that was named, else the GPU that `torchrun` has for this process."""
+    return name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def set_up_cuda() -> None:
@@ -268,7 +315,8 @@ def run_all(run: Run) -> bool:
     encode(run)
     run.save()
     left = args.budget_minutes - run.spent() - args.reserve_minutes
-    minutes = max(0.02, run.meta.get("dit", {}).get("elapsed", 0.0) / 60 + left)
+    # by the clock of the first process, or one would end before another
+    minutes = run.ranks.of_first(max(0.02, run.meta.get("dit", {}).get("elapsed", 0.0) / 60 + left))
     logger.info(f"dit: {minutes:.2f} min in all, {left:.2f} left")
     return train_dit(run, minutes)
 

@@ -7,11 +7,16 @@ captions of the same name. Several lengths and sizes may be given; a video goes 
 length, scaled and cut around its centre, from its first frame on. A longer clip also serves shorter lengths in
 training, so one length is usually enough.
 
+Clips are brought to the model's frame rate (Wan 16 frames a second, Wan2.2-5B and HunyuanVideo 24, Mochi 30; --fps N
+for another): frame i is the one whose time stamp is nearest to i / N seconds, also where the rate varies, so faster
+videos lose frames and slower ones repeat some. The rate is written into `dataset.json`, and training refuses another.
+
     python lora/prepare_dataset.py --synthetic 96 --frames 65 --size 64x64 --output outputs/data/tiny-2x
 
 makes clips of the synthetic world of the embedded model instead. Either way the result is a folder of safetensors
 shards with latents and text embeddings, named by the hash of what they were made from: call it again to add what is
-missing. Videos that cannot be read are listed in `skipped.jsonl` there, and never stop the program.
+missing. Videos that cannot be read are listed in `skipped.jsonl` there, and never stop the program; if none can be
+used, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -33,13 +38,17 @@ def main() -> int:
     try:
         sizes = sizes_of(args.frames, args.size)
         clips = find_clips(args.videos) if args.videos else synthetic_clips(args.synthetic, args.seed)
-        done = prepare(clips, args.output, args.model, sizes, device=args.device, report=show)
+        done = prepare(clips, args.output, args.model, sizes, fps=args.fps, device=args.device, report=show)
     except GenerationError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {done.encoded} clips encoded, {done.present} were there, {len(done.skipped)} skipped")
     for name, reason in done.skipped:
         print(f"  {name} {reason}")
+    if not done.encoded + done.present:
+        print(f"Error: none of {len(clips)} clips could be used, and {args.output} has none to train on; see the "
+              "reasons above.", file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 
@@ -51,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="assets/tiny-wan", help="Diffusers folder, hub id or name")
     parser.add_argument("--frames", type=int, nargs="+", required=True, help="pixel frames of the clips")
     parser.add_argument("--size", nargs="+", required=True, help="HEIGHTxWIDTH in pixels")
+    parser.add_argument("--fps", type=float, help="frames a second of the clips; the model's unless given")
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="of synthetic clips")

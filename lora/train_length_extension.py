@@ -6,8 +6,9 @@
 
 `--set train.lr=2e-4` changes any key of the recipe, `--keys` lists them all. Encode a data set first with
 `lora/prepare_dataset.py`; only the synthetic recipes do that by themselves. `--resume` goes on from the newest
-checkpoint exactly as if nothing had happened; SIGTERM and Ctrl-C write one and leave. The result is
-`pytorch_lora_weights.safetensors` in `output.folder`, for `pipe.load_lora_weights(...)` and for
+checkpoint exactly as if nothing had happened (without one it says so and begins, so that a job that is queued again
+needs one command); SIGTERM and Ctrl-C write one and leave. The result is `pytorch_lora_weights.safetensors` in
+`output.folder`, for `pipe.load_lora_weights(...)` and for
 
     videosparse generate "a red circle bounces" --lora OUTPUT_FOLDER
 
@@ -63,6 +64,8 @@ def train(config: Config, args: argparse.Namespace) -> int:
     run = LoraRun(config, engine)
     begun = run.resume() if args.resume else 0
     say = engine.print
+    if args.resume and not begun:
+        say(f"Note: {folder} has no checkpoint to resume; training starts at step 0.")
     say(f"{run.source.name}: {sum(p.numel() for p in run.parameters.values()):,} parameters in adapters, "
         f"{config.attention.method} attention, steps {begun} to {config.train.steps}")  # fmt: skip
     engine.init_trackers("videosparse-lora", config={name: str(value) for name, value, _ in flat(config)})
@@ -133,7 +136,9 @@ def render_clips(config: Config, device: str) -> None:
     begun.touch()
     size = Size(max(config.train.frames), config.data.height, config.data.width)
     print(f"encoding {config.data.synthetic} synthetic clips of {size}", flush=True)
-    prepare(synthetic_clips(config.data.synthetic), folder, config.model.path, [size], device=device)
+    clips = synthetic_clips(config.data.synthetic)
+    names = ("train.frames", "data.height", "data.width", "data.fps")
+    prepare(clips, folder, config.model.path, [size], fps=config.data.fps or None, names=names, device=device)
     begun.unlink()
 
 

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, Hun
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import stream_to
+from videosparse.generation import find_model, stream_to, told, video_place
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -33,12 +33,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=24)
-    parser.add_argument("--output", default="hunyuan_video.mp4")
+    parser.add_argument("--output", help="an .mp4 file or a folder; outputs/PROMPT-SEED-METHOD.mp4 unless said")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    # names and sizes are checked before anything is loaded
+    place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
+    find_model(args.model).grid(args.frames, args.height, args.width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16, half = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.float32)
     # the transformer is made for bfloat16, the other parts are published in float16
@@ -60,7 +64,7 @@ def main() -> None:
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
-    with stream_to(pipe, args.output, fps=args.fps):
+    with stream_to(pipe, place, fps=args.fps) as video:
         pipe(
             prompt=args.prompt,
             num_frames=args.frames,
@@ -71,11 +75,11 @@ def main() -> None:
             generator=torch.Generator().manual_seed(args.seed),
         )
     print(processor.report())
-    print(args.output)
+    print(video.path)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {told(error)}") from None

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import stream_to
+from videosparse.generation import find_model, stream_to, told, video_place
 from videosparse.generation.batch import plan_batch, run_batch
 from videosparse.generation.runfile import merge, read_prompts, request_from
 
@@ -35,7 +35,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--output", default="video.mp4", help="a file; with --prompts a folder")
+    parser.add_argument("--output", help="an .mp4 file or a folder, with --prompts a folder; outputs/ unless said")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
     if (args.prompt is None) == (args.prompts is None):
         parser.error("give a prompt, or --prompts FILE")
@@ -43,6 +44,9 @@ def parse() -> argparse.Namespace:
 
 
 def one_video(args: argparse.Namespace, state: PartialState) -> None:
+    # names and sizes are checked before anything is loaded
+    place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
+    find_model(args.model).grid(args.frames, args.height, args.width)
     dtype = torch.bfloat16 if state.device.type == "cuda" else torch.float32
     pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype={"default": dtype, "vae": torch.float32})
     if not type(pipe).__name__.startswith("Wan"):
@@ -57,10 +61,10 @@ def one_video(args: argparse.Namespace, state: PartialState) -> None:
     sizes = {"num_frames": args.frames, "height": args.height, "width": args.width}
     call = {"prompt": args.prompt, **sizes, "num_inference_steps": args.steps, "generator": generator}
     if state.is_main_process:
-        with stream_to(pipe, args.output, fps=args.fps):
+        with stream_to(pipe, place, fps=args.fps) as video:
             pipe(**call)
         print(processor.report())
-        print(args.output)
+        print(video.path)
     else:
         pipe(**call, output_type="latent")  # all ranks denoise, the first one decodes
 
@@ -68,10 +72,10 @@ def one_video(args: argparse.Namespace, state: PartialState) -> None:
 def many_videos(args: argparse.Namespace, state: PartialState) -> None:
     values = {name: getattr(args, name) for name in ("model", "method", "frames", "height", "width", "steps", "seed")}
     values |= {"device": str(state.device), "fps": args.fps}
-    requests = [
-        request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in read_prompts(args.prompts)
-    ]
-    batch = plan_batch(requests, args.output)
+    lines = read_prompts(args.prompts)
+    requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
+    labels = [f"{args.prompts}, line {line.number}" for line in lines]
+    batch = plan_batch(requests, args.output, overwrite=args.overwrite, labels=labels)
     with state.split_between_processes(list(range(len(requests)))) as own:
         run_batch(batch, lambda number, made, paths: print(paths[".mp4"], flush=True), numbers=own)
 
@@ -79,8 +83,12 @@ def many_videos(args: argparse.Namespace, state: PartialState) -> None:
 if __name__ == "__main__":
     arguments = parse()
     state = PartialState(cpu=not torch.cuda.is_available())
-    if arguments.prompts is None:
-        one_video(arguments, state)
-    else:
-        many_videos(arguments, state)
-    state.destroy_process_group()
+    try:
+        if arguments.prompts is None:
+            one_video(arguments, state)
+        else:
+            many_videos(arguments, state)
+    except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+        raise SystemExit(f"error: {told(error)}") from None  # on every rank: the first to end takes the others along
+    finally:
+        state.destroy_process_group()

@@ -2,6 +2,8 @@
 
     python pipelines/wan22_t2v.py "a cat surfing" --offload
     python pipelines/wan22_t2v.py "a cat surfing" --frames 161 --lora high.safetensors --lora-2 low.safetensors
+    videosparse calibrate --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --shift 12 --prompts prompts.txt -o plan.safetensors
+    python pipelines/wan22_t2v.py "a cat surfing" --method paro --plan plan.safetensors
 
 Both experts hold 28 GB of weights each in bfloat16; --offload keeps the one in use on the GPU.
 """
@@ -12,10 +14,10 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 import videosparse
-from videosparse import AdaSpaProcessor, DenseProcessor, RadialProcessor
-from videosparse.generation import stream_to
+from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
+from videosparse.generation import find_model, stream_to, told, video_place
 
-PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "dense": DenseProcessor}
+PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
 
 def parse() -> argparse.Namespace:
@@ -24,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--model", default="Wan-AI/Wan2.2-T2V-A14B-Diffusers", help="folder or hub id")
     parser.add_argument("--method", choices=PROCESSORS, default="radial")
+    parser.add_argument("--plan", help="of --method paro, for both experts; without one, maps are found in the run")
     parser.add_argument("--frames", type=int, default=81, help="4k+1")
     parser.add_argument("--height", type=int, default=720)
     parser.add_argument("--width", type=int, default=1280)
@@ -37,12 +40,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--output", default="wan22.mp4")
-    return parser.parse_args()
+    parser.add_argument("--output", help="an .mp4 file or a folder; outputs/PROMPT-SEED-METHOD.mp4 unless said")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args()
+    if args.plan is not None and args.method != "paro":
+        parser.error("--plan is for --method paro")
+    return args
 
 
 def main() -> None:
     args = parse()
+    # names and sizes are checked before anything is loaded
+    place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
+    find_model(args.model).grid(args.frames, args.height, args.width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
     vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
@@ -58,12 +68,13 @@ def main() -> None:
     else:
         pipe.to(device)
 
-    processor = PROCESSORS[args.method]()
+    options = {} if args.plan is None else {"plan": args.plan}
+    processor = PROCESSORS[args.method](**options)
     pipe.set_attn_processor(processor)  # both experts; the step is that of the run, whichever is at work
     if args.rope != "none":
         videosparse.extend_rope(pipe, args.rope, trained_frames=81)
 
-    with stream_to(pipe, args.output, fps=args.fps):
+    with stream_to(pipe, place, fps=args.fps) as video:
         pipe(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
@@ -76,11 +87,11 @@ def main() -> None:
             generator=torch.Generator().manual_seed(args.seed),
         )
     print(processor.report())
-    print(args.output)
+    print(video.path)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {told(error)}") from None

@@ -5,6 +5,7 @@ python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png --frames 16
 """
 
 import argparse
+import re
 from math import sqrt
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.utils import load_image
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import stream_to
+from videosparse.generation import find_model, stream_to, told, video_place
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -34,12 +35,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--output", default="wan_i2v.mp4")
+    parser.add_argument("--output", help="an .mp4 file or a folder; outputs/PROMPT-SEED-METHOD.mp4 unless said")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse_args()
+
+
+def size_of(area: str, shape: float, step: int) -> tuple[int, int]:
+    """Height and width of as many pixels as `area` has, of which one is `shape` times the other, in whole steps."""
+    found = re.fullmatch(r"(\d+)x(\d+)", area)
+    if found is None:
+        raise ValueError(f"--area must be HEIGHTxWIDTH, such as 480x832 (got {area!r}).")
+    pixels = int(found[1]) * int(found[2])
+    height, width = (max(1, round(sqrt(pixels * ratio)) // step) * step for ratio in (shape, 1 / shape))
+    return height, width
 
 
 def main() -> None:
     args = parse()
+    # names and sizes are checked before anything is loaded
+    place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
+    model = find_model(args.model)
+    image = load_image(args.image)
+    height, width = size_of(args.area, image.height / image.width, step=model.spec.stride[1] * model.spec.patch)
+    model.grid(args.frames, height, width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
     vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
@@ -56,15 +74,7 @@ def main() -> None:
     if args.rope != "none":
         videosparse.extend_rope(pipe, args.rope, trained_frames=81)
 
-    # as many pixels as asked for, in the shape of the image, in steps that the model can take
-    image = load_image(args.image)
-    rows, columns = (int(size) for size in args.area.split("x"))
-    step = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
-    shape = image.height / image.width
-    height = round(sqrt(rows * columns * shape)) // step * step
-    width = round(sqrt(rows * columns / shape)) // step * step
-
-    with stream_to(pipe, args.output, fps=args.fps):
+    with stream_to(pipe, place, fps=args.fps) as video:
         pipe(
             image=image.resize((width, height)),
             prompt=args.prompt,
@@ -77,11 +87,11 @@ def main() -> None:
             generator=torch.Generator().manual_seed(args.seed),
         )
     print(processor.report())
-    print(args.output)
+    print(video.path)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {told(error)}") from None

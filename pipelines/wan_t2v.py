@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import stream_to
+from videosparse.generation import find_model, stream_to, told, video_place
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -36,12 +36,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="keep only the part in use on the GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
-    parser.add_argument("--output", default="wan.mp4")
+    parser.add_argument("--output", help="an .mp4 file or a folder; outputs/PROMPT-SEED-METHOD.mp4 unless said")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    # names and sizes are checked before anything is loaded
+    place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
+    find_model(args.model).grid(args.frames, args.height, args.width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
     vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
@@ -62,7 +66,7 @@ def main() -> None:
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
-    with stream_to(pipe, args.output, fps=args.fps):
+    with stream_to(pipe, place, fps=args.fps) as video:
         pipe(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
@@ -74,11 +78,11 @@ def main() -> None:
             generator=torch.Generator().manual_seed(args.seed),
         )
     print(processor.report())
-    print(args.output)
+    print(video.path)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {told(error)}") from None

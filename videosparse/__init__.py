@@ -22,19 +22,22 @@ if TYPE_CHECKING:
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
     from videosparse.layout import TokenLayout, VideoGrid
+    from videosparse.logits import FarLogits
     from videosparse.parallel import parallelize
     from videosparse.processors import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-    from videosparse.stretching import extend_rope
+    from videosparse.stretching import context_windows, extend_rope
 
 __all__ = [
     "AdaSpaProcessor",
     "BlockMap",
     "DenseProcessor",
+    "FarLogits",
     "PAROProcessor",
     "RadialProcessor",
     "TokenLayout",
     "VideoGrid",
     "attend",
+    "context_windows",
     "extend_rope",
     "parallelize",
     "restore",
@@ -45,11 +48,13 @@ _HOME = {
     "AdaSpaProcessor": "processors",
     "BlockMap": "blocks",
     "DenseProcessor": "processors",
+    "FarLogits": "logits",
     "PAROProcessor": "processors",
     "RadialProcessor": "processors",
     "TokenLayout": "layout",
     "VideoGrid": "layout",
     "attend": "kernels",
+    "context_windows": "stretching",
     "extend_rope": "stretching",
     "parallelize": "parallel",
     "restore": "attach",

@@ -5,12 +5,15 @@ Written against 0.41 to 0.43. When a release moves one of these names, this is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.context_parallel import ContextParallelSplitHook, apply_context_parallel
 from diffusers.hooks.hooks import BaseState, StateManager
@@ -207,6 +210,67 @@ class RunEvents(ModelHook):  # type: ignore[misc]  # untyped base
         if registry.hooks.pop(_EVENTS, None) is not None:
             place = registry._hook_order.index(_EVENTS)
             del registry._hook_order[place], registry._fn_refs[place]
+
+
+class _Bar:
+    """A progress bar that tells when the block that it is open in is left by an exception."""
+
+    def __init__(self, bar: Any, on_failure: Callable[[], None]) -> None:
+        self._bar, self._on_failure = bar, on_failure
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        if kind is not None:
+            self._on_failure()
+        return self._bar.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._bar)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+
+class FailureEvents:
+    """Tells when a run of a pipeline ends by an exception outside its transformer, in a callback or on Ctrl-C.
+
+    Diffusers tells the hooks of a model about runs that succeed alone. Every pipeline denoises inside
+    `with self.progress_bar(...)`, so this takes the place of that method, of one pipeline.
+
+    Args:
+        pipeline: holds this, so it is held weakly.
+        on_failure: what to call.
+    """
+
+    def __init__(self, pipeline: Any, on_failure: Callable[[], None]) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._on_failure = on_failure
+        before = vars(pipeline).get("progress_bar")
+        self._before: Any = before._before if isinstance(before, FailureEvents) else before
+
+    def __call__(self, iterable: Any = None, total: int | None = None) -> _Bar:
+        """The pipeline's own bar."""
+        # of a copy whose original is gone, a plain bar
+        pipeline: Any = self._pipeline() or SimpleNamespace()
+        bar = partial(DiffusionPipeline.progress_bar, pipeline) if self._before is None else self._before
+        return _Bar(bar(iterable=iterable, total=total), self._on_failure)
+
+    @classmethod
+    def install(cls, pipeline: Any, on_failure: Callable[[], None]) -> None:
+        """Begin to tell; nothing happens where a pipeline has no progress bar."""
+        if hasattr(pipeline, "progress_bar"):
+            vars(pipeline)["progress_bar"] = cls(pipeline, on_failure)
+
+    @classmethod
+    def remove(cls, pipeline: Any) -> None:
+        """Stop telling; nothing happens where it was not begun."""
+        found = vars(pipeline).get("progress_bar")
+        if isinstance(found, cls):
+            del vars(pipeline)["progress_bar"]
+            if found._before is not None:
+                vars(pipeline)["progress_bar"] = found._before
 
 
 def default_processor(attn: torch.nn.Module, stock: str) -> Any:

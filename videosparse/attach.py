@@ -11,12 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from videosparse._diffusers import HostProcessor, RunEvents, default_processor, is_parallel
+from videosparse._diffusers import FailureEvents, HostProcessor, RunEvents, default_processor, is_parallel
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
+from videosparse.components import experts_of, number_of, targets, unwrapped
 from videosparse.dense_plans import dense_plan
 from videosparse.kernels import describe_backend
-from videosparse.kernels.dense import title_of
+from videosparse.kernels.dense import OWN, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.models.rope import undo
@@ -33,11 +34,11 @@ from videosparse.policies.base import (
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved
 from videosparse.report import RunRecord
 from videosparse.sharing import Shard, check_shared, shard_of
+from videosparse.windows import current_window
 
 logger = logging.getLogger(__name__)
 
 _TRACKER = "_videosparse_tracker"
-_COMPONENTS = ("transformer", "transformer_2")
 
 # Share of dense steps to suggest: the published 12 of 50.
 _USUAL_SHARE = 0.24
@@ -71,6 +72,11 @@ class _Session:
             self.active.free()
         self.grid, self.active = grid, tracker
 
+    def fail(self) -> None:
+        """A run has ended by an exception: free what it has kept."""
+        if self.active is not None:
+            self.active.end_run()
+
 
 class RunTracker:
     """Follows the forwards of one transformer and lays out the plan of every self-attention before each.
@@ -80,8 +86,8 @@ class RunTracker:
     expert takes over.
     """
 
-    def __init__(self, transformer: Any, family: ModelFamily, session: _Session) -> None:
-        self.family, self.session = family, session
+    def __init__(self, transformer: Any, family: ModelFamily, session: _Session, expert: int = 0) -> None:
+        self.family, self.session, self.expert = family, session, expert
         self.config = {**transformer.config, "_class_name": type_name(transformer, family)}
         self.layers: list[tuple[int, LayerProcessor]] = []
         self.states: dict[tuple[str, int], LayerState] = {}
@@ -97,7 +103,7 @@ class RunTracker:
         self._ranks = 1
         self._dealt: WeakKeyDictionary[PackedIndex, tuple[PackedIndex, TokenOrder, Shard]] = WeakKeyDictionary()
         self._searching: list[tuple[tuple[str, int], LayerProcessor, LayerState]] = []
-        self._calls: dict[str | None, int] = {}
+        self._calls: dict[tuple[str | None, int | None], int] = {}
         self._warned = False
         self._handles: list[Any] = []
 
@@ -171,9 +177,10 @@ class RunTracker:
         if training:
             # there is no run: only the layers' part of the schedule has a meaning, and nothing is counted
             schedule = replace(resolved.schedule, first_steps=0, last_steps=0)
-            self._plan(dense, RunStep(TRAINING, 0), replace(resolved, schedule=schedule), inputs["hidden_states"])
+            moment = RunStep(TRAINING, 0, expert=self.expert)
+            self._plan(dense, moment, replace(resolved, schedule=schedule), inputs["hidden_states"])
             return
-        run = self._now(dense, inputs.get("timestep"), device)
+        run = self._now(dense, inputs.get("timestep"), device, current_window(module))
         if resolved.policy is not None:
             resolved.policy.check_run(resolved.schedule, run.total)
         self._plan(dense, run, resolved, inputs["hidden_states"])
@@ -231,9 +238,12 @@ class RunTracker:
             self._resolved = session.processor.resolve(self.config, experts=session.experts, grid=grid)
             session.processor.binding.resolved = self._resolved
             self._grid = grid
+            _say_if_left_alone(self._resolved, grid)
         return self._resolved
 
-    def _now(self, dense: DensePlan, timestep: torch.Tensor | None, device: torch.device) -> RunStep:
+    def _now(
+        self, dense: DensePlan, timestep: torch.Tensor | None, device: torch.device, window: int | None
+    ) -> RunStep:
         """When this forward happens; starts a record when it is the first of a run."""
         clock, binding = self.session.clock, self.session.processor.binding
         before = clock.run
@@ -242,7 +252,7 @@ class RunTracker:
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
             _warn_if_all_dense(self._resolved, clock.total())
-            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title_of(dense.kernel)
+            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else _title(dense, device)
             runs_sparse = _backend(self._resolved, device)
             binding.record = RunRecord(dense.layout, runs_sparse, runs_dense, self._resolved.options.quant)
         binding.record.steps = clock.index + 1
@@ -250,12 +260,15 @@ class RunTracker:
             self.free()
         if (clock.run, clock.index) != self._seen:
             self._seen, self._calls = (clock.run, clock.index), {}
-        return RunStep(self._context(), clock.index, clock.total())
+        context = self._context(window)
+        if window is not None:
+            context = f"{context}, window {window}"
+        return RunStep(context, clock.index, clock.total(), self.expert, clock.part(self.expert))
 
-    def _context(self) -> str:
+    def _context(self, window: int | None) -> str:
         """Name of the guidance branch, or its number within the step where the pipeline names none."""
         name = self.events.context
-        calls = self._calls[name] = self._calls.get(name, 0) + 1
+        calls = self._calls[name, window] = self._calls.get((name, window), 0) + 1
         if name is None:
             return str(calls - 1)
         if calls > 1 and self.session.clock.follows and not self._warned:
@@ -282,7 +295,8 @@ class RunTracker:
         shared: dict[tuple[int, int], LayerPlan] = {}
         for number, (depth, layer) in enumerate(self.layers):
             layer.plan = dense
-            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths):
+            known = bool(self.states.get((run.context, number)))
+            if resolved.policy is None or not _is_asked(resolved.policy, resolved.schedule, run, depth, depths, known):
                 continue
             plan = self._ask(resolved.policy, dense.layout, run, number, latents)
             if plan.mode is Mode.DENSE:
@@ -328,10 +342,15 @@ class RunTracker:
         return plan
 
 
-def _is_asked(policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int) -> bool:
-    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches."""
+def _is_asked(
+    policy: SparsityPolicy, schedule: DenseSchedule, run: RunStep, layer: int, layers: int, known: bool
+) -> bool:
+    """Whether a method decides what a layer does: at sparse steps, and at the dense one that searches.
+
+    A search in the last sparse step would be for nobody: a layer of which nothing is `known` by then stays dense.
+    """
     if not schedule.is_dense(run, layer, layers):
-        return True
+        return known or not (policy.searches and run.context != TRAINING and schedule.is_last_sparse(run))
     return policy.searches and schedule.searches_at(run, layer, layers)
 
 
@@ -355,12 +374,30 @@ def _training(transformer: torch.nn.Module) -> bool:
     return transformer.training or any(parameter.requires_grad for parameter in transformer.parameters())
 
 
+def _say_if_left_alone(resolved: Resolved, grid: VideoGrid) -> None:
+    """Say so where a logit was asked for, and the video is short enough to do without."""
+    logit = resolved.options.logit
+    if logit is not None and logit.reach(grid) is None:
+        logger.info("%s leaves this video alone: it has %d latent frames.", logit, grid.frames)
+
+
+def _title(dense: DensePlan, device: torch.device) -> str:
+    """What runs dense calls, where that is not Diffusers."""
+    if dense.kernel == OWN:
+        backend = dense.options.backend
+        return f"videosparse {describe_backend(device)[0] if backend == 'auto' else backend}"
+    return title_of(str(dense.kernel))
+
+
 def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:
     """Say so when the dense steps leave no sparse one."""
     if resolved.policy is None or total is None:
         return
     schedule = resolved.schedule
-    if sum(schedule.dense_steps(total)) >= total:
+    dense = sum(schedule.dense_steps(total))
+    if dense == 0 and total == 1 and resolved.policy.searches:
+        logger.warning("A run of one step has no map to search for: every call is dense; use at least 2 steps.")
+    if dense >= total:
         logger.warning(
             "first_steps=%s and last_steps=%s cover all %d steps of this run: every call is dense; use %d, or the "
             "fraction %s.",
@@ -395,17 +432,19 @@ def tracker_of(transformer: torch.nn.Module) -> RunTracker:
     Raises:
         KeyError: none is.
     """
-    tracker: RunTracker = vars(_unwrap(transformer))[_TRACKER]
+    tracker: RunTracker = vars(unwrapped(transformer))[_TRACKER]
     return tracker
 
 
-def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
+def sparsify(pipe_or_transformer: object, processor: Processor, *, place: tuple[int, int] | None = None) -> None:
     """Bind `processor` to every self-attention of a pipeline or a transformer. Attaching again replaces.
 
     Args:
         pipe_or_transformer: a Diffusers pipeline of a supported family, or its transformer. A transformer alone does
             not know how many steps a run has: to generate with it, give `num_steps`, or steps as ints.
         processor: e.g. `RadialProcessor()`.
+        place: for one transformer of several that share a run, given alone (to train it): (its number from 0, how
+            many they are). A pipeline knows.
 
     Raises:
         TypeError: not a supported pipeline or transformer, not one of our processors, or an attention already has a
@@ -420,12 +459,16 @@ def sparsify(pipe_or_transformer: object, processor: Processor) -> None:
         )
     pipeline, transformers = targets(pipe_or_transformer)
     _check_free(processor, transformers)
-    session = _Session(processor, Clock(pipeline, processor.num_steps), _experts(pipeline))
-    trackers = [RunTracker(t, family_of(t), session) for t in transformers]
+    experts = experts_of(pipeline) if place is None else place[1]
+    session = _Session(processor, Clock(pipeline, processor.num_steps), experts)
+    numbers = [number_of(pipeline, t) if place is None else place[0] for t in transformers]
+    trackers = [RunTracker(t, family_of(t), session, n) for t, n in zip(transformers, numbers, strict=True)]
     # everything that can be wrong is found out before anything changes
     resolved = [_check_model(t, tracker) for t, tracker in zip(transformers, trackers, strict=True)]
     for transformer, tracker in zip(transformers, trackers, strict=True):
         tracker.attach(transformer)
+    if pipeline is not None:
+        FailureEvents.install(pipeline, session.fail)
     sizes = (
         f"{type(t).__name__}, {len(tracker.layers)} layers" for t, tracker in zip(transformers, trackers, strict=True)
     )
@@ -440,7 +483,10 @@ def restore(pipe_or_transformer: object) -> None:
     Raises:
         TypeError: not a supported pipeline or transformer.
     """
-    for transformer in targets(pipe_or_transformer)[1]:
+    pipeline, transformers = targets(pipe_or_transformer)
+    if pipeline is not None:
+        FailureEvents.remove(pipeline)
+    for transformer in transformers:
         _give_back(transformer)
         undo(transformer)
         if is_parallel(transformer) and family_of(transformer).joint:
@@ -483,6 +529,7 @@ def set_attn_processor(pipe: object, processor: object) -> None:
     if isinstance(processor, Processor):
         sparsify(pipe, processor)
         return
+    FailureEvents.remove(pipe)
     for transformer in targets(pipe)[1]:
         accept = getattr(transformer, "set_attn_processor", None)
         if accept is None:
@@ -494,31 +541,6 @@ def set_attn_processor(pipe: object, processor: object) -> None:
             _give_back(transformer)
         # a transformer empties the dict that it is given
         accept(dict(processor) if isinstance(processor, Mapping) else processor)
-
-
-def targets(pipe_or_transformer: object) -> tuple[object | None, list[torch.nn.Module]]:
-    """(pipeline or None, its transformers), wrappers of torch.compile removed."""
-    if isinstance(pipe_or_transformer, torch.nn.Module):
-        return None, [_unwrap(pipe_or_transformer)]
-    parts = (getattr(pipe_or_transformer, name, None) for name in _COMPONENTS)
-    transformers = [_unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
-    if not transformers:
-        raise TypeError(
-            "Expected a Diffusers pipeline with a transformer, or a transformer "
-            f"(got {type(pipe_or_transformer).__name__}); pass what from_pretrained returned."
-        )
-    return pipe_or_transformer, transformers
-
-
-def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, torch.nn.Module) else module
-
-
-def _experts(pipeline: object | None) -> int:
-    """2 for a pipeline of two noise-level experts, also while only one of them is loaded."""
-    config = getattr(pipeline, "config", {})
-    return 2 if getattr(pipeline, "transformer_2", None) is not None or config.get("boundary_ratio") else 1
 
 
 def _check_free(processor: Processor, transformers: list[torch.nn.Module]) -> None:
@@ -556,6 +578,7 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
                 "without losing what it does. Give the attention its stock processor first."
             )
     resolved = session.processor.resolve(tracker.config, experts=session.experts)
+    session.processor.check_transformer(transformer, tracker.config, tracker.expert)
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
     host, heads = HostProcessor(attentions[0].module.processor), int(tracker.config["num_attention_heads"])
     check_shared(host, joint=family.joint, policy=resolved.policy, heads=heads)

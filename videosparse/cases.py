@@ -36,6 +36,10 @@ class ModelSpec:
     ffn: int = 0
     experts: int = 1
 
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of so many pixel frames."""
+        return (num_frames - 1) // self.stride[0] + 1
+
     def grid(self, num_frames: int, height: int, width: int, multiple: int = 1) -> VideoGrid:
         """The token grid of a video of `num_frames` pixel frames and height x width pixels.
 
@@ -58,7 +62,7 @@ class ModelSpec:
                 near = " or ".join(str(n) for n in dict.fromkeys((low, low + step if size > step else low)))
                 raise ValueError(f"{label} must be a multiple of {step} for {self.name} (got {size}); use {near}.")
         token = space * self.patch
-        return VideoGrid((num_frames - 1) // time + 1, height // token, width // token)
+        return VideoGrid(self.latent_frames(num_frames), height // token, width // token)
 
 
 @dataclass(frozen=True)

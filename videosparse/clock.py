@@ -31,6 +31,7 @@ class Clock:
         self._timeline: object = None
         self._rising: bool | None = None
         self._total: int | None = None
+        self._turn: int | None = None
         self.run = 0
         self.index = 0
 
@@ -67,6 +68,25 @@ class Clock:
             return self._num_steps
         return self._total
 
+    def part(self, expert: int) -> tuple[int, int] | None:
+        """(first, number) of the steps of this run that one of two experts makes; None where one makes all.
+
+        As the pipeline does it: from the first step below its boundary of noise on, the second expert takes over.
+        """
+        if self._turn is None or self._total is None:
+            return None
+        return (self._turn, self._total - self._turn) if expert else (0, self._turn)
+
+    def _taken_over(self, scheduler: Any) -> int | None:
+        """The step of this run at which the second expert takes over; reading the timesteps waits for the device."""
+        pipeline = self._alive()
+        boundary = getattr(pipeline, "config", {}).get("boundary_ratio")
+        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        if boundary is None or trained is None or self._total is None:
+            return None
+        left = scheduler.timesteps.detach().cpu()[-self._total :]
+        return int((left >= boundary * trained).sum())
+
     def _count(self, timesteps: torch.Tensor, first: torch.Tensor | None) -> int | None:
         """Steps of a run that walks `timesteps` from `first` on: video-to-video starts late.
 
@@ -96,6 +116,7 @@ class Clock:
         if self._ended or self._is_fresh(scheduler):
             self._begin()
             self._total = self._count(timeline, timestep)
+            self._turn = self._taken_over(scheduler)
         elif mark != self._mark:
             self.index += 1
         self._mark, self._timeline = mark, timeline

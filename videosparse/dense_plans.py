@@ -20,7 +20,7 @@ def dense_plan(
 
     A backend chosen by the user is what dense calls are for, and Diffusers passes shards around a ring. Else it is the
     fastest there is. With text lengths, which torch's fast kernels cannot take, that is ours, by several times in half
-    precision, in training too. Integers are ours alone.
+    precision, in training too. Integers and changed scores are ours alone.
 
     Args:
         layers: of the transformer.
@@ -28,11 +28,12 @@ def dense_plan(
         head_dim: of its self-attentions.
 
     Raises:
-        NotImplementedError, ValueError: see `_check_quantized`.
+        NotImplementedError, ValueError: see `_check_own`.
     """
     options = _options(resolved)
-    if options.quant is not None:
-        _check_quantized(layers, options)
+    far = options.logit is not None and options.logit.reach(layout.grid) is not None
+    if options.quant is not None or far:
+        _check_own(layers, f'DenseProcessor(quant="{options.quant}")' if options.quant else "logit=FarLogits(...)")
         return DensePlan(Mode.DENSE, layout, options=options, kernel=OWN)
     device, dtype = latents.device, autocast(latents[:0]).dtype
     kernel = None
@@ -58,10 +59,10 @@ def _options(resolved: Resolved) -> KernelOptions:
     options = resolved.options
     backend = "torch" if options.backend == "torch" else "auto"
     quant = options.quant if resolved.policy is None else None
-    return KernelOptions(backend=backend, quant=quant, fused_norm=options.fused_norm)
+    return KernelOptions(backend=backend, quant=quant, logit=options.logit, fused_norm=options.fused_norm)
 
 
-def _check_quantized(layers: Sequence[LayerProcessor], options: KernelOptions) -> None:
+def _check_own(layers: Sequence[LayerProcessor], what: str) -> None:
     """Raise where something else decides what runs dense calls.
 
     Raises:
@@ -70,11 +71,7 @@ def _check_quantized(layers: Sequence[LayerProcessor], options: KernelOptions) -
     """
     if any(layer.backend_chosen() for layer in layers):
         raise ValueError(
-            f'DenseProcessor(quant="{options.quant}") runs our own kernel, and set_attention_backend chose '
-            f"{layers[0].backend_name()}; drop one of both."
+            f"{what} runs our own kernel, and set_attention_backend chose {layers[0].backend_name()}; drop one of both."
         )
     if layers[0].ring_degree() > 1:
-        raise NotImplementedError(
-            f'DenseProcessor(quant="{options.quant}") does not work with ring attention; drop quant, or use '
-            "ulysses_degree."
-        )
+        raise NotImplementedError(f"{what} does not work with ring attention; drop it, or use ulysses_degree.")

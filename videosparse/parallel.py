@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from videosparse._diffusers import enable_ulysses, is_parallel, split_video
-from videosparse.attach import sparsify, targets
+from videosparse.attach import sparsify
+from videosparse.components import targets
 from videosparse.models import family_of
 from videosparse.processors import DenseProcessor, LayerProcessor
 from videosparse.sharing import check_heads

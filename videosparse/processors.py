@@ -15,13 +15,16 @@ import torch
 from videosparse._diffusers import HostProcessor
 from videosparse.blocks import PackedIndex
 from videosparse.cases import ModelSpec
+from videosparse.defaults import RadialDefaults, block_for, radial_defaults
 from videosparse.kernels import KernelOptions, attend
 from videosparse.kernels.dense import OWN, dense_by_library
 from videosparse.kernels.selection import expand
 from videosparse.layout import VideoGrid
+from videosparse.logits import FarLogits
 from videosparse.models import ModelFamily, Rotary, model_variant
 from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
+from videosparse.policies.paro import BLOCK as PARO_BLOCK
 from videosparse.policies.paro import PAROPolicy
 from videosparse.policies.paro_plan import PAROPlan
 from videosparse.policies.radial import RadialPolicy
@@ -29,11 +32,7 @@ from videosparse.report import RunRecord, RunReport
 from videosparse.searching import brought, refresh, search, take_back
 from videosparse.sharing import Shard
 
-# Attribute of a rotary embedding: the plans of its forward, by layer.
-_NOTED = "_videosparse_plans"
-
-# Below this many tokens a frame, blocks of 128 hold so many rows of a video that a map of them is nearly full.
-SMALL_FRAME = 512
+_NOTED = "_videosparse_plans"  # attribute of a rotary embedding: the plans of its forward, by layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +223,11 @@ class Processor(ABC):
             ValueError: the configuration is of an unknown transformer.
         """
 
+    def check_transformer(  # noqa: B027  most methods fit every transformer that they can be resolved for
+        self, transformer: torch.nn.Module, config: Mapping[str, Any], expert: int
+    ) -> None:
+        """Raise ValueError at binding where the method does not fit a transformer, number `expert` of its pipeline."""
+
     def report(self) -> RunReport:
         """What the last run did, or the current one has done so far.
 
@@ -276,27 +280,27 @@ class DenseProcessor(Processor):
     Through the backend that was chosen with `set_attention_backend`; else through the fastest there is. For generation
     in half precision on a GPU that is our own kernel where text is part of the sequence (HunyuanVideo, Mochi), and on
     Hopper, for long sequences with head_dim 128, the first that is here of FlashAttention-3, FlashAttention-4
-    (`pip install videosparse[fa4]`) and ours.
-    `report().dense_backend` names it.
+    (`pip install videosparse[fa4]`) and ours. `report().dense_backend` names it.
 
     Args:
-        fused_norm: "auto", "on" or "off"; see `KernelOptions`.
-        quant: integer attention, "int8" or "int8-fp8", for inference, by our own kernel; see `KernelOptions`.
+        fused_norm, quant: see `KernelOptions`; integer attention is by our own kernel, for inference.
+        logit: `FarLogits`, for videos beyond the trained length, by our own kernel; see there.
 
     Raises:
-        ValueError: an unknown fused_norm or quant; with quant, at a forward, a backend that was chosen with
-            `set_attention_backend`.
-        NotImplementedError: with quant, at a forward, ring attention.
+        TypeError, ValueError: an unknown fused_norm, quant or logit; with quant or logit, at a forward, a backend that
+            was chosen with `set_attention_backend`.
+        NotImplementedError: with quant or logit, at a forward, ring attention, or training.
     """
 
     fused_norm: str = "auto"
     quant: str | None = None
+    logit: FarLogits | None = None
 
     def __post_init__(self) -> None:
         self._options()
 
     def _options(self) -> KernelOptions:
-        return KernelOptions(fused_norm=self.fused_norm, quant=self.quant)
+        return KernelOptions(fused_norm=self.fused_norm, quant=self.quant, logit=self.logit)
 
     def resolve(
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
@@ -310,19 +314,20 @@ class SparseProcessor(Processor):
     """What the processors of all sparse methods have in common: where attention stays dense, and how kernels run.
 
     Args:
-        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a fraction of the run as a
-            float. Dense last steps remove flicker. None takes what suits the model.
+        first_steps, last_steps: dense denoising steps at either end of a run: an int, or a float as a fraction of it.
+            Dense last steps remove flicker. None takes what suits the model.
         first_layers, last_layers: dense layers at either end of the depth.
         num_steps: denoising steps of a run; needed only where no pipeline says, for fractions and last steps.
         backend: kernel of the sparse calls: "auto", "triton", "torch", "fa4" or "flex"; see `KernelOptions`.
         fused_norm: "auto", "on" or "off": whether one kernel norms and rotates queries and keys; see `KernelOptions`.
-        quant: integer attention in sparse calls, "int8" or "int8-fp8", for inference; see `KernelOptions`. Dense steps
-            and layers, searches among them, are left in full precision.
+        quant: integer attention in sparse calls, "int8", "int8-fp8" or "int8-int8", for inference; see `KernelOptions`.
+            Dense steps and layers, searches among them, are left in full precision.
+        logit: `FarLogits`, for videos beyond the trained length, in sparse and dense calls; see there.
 
     Raises:
         TypeError, ValueError: a value out of range, at once; at binding, more dense layers than the model has; at the
             first forward of a run, a fraction of steps without a pipeline or `num_steps`.
-        NotImplementedError: training with quant.
+        NotImplementedError: training with quant or logit.
     """
 
     first_steps: int | float | None = field(default=None, kw_only=True)
@@ -333,6 +338,7 @@ class SparseProcessor(Processor):
     backend: str = field(default="auto", kw_only=True)
     fused_norm: str = field(default="auto", kw_only=True)
     quant: str | None = field(default=None, kw_only=True)
+    logit: FarLogits | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
@@ -353,44 +359,7 @@ class SparseProcessor(Processor):
         )
 
     def _options(self) -> KernelOptions:
-        return KernelOptions(backend=self.backend, quant=self.quant, fused_norm=self.fused_norm)
-
-
-@dataclass(frozen=True)
-class RadialDefaults:
-    """Radial Attention's settings for a model; see `RadialPolicy` and `DenseSchedule` for the fields."""
-
-    decay: float
-    sink: bool
-    first_steps: float
-    first_layers: int
-    block: tuple[int, int] = (128, 128)
-
-
-# As published with the method (arXiv 2506.19852 and its code): 12 of 50 steps is 0.24, 11 of 40 is 0.275. Of the rest,
-# TI2V-5B takes after its sibling A14B, and Mochi after HunyuanVideo, with which it shares the joint sequence. For Wan
-# 2.2 the authors publish blocks of 64x64: those of 128x64 keep all that they keep, and Hopper's kernel takes only them.
-_RADIAL: dict[str, RadialDefaults] = {
-    "wan2.1": RadialDefaults(decay=0.2, sink=True, first_steps=0.24, first_layers=1),
-    "wan2.2-a14b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(128, 64)),
-    "wan2.2-5b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(128, 64)),
-    "hunyuan-video": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
-    "mochi": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
-}
-
-
-def radial_defaults(
-    model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
-) -> RadialDefaults:
-    """The settings of Radial Attention that suit a model; the arguments are those of `Processor.resolve`.
-
-    Raises:
-        ValueError: the configuration is of an unknown transformer.
-    """
-    found = _RADIAL[model_variant(model, experts=experts)]
-    if grid is None or grid.frame_tokens >= SMALL_FRAME:
-        return found
-    return RadialDefaults(found.decay, found.sink, found.first_steps, found.first_layers, block=(64, 64))
+        return KernelOptions(self.backend, self.quant, self.logit, self.fused_norm)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -452,9 +421,10 @@ class AdaSpaProcessor(SparseProcessor):
     """AdaSpa (arXiv 2502.21079): block maps that are searched for in every layer and head while the video is made.
 
     The last of the dense first steps measures the attention of every block; each row keeps the blocks that hold most,
-    and the map is refreshed once, later in the run, without another dense step. The defaults are the published ones,
-    for every model. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2 unless given, and 0 makes
-    the first step search. For generation only: what it keeps between steps rules training out.
+    and the map is refreshed once, later in the run, without another dense step. The defaults are the published ones but
+    for `block` and `sample`, for every model. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2
+    unless given, and 0 makes the first step search, unless it is the only one. For generation only: what it keeps
+    between steps rules training out.
 
     Compiled blocks take four graphs for a video size, dense, search, refresh and sparse, those of Mochi twice as many:
     to generate several sizes with compiled blocks, raise `torch._dynamo.config.recompile_limit`, which is 8.
@@ -462,10 +432,12 @@ class AdaSpaProcessor(SparseProcessor):
     Args:
         density: share of the video blocks that a row keeps, in (0, 1], mean over heads.
         refresh: when to search again: a fraction of the run, a step counted from 1, or a sequence of either; () never.
-        block: rows of a block, 64 or 128, or (query rows, key rows).
+        block: rows of a block, 64 or 128, or (query rows, key rows). None takes (128, 64), and 64 where frames have
+            fewer than 512 tokens.
         head_adaptive: whether heads with much of their attention in few blocks give blocks to the others.
         recall_threshold: share of the attention above which a head can give, in (0, 1].
-        sample: rows of a block of queries that a search visits, 8, 16, 32 or 64; None visits all, which is exact.
+        sample: rows of a block of queries that a search visits, 8, 16, 32 or 64; None visits all, which is exact, takes
+            seven times as long with blocks of 128 rows, and gains .004 of recall at most.
         lse_dtype: "float32" or "bfloat16": how the normalisers of the dense step are kept.
         offload_state: keep maps and normalisers in the memory of the CPU between calls; not with compiled blocks.
 
@@ -477,15 +449,16 @@ class AdaSpaProcessor(SparseProcessor):
 
     density: float = 0.2
     refresh: int | float | tuple[int | float, ...] = (0.6,)
-    block: int | tuple[int, int] = (128, 64)
+    block: int | tuple[int, int] | None = None
     head_adaptive: bool = True
     recall_threshold: float = 0.8
-    sample: int | None = None
+    sample: int | None = 16
     lse_dtype: str = "float32"
     offload_state: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", _pair(self.block))
+        if self.block is not None:
+            object.__setattr__(self, "block", _pair(self.block))
         object.__setattr__(self, "refresh", _several(self.refresh))
         super().__post_init__()
         policy, schedule = self._policy(), self._schedule(_ADASPA_FIRST_STEPS, 0)
@@ -497,10 +470,13 @@ class AdaSpaProcessor(SparseProcessor):
     ) -> Resolved:
         """The given arguments; the defaults are the same for every model."""
         schedule = self._schedule(_ADASPA_FIRST_STEPS, 0)
-        return Resolved(model_variant(model, experts=experts), self._policy(), schedule, self._options())
+        return Resolved(model_variant(model, experts=experts), self._policy(grid), schedule, self._options())
 
-    def _policy(self) -> AdaSpaPolicy:
-        return AdaSpaPolicy(**{f.name: getattr(self, f.name) for f in fields(AdaSpaPolicy)})
+    def _policy(self, grid: VideoGrid | None = None) -> AdaSpaPolicy:
+        values = {f.name: getattr(self, f.name) for f in fields(AdaSpaPolicy)}
+        if self.block is None:
+            values["block"] = block_for(AdaSpaPolicy.block, grid)
+        return AdaSpaPolicy(**values)
 
 
 # The paper leaves no step dense that could be told from its text; as for AdaSpa, whose search needs such steps, too.
@@ -521,7 +497,8 @@ class PAROProcessor(SparseProcessor):
     Args:
         plan: a file, or a `PAROPlan`; None is online.
         density: online, the share of the video blocks that a row keeps; None takes the plan's, else .2.
-        block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64).
+        block: rows of a block, 64 or 128, or (query rows, key rows); None takes the plan's, else (128, 64), and 64
+            where frames have fewer than 512 tokens.
         alpha: online, the weight of sparsity in the choice of an order, 0..1; None takes .5.
         online_maps: find maps in the run, in the orders of the plan.
 
@@ -553,16 +530,12 @@ class PAROProcessor(SparseProcessor):
         """The given arguments and the defaults, the same for every model, once the plan is found to fit.
 
         Raises:
-            ValueError: the plan is for another model or grid, or there are two experts.
+            ValueError: the plan is for another model, grid or number of experts.
         """
-        variant, policy = model_variant(model, experts=experts), self._policy()
+        variant, policy = model_variant(model, experts=experts), self._policy(grid)
         found = policy.calibrated
         if found is not None:
-            if experts > 1:
-                raise ValueError(
-                    f"{found.source} is for one transformer, and this pipeline has {experts} experts; "
-                    "PAROProcessor() without a plan finds orders and maps for each."
-                )
+            found.check_experts(experts)
             if isinstance(model, ModelSpec):
                 found.check_sizes(model.layers, model.heads)
             else:
@@ -571,8 +544,16 @@ class PAROProcessor(SparseProcessor):
                 found.check_grid(grid)
         return Resolved(variant, policy, self._schedule(_PARO_FIRST_STEPS, 0), self._options())
 
-    def _policy(self) -> PAROPolicy:
+    def check_transformer(self, transformer: torch.nn.Module, config: Mapping[str, Any], expert: int) -> None:
+        """Raise ValueError where the plan is for another configuration, or knows the weights as the other's."""
+        if (plan := self._plan()) is not None:
+            plan.check_model(config, expert)
+            plan.check_weights(transformer, expert)
+
+    def _policy(self, grid: VideoGrid | None = None) -> PAROPolicy:
         block: Any = self.block
+        if block is None and self.plan is None:
+            block = block_for(PARO_BLOCK, grid)
         return PAROPolicy(self._plan(), self.density, block, self.alpha, self.online_maps)
 
     def _plan(self) -> PAROPlan | None:
@@ -586,9 +567,7 @@ class PAROProcessor(SparseProcessor):
 
 def _several(values: Any) -> Any:
     """One number, or any sequence of them, as a tuple; the policy checks what it holds."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        return (values,)
-    return tuple(values)
+    return (values,) if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
 
 
 def _pair(block: Any) -> tuple[int, int]:

@@ -24,13 +24,15 @@ class RunReport:
             maps that are searched for, what was asked, rounded to whole blocks: heads differ, their mean does not.
         density: the same, text and forced blocks included.
         average_density: mean over all calls, dense ones counting 1: attention work relative to dense, searches left
-            out.
+            out (`videosparse plan` tells what they cost).
         dense_calls, sparse_calls: attention calls planned, layers x branches x steps. A step cache that skips layers
             skips some of them.
         backend: kernel of the sparse calls, "triton", "torch", "fa4" or "flex"; "none" for a dense processor.
         dense_backend: what runs dense calls: "native SDPA" or the backend chosen by the user, as Diffusers names it;
-            "videosparse triton" for our kernel; "FlashAttention-3" or "FlashAttention-4".
-        quant: integers in sparse calls, or in all of a dense processor: "int8" or "int8-fp8"; None for none.
+            "videosparse triton" for our kernel, "videosparse torch" where there is no Triton; "FlashAttention-3" or
+            "FlashAttention-4".
+        search_calls: those of the dense calls that searched for maps, and of the sparse ones that did so again.
+        quant: integers in sparse calls, or in all of a dense processor: see `KernelOptions`; None for none.
     """
 
     grid: VideoGrid
@@ -44,6 +46,7 @@ class RunReport:
     backend: str
     dense_backend: str
     quant: str | None = None
+    search_calls: int = 0
 
 
 @dataclass(eq=False)
@@ -56,11 +59,13 @@ class RunRecord:
     quant: str | None = None
     steps: int = 0
     dense_calls: int = 0
+    search_calls: int = 0
     sparse: dict[BlockIndex, tuple[TokenLayout, int]] = field(default_factory=dict)
     searched: Counter[tuple[float, float]] = field(default_factory=Counter)
 
     def add(self, plan: LayerPlan) -> None:
         """Count one planned call; keeps no map that was searched for, only how dense it is, which sizes tell."""
+        self.search_calls += plan.mode in (Mode.SEARCH, Mode.REFRESH)
         if plan.index is None or plan.mode is Mode.SEARCH:
             self.dense_calls += 1
         elif isinstance(plan.index, PackedIndex):
@@ -92,6 +97,7 @@ class RunRecord:
             backend=self.backend,
             dense_backend=self.dense_backend,
             quant=self.quant,
+            search_calls=self.search_calls,
         )
 
 

@@ -52,7 +52,7 @@ def _select(plan: LayerPlan, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor
     assert chosen is not None
     if isinstance(chosen, OrderSelection):
         assert plan.codes is not None
-        search_orders(q.detach(), k.detach(), lse.detach(), index, plan.codes, chosen, plan.options.backend)
+        search_orders(q.detach(), k.detach(), lse.detach(), index, plan.codes, chosen, _own(plan.options))
         return
     sums = block_sums(
         q.detach(), k.detach(), lse.detach(), layout=plan.layout, block=index.block, sample=chosen.sample,
@@ -67,4 +67,4 @@ def _own(options: KernelOptions) -> KernelOptions:
     Never with integers: maps, which stay for many steps, are measured from an exact lse.
     """
     backend = options.backend if options.backend in ("auto", "triton", "torch") else "auto"
-    return KernelOptions(backend=backend)
+    return KernelOptions(backend=backend, logit=options.logit)

@@ -87,6 +87,8 @@ def test_adaspa(run, tmp_path, compare):
     # 3 blocks of keys, of which a row keeps one; the first step searches, and is dense
     assert attention["video_density"] == attention["density"] == pytest.approx(1 / 3)
     assert (attention["dense_calls"], attention["sparse_calls"]) == (4, 20)
+    assert attention["search_calls"] == 4 * 3, "two of them refresh"
+    assert "12 searches" in result.stdout
     assert ("PSNR" in result.stdout) == compare
 
 
@@ -95,13 +97,18 @@ def test_plan_of_adaspa(run):
     result = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size)
     assert result.exit_code == 0, result.output
     for word in (
-        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.63x",
+        "591 x 1182 of 128 x 64", "0.200 video-video", "10 of 50 steps", "to search", "attention at most 2.76x",
         "1.18 GiB between steps: lse 461 MiB, bits 133 MiB, lists 7 MiB for each of 2 branches of 40 layers",
         "lse in float32", "107 MiB more while a layer searches",
     ):  # fmt: skip
         assert word in result.stdout
     half = run("plan", "--model", "wan2.1-14b", "--method", "adaspa", *size, "--set", "adaspa.lse_dtype=bfloat16")
     assert "lse 231 MiB" in half.stdout
+    experts = run(
+        "plan", "--model", "wan2.2-a14b", "--method", "adaspa", "--steps", 40, "--set", "adaspa.refresh=never"
+    )
+    assert "9 of 40 steps (1 of them beside the schedule, to search), 0 of 40 layers" in experts.stdout
+    assert "refresh=()" in experts.stdout
 
 
 def test_demo(run, tmp_path, model_folder, monkeypatch):
@@ -128,14 +135,14 @@ def test_overwrite(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frames", "10"], "num_frames must be 4k+1 for small (got 10); use 9 or 13."),
-        (["--height", "60"], "height must be a multiple of 16 for small (got 60); use 48 or 64."),
+        (["--frames", "10"], "--frames must be 4k+1 for small (got 10); use 9 or 13."),
+        (["--height", "60"], "--height must be a multiple of 16 for small (got 60); use 48 or 64."),
         (["--model", "/no/such/folder"], "No model folder at /no/such/folder"),
         (["--model", "outputs-folder"], "is no Diffusers pipeline"),
         (["--output", "file/a.mp4"], "is not a folder"),
         (["--output", "a.gif"], "must end in .mp4"),
         (["--dtype", "fp16"], "fp16 is slow and inexact on a CPU"),
-        (["--steps", "-3"], "steps must be 1 to 1000 (got -3); the model's is 50."),
+        (["--steps", "-3"], "--steps must be 1 to 1000 (got -3); the model's is 50."),
         (["--method", "radail"], "Unknown method 'radail'; use radial, adaspa, paro or dense. Did you mean 'radial'?"),
         (["--set", "radial.dekay=1"], "Did you mean 'decay'?"),
         (["--set", "radial.decay=x"], "radial.decay must be a number, such as 0.5 (got 'x')."),
@@ -146,8 +153,12 @@ def test_overwrite(run, tmp_path):
         (["--method", "dense", "--compare"], "sets a sparse method against dense"),
         (["--device", "gpu"], "Unknown device 'gpu'"),
         (["--offload", "model"], "this run is on cpu"),
-        (["--steps", "abc"], "Invalid value for '--steps'"),
-        (["--guidance", "nan"], "guidance must be 0 to 100 (got nan)"),
+        (["--steps", "abc"], "--steps must be a whole number (got 'abc'); see videosparse generate -h."),
+        (["--guidance", "4,5"], "--guidance must be a number (got '4,5'); see"),
+        (["--output", ""], "--output must not be empty"),
+        (["--output", "a\0.mp4"], "embedded null"),
+        (["--method", "paro", "--plan", "none"], "There is no plan at ./none"),
+        (["--guidance", "nan"], "--guidance must be 0 to 100 (got nan)"),
         (["--stepz", "3"], "No such option: --stepz"),
         (["--seed"], "Option '--seed' requires an argument; see videosparse -h."),
         (["another prompt"], "unexpected extra argument"),
@@ -171,7 +182,10 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message
         (["bogus"], "No such command 'bogus'; see videosparse -h."),
         (["--bogus"], "No such option: --bogus"),
         (["generate"], "There is no prompt; give it as an argument"),
-        (["plan", "--frames", "1.5"], "Invalid value for '--frames'"),
+        (["plan", "--frames", "1.5"], "--frames must be a whole number (got '1.5'); see videosparse plan -h."),
+        (["plan", "--method", "paro", "--plan", "None"], "There is no plan at ./None"),
+        (["plan", "--png", "a\0.png"], "embedded null"),
+        (["calibrate", "--prompts", "none.txt", "-o", "plan.safetensors"], "Cannot read prompts from none.txt"),
     ],
 )
 def test_mistyped_commands_are_one_line_and_exit_code_2(run, arguments, message):
@@ -292,9 +306,31 @@ def test_plan_of_a_folder_and_of_dense(run):
     assert "MFLOP" in result.stdout or "GFLOP" in result.stdout
 
 
+def test_plan_of_videos_beyond_the_trained_length(run):
+    size = ["--model", "wan2.1-14b", "--height", "480", "--width", "832", "--frames", "161", "--steps", "50"]
+    whole = run("plan", *size, "--method", "dense")
+    far = run("plan", *size, "--method", "dense", "--ultravico", "0.9")
+    assert far.exit_code == 0, far.output
+    assert "positive scores times 0.9 beyond half of 21 latent frames; by the portable kernel" in far.stdout
+    assert "min on one" in whole.stdout
+    assert "min on one" not in far.stdout  # measured without
+    windows = run("plan", *size, "--method", "adaspa", "--context-frames", "81", "--context-overlap", "16")
+    assert windows.exit_code == 0, windows.output
+    for word in ("Windows", "3 of 21 latent frames", "6 forwards", "for each of 2 branches and 3 windows of 40 layers"):
+        assert word in windows.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "wan2.1-14b", "--frames", "81", "--ultravico", "0.9"],
+            "longer than the 81 frames that wan2.1-14b",
+        ),
+        (
+            ["--model", "wan2.1-14b", "--frames", "161", "--context-frames", "81", "--ultravico", "0.9"],
+            "longer than the 81 frames that wan2.1-14b was trained on (got 81)",
+        ),
         (["--model", "wan2.1-14b", "--frames", "80"], "use 77 or 81"),
         (["--model", "wan2.1-14b", "--set", "dense.x=1"], "Method dense has no option 'x'; it has quant."),
         (["--model", "wan2.1-14b", "--method", "dense", "--set", "radial.decay=1"], "this run uses dense"),

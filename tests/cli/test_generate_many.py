@@ -113,14 +113,30 @@ def test_latents(run, tmp_path):
         (["--prompts", "prompts.txt", "--compare"], "A file of prompts and --compare do not go together"),
         (["--prompts", "prompts.txt", "-o", "a.mp4"], "must be a folder for a prompt file"),
         (["--prompts", "none.txt"], "Cannot read prompts from none.txt"),
-        (["--prompts", "prompts.txt", "--frames", "10", "--steps", "2"], "Prompt 1 of 2: num_frames must be 4k+1"),
+        (["--prompts", "prompts.txt", "--frames", "10"], "prompts.txt, line 2: --frames must be 4k+1"),
+        (["--prompts", "lines.txt"], "lines.txt, line 1: --frames must be 4k+1 for small (got 10); use 9 or 13."),
+        (["--config", "wrong.toml"], "frames in wrong.toml must be 4k+1 for small (got 10); use 9 or 13."),
+        (["--config", "wrong.toml", "--frames", "11"], "Error: --frames must be 4k+1 for small (got 11)"),
+        (["--prompts", "prompts.txt", "-o", "run.toml/"], "is not a folder"),
+        (["--prompts", "prompts.txt", "-o", "taken", "--overwrite"], "002-a-blue-square-0-radial.mp4: it is a folder"),
         (["a cat", "--compare", "--save-latents"], "do not go together"),
         (["a cat", "--preset", "no"], "Unknown preset 'no'"),
         (["a cat", "--rope", "riflex", "--method", "dense"], "No intrinsic frequency is known"),
-        (["a cat", "--trained-frames", "9"], "trained_frames is for --rope"),
+        (["a cat", "--trained-frames", "9"], "--trained-frames is for --rope"),
+        (["a cat", "--ultravico", "0.9"], "longer than the 81 frames that small was trained on"),
+        (
+            ["a cat", "--ultravico", "0"],
+            "--ultravico must lie in 0..1, 0 excluded (got 0.0); the published",
+        ),
+        (["a cat", "--context-frames", "8"], "frames of context windows must be 4k+1, at least 5 (got 8); use 5 or 9."),
+        (["a cat", "--context-overlap", "8"], "--context-overlap is for --context-frames"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr("videosparse.generation.running.load_pipeline", lambda *_: pytest.fail("weights were loaded"))
+    (tmp_path / "wrong.toml").write_text(SMALL.replace("frames = 9", "frames = 10") + 'prompt = "a cat"\n')
+    (tmp_path / "lines.txt").write_text("a cat --f 10\n")
+    (tmp_path / "taken" / "002-a-blue-square-0-radial.mp4").mkdir(parents=True)
     before = names(tmp_path)
     result = run("generate", "--config", "run.toml", *arguments)
     assert result.exit_code == 2, result.output

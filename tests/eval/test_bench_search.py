@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("triton")
 
+from videosparse.benchmark import searches
 from videosparse.cases import CASES, Case
 from videosparse.kernels import torch_select
 from videosparse.layout import TokenLayout, VideoGrid
@@ -38,7 +39,7 @@ def bench(monkeypatch):
     spec.loader.exec_module(module)
     models = {name: replace(CASES[name].model, heads=2, head_dim=32) for name in (WAN, HUNYUAN)}
     models[HUNYUAN] = replace(models[HUNYUAN], text=40)
-    monkeypatch.setattr(module, "CASES", {name: Tiny(model, 81, 720, 1280) for name, model in models.items()})
+    monkeypatch.setattr(searches, "CASES", {name: Tiny(model, 81, 720, 1280) for name, model in models.items()})
     monkeypatch.setattr(module, "triton_select", SimpleNamespace(keep_largest=torch_select.keep_largest))
     monkeypatch.setattr(torch, "compile", lambda layer, **_: layer)
     return module

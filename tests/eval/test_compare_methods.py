@@ -209,6 +209,7 @@ def test_a_setting_that_fails_leaves_the_others(program, tmp_path, monkeypatch, 
         (["--prompts", "none.json"], "Cannot read prompts from none.json"),
         (["--output", "rows.txt"], "must end in .csv or .parquet"),
         (["--models", "/no/such/folder"], "/no/such/folder"),
+        (["--models", "tiny-wan", "assets/tiny-wan"], "are both called tiny-wan, by which rows tell models apart"),
         (["--output", f"{__file__}/rows.csv"], "is not a folder; choose another folder"),
     ],
 )

@@ -38,7 +38,7 @@ def test_rows(tmp_path, monkeypatch, capsys):
         assert float(sparse["density"]) == pytest.approx(1 / 3, abs=1e-4)
         assert 0 < float(sparse["recall_low"]) <= float(sparse["recall"]) <= float(sparse["recall_high"]) < 1
     rounded = [row for row in every if row["quant"]]
-    assert len(rounded) == 2 * (2 * 2 + 1), "two kinds of integers, two densities of two static methods, and dense"
+    assert len(rounded) == 3 * (2 * 2 + 1), "three kinds of integers, two densities of two static methods, and dense"
     for row in rounded:
         if row["asked_density"] == "1.0":
             assert 0 < float(row["error"]) <= 0.03, row["quant"]

@@ -48,6 +48,10 @@ def results(tmp_path):
         {"case": WAN, "kernel": kernel, "policy": policy, "density": density, "p50_ms": ms, "error": error, "note": ""}
         for kernel, policy, density, ms, error in calls
     ])  # fmt: skip
+    write_rows(tmp_path / "integer_errors.csv", [
+        {"inputs": inputs, "quant": quant, "error": error, "error_worst": "0.0312"}
+        for inputs in ("normal", "hard") for quant, error in (("int8", "0.011"), ("int8-int8", "0.0156"))
+    ])  # fmt: skip
     parts = [
         ("norm", "raster", "1.0"), ("norm", "ordered", "1.2"), ("values", "ordered", "0.7"),
         ("attention", "raster", "40.0"), ("attention", "ordered", "39.9"), ("sum", "ordered", "0.8"),
@@ -76,6 +80,7 @@ def test_tables(results, monkeypatch):
     lines = tables.integers().splitlines()
     assert "| fastest dense | videosparse | 1.000 | 180.0 |  |  |  |" in lines
     assert "| ours | INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 |" in lines
+    assert "| hard | 1.10% (3.12%) | 1.56% (3.12%) |" in tables.integer_errors()
     assert f"| {WAN} | 40.0 ms | +0.20 ms | +0.70 ms | -0.10 ms | 2.00 % |" in tables.reorder_cost()
     assert f"| {WAN} | extrapolated | 2 | 50 | 2500 s | dense forward, 2400 s | 839.6 MB |" in tables.calibration()
     assert "| 0.3 | int8 | 5.72x | - | 3.60x | 31.0 (31.0 to 31.0) |" in tables.published()
@@ -90,9 +95,10 @@ def test_what_was_not_measured_is_said(results, monkeypatch):
     for row in rows:
         row["note"] = "another form" if row["kernel"] == "int8" else ""
     write_rows(results / "integer_variants.csv", rows)
-    for name in ("integer_attention", "reordering", "reorder", "paro_calibration"):
+    for name in ("integer_attention", "integer_errors", "reordering", "reorder", "paro_calibration"):
         (results / f"{name}.csv").unlink()
-    for table in (tables.integers, tables.reordering, tables.rounding, tables.reorder_cost, tables.calibration):
+    for name in ("integers", "integer_errors", "reordering", "rounding", "reorder_cost", "calibration"):
+        table = getattr(tables, name)
         assert table() == "Not measured yet."
     assert "| 0.3 | int8 | 5.72x | - | - | 31.0 (31.0 to 31.0) |" in tables.published()
     assert "| 0.3 | 16 bits | 2.71x | 22.9 | 3.00x | 32.0 (30.0 to 34.0) |" in tables.published()

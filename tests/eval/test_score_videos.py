@@ -49,6 +49,14 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+def test_long_scores_stand_beside_those_of_whole_videos(program, folders, capsys):
+    fast, _ = folders
+    for more in ([], ["--long"], ["--long"], []):
+        assert program.main([str(fast), "--dimensions", "temporal_flickering", *more]) == 0, capsys.readouterr().err
+    names = {path.name for path in (fast / "scores").iterdir()}
+    assert {"fast_ledger.jsonl", "fast_long_ledger.jsonl", "fast_videos.csv", "fast_long_videos.csv"} <= names
+
+
 def test_scores_of_a_folder(program, folders, capsys):
     fast, _ = folders
     assert program.main([str(fast), "--dimensions", "free", "--no-download"]) == 0
@@ -129,7 +137,7 @@ def test_fidelity_to_a_reference(program, folders, capsys):
 def test_long_videos(program, folders):
     fast, _ = folders
     assert program.main([str(fast), "--dimensions", "temporal_flickering", "--long", "--no-download"]) == 0
-    rows = table(fast / "scores" / "fast_drift.csv")
+    rows = table(fast / "scores" / "fast_long_drift.csv")
     assert [(row["video"], row["seconds"]) for row in rows[:2]] == [("mean", "0.000"), ("mean", "1.000")]
     assert {row["feature"] for row in rows} == {"colour"}
 
@@ -166,7 +174,7 @@ def test_requests_that_cannot_be_carried_out(program, folders, tmp_path, capsys,
 
 def test_another_kind_of_run_is_refused(program, folders, capsys):
     fast, _ = folders
-    command = [str(fast), "--dimensions", "temporal_flickering", "--no-download"]
+    command = [str(fast), "--dimensions", "temporal_flickering", "--no-download", "--name", "mine"]
     assert program.main(command) == 0
     assert program.main([*command, "--long"]) == 2
     assert "another long (False there, True now)" in capsys.readouterr().err

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 from videosparse.training.tiny.checkpoint import read_backup
 from videosparse.training.tiny.dit import Dit
 from videosparse.training.tiny.models import SMOKE_SIZES
+from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.state import STOP
 from videosparse.training.tiny.text import embed_text, tokenize
 
@@ -113,7 +114,7 @@ def test_again_restarts_a_finished_round_and_goes_on_with_an_unfinished_one(prog
     torch.save({"meta": meta, "tensors": {}}, tmp_path / "checkpoint.pt")
     (tmp_path / "pools.pt").touch()
     again = program.parse(["all", "--resume", "--again", "--keep-vae", *common])
-    run = program.make_run(again)
+    run = program.make_run(again, Ranks())
     run.workers.shutdown()
     assert [entry["steps"] for entry in run.meta["rounds"]] == [{"vae": 4, "dit": 12}]
     assert run.meta["vae"]["finished"]
@@ -121,7 +122,7 @@ def test_again_restarts_a_finished_round_and_goes_on_with_an_unfinished_one(prog
     assert not (tmp_path / "pools.pt").exists()
     run.meta["dit"]["step"] = 3
     run.save()
-    run = program.make_run(again)
+    run = program.make_run(again, Ranks())
     run.workers.shutdown()
     assert run.meta["dit"]["step"] == 3
     assert len(run.meta["rounds"]) == 1

@@ -54,7 +54,7 @@ def test_settings_are_read_and_named(text, setting, name):
         ("adaspa@1.5", "number in 0..1"),
         ("adaspa@", "method\\[@density\\]"),
         ("other-noise+int8", "of dense or a sparse method"),
-        ("radial+int4", "int8 or int8-fp8"),
+        ("radial+int4", "int8, int8-fp8 or int8-int8"),
         ("random:block=64", "random has no options"),
         ("adaspa:depth=3", "no option 'depth'"),
     ],

@@ -4,15 +4,18 @@ Import from a test of generation: its `conftest.py` puts this file on the path. 
 """
 
 import pipes
+from contextlib import nullcontext
 from itertools import combinations
 from pipes import PIPES
 
 import torch
 
-from videosparse.attach import targets
+from videosparse.components import targets
 from videosparse.generation.methods import make_processor
 from videosparse.generation.stack import PARTS, REFUSED, Stack, apply_stack
 from videosparse.generation.step_cache import StepCache, step_cached
+from videosparse.logits import FarLogits
+from videosparse.stretching import context_windows
 
 # heads of 64 as integers need, sides of 16 as FP8 needs, and a block between the first and the last
 BUILDS = {
@@ -35,6 +38,12 @@ SETS = (
     ("sparse", "int8", "magcache", "fp8", "compile", "group", "lora"),
     ("sparse", "int8", "state", "first-block", "fp8", "group", "lora"),
     ("sparse", "int8", "state", "magcache", "fp8", "model", "lora"),
+    ("sparse", "int8", "windows", "compile", "fp8", "model", "lora"),
+    ("sparse", "far", "windows", "state", "fp8", "group", "lora"),
+    ("sparse", "far", "first-block", "compile", "model", "lora"),
+    ("sparse", "far", "magcache", "compile", "group"),
+    ("far", "windows", "compile"),
+    ("int8", "windows", "state"),
 )
 
 
@@ -73,21 +82,31 @@ class Stacked:
         cache = StepCache(kind, threshold, MAGNITUDES if kind == "magcache" else ()) if cached else None
         self.pipe.set_attn_processor(self._processor())
         sizes = {"height": 128, "width": 128, "num_inference_steps": STEPS}
-        with step_cached(self.pipe, cache, STEPS) as count:
+        if "windows" in self.parts:
+            sizes["num_frames"] = 1 + 2 * self._stride()
+        with step_cached(self.pipe, cache, STEPS) as count, self._windows():
             latents = self.kind.run(self.pipe, **sizes, generator=torch.Generator().manual_seed(seed))
         return latents.float().cpu(), count
 
+    def _windows(self):
+        stride = self._stride()
+        return context_windows(self.pipe, stride + 1, stride) if "windows" in self.parts else nullcontext()
+
+    def _stride(self):
+        return 6 if type(self.pipe).__name__ == "MochiPipeline" else 4
+
     def _processor(self):
         options = {"first_steps": 2, "first_layers": 0}
+        far = FarLogits(1, alpha=0.5) if "far" in self.parts else None
         if self.method is not None:
-            return make_processor(self.method, options | ({"refresh": (3,)} if self.method == "adaspa" else {}))
+            return make_processor(self.method, options | ({"refresh": (3,)} if self.method == "adaspa" else {}), far)
         if "int8" in self.parts:
             options["quant"] = "int8"
         if "state" in self.parts:
-            return make_processor("adaspa", {**options, "offload_state": True, "refresh": (3,)})
+            return make_processor("adaspa", {**options, "offload_state": True, "refresh": (3,)}, far)
         if "sparse" in self.parts:
-            return make_processor("radial", {**options, "decay": 0.2, "sink": False})
-        return make_processor("dense", {"quant": "int8"} if "int8" in self.parts else {})
+            return make_processor("radial", {**options, "decay": 0.2, "sink": False}, far)
+        return make_processor("dense", {"quant": "int8"} if "int8" in self.parts else {}, far)
 
 
 def add_loras(transformer):

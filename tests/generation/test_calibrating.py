@@ -211,6 +211,12 @@ def test_the_fewest_blocks_that_keep_a_mass():
         ({"block": (32, 64)}, "block must be"),
         ({"alpha": -1}, "alpha must lie in 0..1"),
         ({"buckets": 3}, "buckets must be 1 to 2, half of the 4 steps"),
+        (
+            {"buckets": 5, "steps": 9},
+            r"buckets must be 1 to 4, .* or raise --steps: 5 need at least 10",
+        ),
+        ({"buckets": 1, "steps": 1}, r"Calibration needs at least 2 steps \(got 1\); raise --steps"),
+        ({"buckets": 0}, r"buckets must be at least 1 \(got 0\)"),
         ({"num_frames": 10}, "num_frames must be 4k"),
         ({"prompts": ("a", " ")}, "The prompt is empty"),
     ],

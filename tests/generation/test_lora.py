@@ -53,6 +53,27 @@ def test_length_and_schedule_come_from_the_file(ask, make_lora):
     assert settings.request.options["radial"] == {"decay": 0.7, "first_steps": 0.5, "first_layers": 1}
 
 
+def test_the_shift_comes_from_the_file_and_decides_what_is_dense(ask, make_lora):
+    """As many steps are dense as lie at the noise levels at which training was dense."""
+    lora = str(make_lora(6, about={**ABOUT, "shift": 5.0, "first_steps": 0.2}))
+    settings = ask(loras=(lora,)).resolve()
+    assert (settings.shift, settings.request.options["radial"]["first_steps"]) == (5.0, 0.2)
+    level = 5.0 * 0.8 / (1 + 4.0 * 0.8)
+    for shift in (3.0, 12.0):
+        given = ask(loras=(lora,), shift=shift).resolve()
+        left = 1 - given.request.options["radial"]["first_steps"]
+        assert given.shift == shift
+        assert shift * left / (1 + (shift - 1) * left) == pytest.approx(level, abs=1e-5)
+    won = ask(loras=(lora,), shift=3.0, options={"radial": {"first_steps": 2}}).resolve()
+    assert won.request.options["radial"]["first_steps"] == 2
+    assert ask(loras=(str(make_lora()),), shift=3.0).resolve().request.options["radial"]["first_steps"] == 0.5
+    other = str(make_lora(7, about={**ABOUT, "shift": 3.0}))
+    with pytest.raises(GenerationError, match=r"several shifts .\[3.0, 5.0\].; choose one with --shift"):
+        ask(loras=(lora, other)).resolve()
+    with pytest.raises(GenerationError, match="shift must be"):
+        ask(loras=(lora,), shift=0.0).resolve()
+
+
 def test_a_stretched_rotary_embedding_comes_from_the_file(ask, make_lora):
     lora = str(make_lora(5, about={**ABOUT, "rope": "ntk", "trained_frames": 9}))
     settings = ask(loras=(lora,)).resolve()

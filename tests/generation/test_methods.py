@@ -61,7 +61,8 @@ def test_values_are_read_as_the_type_of_the_option(text, value):
     [
         ("refresh=0.6", (0.6,)), ("refresh=30", (30,)), ("refresh=0.4,0.7", (0.4, 0.7)),
         ("refresh=(20, 0.7)", (20, 0.7)),
-        ("refresh=(0.6,)", (0.6,)), ("refresh=()", ()), ("density=0.3", 0.3), ("block=64", (64, 64)),
+        ("refresh=(0.6,)", (0.6,)), ("refresh=()", ()),
+        ("refresh=never", ()), ("refresh=none", ()), ("density=0.3", 0.3), ("block=64", (64, 64)),
         ("block=128x128", (128, 128)), ("sample=16", 16), ("sample=none", None), ("head_adaptive=no", False),
         ("lse_dtype=bfloat16", "bfloat16"), ("offload_state=yes", True), ("recall_threshold=1", 1),
         ("first_steps=0.3", 0.3), ("backend=torch", "torch"),
@@ -77,7 +78,7 @@ def test_options_of_adaspa(text, value):
 @pytest.mark.parametrize("text", ["refresh=late", "refresh=0.4;0.5", "refresh=,", "refresh=(0.4"])
 def test_refreshes_that_are_no_numbers(text):
     value = text.partition("=")[2]
-    message = f"adaspa.refresh must be a number or several, such as 0.6 or 0.4,0.7 (got {value!r})."
+    message = f"adaspa.refresh must be a number or several, such as 0.6 or 0.4,0.7, or never (got {value!r})."
     with pytest.raises(GenerationError, match=re.escape(message)):
         parse_overrides([f"adaspa.{text}"])
 

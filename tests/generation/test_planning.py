@@ -75,7 +75,8 @@ def test_a_new_static_method_is_planned_and_one_that_searches_is_refused(monkeyp
 
 def test_adaspa_on_wan_14b():
     """50 steps: ten dense, the last of which searches, and a refresh; each pass is half a dense forward."""
-    plan = plan_run(find_spec("wan2.1-14b"), num_frames=81, height=720, width=1280, steps=50, method="adaspa")
+    size = {"num_frames": 81, "height": 720, "width": 1280, "steps": 50}
+    plan = plan_run(find_spec("wan2.1-14b"), **size, method="adaspa", options={"sample": None})
     assert (plan.blocks, plan.block, plan.block_map) == ((591, 1182), (128, 64), None)
     assert plan.density == plan.video_density == pytest.approx(0.2, abs=5e-4)
     assert plan.average_density == pytest.approx((10 + 40 * plan.density) / 50)
@@ -83,6 +84,8 @@ def test_adaspa_on_wan_14b():
     assert plan.search_flops == pytest.approx(0.02 * plan.dense_run_flops)
     assert plan.run_flops == pytest.approx((plan.average_density + 0.02) * plan.dense_run_flops)
     assert plan.attention_bound == pytest.approx(plan.dense_run_flops / plan.run_flops)
+    sampled = plan_run(find_spec("wan2.1-14b"), **size, method="adaspa")
+    assert sampled.search == pytest.approx(plan.search * 16 / 128)
     assert plan.state_bytes["lse"] == 75_600 * 40 * 4
     assert plan.state_bytes["bits"] == 40 * 591 * 148
     assert plan.kept_bytes == 2 * 40 * sum(plan.state_bytes.values())
@@ -102,7 +105,12 @@ def test_adaspa_with_text_dense_layers_and_experts():
     experts = plan_run(find_spec("wan2.2-a14b"), steps=40, method="adaspa")
     # the second expert's first step is dense, too
     assert experts.average_density == pytest.approx((9 + 31 * experts.density) / 40)
-    assert experts.search == pytest.approx(3 * 0.5 / 40)
+    assert experts.search == pytest.approx(3 * 0.5 * 16 / 128 / 40)
+    assert experts.searching_steps == 1
+    exact = plan_run(find_spec("wan2.2-a14b"), steps=40, method="adaspa", options={"sample": None})
+    assert exact.search == pytest.approx(3 * 0.5 / 40)
+    one = plan_run(find_spec("wan2.1-14b"), steps=1, method="adaspa")
+    assert (one.average_density, one.search, one.searching_steps) == (1.0, 0.0, 1)
     with pytest.raises(GenerationError, match="refresh=3 is step 3 of 50"):
         plan_run(spec, method="adaspa", options={"refresh": 3}, steps=50)
 

@@ -107,6 +107,41 @@ def test_later_layers_win():
     assert first["adaspa"] == {"density": 0.3, "sample": 16}
 
 
+def test_every_method_has_its_own_options_whoever_chooses_it():
+    preset = {"method": "adaspa", "adaspa": {"first_steps": 7}, "radial": {"decay": 0.3}}
+    file = {"radial": {"first_steps": 2}, "adaspa": {"sample": 16}, "paro": {"first_steps": 3}}
+    for method, options in {
+        "radial": {"decay": 0.3, "first_steps": 2},
+        "adaspa": {"first_steps": 7, "sample": 16},
+        "paro": {"first_steps": 3},
+    }.items():
+        assert merge([preset, file, {"method": method}]) == {"method": method, method: options}
+        back = merge([preset, file, {"method": "dense"}, {"method": method}])
+        assert back == {"method": method, method: options}
+
+
+@pytest.mark.parametrize("method", ["radial", "adaspa", "paro", "dense"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_leaves_nothing_in_another_method(name, method):
+    values = PRESETS[name].values
+    found = request_from(merge([values, {"method": method, "prompt": "x"}]))
+    own = values.get(method, {}) if method != "dense" else {}
+    assert found.options == ({method: own} if own else {})
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [{"radial": {"first_steps": 2}, "method": "adaspa"}],
+        [{"method": "adaspa"}, {"radial": {"first_steps": 2}}],
+        [{"adaspa": {"first_steps": 2}}],
+    ],
+)
+def test_options_of_a_method_that_does_not_run_are_refused(layers):
+    with pytest.raises(GenerationError, match=r"An option of method \w+ was set, but this run uses"):
+        request_from(merge([*layers, {"prompt": "x"}])).resolve()
+
+
 def test_every_key_is_a_field():
     from dataclasses import fields
 

@@ -7,6 +7,7 @@ from pipes import hunyuan, mochi, wan, wan22_5b, wan_vae
 import pytest
 import torch
 
+from videosparse.generation import GenerationError, video_place
 from videosparse.generation import streaming as module
 from videosparse.generation.streaming import decode_stream, stream_to, streaming
 from videosparse.generation.video import Mp4Writer, write_mp4
@@ -161,8 +162,31 @@ def test_nothing_generated(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which even root cannot write")
 def test_a_folder_that_cannot_be_written_is_told_before_the_work():
-    with pytest.raises(OSError), stream_to(wan(), "/proc/a.mp4", fps=16):  # noqa: PT011  the system's own
+    with pytest.raises(GenerationError, match="Cannot write to /proc"), stream_to(wan(), "/proc/a.mp4", fps=16):
         pytest.fail("the work began")
+
+
+def test_two_streams_do_not_collide(tmp_path):
+    pipe = wan()
+
+    def stream(output, **more):
+        with stream_to(pipe, output, fps=16, **more) as video:
+            pipe.vae.decode(torch.zeros(1, 16, 2, 4, 4))
+        return video.path
+
+    assert stream(tmp_path / "a.mp4") == tmp_path / "a.mp4"
+    with pytest.raises(GenerationError, match=r"a\.mp4 exists"), stream_to(pipe, tmp_path / "a.mp4", fps=16):
+        pytest.fail("the work began")
+    assert stream(tmp_path / "a.mp4", overwrite=True) == tmp_path / "a.mp4"
+    place = video_place(tmp_path, "a cat", 3, "radial")
+    assert [stream(place).name for _ in range(2)] == ["a-cat-3-radial.mp4", "a-cat-3-radial-2.mp4"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_error_of_the_block_is_not_blamed_on_the_folder(tmp_path):
+    with pytest.raises(OSError, match="no such image"), stream_to(wan(), tmp_path / "new" / "a.mp4", fps=16):
+        raise OSError("no such image")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals(monkeypatch):

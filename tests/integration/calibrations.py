@@ -21,8 +21,7 @@ def calibrated(pipe: Any, arguments: dict[str, Any], *, density: float = 0.3, bl
         figures = Figures(watch.layers, heads, OrderMetric())
         pipe.set_progress_bar_config(disable=True)
         calls = watch.run({0: 0, 2: 1, 4: 2}, figures, {**arguments, "num_inference_steps": 6})
-        means = [(x / figures.calls).movedim(2, 0).flatten(1) for x in (figures.sparse, figures.uneven)]
-        codes = choose(*means, 0.5).view(watch.layers, heads).to(torch.uint8)
+        codes = choose(*figures.means, 0.5).view(watch.layers, heads).to(torch.uint8)
         grid, counts, bits = watch.layout.grid, [], []
         for bucket in range(buckets + 1):
             sums = MapSums(codes, grid, block)

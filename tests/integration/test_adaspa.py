@@ -83,6 +83,7 @@ def test_generation(name, pipe_of, planned):
             assert modes_of(planned, context, layer) == expected
     report = processor.report()
     assert (report.dense_calls, report.sparse_calls) == (kind.calls * kind.layers, 5 * kind.calls * kind.layers)
+    assert report.search_calls == 2 * kind.calls * kind.layers, "the search and the refresh"
     plan = planned[-1][2]
     assert (report.density, report.video_density) == pytest.approx(plan.selection.densities(plan.index.shape))
     assert report.video_density == pytest.approx(0.3, abs=0.06)
@@ -95,7 +96,19 @@ def test_generation(name, pipe_of, planned):
     assert torch.equal(run(name, pipe), stock)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 40, 50])
+def test_one_step_searches_for_nobody(pipe_of, planned, caplog):
+    pipe = pipe_of("wan")
+    stock = PIPES["wan"].run(pipe, num_inference_steps=1)
+    processor = AdaSpaProcessor()
+    sparsify(pipe, processor)
+    assert torch.equal(PIPES["wan"].run(pipe, num_inference_steps=1), stock)
+    assert not planned
+    report = processor.report()
+    assert (report.search_calls, report.sparse_calls, report.average_density) == (0, 0, 1.0)
+    assert "A run of one step has no map to search for: every call is dense; use at least 2 steps." in caplog.text
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 40, 50])
 def test_runs_of_every_length(steps, pipe_of, planned):
     pipe = pipe_of("wan")
     processor = AdaSpaProcessor(first_layers=1)
@@ -107,7 +120,7 @@ def test_runs_of_every_length(steps, pipe_of, planned):
     assert list(modes) == list(range(search, steps))
     assert modes.pop(search) == "search"
     refresh = [index for index, mode in modes.items() if mode == "refresh"]
-    assert refresh == ([{2: 1, 4: 2, 8: 4, 40: 23, 50: 29}[steps]] if steps > 1 else [])
+    assert refresh == [{2: 1, 4: 2, 8: 4, 40: 23, 50: 29}[steps]]
     assert processor.report().sparse_calls == 2 * (steps - search - 1)
 
 
@@ -165,6 +178,65 @@ def test_every_expert_searches_at_its_own_first_step(pipe_of, planned):
     assert refreshes == [index for index in (5, 8) if index > searches[1]]
     assert [sum(both) for both in held[:-1]] == [1] * (len(held) - 1), "one expert's state at a time"
     assert held[-1] == [False, False] or held[-1] == [False, True]
+
+
+def test_an_expert_with_one_step_searches_for_nobody(pipe_of, planned):
+    pipe = pipe_of("wan22")
+    sparsify(pipe, AdaSpaProcessor(first_steps=0, refresh=()))
+    clock = trackers_of(pipe)[0].session.clock
+    run("wan22", pipe, num_inference_steps=2)
+    assert [clock.part(expert) for expert in (0, 1)] == [(0, 1), (1, 1)]
+    assert not planned
+    run("wan22", pipe, num_inference_steps=4)
+    assert [clock.part(expert) for expert in (0, 1)] == [(0, 2), (2, 2)]
+    assert [str(plan.mode) for *_, plan in planned if plan.mode is not Mode.SPARSE] == ["search"] * 8, "both experts"
+
+
+@pytest.mark.parametrize("error", [ValueError("of the user"), KeyboardInterrupt()])
+def test_a_run_that_fails_in_a_callback_keeps_nothing(error, pipe_of):
+    pipe = pipe_of("wan")
+    bar = pipe.progress_bar
+    sparsify(pipe, AdaSpaProcessor(first_steps=1))
+    expected = run("wan", pipe)
+    held = []
+
+    def fail(pipe, index, timestep, kwargs):
+        if index == 2:
+            held.extend(bool(tracker.states) for tracker in trackers_of(pipe))
+            raise error
+        return kwargs
+
+    with pytest.raises(type(error)):
+        run("wan", pipe, callback_on_step_end=fail)
+    assert held == [True]
+    (tracker,) = trackers_of(pipe)
+    assert not tracker.states
+    assert all(layer.plan is None for _, layer in tracker.layers)
+    assert torch.equal(run("wan", pipe), expected)
+    restore(pipe)
+    assert pipe.progress_bar == bar
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_a_bar_of_the_users_own_stays(pipe_of):
+    from tqdm import tqdm
+
+    pipe, seen = pipe_of("wan"), []
+
+    def own(iterable=None, total=None):
+        seen.append(total)
+        return tqdm(total=total, disable=True)
+
+    pipe.progress_bar = own
+    try:
+        for _ in range(2):
+            sparsify(pipe, AdaSpaProcessor())
+        run("wan", pipe)
+        assert seen == [6]
+        restore(pipe)
+        assert pipe.progress_bar is own
+    finally:
+        vars(pipe).pop("progress_bar", None)
 
 
 def test_samples_of_a_batch_have_maps_of_their_own(pipe_of, planned):
@@ -321,7 +393,7 @@ def test_first_block_cache(name, skipped, planned):
     first, later = modes_of(planned, context, 0), modes_of(planned, context, kind.layers - 1)
     if skipped == "search":
         assert first == {1: "search", 2: "sparse", 3: "sparse", 4: "sparse", 5: "sparse"}
-        assert later == dict.fromkeys(range(1, 6), "search"), "it has never run"
+        assert later == dict.fromkeys(range(1, 5), "search"), "it has never run, and then nobody would read"
     else:
         assert first == {0: "search", 1: "sparse", 2: "refresh", 3: "sparse", 4: "sparse", 5: "sparse"}
         assert later == {0: "search", 1: "sparse", **dict.fromkeys(range(2, 6), "refresh")}
@@ -587,7 +659,7 @@ def test_what_repr_shows(pipe_of):
     shown = repr(processor)
     for part in (
         "density=0.3", "refresh=(0.5, 30)", "block=(128, 64)", "head_adaptive=True", "recall_threshold=0.8",
-        "sample=None", "lse_dtype='float32'", "first_steps=0.2", "last_steps=0", "first_layers=0",
+        "sample=16", "lse_dtype='float32'", "first_steps=0.2", "last_steps=0", "first_layers=0",
     ):  # fmt: skip
         assert part in shown
     assert shown.endswith(" on wan2.1 (WanTransformer3DModel, 2 layers)")
@@ -595,7 +667,7 @@ def test_what_repr_shows(pipe_of):
 
 def test_the_search_is_dense_on_the_sequence_that_sparse_calls_read(pipe_of, planned):
     """HunyuanVideo: text starts on a fresh block from the search on, and the lse has that length."""
-    sparsify(pipe_of("hunyuan_true_cfg"), AdaSpaProcessor(density=0.3))
+    sparsify(pipe_of("hunyuan_true_cfg"), AdaSpaProcessor(density=0.3, block=128))
     run("hunyuan_true_cfg", pipe_of("hunyuan_true_cfg"))
     plan = planned[0][2]
     assert plan.mode is Mode.SEARCH

@@ -126,5 +126,5 @@ def test_full_precision_models_are_told(wide):
 
 @pytest.mark.parametrize("kind", PROCESSORS.values())
 def test_an_unknown_kind_of_integers_is_told_at_once(kind):
-    with pytest.raises(ValueError, match='quant must be None, "int8" or "int8-fp8"'):
+    with pytest.raises(ValueError, match='quant must be None, "int8", "int8-fp8" or "int8-int8"'):
         kind(quant="int3")

@@ -8,6 +8,7 @@ from videosparse.blocks import BlockMap
 from videosparse.kernels import KernelOptions
 from videosparse.kernels.accuracy import allowed_error, measure, worst_row
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.reference import changed
 
 TORCH = KernelOptions(backend="torch")
 TRITON = KernelOptions(backend="triton")
@@ -85,11 +86,12 @@ class PoisonedEmpty:
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
 
-def expected_sums(q, k, lse, layout, block, dtype, scale=None, base=math.e):
+def expected_sums(q, k, lse, layout, block, dtype, scale=None, base=math.e, logit=None):
     """Block sums of probabilities [B, H, L, L] in a given precision, with exponentials of a given base."""
     valid = layout.key_mask(q.shape[0], q.device)
     q, k = (x.masked_fill(~valid[:, :, None, None], 0) for x in (q, k))
     scores = products(q, k, dtype) * ((q.shape[3] ** -0.5 if scale is None else scale) / math.log(base))
+    scores = changed(scores, torch.arange(layout.length, device=q.device), layout, logit)
     level = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf) / math.log(base)
     p = torch.exp2(scores - level[..., None]) if base == 2 else torch.exp(scores - level[..., None])
     p = p.masked_fill(~valid[:, None, None, :], 0).masked_fill(~valid[:, None, :, None], 0)
@@ -110,12 +112,12 @@ def products(q, k, dtype):
     return torch.einsum("blhd,bmhd->bhlm", q.to(dtype), k.to(dtype))
 
 
-def assert_sums_accurate(found, q, k, lse, layout, block, scale=None):
+def assert_sums_accurate(found, q, k, lse, layout, block, scale=None, logit=None, factor=1.0):
     """At most twice as far from fp64 as plain torch in fp32, asked in several orders and bases as `measure` does."""
-    truth = expected_sums(q, k, lse, layout, block, torch.float64, scale)
+    truth = expected_sums(q, k, lse, layout, block, torch.float64, scale, logit=logit) * factor
     orders = [torch.randperm(q.shape[3], device=q.device) for _ in range(3)]
     tries = [
-        expected_sums(q[..., order], k[..., order], lse, layout, block, torch.float32, scale, base)
+        expected_sums(q[..., order], k[..., order], lse, layout, block, torch.float32, scale, base, logit) * factor
         for order in orders
         for base in (math.e, 2)
     ]

@@ -1,6 +1,7 @@
 """The judge of the kernels: it agrees with the reference, passes good outputs and fails bad ones."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from videosparse.reference import attention_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_rows_are_those_of_the_reference(dtype):
+@pytest.mark.parametrize("base", [math.e, 2])
+def test_rows_are_those_of_the_reference(dtype, base):
     layout = make_layout("ragged text").aligned((64, 128))
     block_map = make_map(layout, (64, 128), "per head")
     q, k, v = (x.nan_to_num() for x in make_qkv(layout, dtype))
-    rows = torch.randperm(layout.length)[:50]
-    out, lse = attend_rows(q, k, v, rows, layout=layout, block_map=block_map, scale=0.2)
+    rows = torch.randperm(layout.length)[:150]
+    out, lse = attend_rows(q, k, v, rows, layout=layout, block_map=block_map, scale=0.2, base=base)
     expected, expected_lse = attention_reference(q, k, v, layout=layout, block_map=block_map, scale=0.2)
     torch.testing.assert_close(out, expected[:, rows])
     torch.testing.assert_close(lse, expected_lse[:, :, rows])

@@ -22,7 +22,7 @@ TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=True, lse=True):
+def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=True, lse=True, far=False, order=False):
     """The kernel for one card, with all strides and pointers aligned as in a real call."""
     rows = block[0] if sparse else 128
     tiles = choose_tiles(head_dim, DTYPES[dtype], rows, SHARED_KB[capability])
@@ -31,8 +31,10 @@ def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=Tru
     constants = {
         "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "BLOCK_ROWS": block[0], "BLOCK_COLS": block[1],
         "TILE_M": tiles.rows, "TILE_N": tiles.keys, "SPARSE": sparse, "HAS_LENS": lens, "NEED_LSE": lse,
-        "STAGES": tiles.stages, "ORDER": False, "table_ptr": None,
+        "STAGES": tiles.stages, "ORDER": order, "FAR": far,
     }  # fmt: skip
+    if not order:
+        constants |= {"table_ptr": None}
     if not sparse:
         constants |= {"row_ptr": None, "ids_ptr": None, "order_ptr": None}
     if not lens:
@@ -48,7 +50,7 @@ def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=Tru
             signature[name] = "i64"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale_log2" else "*i32" if "ptr" in name else "i32"
+            signature[name] = "fp32" if name in ("scale_log2", "far_alpha") else "*i32" if "ptr" in name else "i32"
     source = ASTSource(forward_kernel, signature, constants, attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -112,12 +114,25 @@ def test_offsets_are_64_bit():
     assert all(kind.endswith("xi64>") for kind in columns)
 
 
-def compile_sums(capability, dtype, head_dim, block, *, lens=True):
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "head_dim", "sparse", "order"), [
+    ("bf16", 128, True, False), ("bf16", 128, False, False), ("bf16", 128, True, True), ("fp16", 64, True, False),
+])  # fmt: skip
+def test_changed_scores_fit(capability, dtype, head_dim, sparse, order, tmp_path):
+    compiled = compile_forward(capability, dtype, head_dim, (128, 128), sparse=sparse, lse=False, far=True, order=order)
+    assert TENSOR_CORES[capability] in compiled.asm["ptx"]
+    assert "cp.async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+
+
+def compile_sums(capability, dtype, head_dim, block, *, lens=True, far=False):
     """The kernel of block sums for one card, aligned as in a real call."""
     tiles = triton_sums.choose_tiles(head_dim, DTYPES[dtype], block, SHARED_KB[capability])
     constants = {
         "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "UNIT_M": tiles.unit, "TILE_M": tiles.rows,
-        "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages,
+        "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages, "ORDER": False, "FAR": far, "table_ptr": None,
     }  # fmt: skip
     if not lens:
         constants |= {"lens_ptr": None}
@@ -132,7 +147,7 @@ def compile_sums(capability, dtype, head_dim, block, *, lens=True):
             signature[name] = "i64"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale" else "*i32" if "ptr" in name else "i32"
+            signature[name] = "fp32" if name in ("scale", "far_alpha") else "*i32" if "ptr" in name else "i32"
     source = ASTSource(triton_sums.sums_kernel, signature, constants, attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -148,6 +163,12 @@ def test_block_sums_fit(capability, dtype, head_dim, block, tmp_path):
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used
     assert dtype == "fp32" or TENSOR_CORES[capability] in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "block"), [("bf16", 128, (128, 64)), ("fp32", 128, (64, 128))])
+def test_block_sums_of_changed_scores_fit(dtype, head_dim, block, tmp_path):
+    used = resources(compile_sums(90, dtype, head_dim, block, far=True), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
 
 
 def test_block_sums_of_two_programs_fit_a_multiprocessor(tmp_path):

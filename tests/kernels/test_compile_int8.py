@@ -20,6 +20,7 @@ INT8 = {
     90: "k32.s32.s8.s8",
     100: r"kind::i8|s32.s8.s8",  # Triton 3.6 takes the older instruction
 }
+VALUES = {None: "*bf16", "fp8": "*fp8e4nv", "int8": "*i8"}
 FP8 = {89: "f32.e4m3.e4m3", 90: "f32.e4m3.e4m3", 100: "kind::f8f6f4"}
 
 
@@ -38,31 +39,34 @@ def compiled_for(capability, kernel, constants, types, options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def compile_attention(capability, head_dim, block, fp8, sparse=True):
-    tiles = triton_int8.choose_tiles(head_dim, block[0], SHARED[capability], fp8)
+def compile_attention(capability, head_dim, block, values, sparse=True):
+    tiles = triton_int8.choose_tiles(head_dim, block[0], SHARED[capability], values is not None)
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_ROWS": block[0], "BLOCK_COLS": block[1], "TILE_N": tiles.keys,
-        "SCALED": quantize.SCALED_KEYS, "COPIES": quantize.COPIES, "SPARSE": sparse, "HAS_LENS": True, "FP8": fp8,
-        "NEED_LSE": True, "STAGES": tiles.stages,
+        "SCALED": quantize.SCALED_KEYS, "COPIES": quantize.COPIES, "SPARSE": sparse, "HAS_LENS": True,
+        "FP8": values == "fp8", "INT8": values == "int8", "NEED_LSE": True, "STAGES": tiles.stages,
     }  # fmt: skip
     constants |= {} if sparse else {"row_ptr": None, "ids_ptr": None, "order_ptr": None}
-    constants |= {} if fp8 else {"v_scale_ptr": None}
+    constants |= {} if values else {"v_scale_ptr": None}
     types = {
         "q_ptr": "*i8", "k_ptr": "*i8", "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
-        "v_ptr": "*fp8e4nv" if fp8 else "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32",
+        "v_ptr": VALUES[values], "out_ptr": "*bf16", "lse_ptr": "*fp32",
     }  # fmt: skip
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     return compiled_for(capability, triton_int8.int8_kernel, constants, types, options)
 
 
-@pytest.mark.parametrize(("capability", "fp8"), [
-    (80, False), (86, False), (89, True), (90, False), (90, True), (100, True),
+@pytest.mark.parametrize(("capability", "values"), [
+    (80, None), (80, "int8"), (86, None), (86, "int8"), (89, "fp8"), (90, None), (90, "fp8"), (90, "int8"),
+    (100, "fp8"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("head_dim", "block"), [(128, (128, 128)), (128, (64, 64)), (64, (128, 64))])
-def test_tensor_cores_without_spills(capability, fp8, head_dim, block, tmp_path):
-    compiled = compile_attention(capability, head_dim, block, fp8)
+def test_tensor_cores_without_spills(capability, values, head_dim, block, tmp_path):
+    compiled = compile_attention(capability, head_dim, block, values)
     assert re.search(INT8[capability], compiled.asm["ptx"])
-    assert not fp8 or FP8[capability] in compiled.asm["ptx"]
+    assert values != "fp8" or FP8[capability] in compiled.asm["ptx"]
+    if values == "int8":  # both products, and no other
+        assert not re.search(r"mma\S*\.f32\.(bf16|f16|e4m3|tf32)", compiled.asm["ptx"])
     assert compiled.metadata.shared <= SHARED[capability] * 1024
     used = resources(compiled, tmp_path)
     # a word or two outside the loop
@@ -71,15 +75,15 @@ def test_tensor_cores_without_spills(capability, fp8, head_dim, block, tmp_path)
 
 
 def test_dense_fits(tmp_path):
-    compiled = compile_attention(86, 128, (128, 64), False, sparse=False)
+    compiled = compile_attention(86, 128, (128, 64), None, sparse=False)
     assert re.search(INT8[86], compiled.asm["ptx"])
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_offsets_are_64_bit(fp8):
-    ttir = compile_attention(90, 128, (128, 128), fp8).asm["ttir"]
+@pytest.mark.parametrize("values", [None, "fp8", "int8"])
+def test_offsets_are_64_bit(values):
+    ttir = compile_attention(90, 128, (128, 128), values).asm["ttir"]
     assert {k for k in re.findall(r"arith\.muli %\w+, %stride_\w+ : (\S+)", ttir)} <= {"i64"}
     # what a line of samples and heads is multiplied by
     assert re.search(r"arith\.muli %line\w*, .* : i64", ttir)
@@ -99,8 +103,12 @@ PASS = {
         {"k_ptr": "*bf16", "mean_ptr": "*fp32", "out_ptr": "*i8", "scale_ptr": "*fp32"},
     ),
     "values_kernel": (
-        {"HEAD_DIM": 128, "ROWS": 128, "HAS_LENS": True, "REORDER": True},
+        {"HEAD_DIM": 128, "ROWS": 128, "HAS_LENS": True, "REORDER": True, "INT8": False},
         {"v_ptr": "*bf16", "v_scale_ptr": "*fp32", "out_ptr": "*fp8e4nv"},
+    ),
+    "values_kernel of int8": (
+        {"HEAD_DIM": 128, "ROWS": 64, "HAS_LENS": True, "REORDER": False, "INT8": True},
+        {"v_ptr": "*bf16", "v_scale_ptr": "*fp32", "out_ptr": "*i8"},
     ),
 }
 
@@ -110,7 +118,7 @@ PASS = {
 def test_the_pass_reads_and_writes_16_bytes_at_a_time(name, capability, tmp_path):
     if name == "values_kernel" and capability < 89:
         pytest.skip("no FP8")
-    compiled = compiled_for(capability, getattr(quantize, name), *PASS[name], {"num_warps": 4})
+    compiled = compiled_for(capability, getattr(quantize, name.split()[0]), *PASS[name], {"num_warps": 4})
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     assert name == "statistics_kernel" or "st.global.v4.b32" in compiled.asm["ptx"]
     used = resources(compiled, tmp_path)

@@ -79,7 +79,7 @@ def test_portable_attention(capability, head_dim, block, tmp_path):
     constants = {
         "HEAD_DIM": head_dim, "HEAD_PAD": head_dim, "BLOCK_ROWS": block[0], "BLOCK_COLS": block[1],
         "TILE_M": tiles.rows, "TILE_N": tiles.keys, "SPARSE": True, "HAS_LENS": True, "NEED_LSE": True,
-        "STAGES": tiles.stages, "ORDER": True,
+        "STAGES": tiles.stages, "ORDER": True, "FAR": False,
     }  # fmt: skip
     compiled = compile_kernel(
         triton_forward.forward_kernel, constants, capability, tiles.warps, stages=tiles.stages

@@ -42,7 +42,7 @@ def compile_kernel(kernel, capability, constants, dtype="bf16", **options):
         elif name.startswith("stride"):
             signature[name] = "i64"
         else:
-            signature[name] = "fp32" if name == "scale_log2" else "i32"
+            signature[name] = "fp32" if name in ("scale_log2", "far_alpha") else "i32"
         aligned = name.startswith("stride") or ("ptr" in name and name not in ("lens_ptr", "row_ptr"))
         if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -50,11 +50,11 @@ def compile_kernel(kernel, capability, constants, dtype="bf16", **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def compile_sampled(capability, dtype, head_dim, block, sample, lens=True):
+def compile_sampled(capability, dtype, head_dim, block, sample, lens=True, far=False):
     tiles = choose_tiles(head_dim, DTYPES[dtype], block, SHARED_KB[capability])
     constants = {
         "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "BLOCK_M": block[0], "SAMPLE": sample,
-        "TILE_M": tiles.rows, "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages,
+        "TILE_M": tiles.rows, "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages, "FAR": far,
     }  # fmt: skip
     if not lens:
         constants["lens_ptr"] = None
@@ -120,3 +120,7 @@ def test_sampled_offsets_are_64_bit():
     kinds = re.findall(r"arith\.muli %\w+, %(?:stride_\w+|columns\w*) : (\S+)", ttir)
     assert len(kinds) >= 4
     assert set(kinds) == {"i64"}
+
+
+def test_sampled_sums_of_changed_scores_fit(tmp_path):
+    assert_fits(compile_sampled(90, "bf16", 128, (128, 64), 16, far=True), 90, tmp_path)

@@ -13,14 +13,15 @@ from videosparse.kernels import triton_stats
 from videosparse.kernels.triton_forward import head_pad
 
 
-def compile_stats(capability, dtype, head_dim, block, *, lens=False):
+def compile_stats(capability, dtype, head_dim, block, *, lens=False, far=False):
     """The kernel for one card, aligned as in a real call."""
     tiles = triton_stats.choose_tiles(head_dim, DTYPES[dtype], block, SHARED_KB[capability])
     constants = {
         "HEAD_DIM": head_dim, "HEAD_PAD": head_pad(head_dim), "UNIT_M": tiles.unit, "TILE_M": tiles.rows,
-        "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages,
+        "TILE_N": tiles.keys, "HAS_LENS": lens, "STAGES": tiles.stages, "ORDER": far, "FAR": far,
     }  # fmt: skip
     constants |= {} if lens else {"lens_ptr": None}
+    constants |= {} if far else {"table_ptr": None}
     signature, attributes = {}, {}
     for i, name in enumerate(triton_stats.stats_kernel.arg_names):
         if name in constants:
@@ -34,7 +35,7 @@ def compile_stats(capability, dtype, head_dim, block, *, lens=False):
         elif name == "plane":
             signature[name] = "i64"
         else:
-            signature[name] = "fp32" if name in ("scale", "eps") else "*i32" if "ptr" in name else "i32"
+            signature[name] = "fp32" if name in ("scale", "eps", "far_alpha") else "*i32" if "ptr" in name else "i32"
     source = ASTSource(triton_stats.stats_kernel, signature, constants, attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -50,3 +51,8 @@ def test_block_stats_fit(capability, dtype, head_dim, block, tmp_path):
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used
     assert dtype == "fp32" or TENSOR_CORES[capability] in compiled.asm["ptx"]
+
+
+def test_block_stats_of_changed_scores_fit(tmp_path):
+    used = resources(compile_stats(90, "bf16", 128, (64, 64), far=True), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used

@@ -95,10 +95,8 @@ def test_triton_on_the_cpu():
 def test_options():
     with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, fa4, flex"):
         KernelOptions(backend="cuda")
-    with pytest.raises(ValueError, match=r'quant must be None, "int8" or "int8-fp8" \(got .int4.\)'):
+    with pytest.raises(ValueError, match=r'quant must be None, "int8", "int8-fp8" or "int8-int8" \(got .int4.\)'):
         KernelOptions(quant="int4")
-    with pytest.raises(NotImplementedError, match="logit"):
-        KernelOptions(logit="tanh")
 
 
 def test_block_sums():

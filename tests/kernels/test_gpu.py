@@ -329,7 +329,8 @@ def test_the_op_is_well_formed():
     index.prepare_backward()
     turned = (index.key_major.row_ptr, index.key_major.ids, index.key_major.order)
     torch.library.opcheck(
-        ops.attend_forward, (q, k, v, *lists, *index.block, 1, 1, 0.25, True, "triton", None, True, *turned)
+        ops.attend_forward,
+        (q, k, v, *lists, *index.block, 1, 1, 0.25, None, 0, 0, 0, True, "triton", None, True, *turned),
     )
 
 

@@ -24,6 +24,8 @@ from videosparse.kernels import hopper_int8_kernel as kernel_module  # noqa: E40
 from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid  # noqa: E402
 
+QUANTS = ["int8", "int8-fp8"]
+
 
 @pytest.fixture
 def on_cpu(monkeypatch):
@@ -55,7 +57,7 @@ def run_and_check(quant, layout, block_map, q, k, v, lse=True):
     assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize(("dim", "block"), [(128, (128, 128)), (64, (128, 64))])
 def test_lists(on_cpu, quant, kind, dim, block):
@@ -63,7 +65,7 @@ def test_lists(on_cpu, quant, kind, dim, block):
     run_and_check(quant, layout, make_map(layout, block, heads=2), *make_qkv(layout, torch.bfloat16, heads=2, dim=dim))
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("aligned", [False, True])
 def test_dense(on_cpu, quant, kind, aligned):
@@ -72,7 +74,7 @@ def test_dense(on_cpu, quant, kind, aligned):
     run_and_check(quant, layout, None, *make_qkv(layout, torch.float16, heads=2, dim=64))
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("share", MAP_SHARES)
 def test_shared_maps_and_strides(on_cpu, quant, share):
     layout = make_layout("video")
@@ -80,7 +82,7 @@ def test_shared_maps_and_strides(on_cpu, quant, share):
     run_and_check(quant, layout, make_map(layout, (128, 64), share), q, quantized.biased(k), v, lse=False)
 
 
-@pytest.mark.parametrize("quant", quantized.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("tokens", [1, 127, 129])
 def test_few_tokens(on_cpu, quant, tokens):
     layout = TokenLayout(VideoGrid(1, 1, tokens))
@@ -98,7 +100,7 @@ def test_nan_of_tokens_shows(on_cpu):
     for position in range(3):
         q, k, v = make_qkv(layout, torch.bfloat16)
         (q, k, v)[position][0, 3, 1, 5] = torch.nan
-        for quant in quantized.QUANTS:
+        for quant in QUANTS:
             out = attend(q, k, v, layout=layout, options=KernelOptions(backend="triton", quant=quant))
             assert out[0, 3, 1].isnan().any()
             assert not out[1].isnan().any()
@@ -177,18 +179,19 @@ def lists(block):
 
 
 @pytest.mark.parametrize(
-    ("v", "given", "fp8", "reason"),
+    ("v", "given", "values", "reason"),
     [
-        (torch.zeros(1, 256, 2, 64).half(), call(lists((64, 64))), True, r"128 query rows \(got 64\)"),
-        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), False, "multiples of 16 bytes"),
-        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), True, None),
-        (torch.zeros(1, 20000, 1, 64).half(), call(text_start=300), False, "128 key blocks of text"),
-        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), False, None),
+        (torch.zeros(1, 256, 2, 64).half(), call(lists((64, 64))), "fp8", r"128 query rows \(got 64\)"),
+        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), None, "multiples of 16 bytes"),
+        (torch.zeros(1, 256, 2, 65).half()[..., :64], call(), "fp8", None),
+        (torch.zeros(1, 20000, 1, 64).half(), call(text_start=300), None, "128 key blocks of text"),
+        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), None, None),
+        (torch.zeros(1, 256, 2, 128).bfloat16(), call(lists((128, 64))), "int8", "no int8 values"),
     ],
 )
-def test_what_it_does_not_take(v, given, fp8, reason, monkeypatch):
-    if fp8:
-        assert "until a GPU has shown" in hopper_int8.unsuited(v, v, v, given, False, fp8)
+def test_what_it_does_not_take(v, given, values, reason, monkeypatch):
+    if values == "fp8":
+        assert "until a GPU has shown" in hopper_int8.unsuited(v, v, v, given, False, values)
         monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
-    found = hopper_int8.unsuited(v, v, v, given, False, fp8)
+    found = hopper_int8.unsuited(v, v, v, given, False, values)
     assert found is None if reason is None else re.search(reason, found)

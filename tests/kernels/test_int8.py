@@ -52,6 +52,18 @@ def test_smoothing_is_what_biased_keys_need():
         quantized.check(rough, None, q, k, v, "int8", layout=LAYOUT)
 
 
+def test_scales_for_64_keys_are_what_large_values_need():
+    layout = TokenLayout(VideoGrid(2, 12, 16))
+    q, k, v = make_qkv(layout, torch.float16, batch=1, heads=2)
+    v[:, ::97] *= 50
+    truth = attend(q.double(), k.double(), v.double(), layout=layout)
+    out = attend(q, k, v, layout=layout, options=options("int8-int8"))
+    assert (out - truth).norm() <= 0.03 * truth.norm()
+    step = v.float().abs().amax(1, keepdim=True) / 127
+    of_all_keys = attend(q.float(), k.float(), (v / step).round() * step, layout=layout)
+    assert (of_all_keys - truth).norm() > 1.3 * (out - truth).norm(), "though nothing else is rounded"
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_full_map_is_dense(block):
     layout = make_layout("ragged text").aligned(block)
@@ -120,7 +132,7 @@ def test_fp8_needs_its_tensor_cores(monkeypatch):
     int8_path._has_fp8.cache_clear()
     assert not int8_path._has_fp8(torch.device("cuda", 3))
     q = torch.zeros(1, 96, 1, 64).half()
-    with pytest.raises(RuntimeError, match=r'"int8-fp8" needs FP8 tensor cores, compute capability 8.9 .* use "int8"'):
+    with pytest.raises(RuntimeError, match=r'needs FP8 tensor cores, compute capability 8.9 .* use "int8-int8"'):
         attend(q, q, q, layout=LAYOUT, options=options("int8-fp8"))
     assert choose("torch", q.device, q.dtype) == "torch"
 

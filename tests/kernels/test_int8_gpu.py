@@ -18,22 +18,28 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 MIDDLE = VideoGrid(5, 13, 17)
 
+BETWEEN = {"int8": 0.006, "int8-fp8": 0.035, "int8-int8": 0.015}
+"""How far a kernel may be from plain torch, which rounds the same but for the weights that values are multiplied by."""
+
 
 @pytest.fixture(autouse=True, params=["special", "portable"])
 def _kernel(request):
     if request.param == "special":
-        yield
+        yield "special"
     elif not gpu.is_hopper(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this GPU has the portable kernel only")
     else:
         with gpu.portable_only():
-            yield
+            yield "portable"
 
 
 @pytest.fixture(params=quantized.QUANTS)
 def quant(request):
     if request.param == "int8-fp8" and not int8_path._has_fp8(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("no FP8 tensor cores")
+    special = request.getfixturevalue("_kernel") == "special" and gpu.is_hopper(torch.device("cuda", 0))
+    if request.param == "int8-int8" and special:
+        pytest.skip("the portable kernel takes it, as the other half of these tests does")
     return request.param
 
 
@@ -48,7 +54,7 @@ def run_and_check(quant, layout, block_map, q, k, v):
     assert torch.equal(out, again)
     options = KernelOptions(backend="torch", quant=quant)
     plain, plain_lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
-    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
+    assert (out - plain).float().norm() <= BETWEEN[quant] * plain.float().norm()
     read = plain_lse > -torch.inf
     torch.testing.assert_close(lse[read], plain_lse[read], rtol=0, atol=2e-2)
 

@@ -8,6 +8,7 @@ import torch
 from inputs import TORCH, make_layout, make_map, make_qkv
 
 from videosparse.kernels import attend, block_sums, ops
+from videosparse.logits import arguments
 
 
 class Graphs:
@@ -26,10 +27,11 @@ def _no_compiled_code_from_elsewhere():
     torch._dynamo.reset()
 
 
-def op_arguments(layout, index):
+def op_arguments(layout, index, logit=None):
     lists = (None, None, None) if index is None else (index.row_ptr, index.ids, index.order)
     shape = (0, 0, 1, 1) if index is None else (*index.block, *index.shape[:2])
-    return (*lists, layout.seq_lens, layout.video, layout.text_start, *shape, 0.25)
+    far = () if logit is None else arguments(logit.reach(layout.grid))
+    return (*lists, layout.seq_lens, layout.video, layout.text_start, *shape, 0.25, *(far or arguments(None)))
 
 
 def key_major(index):
@@ -65,7 +67,8 @@ def test_block_sums_op_is_well_formed():
     q, k, _ = (x.nan_to_num() for x in make_qkv(layout, torch.float32, dim=8))
     lse = torch.zeros(2, 3, layout.length)
     torch.library.opcheck(
-        ops.block_sums, (q, k, lse, layout.seq_lens, layout.video, layout.text_start, 64, 64, 0.25, "torch")
+        ops.block_sums,
+        (q, k, lse, layout.seq_lens, layout.video, layout.text_start, 64, 64, 0.25, "torch", 0, None, *arguments(None)),
     )
 
 

@@ -35,14 +35,19 @@ def arguments(tmp_path, *more):
 def test_from_nothing_to_a_video(tmp_path, monkeypatch, capsys):
     train = program("train_length_extension")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, "--set", "train.steps=3", "--format", "comfy")])
+    often = ["--set", "validate.every=2", "--set", "validate.video_every=2"]
+    argv = ["train", *arguments(tmp_path, "--set", "train.steps=3", *often, "--format", "comfy")]
+    monkeypatch.setattr(sys, "argv", argv)
     assert train.main() == 0
     said = capsys.readouterr().out
     assert "17 frames: held-out loss" in said
+    assert [line.split(": ")[0] for line in said.splitlines() if line.endswith(" at 0.5") and "17 frames" in line] == [
+        "before", "step 2", "after",
+    ]  # fmt: skip
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} >= {"pytorch_lora_weights.safetensors", "comfy.safetensors", "log.jsonl"}
     assert sorted(p.name for p in (out / "videos").iterdir()) == [
-        "before-after-0.mp4", "step-000000-0.mp4", "step-000003-0.mp4",
+        "before-after-0.mp4", "step-000000-0.mp4", "step-000002-0.mp4", "step-000003-0.mp4",
     ]  # fmt: skip
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     wanted = {"loss", "tokens_per_second", "tflops", "peak_gib", "seconds_left"}
@@ -82,12 +87,39 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from videosparse.training.run import LoraRun
+
+    train, loss = program("train_length_extension"), LoraRun.loss
+    calls = []
+
+    def diverging(self, batch, dense):
+        calls.append(self.done)
+        return loss(self, batch, dense) * (torch.nan if self.done == 2 else 1.0)
+
+    monkeypatch.setattr(LoraRun, "loss", diverging)
+    monkeypatch.chdir(ROOT)
+    more = ["--set", "train.steps=5", "--set", "validate.prompts=[]", "--set", "data.holdout=0"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, *more)])
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert "Error: The loss is not finite at step 2" in error
+    assert calls == [0, 1, 2]
+    (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert saved.name == "step-000002"
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(tmp_path):
     command = [sys.executable, "lora/train_length_extension.py", *arguments(tmp_path, "--set", "train.steps=400")]
-    command += ["--set", "validate.prompts=[]", "--set", "data.holdout=0"]
+    command += ["--set", "validate.prompts=[]", "--set", "data.holdout=0", "--resume"]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
+        noted = False
         for line in run.stdout:
+            noted |= "has no checkpoint to resume; training starts at step 0" in line
             if line.startswith("step 2/"):
                 run.send_signal(signal.SIGTERM)
                 break
@@ -95,13 +127,14 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         assert run.wait(timeout=120) == 143, said
     finally:
         run.kill()
+    assert noted
     assert "--resume goes on from there" in said
     (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert (saved / "pytorch_lora_weights.safetensors").is_file()
     step = int(saved.name.removeprefix("step-"))
     began = time.monotonic()
     done = subprocess.run(
-        [*command, "--set", f"train.steps={step + 1}", "--resume"],
+        [*command, "--set", f"train.steps={step + 1}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -118,6 +151,9 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
         (["--set", "train.lrr=1"], "Did you mean 'lr'?"),
         (["--set", "model.path=nowhere"], "No model folder at nowhere"),
         (["--set", f"output.folder={__file__}/out"], "is not a folder; choose another folder"),
+        (["--set", "data.synthetic=1", "--set", "train.frames=[9, 18]"], "Error: train.frames must be 4k+1"),
+        (["--set", "data.synthetic=1", "--set", "data.height=33"], "Error: data.height must be a multiple of 16"),
+        (["--set", "data.synthetic=1", "--set", "data.fps=0.5"], "Error: data.fps must be 1 to 240"),
         (
             ["--set", "data.synthetic=1", "--set", f"data.path={__file__}/data"],
             "is not a folder; choose another folder",
@@ -147,6 +183,19 @@ def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", argv)
     assert prepare.main() == 2
     assert "--size must be HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "bad.txt").write_text("bad")
+    argv = ["prepare", "--videos", str(tmp_path), "--frames", "9", "--size", "64x64", "--output", str(tmp_path / "d")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu"])
+    monkeypatch.chdir(ROOT)
+    assert program("prepare_dataset").main() == 1
+    said = capsys.readouterr()
+    assert "bad.mp4 cannot be decoded" in said.out
+    told = said.err.splitlines()[-1]  # after the bars of what was loaded
+    assert told.startswith(f"Error: none of 1 clips could be used, and {tmp_path}/d has none to train on")
 
 
 def test_checkpoints_of_before_are_found_before_anything_is_made(monkeypatch, capsys, tmp_path):

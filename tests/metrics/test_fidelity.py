@@ -9,13 +9,13 @@ import torch
 from videosparse.metrics.fidelity import (
     CONVENTION,
     CONVENTIONS,
-    decode_again,
     fidelity,
     psnr,
     quarters,
     relative_l1,
     ssim,
 )
+from videosparse.mp4 import decode_again
 
 
 @pytest.fixture

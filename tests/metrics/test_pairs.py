@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from videosparse.metrics import pairs
-from videosparse.metrics.fidelity import decode_again, psnr, ssim
+from videosparse.metrics.fidelity import psnr, ssim
 from videosparse.metrics.pairs import score_pairs
 from videosparse.metrics.vbench.ledger import Ledger
 from videosparse.metrics.video import as_video, read_video, save_raw
+from videosparse.mp4 import decode_again
 
 
 def noisy(video, amount=0.05):

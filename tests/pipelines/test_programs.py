@@ -59,9 +59,42 @@ def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path):
         runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
 
 
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "wan_i2v.py"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "8"], "error: --frames must be .k.1 for .* .got 8.; use "),
+        (["--height", "33"], "error: --height must be a multiple of"),
+        (["--output", "taken.mp4"], "error: taken.mp4 exists; choose another name, or pass --overwrite."),
+        (["--output", "a.gif"], "error: --output must end in .mp4"),
+    ],
+)
+def test_sizes_and_names_are_checked_before_anything_is_loaded(name, arguments, message, monkeypatch, tmp_path, models):
+    family = name.split("_")[0]
+    model = models[{"multi": "wan", "wan22": "wan"}.get(family, family)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.mp4").touch()
+    monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(model), *arguments])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.mp4"]
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """Folders that hold what is read before weights are, by family."""
+    found = {}
+    for name, build in {"wan": wan, "hunyuan": hunyuan, "mochi": mochi}.items():
+        found[name] = folder / f"{name} without weights"
+        build().save_pretrained(found[name])
+        for weights in found[name].rglob("*.safetensors"):
+            weights.unlink()
+    return found
+
+
 RUNS = {
     "wan_t2v.py": (wan, [*SMALL, "--method", "adaspa", "--rope", "pi"]),
-    "wan22_t2v.py": (wan22, [*SMALL, "--steps", "4"]),
+    "wan22_t2v.py": (wan22, [*SMALL, "--steps", "4", "--method", "paro"]),
     "wan_i2v.py": (wan_i2v, ["--frames", "9", "--area", "32x32", "--steps", "2", "--fps", "8"]),
     "hunyuan_video_t2v.py": (hunyuan, SMALL),
     "mochi_t2v.py": (mochi, ["--frames", "7", *TINY]),

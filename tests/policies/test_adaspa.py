@@ -233,13 +233,15 @@ def test_memory_of_wan_14b():
 
 def test_what_searching_costs():
     schedule = DenseSchedule(first_steps=0.2)
-    assert AdaSpaPolicy().search_work(schedule, 50, 1) == (0, 1.0)
-    assert AdaSpaPolicy(refresh=()).search_work(schedule, 50, 1) == (0, 0.5)
-    assert AdaSpaPolicy(sample=16).search_work(schedule, 50, 1) == (0, 0.125)
-    assert AdaSpaPolicy().search_work(schedule, 40, 2) == (1, 1.5)
-    assert AdaSpaPolicy().search_work(DenseSchedule(), 40, 1) == (1, 1.0)
-    assert AdaSpaPolicy().search_work(DenseSchedule(first_steps=1.0), 40, 1) == (0, 0.0)
-    assert AdaSpaPolicy(refresh=(0.9,)).search_work(replace(schedule, last_steps=0.2), 50, 1) == (0, 0.5)
+    exact = AdaSpaPolicy(sample=None)
+    assert exact.search_work(schedule, 50, 1) == (0, 1.0)
+    assert replace(exact, refresh=()).search_work(schedule, 50, 1) == (0, 0.5)
+    assert AdaSpaPolicy().search_work(schedule, 50, 1) == (0, 0.125), "16 of 128 rows"
+    assert exact.search_work(schedule, 40, 2) == (1, 1.5)
+    assert exact.search_work(DenseSchedule(), 40, 1) == (1, 1.0)
+    assert exact.search_work(DenseSchedule(first_steps=1.0), 40, 1) == (0, 0.0)
+    assert exact.search_work(DenseSchedule(), 1, 1) == (1, 0.0), "one step is dense, and searches for nobody"
+    assert replace(exact, refresh=(0.9,)).search_work(replace(schedule, last_steps=0.2), 50, 1) == (0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_a_sequence_that_is_too_long_is_refused():
 
 def test_a_step_that_is_refreshed_twice_costs_once():
     schedule = DenseSchedule(first_steps=0.2)
-    assert AdaSpaPolicy(refresh=(0.6, 30, 0.6)).search_work(schedule, 50, 1) == (0, 1.0)
+    assert AdaSpaPolicy(refresh=(0.6, 30, 0.6), sample=None).search_work(schedule, 50, 1) == (0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,13 @@ def test_some_other_safetensors(path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("videosparse-paro-1", "videosparse-paro-9", "its format is videosparse-paro-9, this version reads"),
+        ("videosparse-paro-2", "videosparse-paro-9", "its format is videosparse-paro-9, this version reads"),
         ('"heads": 3', '"heads": 4', r"codes must be torch.uint8 \[2, 4\]"),
         ('"block": [128, 64]', '"block": [32, 64]', "block"),
         ('"layers": 2, ', "", "it lacks 'layers'"),
         ('"grid": [3, 9, 10]', '"grid": [0, 9, 10]', "must be at least 1"),
+        ('"others": []', '"others": [{}]', r"codes must be torch.uint8 \[4, 3\]"),
+        ('"others": [], ', "", "it lacks 'others'"),
     ],
 )
 def test_a_changed_plan(path, old, new, message):
@@ -103,6 +105,23 @@ def test_a_changed_plan(path, old, new, message):
     save_file(load_file(path), path, {"videosparse_plan": text.replace(old, new)})
     with pytest.raises(ValueError, match=f"is no plan that can be used: .*{message}"):
         PAROPlan.load(path)
+
+
+def test_a_plan_of_the_format_before_is_read(path):
+    """Which was for one transformer, and said nothing of others."""
+    from safetensors import safe_open
+
+    plan = make_plan()
+    plan.save(path)
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["videosparse_plan"]
+    for new, old in (("videosparse-paro-2", "videosparse-paro-1"), (', "others": []', ""), (', "weights": []', "")):
+        assert new in text
+        text = text.replace(new, old)
+    save_file(load_file(path), path, {"videosparse_plan": text})
+    found = PAROPlan.load(path)
+    assert found.facts == plan.facts
+    assert (found.facts.experts, found.facts.attentions) == (1, 2)
 
 
 def test_another_model_is_refused_with_what_differs():

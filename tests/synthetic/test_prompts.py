@@ -1,6 +1,7 @@
 """The prompt lists of `eval/score_world.py`: balanced, from their split, and true to their attributes."""
 
 import importlib.util
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from videosparse.evaluation import prompt_lists
 from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, heldout_triples, triples
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "score_world.py"
@@ -70,9 +72,9 @@ def test_the_scene_of_a_prompt_shows_what_the_prompt_says(trained, held_out):
             assert said.speed in (None, drawn.speed)
 
 
-def test_a_list_can_be_written_again(program, trained):
+def test_a_list_can_be_written_again(trained):
     for prompt in trained[:5]:
-        again = program.write_prompt(prompt.objects, prompt.background, prompt.seed)
+        again = prompt_lists.write_prompt(prompt.objects, prompt.background, prompt.seed)
         assert again["prompt"] == prompt.prompt
 
 
@@ -86,7 +88,18 @@ def test_a_text_that_says_something_else_is_an_error(program, tmp_path):
         program.load_prompts(path)
 
 
-def test_the_interval_of_a_mean_holds_the_mean(program):
-    low, high = program.interval([1] * 60 + [0] * 4)
-    assert low < 60 / 64 < high <= 1
-    assert program.interval([1, 1, 1]) == (1, 1)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "8"], r"--frames must be 4k\+1 for tiny-wan \(got 8\); use 5 or 9"),
+        (["--model", "none"], "No model folder at none"),
+        (["--prompts", "none.json"], r"Cannot read prompts from none\.json"),
+        (["--output", "list.txt/rows.csv"], r"list\.txt is not a folder"),
+    ],
+)
+def test_mistakes_end_with_one_line_before_anything_is_loaded(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").touch()
+    monkeypatch.setattr(sys, "argv", [PROGRAM.name, "--model", "tiny-wan", "--output", "rows.csv", *arguments])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        runpy.run_path(str(PROGRAM), run_name="__main__")

@@ -44,7 +44,7 @@ def random_data(folder: Path, model: Path, *, clips: int = 8, frames: int = 33, 
     from videosparse.training.families import TRAINING_FAMILIES
 
     source = find_model(str(model))
-    _describe(folder, source)
+    _describe(folder, source, float(source.defaults.fps))
     family = TRAINING_FAMILIES[source.spec.family]
     time, space = source.spec.stride
     g = torch.Generator().manual_seed(0)

@@ -29,6 +29,33 @@ def test_recipes_are_valid(recipe):
     assert f"lora/recipes/{recipe.name}" in recipe.read_text(), "its first lines say how it is run"
 
 
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.stem.startswith("tiny")], ids=lambda p: p.stem)
+def test_recipes_fit_their_models_and_presets(recipe):
+    """Lengths and sizes that the model can take, the multiple in the name, and the shift of runs at that size."""
+    import re
+
+    from videosparse.generation.presets import PRESETS
+    from videosparse.generation.sources import find_spec
+
+    config, text = load_config(recipe), recipe.read_text()
+    source = find_spec(config.model.path)
+    frames, height, width = (
+        int(x) for x in re.search(r"--frames (\d+) --size (\d+)x(\d+)", text.replace("\\\n#", "")).groups()
+    )
+    assert frames == config.train.frames[-1]
+    for length in config.train.frames:
+        source.grid(length, height, width)
+    times = int(re.search(r"-(\d)x", recipe.stem)[1])
+    assert frames == pytest.approx(times * source.defaults.num_frames, rel=0.02)
+    sizes = [
+        preset.values.get("shift") for preset in PRESETS.values()
+        if preset.values["model"] == config.model.path and preset.values.get("height") == height
+    ]  # fmt: skip
+    (shift,) = set(sizes)
+    own = {"wan2.1-1.3b": 3.0, "hunyuan-video": 7.0, "mochi": None}.get(config.model.path)
+    assert (config.attention.shift or own) == shift
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -55,12 +82,29 @@ def test_recipes_are_valid(recipe):
         ("model.rope", "riflx", "model.rope must be .* Did you mean 'riflex'"),
         ("validate.video_every", 5, "needs validate.prompts"),
         ("train.shift", -1.0, "train.shift must be at least 0"),
+        ("attention.shift", -1.0, "attention.shift must be at least 0"),
+        ("data.fps", -16, "data.fps must be at least 0"),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(with_key(name, value))
     assert "\n" not in str(caught.value)
+
+
+def test_the_experts_of_a_pair_share_all_noise_levels():
+    """And everything else but where the LoRA goes."""
+    high, low = (load_config(RECIPES[0].parent / f"wan2.2-a14b-2x{part}.toml") for part in ("", "-low"))
+    assert (high.model.component, low.model.component) == ("transformer", "transformer_2")
+    assert (low.train.noise_from, low.train.noise_to) == (0.0, high.train.noise_from)
+    assert high.train.noise_to == 1.0
+    differ = {
+        f"{section}.{name}" for section, values in high.as_dict().items() for name, value in values.items()
+        if low.as_dict()[section][name] != value
+    }  # fmt: skip
+    assert differ == {
+        "model.component", "train.noise_from", "train.noise_to", "attention.first_steps", "output.folder",
+    }  # fmt: skip
 
 
 def test_a_section_must_be_a_table():

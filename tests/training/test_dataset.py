@@ -7,7 +7,15 @@ import torch
 
 from videosparse.generation.sources import find_model
 from videosparse.generation.video import write_mp4
-from videosparse.training.clips import BrokenClip, ClipSource, Size, find_clips, nearest_size, synthetic_clips
+from videosparse.training.clips import (
+    BrokenClip,
+    ClipSource,
+    Size,
+    at_rate,
+    find_clips,
+    nearest_size,
+    synthetic_clips,
+)
 from videosparse.training.config import ConfigError
 from videosparse.training.dataset import Dataset, packed, unpacked
 from videosparse.training.encoding import load_parts, prepare
@@ -39,7 +47,7 @@ def test_broken_videos_are_listed_and_never_fatal(videos, wan_folder, tmp_path):
     done = encode(find_clips(videos), tmp_path / "data", wan_folder)
     assert (done.encoded, done.present) == (3, 0)
     reasons = dict(done.skipped)
-    assert reasons["3.mp4"] == "has 5 frames, and 9 are needed"
+    assert reasons["3.mp4"] == "has 5 frames at 16 a second, and 9 are needed"
     assert "bad.mp4" in reasons
     listed = [json.loads(line) for line in (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()]
     assert {entry["video"] for entry in listed} == {"3.mp4", "bad.mp4"}
@@ -66,7 +74,7 @@ def test_latents_and_texts_are_those_of_the_pipeline(wan_folder, tmp_path):
     by_caption = {entry.caption: entry for entry in data.train[0].entries}
     for clip in clips:
         latents, text = data.read(by_caption[clip.caption], 9)
-        expected = family.encode_video(pipe.vae, clip.read(SIZE)[None])[0]
+        expected = family.encode_video(pipe.vae, clip.read(SIZE, 16)[None])[0]
         torch.testing.assert_close(latents, expected.bfloat16().float(), rtol=0, atol=0.02)
         stock = pipe.encode_prompt(clip.caption, do_classifier_free_guidance=False, max_sequence_length=48)[0][0]
         torch.testing.assert_close(text["encoder_hidden_states"], stock.bfloat16(), rtol=0, atol=0)
@@ -118,10 +126,77 @@ def test_clips_go_to_the_size_of_their_shape(videos, wan_folder, tmp_path):
     sizes = [Size(9, 32, 32), Size(9, 32, 48)]
     assert nearest_size((40, 48), sizes) == Size(9, 32, 32)
     assert nearest_size((480, 832), sizes) == Size(9, 32, 48)
-    video = ClipSource("0", "", videos / "0.mp4").read(Size(9, 32, 48))
+    video = ClipSource("0", "", videos / "0.mp4").read(Size(9, 32, 48), 16)
     assert video.shape == (3, 9, 32, 48)
     with pytest.raises(BrokenClip, match="cannot be decoded"):
-        ClipSource("x", "", videos / "none.mp4").read(SIZE)
+        ClipSource("x", "", videos / "none.mp4").read(SIZE, 16)
+
+
+@pytest.mark.parametrize(
+    ("times", "fps", "expected"),
+    [
+        ([n / 16 for n in range(8)], 16, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([3 + n / 16 for n in range(4)], 16, [0, 1, 2, 3]),  # files may begin late
+        ([n / 32 for n in range(9)], 16, [0, 2, 4, 6, 8]),
+        ([n / 8 for n in range(3)], 16, [0, 0, 1, 1, 2]),  # between two, the earlier one
+        ([n / 30 for n in range(12)], 24, [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]),
+        ([0, 0.01, 0.02, 0.06, 0.2, 0.26, 0.25, 0.26, 0.3], 16, [0, 3, 3, 4, 5, 8]),  # varies, and goes back once
+        ([0.5], 16, [0]),
+        ([], 16, []),
+    ],
+)
+def test_frames_are_picked_by_their_time_stamps(times, fps, expected):
+    assert list(at_rate(zip(times, range(len(times)), strict=True), fps)) == expected
+
+
+def test_videos_of_any_rate_are_brought_to_that_of_the_model(tmp_path):
+    """Brightness tells which frame it was: a constant rate, and one that changes in the middle."""
+    import av
+
+    levels = torch.arange(24) / 24
+    write_mp4(tmp_path / "30.mp4", levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), 30)
+    with av.open(str(tmp_path / "varying.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=90, options={"crf": "1"})
+        stream.height = stream.width = 32
+        stream.pix_fmt = "yuv420p"
+        for n, level in enumerate(levels):
+            frame = av.VideoFrame.from_ndarray(torch.full((32, 32, 3), level * 255).byte().numpy(), format="rgb24")
+            frame.pts = 3 * n if n < 12 else 36 + 9 * (n - 12)  # 30 frames a second, then 10
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    for name, expected in (
+        ("30", [0, 2, 4, 6, 7, 9, 11, 13]),
+        ("varying", [0, 2, 4, 6, 7, 9, 11, 12, 13, 14, 14, 15]),
+    ):
+        video = ClipSource(name, "", tmp_path / f"{name}.mp4").read(Size(len(expected), 32, 32), 16)
+        shown = (video.mean((0, 2, 3)) * 24).round().int().tolist()
+        assert shown == expected, name
+    with pytest.raises(BrokenClip, match="has 13 frames at 16 a second, and 24 are needed"):
+        ClipSource("30", "", tmp_path / "30.mp4").read(Size(24, 32, 32), 16)
+
+
+def test_a_data_set_has_one_rate(wan_folder, tmp_path):
+    clips = synthetic_clips(1)
+    encode(clips, tmp_path / "data", wan_folder)
+    assert Dataset(tmp_path / "data").about["fps"] == 16
+    with pytest.raises(ConfigError, match=r"encoded with another fps .16.0, now 24.0.; use another folder"):
+        prepare(clips, tmp_path / "data", str(wan_folder), [SIZE], fps=24, device="cpu")
+    with pytest.raises(ConfigError, match=r"--fps must be 1 to 240 .got 0"):
+        prepare(clips, tmp_path / "other", str(wan_folder), [SIZE], fps=0, device="cpu")
+    prepare(clips, tmp_path / "slow", str(wan_folder), [SIZE], fps=8, device="cpu")
+    assert Dataset(tmp_path / "slow").about["fps"] == 8
+    moving = synthetic_clips(6)
+    assert sum(not torch.equal(clip.read(SIZE, 16), clip.read(SIZE, 8)) for clip in moving) >= 3
+    assert all(torch.equal(clip.read(Size(17, 32, 32), 16)[:, ::2], clip.read(SIZE, 8)) for clip in moving)
+    (tmp_path / "data" / "dataset.json").write_text('{"format": "videosparse-dataset-1"}')
+    with pytest.raises(ConfigError, match="prepare it again"):
+        Dataset(tmp_path / "data")
+
+
+def test_the_same_clip_twice_is_encoded_once(wan_folder, tmp_path):
+    clips = synthetic_clips(2)
+    done = encode([*clips, *clips, clips[0]], tmp_path / "data", wan_folder)
+    assert (done.encoded, done.present, done.skipped) == (2, 0, ())
 
 
 def test_models_that_need_more_than_a_prompt_are_refused(wan_folder, tmp_path):
@@ -145,13 +220,19 @@ def test_what_cannot_be_a_data_set(tmp_path, wan_folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="has no video with a caption"):
         find_clips(tmp_path / "empty")
-    with pytest.raises(ValueError, match="num_frames must be 4k"):
-        encode(synthetic_clips(1), tmp_path / "data", wan_folder, (Size(10, 32, 32),))
+    for size, message in ((Size(10, 32, 32), "--frames must be 4k"), (Size(9, 36, 32), "The height of --size must be")):
+        with pytest.raises(ConfigError, match=message):
+            encode(synthetic_clips(1), tmp_path / "data", wan_folder, (size,))
     encode(synthetic_clips(2), tmp_path / "data", wan_folder)
     about = json.loads((tmp_path / "data" / "dataset.json").read_text())
     (tmp_path / "data" / "dataset.json").write_text(json.dumps({**about, "vae": "other"}))
     with pytest.raises(ConfigError, match="encoded with another vae"):
         encode(synthetic_clips(1), tmp_path / "data", wan_folder)
+    lora = tmp_path / "data" / "pytorch_lora_weights.safetensors"
+    lora.write_bytes((tmp_path / "data" / "empty.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"pytorch_lora_weights.safetensors is no part of a data set; move it"):
+        Dataset(tmp_path / "data")
+    lora.unlink()
     next((tmp_path / "data").glob("9x*.safetensors")).write_bytes(b"no")
     with pytest.raises(ConfigError, match="is damaged"):
         Dataset(tmp_path / "data")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from videosparse.training.families import TRAINING_FAMILIES
-from videosparse.training.noise import NoiseLevels, dense_above, shifted
+from videosparse.training.noise import NoiseLevels, RunSchedule, shifted
 
 
 @pytest.mark.parametrize("draw", ["logit-normal", "uniform"])
@@ -33,19 +33,48 @@ def test_a_range_of_levels_is_kept_and_keeps_its_proportions():
     assert NoiseLevels("logit-normal", 3.0, 0.0, 0.875).share_above(0.9) == 0
 
 
-def test_the_dense_rule_is_the_schedule_of_a_run():
-    """Steps of a run that are dense by first_steps are those whose noise is above the threshold."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+def levels_of_a_run(kind, shift, steps):
+    """The noise levels that a family's pipeline passes through, by its own scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
+    if kind == "wan":
+        scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+        scheduler.set_timesteps(steps)
+        return [float(s) for s in scheduler.sigmas[:steps]]
+    if kind == "hunyuan_video":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        return [float(s) for s in scheduler.sigmas[:steps]]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, invert_sigmas=True)
+    scheduler.set_timesteps(sigmas=linear_quadratic_schedule(steps, 0.025))
+    return [1 - float(s) for s in scheduler.sigmas[:steps]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift"),
+    [("wan", 3.0), ("wan", 5.0), ("wan", 12.0), ("hunyuan_video", 7.0), ("mochi", 1.0), ("mochi", 2.0)],
+)
+@pytest.mark.parametrize("dense", [2, 5, 12, 38])
+def test_the_dense_rule_is_the_schedule_of_a_run(kind, shift, dense):
+    """Noise that training sees densely is that of the dense steps of a run, by the shift of the run."""
     from videosparse.policies.base import DenseSchedule, RunStep
 
-    for shift, fraction in ((3.0, 0.24), (7.0, 0.1)):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(50)
-        dense = [DenseSchedule(first_steps=fraction).is_dense(RunStep("c", i, 50), 5, 8) for i in range(50)]
-        by_level = [float(s) > dense_above(fraction, shift) for s in scheduler.sigmas[:50]]
-        assert abs(sum(dense) - sum(by_level)) <= 1
-    assert dense_above(0.0, 3.0) == 1.0
+    fraction = dense / 50
+    levels = levels_of_a_run(kind, shift, 50)
+    schedule = RunSchedule(shift, TRAINING_FAMILIES[kind].halves)
+    by_step = [DenseSchedule(first_steps=fraction).is_dense(RunStep("c", i, 50), 5, 8) for i in range(50)]
+    assert by_step == [True] * dense + [False] * (50 - dense)
+    # the threshold is the level of the first sparse step; those of UniPC lie up to .002 above even ones
+    above = schedule.dense_above(fraction)
+    assert levels[dense] == pytest.approx(above, abs=2e-3)
+    assert min(range(50), key=lambda i: abs(levels[i] - above)) == dense
+
+
+def test_nothing_is_dense_without_dense_steps():
+    assert RunSchedule(3.0).dense_above(0.0) == 1.0
+    for schedule in (RunSchedule(3.0), RunSchedule(1.0, halves=True)):
+        assert (schedule.level(0.0), schedule.level(1.0)) == pytest.approx((1, 0), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "mochi"])

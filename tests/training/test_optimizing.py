@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
-from videosparse.training.tiny.objectives import object_weight
+from videosparse.training.tiny.objectives import object_mask, object_weight, psnr
 from videosparse.training.tiny.optimizing import Muon, Progress, adamw, block_matrices
 from videosparse.training.tiny.pools import object_share
+from videosparse.training.tiny.ranks import Ranks
+from videosparse.training.tiny.update import Update
 
 
 def test_muon_updates_as_torchs_does():
@@ -69,3 +71,57 @@ def test_object_share_finds_the_saturated_cells():
     assert share.shape == (1, 1, 2, 2, 2)
     assert share[0, 0, 0].tolist() == [[0.5, 0.0], [0.0, 0.0]]
     assert share[0, 0, 1].tolist() == [[0.0, 0.0], [0.0, 0.125]]
+
+
+def test_object_mask_has_rims_in_space_and_time():
+    video = torch.zeros(1, 3, 9, 16, 16)
+    video[:, 0, 4, 8, 8] = 1.0
+    mask = object_mask(video, rim=2, before_and_after=1)
+    expected = torch.zeros(9, 16, 16)
+    expected[3:6, 6:11, 6:11] = 1.0
+    assert torch.equal(mask[0, 0], expected)
+    assert not object_mask(torch.full((1, 3, 5, 8, 8), 0.7)).any(), "what is grey is no object"
+
+
+def test_psnr_of_a_part():
+    video = torch.zeros(1, 3, 1, 2, 2)
+    decoded = video.clone()
+    decoded[..., 0, 0] = 0.2
+    part = torch.zeros(1, 1, 1, 2, 2)
+    part[..., 0, 0] = 1.0
+    assert psnr(decoded, video, part) == pytest.approx(20.0, abs=1e-3)
+    assert psnr(decoded, video) == pytest.approx(20.0 + 6.0206, abs=1e-3)
+    assert psnr(decoded, video, torch.ones_like(part)) == psnr(decoded, video)
+
+
+def test_gradients_lie_in_one_buffer_and_make_the_same_step():
+    """A channels-last convolution, as the VAE has them, and a bias whose size is odd."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(3, 5, 3)
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    plain = copy.deepcopy(conv)
+    video = torch.randn(1, 3, 4, 5, 5)
+    update = Update(list(conv.parameters()), [adamw([conv], 0.1)], Ranks())
+    reference = adamw([plain], 0.1)
+    for _ in range(2):
+        update.backward(conv(video).square().mean())
+        assert conv.weight.grad.stride() == conv.weight.stride()
+        assert update.gradients.norm() > 0.1
+        update()
+        reference.zero_grad()
+        loss = plain(video).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        reference.step()
+        assert update.loss == loss
+    for mine, theirs in zip(conv.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    layer = torch.nn.Linear(2, 2)
+    before = layer.weight.clone()
+    update = Update(list(layer.parameters()), [adamw([layer], 0.1)], Ranks())
+    update.backward(layer(torch.full((1, 2), torch.nan)).sum())
+    update()
+    assert torch.equal(layer.weight, before)

@@ -54,7 +54,7 @@ def test_four_clips_are_overfitted(lora_run, tmp_path):
 
     before = loss()
     steps(run, 14)
-    assert loss() < 0.5 * before
+    assert loss() < 0.7 * before
 
 
 @pytest.mark.parametrize("more", [{}, {"train": {"ema": 0.9, "accumulate": 2}}], ids=["plain", "ema, accumulate"])
@@ -142,6 +142,60 @@ def test_attention_is_sparse_or_dense_by_the_noise_level(lora_run):
         assert plans == (["dense"] * 3 if step.dense else ["dense", "sparse", "sparse"])
         modes.add(plans[-1])
     assert modes == {"dense", "sparse"}
+
+
+def test_what_is_dense_follows_the_shift_of_the_videos(lora_run):
+    """Not that of the levels in training: a run of shift 12 has most of its steps at high noise."""
+    from videosparse.training.noise import shifted
+
+    own, other = lora_run("a"), lora_run("b", attention={"shift": 12.0}, train={"shift": 3.0})
+    assert own.sampler.threshold == pytest.approx(shifted(0.7, 3.0))  # the model's scheduler has 3
+    assert other.sampler.threshold == pytest.approx(shifted(0.7, 12.0))
+    assert other.sampler.dense_share < own.sampler.dense_share
+    assert other.levels == own.levels
+    for step in map(other.sampler.step, range(40)):
+        assert (other.sampler.level(step, 0) > other.sampler.threshold) == step.dense
+    told = other.about()
+    assert (told["shift"], told["dense_above"]) == (12.0, other.sampler.threshold)
+    assert told["recipe"]["attention"]["shift"] == 12.0
+
+
+def test_a_scheduler_without_a_shift_needs_to_be_told(lora_run, wan_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(wan_folder, tmp_path / "odd")
+    file = tmp_path / "odd/scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "flow_shift"}))
+    with pytest.raises(ValueError, match=r"UniPCMultistepScheduler. has no fixed shift .*attention.shift"):
+        lora_run(model=tmp_path / "odd")
+    assert lora_run(model=tmp_path / "odd", attention={"shift": 5.0}).schedule.shift == 5.0
+
+
+@pytest.mark.parametrize("in_step", [1, 3])
+def test_clips_of_all_buckets_come_equally_often(lora_run, wan_folder, tmp_path, in_step):
+    """Two shapes of 5 and 3 clips, one batch of one shape each."""
+    from collections import Counter
+
+    data = lora_runs.random_data(tmp_path / "both", wan_folder, clips=7)
+    lora_runs.random_data(data, wan_folder, clips=5, size=48)
+    run = lora_run(data=data, train={"frames": [17, 33], "steps": 96, "batch_size": in_step})
+    assert sorted(len(bucket.entries) for bucket in run.data.train) == [3, 5]
+    sampler = run.sampler
+    assert sampler.in_step == in_step
+    seen = Counter()
+    for number in range(48):  # those of 17 frames
+        step = sampler.step(number)
+        for place in range(in_step):
+            seen[str(step.bucket.size), sampler._entry(step, place).key] += 1
+        of = {size: [seen[str(b.size), e.key] for e in b.entries] for b in run.data.train for size in [b.size]}
+        assert all(max(counts) - min(counts) <= 1 for counts in of.values()), "once before any comes again"
+        assert max(seen.values()) - min(min(counts) for counts in of.values()) <= 1 + -(-in_step // 3)
+    assert set(seen.values()) == {48 * in_step // 8}
+    later = lora_run(data=data, train={"frames": [17, 33], "steps": 96, "batch_size": in_step}).sampler
+    for number in (70, 3):  # nothing is kept between steps
+        assert later.step(number) == sampler.step(number)
+        assert later._entry(later.step(number), 0) == sampler._entry(sampler.step(number), 0)
 
 
 def test_plans_of_paroattention(lora_run, wan_folder, tmp_path):
@@ -306,7 +360,8 @@ def test_norms_are_trained_where_asked(lora_run):
         ({"attention": {"options": {"first_steps": 2}}}, "attention.options must not have first_steps"),
         ({"attention": {"options": {"decy": 2}}}, "Did you mean 'decay'"),
         ({"train": {"frames": [65]}}, "has clips of .33.; prepare longer ones"),
-        ({"train": {"frames": [18]}}, "num_frames must be 4k.1"),
+        ({"train": {"frames": [18]}}, "train.frames must be 4k.1"),
+        ({"data_": {"fps": 24.0}}, "was prepared at 16 frames a second, and data.fps is 24; prepare it again"),
         ({"train": {"sequence_parallel": 2}}, "must divide the number of processes"),
         ({"train": {"optimizer": "adamw8bit"}}, "needs bitsandbytes"),
         ({"model_": {"component": "transformer_2"}}, "has one transformer"),
@@ -323,13 +378,14 @@ def test_what_does_not_go_together_is_refused(lora_run, sections, message):
         lora_run(**sections)
 
 
-def test_the_rotary_embedding_is_stretched_beyond_the_trained_length(lora_run):
+@pytest.mark.parametrize("rope", ["ntk", "pi"])
+def test_the_rotary_embedding_is_stretched_beyond_the_trained_length(lora_run, rope):
     plain = lora_run("a", train={"frames": [17, 33]})
-    stretched = lora_run("b", model_={"rope": "ntk", "trained_frames": 17}, train={"frames": [17, 33]})
+    stretched = lora_run("b", model_={"rope": rope, "trained_frames": 17}, train={"frames": [17, 33]})
     assert stretched.held_out(17) == plain.held_out(17)
     assert stretched.held_out(33) != plain.held_out(33)
     about = stretched.about()
-    assert (about["rope"], about["trained_frames"]) == ("ntk", 17)
+    assert (about["rope"], about["trained_frames"]) == (rope, 17)
 
 
 @pytest.mark.parametrize("name", ["hunyuan", "mochi"])

@@ -10,7 +10,7 @@ import torch
 from videosparse.training.tiny.card import accuracy, fill_card, update_card
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.optimizing import Progress, adamw
-from videosparse.training.tiny.plan import STAGES, Plan, large
+from videosparse.training.tiny.plan import STAGES, Plan, large, mixed
 from videosparse.training.tiny.rounds import all_rounds, begin_round, describe_stages, summary
 
 
@@ -90,6 +90,13 @@ def test_a_round_of_both_forgets_the_latents():
     assert summary([])["minutes"] == 0
 
 
+def test_mixed_lengths_come_from_one_pool():
+    plan = mixed(Plan())
+    (pool,) = plan.pools
+    assert (pool.frames, pool.count, plan.vae_frames, plan.vae_batches) == (81, 16384, 49, ((128, 3),))
+    assert describe_stages(plan, {"0": 7}) == "7 steps at 128x128 with 81 and 33 frames"
+
+
 def test_stages_are_described_as_the_card_says_them():
     assert describe_stages(Plan(), {}) == ""
     words = describe_stages(large(Plan()), {"0": 6415, "1": 1131})
@@ -140,18 +147,23 @@ def test_card_numbers_are_filled_again_and_again():
 
 def test_card_takes_the_accuracy_from_rows(tmp_path):
     questions = ("colour", "shape", "motion", "count", "background")
-    rows = [",".join(f"{q}_right" for q in questions), *["1,1,0,1,1"] * 3, "1,0,0,1,1"]
+    how = ("method", "settings", "frames", "steps", "guidance", "count_expected", "permanence")
+    rows = [",".join([*(f"{q}_right" for q in questions), *how])]
+    rows += ["1,1,0,1,1,dense,,81,20,4.0,2,0.9"] * 3 + ["1,0,0,1,1,dense,,81,20,4.0,2,1.0"]
     (tmp_path / "rows.csv").write_text("\n".join(rows) + "\n")
     found = accuracy(tmp_path / "rows.csv")
     assert found["videos"] == 4
     assert found["shape"]["right"] == 3
     assert found["shape"]["low"] < 0.75 < found["shape"]["high"]
     (tmp_path / "training.json").write_text(json.dumps({"rounds": all_rounds(state())}))
-    (tmp_path / "README.md").write_text("<!-- n:accuracy.shape -->x<!-- /n --> <!-- rounds --><!-- /rounds -->")
+    (tmp_path / "README.md").write_text(
+        "<!-- n:accuracy.shape -->x<!-- /n --> <!-- rounds --><!-- /rounds -->\n<!-- measured --><!-- /measured -->"
+    )
     for _ in range(2):
-        update_card(tmp_path, tmp_path / "rows.csv")
+        update_card(tmp_path, [tmp_path / "rows.csv"])
         card = (tmp_path / "README.md").read_text()
         assert "75.0 % (" in card
+        assert card.count("| rows.csv | 4 | 81 | 20 | 4.0 | 100.0 % | 75.0 % | 0.0 % | 0.0 % | 75.0 % | 92.5 % |") == 1
         assert card.count("| 3.00 | CPU |") == 1
-    update_card(tmp_path, None)
+    update_card(tmp_path)
     assert (tmp_path / "README.md").read_text() == card

@@ -1,1 +1,1 @@
-"""The parts that `eval/bench_attention.py` is made of: problems, the kernels that solve them, checks and timing."""
+"""The parts that benchmarks are made of: of attention, of steps of whole models, and of profiles."""

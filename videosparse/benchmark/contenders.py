@@ -13,7 +13,7 @@ from videosparse.kernels.dense import DENSE_KERNELS
 
 Call = Callable[[], Any]
 
-INTEGERS = ("int8", "int8-fp8")
+INTEGERS = ("int8", "int8-fp8", "int8-int8")
 """Contenders that round: ours, each with the quantization of its inputs in every call."""
 
 

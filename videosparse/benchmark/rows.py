@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
@@ -67,6 +69,49 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
+
+
+class RowFile:
+    """A CSV file that several processes of one machine add rows to, each whole and at once.
+
+    A row replaces the one of the same key, so that what is measured again is not there twice.
+
+    Args:
+        path: of the file, which need not exist.
+        columns: in their order; columns of the file that are not among them are lost.
+        key: the columns that tell rows apart.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
+        from filelock import FileLock
+
+        self.path, self.columns, self.key = path, columns, key
+        name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+        self._lock = FileLock(Path(tempfile.gettempdir()) / f"videosparse-rows-{name}.lock")
+
+    def rows(self) -> list[dict[str, str]]:
+        """All of them; none where there is no file."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row."""
+        own = self.key_of(row)
+        with self._lock:
+            others = [other for other in self.rows() if self.key_of(other) != own]
+            known = set(self.columns)
+            write_rows(self.path, [*({k: v for k, v in o.items() if k in known} for o in others), row], self.columns)
+
+    def find(self, **wanted: Any) -> dict[str, str] | None:
+        """The last row whose columns are as wanted."""
+        found = [r for r in self.rows() if all(r.get(name) == str(value) for name, value in wanted.items())]
+        return found[-1] if found else None
+
+    def key_of(self, row: dict[str, Any]) -> tuple[str, ...]:
+        """What tells a row apart."""
+        return tuple(str(row.get(name, "")) for name in self.key)
 
 
 def read_rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:

@@ -54,9 +54,20 @@ def _usage_error(error: Any) -> int:
     else:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "videosparse"
-        message = " ".join(error.format_message().split()).rstrip(".")
+        message = _wrong_number(error) or " ".join(error.format_message().split()).rstrip(".")
         typer.echo(f"Error: {message}; see {command} -h.", err=True)
     return int(error.exit_code)
+
+
+def _wrong_number(error: Any) -> str:
+    """What is wrong with an option that takes a number, in our words; "" for any other mistake."""
+    option, found = getattr(getattr(error, "param", None), "opts", None), getattr(error.__cause__, "errors", None)
+    if not option or not callable(found):  # Typer's own message, which holds no value, is of pydantic's error
+        return ""
+    first = found()[0]
+    kinds = {"int_": "a whole number", "float_": "a number"}
+    expected = next((kind for start, kind in kinds.items() if first["type"].startswith(start)), None)
+    return f"{option[0]} must be {expected} (got {first['input']!r})" if expected else ""
 
 
 app = typer.Typer(

@@ -27,14 +27,25 @@ def calibrate(
     mass: Annotated[
         float | None, typer.Option(help="Instead: share of the attention that each head keeps, such as 0.95.")
     ] = None,
-    block: Annotated[str, typer.Option(help="Tokens of a block: 64 or 128, or queries x keys.")] = "128x64",
-    buckets: Annotated[int, typer.Option(help="Parts of the first half of a run with maps of their own.")] = 5,
+    block: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a block: 64 or 128, or queries x keys.", show_default="128x64; 64 for small frames"
+        ),
+    ] = None,
+    buckets: Annotated[
+        int,
+        typer.Option(help="Parts of the first half of a run with maps of their own; a run needs twice as many steps."),
+    ] = 5,
     alpha: Annotated[float, typer.Option(help="Weight of sparsity against evenness in choosing orders.")] = 0.5,
-    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
+    shift: Annotated[float | None, typer.Option(help="Of the noise schedule.", show_default="the model's")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same plan.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -44,9 +55,13 @@ def calibrate(
 ) -> None:
     """Make a plan for --method paro: token orders and block maps of a model at one size, from a few dense runs.
 
+    A run needs at least twice as many steps as buckets, 10 by default. A plan of Wan2.2-A14B holds both experts, and
+    each of them needs as many.
+
     An interrupted calibration goes on where it was when the same command is given again.
     """
-    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map."):
+    own = ("density", "mass", "block", "buckets", "alpha")
+    with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map.", own):
         from videosparse.generation.calibrating import CalibrationRequest
         from videosparse.generation.calibrating import calibrate as run
 
@@ -55,7 +70,7 @@ def calibrate(
             model=model,
             density=density,
             mass=mass,
-            block=_block(block),
+            block=None if block is None else _block(block),
             buckets=buckets,
             alpha=alpha,
             num_frames=frames,
@@ -63,6 +78,7 @@ def calibrate(
             width=width,
             steps=steps,
             guidance=guidance,
+            shift=shift,
             seed=seed,
             device=device,
             dtype=dtype,
@@ -102,12 +118,13 @@ def _show(result: Calibration) -> None:
     plan, run = result.plan, result.settings.runs[0]
     facts = plan.facts
     codes = plan.codes.flatten().tolist()
+    layers = f"{facts.layers} layers" if facts.experts == 1 else f"{facts.experts} experts of {facts.layers} layers"
     chosen = ", ".join(f"{name} {codes.count(code)}" for code, name in enumerate(AXIS_ORDERS) if code in codes)
     recall = facts.method["recall"]
     load = "" if result.load_seconds is None else f", loading {seconds(result.load_seconds)}"
     rows(
         [
-            ("Model", f"{run.source.name}, {run.dtype} on {run.device}; {facts.layers} layers of {facts.heads} heads"),
+            ("Model", f"{run.source.name}, {run.dtype} on {run.device}; {layers} of {facts.heads} heads"),
             ("Size", f"{run.num_frames} frames of {run.height}x{run.width}, grid {plan.grid}; {run.steps} steps"),
             ("Prompts", f"{len(result.settings.runs)}, {facts.method['calls']} calls looked at"),
             ("Orders", f"{chosen} (heads of {len(codes)})"),

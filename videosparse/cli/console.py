@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -29,13 +29,16 @@ _PHASES = {
 
 
 @contextmanager
-def guard(debug: bool, interrupted: str = "Interrupted; nothing was written.") -> Iterator[None]:
+def guard(
+    debug: bool, interrupted: str = "Interrupted; nothing was written.", options: Iterable[str] = ()
+) -> Iterator[None]:
     """End a command on an error with one line on stderr and the right exit code.
 
     2 when the request cannot be carried out, 1 for anything unexpected, 130 after Ctrl-C. With `debug` the traceback
-    comes through instead. `interrupted` is what Ctrl-C says.
+    comes through instead. `interrupted` is what Ctrl-C says. Messages name options where the library names fields;
+    `options` are those of this command alone.
     """
-    from videosparse.generation.errors import GenerationError, one_line
+    from videosparse.generation.errors import GenerationError, one_line, renamed, told
 
     if not debug:
         _quiet_libraries()
@@ -46,7 +49,7 @@ def guard(debug: bool, interrupted: str = "Interrupted; nothing was written.") -
     except GenerationError as error:
         if debug:
             raise
-        _fail(f"Error: {one_line(error, 1000)}", 2)
+        _fail(f"Error: {renamed(told(error), {name: f'--{name}' for name in options})}", 2)
     except (typer.Exit, SystemExit, BrokenPipeError):  # who reads our output may leave early: `plan | head`
         raise
     except Exception as error:

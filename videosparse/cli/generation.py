@@ -38,8 +38,29 @@ Plan = Annotated[
 ]
 
 
+Ultravico = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ALPHA",
+        help="Beyond the trained length: factor of positive scores of far tokens, such as 0.9.",
+        show_default=False,
+    ),
+]
+
+ContextFrames = Annotated[
+    int | None,
+    typer.Option(help="Call the model on windows of so many pixel frames and blend them.", show_default="whole video"),
+]
+
+ContextOverlap = Annotated[
+    int | None, typer.Option(help="Pixel frames that neighbouring windows share.", show_default="16, for Mochi 18")
+]
+
+
 def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
     """What was --set, and the plan as one of them."""
+    if plan is not None and plan.lower() == "none":
+        plan = f"./{plan}"  # a file: the word alone would be the method's default
     return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
 
 
@@ -60,7 +81,9 @@ def generate(
     method: Annotated[
         str | None, typer.Option(help="Attention: radial, adaspa, paro or dense.", show_default="radial")
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
@@ -107,6 +130,9 @@ def generate(
     trained_frames: Annotated[
         int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")
     ] = None,
+    ultravico: Ultravico = None,
+    context_frames: ContextFrames = None,
+    context_overlap: ContextOverlap = None,
     plan: Plan = None,
     lora: Annotated[
         list[str] | None,
@@ -139,7 +165,8 @@ def generate(
             "prompt": prompt, "model": model, "method": method, "frames": frames, "height": height, "width": width,
             "steps": steps, "guidance": guidance, "shift": shift, "negative_prompt": negative_prompt, "seed": seed,
             "fps": fps, "dtype": dtype, "device": device, "offload": offload, "rope": rope,
-            "trained_frames": trained_frames, "lora": lora or None, "lora_scale": lora_scale or None,
+            "trained_frames": trained_frames, "ultravico": ultravico, "context_frames": context_frames,
+            "context_overlap": context_overlap, "lora": lora or None, "lora_scale": lora_scale or None,
             "step_cache": step_cache, "magnitudes": magnitudes, "linears": linears, "compile": compile,
         }  # fmt: skip
         if from_latents is not None:
@@ -169,8 +196,9 @@ def _generate(
 ) -> Batch | None:
     """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
-    from videosparse.generation.errors import GenerationError
+    from videosparse.generation.errors import GenerationError, calling
     from videosparse.generation.runfile import (
+        KEYS,
         RunFile,
         merge,
         preset_values,
@@ -182,16 +210,21 @@ def _generate(
     file = RunFile() if config is None else read_run_file(config)
     values = merge([preset_values(preset or file.preset), file.values, chosen])
     output = file.output if output is None else output
-    many = prompts or (None if "prompt" in chosen else file.prompts)
-    if many is None:
-        _carry_out(request_from(values), output, overwrite, compare, latents)
-        return None
-    for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
-        if given:
-            raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
-    lines = read_prompts(many)
-    requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
-    return plan_batch(requests, output, latents=latents, overwrite=overwrite)
+    many = file.prompts if prompts is None and "prompt" not in chosen else prompts
+    lines = []
+    if many is not None:
+        for given, name in (("prompt" in chosen, "a prompt"), (compare, "--compare")):
+            if given:
+                raise GenerationError(f"A file of prompts and {name} do not go together; leave one.")
+        lines = read_prompts(many)
+    typed = {*chosen, *(key for line in lines for key in line.values)}
+    with calling({KEYS[key][0]: f"{key} in {config}" for key in file.values if key in KEYS and key not in typed}):
+        if many is None:
+            _carry_out(request_from(values), output, overwrite, compare, latents)
+            return None
+        requests = [request_from(merge([values, line.values, {"prompt": line.prompt}])) for line in lines]
+        labels = [f"{many}, line {line.number}" for line in lines]
+        return plan_batch(requests, output, latents=latents, overwrite=overwrite, labels=labels)
 
 
 def demo(
@@ -304,7 +337,11 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
                 f"({settings.num_frames / settings.fps:.1f} s at {settings.fps:g} fps), "
                 f"grid {report.grid}, {report.tokens} tokens",
             ),
-            ("Method", f"{method_text(run.method, run.options)}; {settings.steps} steps, {report.backend} backend"),
+            (
+                "Method",
+                f"{method_text(run.method, run.options)}; {settings.steps} steps, {report.backend} backend"
+                + (f", {report.search_calls} searches" if report.search_calls else ""),
+            ),
             ("Density", density_text(report.video_density, report.density, report.average_density)),
             *_dense_rows(settings, run),
             *_stack_rows(settings, run),

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, flops, guard, memory, rows, seconds
-from videosparse.cli.generation import Set, density_text, method_text, with_plan
+from videosparse.cli.generation import (
+    ContextFrames,
+    ContextOverlap,
+    Set,
+    Ultravico,
+    density_text,
+    method_text,
+    with_plan,
+)
 
 if TYPE_CHECKING:
     from videosparse.generation.planning import GenerationPlan
@@ -19,12 +27,17 @@ def plan(
         typer.Option(help="Name (wan2.1-14b, ...), Diffusers folder or hub id.", show_default="the embedded model"),
     ] = None,
     method: Annotated[str, typer.Option(help="Attention: radial, adaspa, paro or dense.")] = "radial",
-    frames: Annotated[int | None, typer.Option(help="Pixel frames.", show_default="the model's")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
     plan_file: Annotated[str | None, typer.Option("--plan", help="For paro: what videosparse calibrate made.")] = None,
+    ultravico: Ultravico = None,
+    context_frames: ContextFrames = None,
+    context_overlap: ContextOverlap = None,
     options: Set = None,
     png: Annotated[str | None, typer.Option(help="Also draw the block map to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
@@ -50,6 +63,9 @@ def plan(
             guidance=guidance,
             method=method,
             options=given.get(method),
+            ultravico=ultravico,
+            context_frames=context_frames,
+            context_overlap=context_overlap,
         )
         _show(result, method)
         if place is not None:
@@ -60,12 +76,12 @@ def plan(
 def _show(result: GenerationPlan, method: str) -> None:
     spec, grid = result.source.spec, result.grid
     text = f" + {result.layout.text} text" if result.layout.text else ""
-    first, last = result.schedule.dense_steps(result.steps)
     rows(
         [
             ("Model", f"{result.source.name}: {spec.layers} layers, {spec.heads} heads of {spec.head_dim}"),
             ("Grid", f"{grid} latent frames x rows x columns, {grid.tokens}{text} tokens"),
             ("Method", method_text(method, result.method)),
+            *_length(result),
         ]
     )
     if result.blocks is not None and result.block is not None:
@@ -75,7 +91,7 @@ def _show(result: GenerationPlan, method: str) -> None:
             [
                 ("Blocks", f"{count} of {size} tokens"),
                 ("Density", density_text(result.video_density, result.density, result.average_density)),
-                ("Dense", f"{min(result.steps, first + last)} of {result.steps} steps, {_layers(result)} layers"),
+                ("Dense", f"{_steps(result)}, {_layers(result)} layers"),
             ]
         )
     step = f"{flops(result.dense_flops)} dense"
@@ -87,7 +103,7 @@ def _show(result: GenerationPlan, method: str) -> None:
         run += f", of which {flops(result.search_flops)} to search"
     rows(
         [
-            ("A step", f"{step} (self-attention, {result.branches} forward{'s' if result.branches > 1 else ''})"),
+            ("A step", f"{step} (self-attention, {result.forwards} forward{'s' if result.forwards > 1 else ''})"),
             ("A run", f"{run} ({result.steps} steps)"),
             *_estimate(result),
         ]
@@ -110,6 +126,20 @@ def _show(result: GenerationPlan, method: str) -> None:
     typer.echo(f"\n{result.block_map.picture()}")
 
 
+def _length(result: GenerationPlan) -> list[tuple[str, str]]:
+    """Rows on how the video gets longer than the model was trained for."""
+    rows, logit = [], result.logit
+    if result.windows > 1:
+        rows.append(("Windows", f"{result.windows} of {result.grid.frames} latent frames, blended at every step"))
+    if logit is not None:
+        rows.append((
+            "UltraViCo",
+            f"positive scores times {logit.alpha:g} beyond half of {logit.trained} latent frames; by the portable "
+            "kernel, in dense calls, too",
+        ))  # fmt: skip
+    return rows
+
+
 def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
     """Rows on time and memory, where measured rates tell."""
     from videosparse.generation.estimating import estimate
@@ -129,13 +159,21 @@ def _state(result: GenerationPlan) -> list[tuple[str, str]]:
     if not result.kept_bytes:
         return []
     one = sum(result.state_bytes.values())
-    layers = result.kept_bytes // (one * result.branches)
+    layers = result.kept_bytes // (one * result.forwards)
     parts = ", ".join(f"{kind} {memory(size * layers)}" for kind, size in result.state_bytes.items())
     branch = "a branch" if result.branches == 1 else f"each of {result.branches} branches"
+    branch += "" if result.windows == 1 else f" and {result.windows} windows"
     kept = f"{memory(result.kept_bytes)} between steps: {parts} for {branch} of {layers} layers"
     lse = result.method.get("lse_dtype")
     during = f"{memory(result.sums_bytes)} more while a layer searches"
     return [("State", f"{kept} (lse in {lse})" if lse else kept), ("", during)]
+
+
+def _steps(result: GenerationPlan) -> str:
+    """Dense steps, those included that search outside the schedule."""
+    more = result.searching_steps
+    dense = min(result.steps, sum(result.schedule.dense_steps(result.steps)) + more)
+    return f"{dense} of {result.steps} steps" + (f" ({more} of them beside the schedule, to search)" if more else "")
 
 
 def _layers(result: GenerationPlan) -> str:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from videosparse.generation.presets import Preset, Speed
 
 
+_PLANNED = ("height", "width", "steps", "guidance", "ultravico", "context_frames", "context_overlap")
+"""Keys that a plan goes by, under its own names."""
+
+
 def presets(
     name: Annotated[str | None, typer.Argument(help="Show this one as a run file.", show_default=False)] = None,
     debug: Debug = False,
@@ -51,7 +55,7 @@ def _settings(preset: Preset) -> str:
     values = dict(preset.values)
     source = find_spec(str(values["model"]))
     method = str(values.get("method", "radial"))
-    sizes = {key: values.get(key) for key in ("height", "width", "steps", "guidance")}
+    sizes = {key: values.get(key) for key in _PLANNED}
     run = plan_run(source, num_frames=values.get("frames"), method=method, options=values.get(method), **sizes)  # type: ignore[arg-type]
     defaults = source.defaults
     height, width = (values.get(key) or getattr(defaults, key) for key in ("height", "width"))
@@ -63,6 +67,6 @@ def _settings(preset: Preset) -> str:
         f"shift {values.get('shift', 'of the model')}",
         f"{method} at density {run.video_density:.2f}, {first + last} dense steps, "
         f"{run.schedule.first_layers + run.schedule.last_layers} dense layers",
-        *(f"{key} {values[key]}" for key in ("rope", "offload") if key in values),
+        *(f"{key} {values[key]}" for key in ("rope", "ultravico", "context_frames", "offload") if key in values),
     ]
     return ", ".join(parts)

@@ -1,8 +1,9 @@
-"""Pictures of the block maps that a run used at its last step: `picture_maps`."""
+"""Pictures of the block maps that transformers used at their last steps: `maps_of`, `drawn`."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,22 @@ _HEADS = 4
 _GAP = 4
 
 
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Maps of the first sample of one transformer, on the CPU.
+
+    Args:
+        tiles: bool [rows, columns] each; a row a layer, a column a head; layers side by side where heads share theirs.
+        caption: what they show.
+    """
+
+    tiles: list[list[torch.Tensor]]
+    caption: str
+
+
 @dataclass(frozen=True)
 class MapPicture:
-    """Maps of the first sample: a row a layer, a column a head; layers side by side where heads share theirs.
+    """`Maps`, those of several experts below one another.
 
     Args:
         png: the picture, kept blocks dark.
@@ -30,7 +44,15 @@ class MapPicture:
     caption: str
 
 
-def picture_maps(transformer: Any) -> MapPicture | None:
+def drawn(maps: Sequence[Maps]) -> MapPicture | None:
+    """A picture of the maps of each expert; None where there are none."""
+    if not maps:
+        return None
+    captions = [m.caption if len(maps) == 1 else f"expert {n + 1}: {m.caption}" for n, m in enumerate(maps)]
+    return MapPicture(_png(_mosaic([row for one in maps for row in one.tiles])), "; ".join(captions))
+
+
+def maps_of(transformer: Any) -> Maps | None:
     """The maps that a transformer's current plans read: of its first, middle and last sparse layer, up to 4 heads.
 
     One map where all layers and heads share it; None where nothing is sparse. Waits for the device.
@@ -62,7 +84,7 @@ def picture_maps(transformer: Any) -> MapPicture | None:
     if any(order is not None for order in orders):
         named = "; ".join(", ".join(_order_names(order)[:heads_shown]) for order in orders)
         caption += f", tokens in orders {named}"
-    return MapPicture(_png(_mosaic(tiles)), caption)
+    return Maps(tiles, caption)
 
 
 def _heads(index: BlockIndex | PackedIndex) -> list[torch.Tensor]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from videosparse.attach import restore, sparsify
+from videosparse.attach import restore, sparsify, tracker_of
 from videosparse.cases import ModelSpec
-from videosparse.evaluation.maps import MapPicture, picture_maps
+from videosparse.components import targets
+from videosparse.evaluation.maps import MapPicture, drawn, maps_of
 from videosparse.evaluation.prompts import Prompt
+from videosparse.evaluation.weights import weights_id
 from videosparse.generation.environment import now
 from videosparse.generation.errors import GenerationError, memory_errors
 from videosparse.generation.methods import refusals
@@ -39,7 +41,7 @@ class Made:
         seconds: wall seconds of the whole call, a video's share; None for the ceiling.
         denoise_seconds: of them until the last denoising step was done, text encoding included.
         video_density, average_density: see `RunReport`; None for the ceiling.
-        picture: of the maps at the last step, where it was asked for and there are any.
+        picture: of the maps at the last step of each expert, where it was asked for and there are any.
     """
 
     videos: torch.Tensor
@@ -85,6 +87,8 @@ class Batches:
             )
         )  # fmt: skip
         self.pipe = load_pipeline(self.settings)[0] if pipe is None else pipe
+        location = self.settings.source.location
+        self.weights = "" if location is None else weights_id(location)
 
     def size(self, prompts: int) -> int:
         """How many videos to make at once where nobody says."""
@@ -158,14 +162,16 @@ class Batches:
 
     def _call(self, prompts: Sequence[Prompt], seed_shift: int, picture: bool) -> Made:
         device = self.settings.device
-        last: dict[str, Any] = {"picturing": 0.0}
+        last: dict[str, Any] = {"picturing": 0.0, "maps": []}
 
         def step_ends(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if index + 1 == pipe.num_timesteps:
-                last.update(latents=tensors["latents"], end=now(device))
-                if picture:
-                    last["picture"] = picture_maps(pipe.transformer)
-                    last["picturing"] = now(device) - last["end"]
+                last.update(latents=tensors["latents"], end=now(device) - last["picturing"])
+            done = _done(pipe, index) if picture else None
+            if done is not None:
+                started = now(device)
+                last["maps"] += [maps] if (maps := maps_of(done)) is not None else []
+                last["picturing"] += now(device) - started
             return {}
 
         begin = now(device)
@@ -175,7 +181,17 @@ class Batches:
             raise GenerationError(f"The model made frames that are not finite in {self.settings.dtype}; try --dtype.")
         count = len(prompts)
         shares = (seconds / count, (last["end"] - begin) / count)
-        return Made(videos, last["latents"], count, *shares, picture=last.get("picture"))
+        return Made(videos, last["latents"], count, *shares, picture=drawn(last["maps"]))
+
+
+def _done(pipe: Any, index: int) -> torch.nn.Module | None:
+    """The transformer whose last step of a run this was, if it was one's."""
+    for transformer in targets(pipe)[1]:
+        tracker = tracker_of(transformer)
+        first, steps = tracker.session.clock.part(tracker.expert) or (0, pipe.num_timesteps)
+        if index + 1 == first + steps:
+            return transformer
+    return None
 
 
 def _resolve(request: GenerationRequest) -> Settings:

@@ -93,7 +93,7 @@ def parse_setting(text: str) -> Setting:
     if density is not None and method not in BY_DENSITY:
         raise GenerationError(f"{method} takes no density (got {text!r}); only {', '.join(BY_DENSITY)} do.")
     if quant is not None and (method in ("ceiling", "other-noise") or quant not in QUANTS):
-        raise GenerationError(f"quant is int8 or int8-fp8, of dense or a sparse method (got {text!r}).")
+        raise GenerationError(f"quant is int8, int8-fp8 or int8-int8, of dense or a sparse method (got {text!r}).")
     setting = Setting(method, _density(density), quant, tuple(filter(None, options.split(":"))))
     _given(setting)
     return setting

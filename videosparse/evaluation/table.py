@@ -65,24 +65,45 @@ class RowStore:
         columns: of a row, in their order.
         key: the columns that tell videos apart: a video with the same is not made again.
         process: number of this process; each has a file of its own.
+        fixed: columns in which videos of one key must agree: another value is of another comparison, and refused.
 
     Raises:
         ValueError: rows that cannot be read.
     """
 
-    def __init__(self, output: Path, columns: Sequence[str], key: Sequence[str], process: int = 0) -> None:
+    def __init__(
+        self, output: Path, columns: Sequence[str], key: Sequence[str], process: int = 0, fixed: Sequence[str] = ()
+    ) -> None:
         check_table_name(output)
-        self.output, self.columns, self.key = output, tuple(columns), tuple(key)
+        self.output, self.columns, self.key, self.fixed = output, tuple(columns), tuple(key), tuple(fixed)
         self.folder = output.with_name(output.name + ".parts")
         self.own = self.folder / f"rows-{process}.jsonl"
-        self._done = {self.key_of(row) for row in self.rows()}
+        self._done = {self.key_of(row): self._fixed_of(row) for row in self.rows()}
 
     def key_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """What tells its video apart."""
         return tuple(str(row[name]) for name in self.key)
 
-    def __contains__(self, row: Mapping[str, Any]) -> bool:
-        return self.key_of(row) in self._done
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether the video of a row is here, which may hold its key and fixed columns alone.
+
+        Raises:
+            ValueError: it is, with another value in one of the fixed columns.
+        """
+        known = self._done.get(self.key_of(row))
+        if known is None:
+            return False
+        for name, before, now in zip(self.fixed, known, self._fixed_of(row), strict=True):
+            if before and before != now:
+                raise ValueError(
+                    f"{self.output} has rows of another {name} ({before} there, {now} now) under the same names; use "
+                    "another --output."
+                )
+        return True
+
+    def _fixed_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Empty for what a row does not say, such as one of an earlier version."""
+        return tuple(str(row.get(name) or "") for name in self.fixed)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, which are on disk when this returns."""
@@ -93,7 +114,7 @@ class RowStore:
             file.writelines(json.dumps(row) + "\n" for row in listed)
             file.flush()
             os.fsync(file.fileno())
-        self._done |= {self.key_of(row) for row in listed}
+        self._done |= {self.key_of(row): self._fixed_of(row) for row in listed}
 
     def rows(self) -> list[Row]:
         """All rows so far, of all processes: one for each key, the newest."""

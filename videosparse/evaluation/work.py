@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,6 +29,7 @@ from videosparse.evaluation.running import Batches, Made
 from videosparse.evaluation.settings import Conditions, Setting
 from videosparse.evaluation.table import RowStore
 from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.output import WHOLE, slug
 from videosparse.generation.video import write_mp4
 from videosparse.metrics.fidelity import CONVENTION
 
@@ -38,9 +38,12 @@ KEY = (
 )  # fmt: skip
 """Columns that tell videos apart."""
 
+FIXED = ("weights", "dtype")
+"""Columns of which a table has one value for each model."""
+
 COLUMNS = (
     *KEY, "method", "asked_density", "quant", "tokens", "video_density", "average_density", "seconds",
-    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "drift", "convention", "dtype", "video", "map",
+    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "drift", "convention", *FIXED, "video", "map",
     "map_shows", *WHERE,
 )  # fmt: skip
 
@@ -103,18 +106,19 @@ class Comparison:
     _waiting: list[tuple[dict[str, Any], Future[Any]]] = field(default_factory=list)
 
     def identity(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
-        """The columns of `KEY`."""
+        """The columns of `KEY` and `FIXED`."""
         made = self.batches.settings
         return {
             "model": made.source.name, "setting": setting.name, "prompt": prompt.prompt,
             "seed": prompt.seed + setting.seed_shift, "frames": made.num_frames, "height": made.height,
             "width": made.width, "steps": made.steps, "guidance": made.guidance,
             "block": "x".join(map(str, self.conditions.block)), "first_steps": self.conditions.first_steps,
+            "weights": self.batches.weights, "dtype": made.dtype,
         }  # fmt: skip
 
     def missing(self, setting: Setting, prompts: Sequence[Prompt]) -> list[int]:
         """Which prompts have no row under a setting."""
-        return [i for i, prompt in enumerate(prompts) if self.identity(setting, prompt) not in self.store]
+        return [i for i, prompt in enumerate(prompts) if not self.store.has(self.identity(setting, prompt))]
 
     def run(self, prompts: Sequence[Prompt], kept: int, advance: Callable[[int], None]) -> bool:
         """Make what is missing of a batch of prompts, under all settings.
@@ -206,9 +210,10 @@ class Comparison:
         return made
 
     def _cache(self, prompts: Sequence[Prompt]) -> Path:
-        """Where the dense videos of a batch wait for the other settings."""
-        about = [self.identity(Setting("dense"), prompt) for prompt in prompts]
-        about.append({"dtype": self.batches.settings.dtype})
+        """Where the dense videos of a batch wait for the other settings; another model, machine or code has its own."""
+        about: list[Mapping[str, Any]] = [self.identity(Setting("dense"), prompt) for prompt in prompts]
+        about.append({name: value for name, value in self.where.items() if name != "run"})
+        about.append({"device": self.batches.settings.device.type})
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         return self.store.folder / f"dense-{name}.safetensors"
 
@@ -222,7 +227,7 @@ class Comparison:
         """Put one video's row on the list of those that wait for a worker's judgement."""
         run, density = self.batches.settings, self.conditions.density(setting)
         row: dict[str, Any] = self.identity(setting, seen.prompt) | {
-            "method": setting.method, "quant": setting.quant, "dtype": run.dtype, "tokens": run.grid.tokens,
+            "method": setting.method, "quant": setting.quant, "tokens": run.grid.tokens,
             "asked_density": None if density is None else round(density, 4), "batch": made.count,
             "convention": CONVENTION,
         }  # fmt: skip
@@ -237,14 +242,15 @@ class Comparison:
         """Keep a video, and the picture of the maps once; returns their names below the folder."""
         assert self.keep is not None
         run, prompt = self.batches.settings, seen.prompt
-        folder = Path(f"{slug(run.source.name)}-{run.num_frames}x{run.height}x{run.width}")
-        names = {"video": folder / f"{prompt.seed}-{slug(prompt.prompt)[:60]}" / f"{slug(setting.name)}.mp4"}
+        folder = Path(f"{slug(run.source.name, WHOLE)}-{run.num_frames}x{run.height}x{run.width}")
+        name = slug(setting.name, WHOLE)
+        names = {"video": folder / f"{prompt.seed}-{slug(prompt.prompt, 60)}" / f"{name}.mp4"}
         (self.keep / names["video"]).parent.mkdir(parents=True, exist_ok=True)
         part = (self.keep / names["video"]).with_suffix(".part")
         write_mp4(part, seen.video, run.fps)
         part.replace(self.keep / names["video"])
         if made.picture is not None:
-            names["map"] = folder / "maps" / f"{slug(setting.name)}.png"
+            names["map"] = folder / "maps" / f"{name}.png"
             (self.keep / names["map"]).parent.mkdir(parents=True, exist_ok=True)
             (self.keep / names["map"]).write_bytes(made.picture.png)
         shows = {} if made.picture is None else {"map_shows": made.picture.caption}
@@ -256,8 +262,3 @@ class Comparison:
         if rows:
             self.store.add(rows)
         self._waiting.clear()
-
-
-def slug(text: str) -> str:
-    """A name for files: lower case words and numbers."""
-    return "-".join(re.findall(r"[a-z0-9.]+", text.lower()))

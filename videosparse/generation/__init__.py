@@ -8,9 +8,10 @@ generate(GenerationRequest("a red circle bounces", method="radial")).save("circl
 """
 
 from videosparse.generation.compiling import compile_blocks
-from videosparse.generation.errors import GenerationError
+from videosparse.generation.errors import GenerationError, told
 from videosparse.generation.generating import Comparison, Generation, compare, generate, generate_to, output_place
 from videosparse.generation.linears import quantize_linears
+from videosparse.generation.output import video_place
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.sources import embedded_model_path, find_model
 from videosparse.generation.streaming import stream_to
@@ -30,4 +31,6 @@ __all__ = [
     "output_place",
     "quantize_linears",
     "stream_to",
+    "told",
+    "video_place",
 ]

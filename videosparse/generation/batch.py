@@ -9,7 +9,7 @@ from pathlib import Path
 
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.generating import Generation, endings, generate_to
-from videosparse.generation.output import DEFAULT_FOLDER, Destination, destination, slug
+from videosparse.generation.output import DEFAULT_FOLDER, Destination, check_places, slug
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, load_pipeline, quiet
 from videosparse.generation.sidecar import FORMAT, fingerprint
@@ -39,7 +39,8 @@ class Batch:
         """Where the files of a video go: its number comes first, so that no two of a batch want one name."""
         request = self.runs[number].request
         stem = f"{number + 1:03d}-{slug(request.prompt)}-{request.seed}-{request.method}"
-        return destination(f"{self.folder}/", stem, endings(latents=self.latents), self.overwrite)
+        names = endings(latents=self.latents)
+        return Destination(self.folder, stem, names, number=not self.overwrite, overwrite=self.overwrite)
 
     def done(self) -> dict[str, Path]:
         """The videos in the folder that a batch has finished, by fingerprint."""
@@ -64,11 +65,19 @@ def plan_batch(
     *,
     latents: bool = False,
     overwrite: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> Batch:
-    """Check every video of a batch before any is made.
+    """Check every video of a batch, and the names of all their files, before any is made.
+
+    Args:
+        requests: at least one.
+        output: a folder; None is outputs/.
+        latents, overwrite: see `Batch`.
+        labels: what errors call each request, such as "prompts.txt, line 3"; None numbers them.
 
     Raises:
-        GenerationError: the first thing that is wrong, with the number of its prompt; an output that is no folder.
+        GenerationError: the first thing that is wrong, with the label of its request; an output that is no folder, or
+            in which one of the files cannot be written.
     """
     folder = Path(DEFAULT_FOLDER if output is None else output)
     if folder.suffix == ".mp4":
@@ -79,13 +88,16 @@ def plan_batch(
             runs.append(request.resolve())
             check_measured(runs[-1].stack.step_cache)
         except GenerationError as error:
-            raise GenerationError(f"Prompt {number} of {len(requests)}: {error}") from error
+            label = f"Prompt {number} of {len(requests)}" if labels is None else labels[number - 1]
+            raise GenerationError(f"{label}: {error}") from error
         if _loaded(runs[-1]) != _loaded(runs[0]):
             raise GenerationError(
                 f"Prompt {number} of {len(requests)} asks for another model, dtype, device, offload, linears, "
                 "compiling or LoRA than the first one, and a batch loads one pipeline; make a batch of each."
             )
-    return Batch(tuple(runs), folder, latents, overwrite)
+    batch = Batch(tuple(runs), folder, latents, overwrite)
+    check_places([batch.place(number) for number in range(len(runs))])
+    return batch
 
 
 def run_batch(batch: Batch, told: Told, progress: Progress = quiet, numbers: Iterable[int] | None = None) -> None:

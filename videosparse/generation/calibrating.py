@@ -3,6 +3,9 @@
 Every prompt is generated once, densely. One step of each part of the run is looked at: five parts of the first half,
 and the second half as a whole. From all of them each head gets its token order; then, from the same calls made again,
 part by part, the blocks that hold most in that order.
+
+Where two experts share a run (Wan2.2-A14B), the pipeline decides which of them makes a step, and the steps of each have
+parts of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,27 @@ from typing import Any
 import torch
 
 from videosparse.blocks import check_block
+from videosparse.defaults import block_for
 from videosparse.generation.environment import now, versions
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.looking import Figures, MapSums, Watch, watching
 from videosparse.generation.methods import refusals
+from videosparse.generation.output import Destination, check_places
 from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
+from videosparse.generation.shifts import shifted
 from videosparse.kernels.order_search import OrderMetric, choose
 from videosparse.kernels.selection import kernels_for
 from videosparse.policies.paro import BLOCK, DENSITY
-from videosparse.policies.paro_plan import PAROPlan, PlanFacts, bucket_of, config_hash, plain_config
+from videosparse.policies.paro_plan import (
+    PAROPlan,
+    PlanFacts,
+    bucket_of,
+    config_hash,
+    fingerprint,
+    plain_config,
+)
 
 BUCKETS = 5
 
@@ -44,13 +57,15 @@ class CalibrationRequest:
 
     Args:
         prompts: one or two that are typical.
-        model, num_frames, height, width, steps, guidance, device, dtype, offload: see `GenerationRequest`. The plan is
-            for this model and size.
+        model, num_frames, height, width, steps, guidance, shift, device, dtype, offload: see `GenerationRequest`. The
+            plan is for this model and size. The shift decides how many steps each of two experts makes.
         density: share of the video blocks that every row keeps, in (0, 1]; None takes .2, unless `mass` decides.
         mass: share of the attention among video tokens that each head keeps, in (0, 1], with as few blocks a row as
             that takes, but 5 % of them; instead of `density`.
-        block: (query rows, key rows) of the maps, each 64 or 128.
-        buckets: parts of the first half of a run with maps of their own.
+        block: (query rows, key rows) of the maps, each 64 or 128; None takes (128, 64), and (64, 64) where frames have
+            fewer than 512 tokens.
+        buckets: parts of the first half of a run with maps of their own. Each needs a step, so the default of 5 needs
+            runs of at least 10; where experts share a run, at least 10 of each.
         alpha: weight of sparsity against evenness in the choice of orders, 0..1; not published.
         reorder: whether heads get token orders at all; False leaves all in raster order, for comparisons.
         seed: of the noise of the first prompt; each further one takes the next.
@@ -60,7 +75,7 @@ class CalibrationRequest:
     model: str | None = None
     density: float | None = None
     mass: float | None = None
-    block: tuple[int, int] = BLOCK
+    block: tuple[int, int] | None = None
     buckets: int = BUCKETS
     alpha: float = 0.5
     reorder: bool = True
@@ -69,6 +84,7 @@ class CalibrationRequest:
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    shift: float | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -84,8 +100,9 @@ class CalibrationRequest:
             raise GenerationError("There is no prompt to calibrate with; give one or two, a line each.")
         runs = tuple(self._run(prompt, self.seed + number) for number, prompt in enumerate(self.prompts))
         first = runs[0]
+        block = block_for(BLOCK, first.grid) if self.block is None else self.block
         with refusals():
-            check_block(self.block)
+            check_block(block)
             metric = OrderMetric(alpha=self.alpha)
         for name, limits in _LIMITS.items():
             value = getattr(self, name)
@@ -93,23 +110,14 @@ class CalibrationRequest:
                 raise GenerationError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
         if self.density is not None and self.mass is not None:
             raise GenerationError("density and mass both say how many blocks are kept; give one of them.")
-        if not 1 <= self.buckets <= first.steps // 2:
-            raise GenerationError(
-                f"buckets must be 1 to {first.steps // 2}, half of the {first.steps} steps, so that each has one "
-                f"(got {self.buckets}); lower --buckets, or raise --steps."
-            )
-        if first.source.experts > 1:
-            raise GenerationError(
-                f"A plan is for one transformer, and {first.source.name} has {first.source.experts} experts; use "
-                "--method paro without a plan, which finds orders and maps for each."
-            )
+        _check_buckets(self.buckets, first.steps)
         density = DENSITY if self.density is None and self.mass is None else self.density
-        return CalibrationSettings(self, runs, metric, density)
+        return CalibrationSettings(self, runs, metric, density, block)
 
     def _run(self, prompt: str, seed: int) -> Settings:
         return GenerationRequest(
             prompt, model=self.model, method="dense", num_frames=self.num_frames, height=self.height, width=self.width,
-            steps=self.steps, guidance=self.guidance, seed=seed, device=self.device, dtype=self.dtype,
+            steps=self.steps, guidance=self.guidance, shift=self.shift, seed=seed, device=self.device, dtype=self.dtype,
             offload=self.offload,
         ).resolve()  # fmt: skip
 
@@ -123,38 +131,57 @@ class CalibrationSettings:
         runs: the dense run of each prompt.
         metric: how orders are judged.
         density: see `CalibrationRequest`; None where `request.mass` decides.
+        block: (query rows, key rows) of the maps.
     """
 
     request: CalibrationRequest
     runs: tuple[Settings, ...]
     metric: OrderMetric
     density: float | None
+    block: tuple[int, int]
 
     @property
     def looked_at(self) -> dict[int, int]:
-        """Bucket of each step that is looked at: the middle one of every bucket's."""
-        steps = self.runs[0].steps
-        buckets = [bucket_of(step, steps, self.request.buckets) for step in range(steps)]
-        members = {bucket: [s for s in range(steps) if buckets[s] == bucket] for bucket in sorted(set(buckets))}
-        return {own[len(own) // 2]: bucket for bucket, own in members.items()}
+        """Bucket of each step that is looked at, of a run that one transformer makes."""
+        return _middles(self.runs[0].steps, self.request.buckets)
 
-    def asked(self, config: dict[str, Any]) -> dict[str, Any]:
+    def looked_at_of(self, expert: int, own: int | None) -> dict[int, int]:
+        """The same of the `own` steps of an expert, counted from its first; a `looking.StepsOf`.
+
+        Raises:
+            GenerationError: the experts of this run have too few steps, or nobody says when they take turns.
+        """
+        run = self.runs[0]
+        if run.source.experts == 1:
+            return self.looked_at
+        if own is None:
+            raise GenerationError(
+                f"{run.source.name} has {run.source.experts} experts and does not say when the second takes over; set "
+                "boundary_ratio in its model_index.json."
+            )
+        for number in (expert, 1 - expert):
+            steps = own if number == expert else run.steps - own
+            _check_buckets(self.request.buckets, steps, f" that expert {number + 1} makes of {run.steps}")
+        return _middles(own, self.request.buckets)
+
+    def asked(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the statistics, as plain values."""
         request, run = self.request, self.runs[0]
         return {
             "model": run.source.name,
-            "configuration": config_hash(config),
+            "configuration": config_hash(plain_config(config)),
             "frames": run.num_frames,
             "height": run.height,
             "width": run.width,
             "steps": run.steps,
             "guidance": run.guidance,
+            "shift": run.shift,
             "seed": request.seed,
             "dtype": run.dtype,
             "prompts": _hash(request.prompts),
             "density": self.density,
             "mass": request.mass,
-            "block": list(request.block),
+            "block": list(self.block),
             "buckets": request.buckets,
             "alpha": self.metric.alpha,
             "reorder": request.reorder,
@@ -191,17 +218,8 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     path = Path(output)
     if path.suffix != ".safetensors":
         raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {path.stem}.safetensors.")
-    if path.is_dir():
-        raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
-    if path.exists() and not overwrite:
-        raise GenerationError(f"{path} exists; choose another name, or pass --overwrite.")
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise GenerationError(f"Cannot write to {path.parent}: {error.strerror}; choose another folder.") from error
+    check_places([Destination(path.parent, path.stem, (path.suffix,), overwrite=overwrite)])
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -236,16 +254,17 @@ def calibrate(
     if pipe is None:
         pipe, load_seconds = load_pipeline(settings.runs[0], progress)
     begin = now(settings.runs[0].device)
-    with watching(pipe, settings.runs[0].device) as watch, memory_errors():
-        config = watch.tracker.config
-        asked = settings.asked(plain_config(config))
+    run = settings.runs[0]
+    with watching(pipe, run.device) as watch, memory_errors(), shifted(pipe, run.shift):
+        _check_experts(watch, settings)
+        asked = settings.asked(watch.tracker.config)
         partial, resumed = _begin(Partial.path(path), asked, overwrite)
         _look_at_prompts(watch, settings, partial, Partial.path(path), progress)
-        codes = _codes(partial, settings)
+        codes = _codes(watch, settings, partial)
         _find_maps(watch, settings, partial, codes, Partial.path(path), progress)
         plan = PAROPlan(
-            codes, torch.stack(partial.counts, 1), torch.stack(partial.bits, 1),
-            _facts(settings, config, partial, codes), path.name,
+            codes, _by_layer(partial.counts, request.buckets + 1), _by_layer(partial.bits, request.buckets + 1),
+            _facts(settings, watch, partial), path.name,
         )  # fmt: skip
     try:
         plan.save(path, overwrite)
@@ -253,6 +272,44 @@ def calibrate(
     except OSError as error:
         raise GenerationError(f"Cannot write {path}: {error.strerror or one_line(error)}.") from error
     return Calibration(plan, path, settings, resumed, time.perf_counter() - begin, load_seconds)
+
+
+def _middles(steps: int, buckets: int) -> dict[int, int]:
+    """Bucket of each step that is looked at: the middle one of every bucket's."""
+    of = [bucket_of(step, steps, buckets) for step in range(steps)]
+    members = {bucket: [s for s in range(steps) if of[s] == bucket] for bucket in sorted(set(of))}
+    return {own[len(own) // 2]: bucket for bucket, own in members.items()}
+
+
+def _check_buckets(buckets: int, steps: int, whose: str = "") -> None:
+    """Raise GenerationError unless each part of the first half of so many steps has one; `whose` follows "steps"."""
+    if buckets < 1:
+        raise GenerationError(f"buckets must be at least 1 (got {buckets}).")
+    if steps < 2:
+        raise GenerationError(f"Calibration needs at least 2 steps{whose} (got {steps}); raise --steps.")
+    if buckets > steps // 2:
+        raise GenerationError(
+            f"buckets must be 1 to {steps // 2}, half of the {steps} steps{whose}, so that each has one (got "
+            f"{buckets}); lower --buckets, or raise --steps: {buckets} need at least {2 * buckets}."
+        )
+
+
+def _check_experts(watch: Watch, settings: CalibrationSettings) -> None:
+    """Raise GenerationError unless all transformers that share the run are there, and alike."""
+    source, found = settings.runs[0].source, watch.trackers
+    if len(found) != source.experts:
+        raise GenerationError(
+            f"{source.name} has {source.experts} experts, and {len(found)} of them are loaded; a plan holds all: "
+            "calibrate with the whole pipeline."
+        )
+    sizes = {(len(tracker.layers), int(tracker.config["num_attention_heads"])) for tracker in found}
+    if len(sizes) > 1:
+        raise GenerationError(f"The experts differ in layers or heads ({sorted(sizes)}), which a plan cannot hold.")
+
+
+def _by_layer(maps: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """[attentions, maps, ...] from maps [layers, ...]: `count` of the first expert, then as many of the next."""
+    return torch.cat([torch.stack(list(maps[i : i + count]), 1) for i in range(0, len(maps), count)])
 
 
 def _begin(path: Path, asked: dict[str, Any], overwrite: bool) -> tuple[Partial, bool]:
@@ -271,9 +328,7 @@ def _look_at_prompts(
     watch: Watch, settings: CalibrationSettings, partial: Partial, path: Path, progress: Progress
 ) -> None:
     """Generate the prompts that are not done, adding what they show to `partial`."""
-    figures = Figures(watch.layers, int(watch.tracker.config["num_attention_heads"]), settings.metric)
-    if partial.sparse is not None and partial.uneven is not None:
-        figures.sparse, figures.uneven, figures.calls = partial.sparse, partial.uneven, partial.calls_seen
+    figures = _figures(watch, settings, partial)
     for number, run in enumerate(settings.runs):
         if number < len(partial.calls):
             continue
@@ -287,40 +342,53 @@ def _look_at_prompts(
             return {}
 
         arguments = {**call_arguments(run), "callback_on_step_end": step_ends}
-        partial.calls.append(watch.run(settings.looked_at, figures, arguments))
+        partial.calls.append(watch.run(settings.looked_at_of, figures, arguments))
         partial.sparse, partial.uneven, partial.calls_seen = figures.sparse, figures.uneven, figures.calls
         assert watch.layout is not None
         partial.text = watch.layout.text
         partial.save(path)
 
 
-def _codes(partial: Partial, settings: CalibrationSettings) -> torch.Tensor:
-    """The order of every head, uint8 [layers, heads]."""
-    assert partial.sparse is not None
-    assert partial.uneven is not None
+def _figures(watch: Watch, settings: CalibrationSettings, partial: Partial) -> Figures:
+    """What is known of the orders so far."""
+    heads = int(watch.tracker.config["num_attention_heads"])
+    figures = Figures(watch.layers, heads, settings.metric, len(watch.trackers))
+    if partial.sparse is not None and partial.uneven is not None:
+        figures.sparse, figures.uneven, figures.calls = partial.sparse, partial.uneven, partial.calls_seen
+    return figures
+
+
+def _codes(watch: Watch, settings: CalibrationSettings, partial: Partial) -> torch.Tensor:
+    """The order of every head, uint8 [attentions, heads]."""
+    figures = _figures(watch, settings, partial)
+    shape = figures.sparse.shape[:2]
     if not settings.request.reorder:
-        return torch.zeros(partial.sparse.shape[:2], dtype=torch.uint8)
-    means = (total.movedim(2, 0) / partial.calls_seen for total in (partial.sparse, partial.uneven))
-    sparse, uneven = (x.flatten(1) for x in means)
-    return choose(sparse, uneven, settings.metric.alpha).view(partial.sparse.shape[:2]).to(torch.uint8)
+        return torch.zeros(shape, dtype=torch.uint8)
+    return choose(*figures.means, settings.metric.alpha).view(shape).to(torch.uint8)
 
 
 def _find_maps(
     watch: Watch, settings: CalibrationSettings, partial: Partial, codes: torch.Tensor, path: Path, progress: Progress
 ) -> None:
-    """Make the looked-at calls again, bucket by bucket, and keep the largest blocks of each."""
+    """Make the looked-at calls again, expert by expert and bucket by bucket, and keep the largest blocks of each."""
     request, run = settings.request, settings.runs[0]
-    maps = request.buckets + 1
-    for bucket in range(len(partial.bits), maps):
-        progress("maps", bucket, maps)
-        sums = MapSums(codes, run.grid, request.block)
-        watch.replay((call for prompt in partial.calls for call in prompt if call.bucket == bucket), sums)
+    parts, experts = request.buckets + 1, len(watch.trackers)
+    layers = watch.layers // experts
+    for number in range(len(partial.bits), experts * parts):
+        progress("maps", number, experts * parts)
+        expert, bucket = divmod(number, parts)
+        first = expert * layers
+        if expert and not bucket:
+            watch.pipe.maybe_free_model_hooks()  # under offloading, the expert before makes room
+        sums = MapSums(codes[first : first + layers], run.grid, settings.block, first)
+        own = (call for prompt in partial.calls for call in prompt if (call.expert, call.bucket) == (expert, bucket))
+        watch.replay(own, sums)
         found = [keep_blocks(x, settings.density, request.mass, run.device) for x in sums.sums]
         partial.counts.append(torch.stack([counts for counts, _, _ in found]))
         partial.bits.append(torch.stack([bits for _, bits, _ in found]))
         partial.recall.append(round(float(torch.stack([recall for _, _, recall in found]).mean()), 6))
         partial.save(path)
-    progress("maps", maps, maps)
+    progress("maps", experts * parts, experts * parts)
 
 
 def keep_blocks(
@@ -363,27 +431,31 @@ def _fewest(sums: torch.Tensor, mass: float) -> torch.Tensor:
     return (enough.argmax() + 1).clamp(min=least).int()
 
 
-def _facts(settings: CalibrationSettings, config: dict[str, Any], partial: Partial, codes: torch.Tensor) -> PlanFacts:
+def _facts(settings: CalibrationSettings, watch: Watch, partial: Partial) -> PlanFacts:
     request, run, metric = settings.request, settings.runs[0], settings.metric
+    config, *others = (plain_config(tracker.config) for tracker in watch.trackers)
     return PlanFacts(
-        model_class=str(config["_class_name"]),
-        config=plain_config(config),
+        model_class=str(watch.tracker.config["_class_name"]),
+        config=config,
         grid=(run.grid.frames, run.grid.height, run.grid.width),
         text=partial.text,
-        layers=codes.shape[0],
-        heads=codes.shape[1],
-        block=request.block,
+        layers=watch.layers // len(watch.trackers),
+        heads=int(watch.tracker.config["num_attention_heads"]),
+        block=settings.block,
         buckets=request.buckets,
         density=settings.density,
         mass=request.mass,
         video=(run.num_frames, run.height, run.width),
         method={
             "alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma, "steps": run.steps,
-            "guidance": run.guidance, "seed": request.seed, "dtype": run.dtype, "model": run.source.name,
-            "reorder": request.reorder, "calls": partial.calls_seen, "recall": partial.recall,
+            "guidance": run.guidance, "shift": run.shift, "seed": request.seed, "dtype": run.dtype,
+            "model": run.source.name, "reorder": request.reorder, "calls": sum(partial.calls_seen),
+            "recall": partial.recall,
         },
         prompts=_hash(request.prompts),
         versions={name: version for name, version in versions().items() if version is not None},
+        others=tuple(others),
+        weights=tuple(fingerprint(transformer) for transformer in watch.transformers) if others else (),
     )  # fmt: skip
 
 

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
+from videosparse.wording import nearest, one_line
+
+__all__ = ["OPTION_OF", "GenerationError", "calling", "memory_errors", "nearest", "one_line", "renamed", "told"]
+
 
 class GenerationError(ValueError):
-    """A request that cannot be carried out; the message says what, why and what to do, in one line."""
+    """A request that cannot be carried out; the message says what, why and what to do, in one line.
+
+    A message about one value begins with the field of `GenerationRequest` that holds it: "num_frames must be ...". What
+    users see of it may call that field otherwise, see `renamed`.
+    """
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint ("Did you mean 'x'?" after a space) at the known word most like `word`; empty when none is close."""
-    lowered = {name.lower(): name for name in known}
-    match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
-    return f" Did you mean {lowered[match[0]]!r}?" if match else ""
+OPTION_OF = {
+    "num_frames": "--frames",
+    "negative_prompt": "--negative-prompt",
+    "trained_frames": "--trained-frames",
+    "lora_scale": "--lora-scale",
+    "ultravico": "--ultravico",
+    "context_frames": "--context-frames",
+    "context_overlap": "--context-overlap",
+    **{name: f"--{name}" for name in ("height", "width", "steps", "guidance", "shift", "seed", "fps", "offload")},
+}
+"""How the command line and the programs call the fields that messages begin with."""
+
+_PLACE = r"(?:Prompt \d+ of \d+: |.*, line \d+: )?"
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """A message that calls the field it is about as the user typed it; any other message as it is.
+
+    Args:
+        message: of a `GenerationError`, with or without the prompt that it is about before it.
+        names: of fields, such as `OPTION_OF`.
+    """
+    found = re.match(rf"({_PLACE})(\w+)(?= must |=| is for )", message, re.S)
+    if found is None or found[2] not in names:
+        return message
+    rest = message[found.end() :]
+    return f"{found[1]}{names[found[2]]}{f' {rest[1:]}' if rest[0] == '=' else rest}"
+
+
+@contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors of a block call fields by other names; see `renamed`."""
+    try:
+        yield
+    except GenerationError as error:
+        message = renamed(str(error), names)
+        if message == str(error):
+            raise
+        raise GenerationError(message) from error
+
+
+def told(error: BaseException, limit: int = 1000) -> str:
+    """What a program says of an error: one line, which names options instead of fields."""
+    return renamed(one_line(error, limit), OPTION_OF)
 
 
 @contextmanager
@@ -46,9 +93,3 @@ def _used() -> str:
     gib = 2**30
     used, total = torch.cuda.max_memory_allocated() / gib, torch.cuda.get_device_properties().total_memory / gib
     return f" ({used:.1f} of {total:.1f} GiB were in use when more was asked for)"
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of any error on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"

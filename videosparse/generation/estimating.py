@@ -54,15 +54,15 @@ class Estimate:
 def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
     """What a run takes on a card that was measured; None where nothing was measured that tells.
 
-    Rates are known of Wan, and of maps with blocks of 128 query rows.
+    Rates are known of Wan, of maps with blocks of 128 query rows, and of scores as they are.
     """
     spec = plan.source.spec
-    if spec.family != "wan" or not spec.ffn:
+    if spec.family != "wan" or not spec.ffn or plan.logit is not None:
         return None
     if plan.block is not None and plan.block[0] != BLOCK_ROWS:
         return None
     rates = RATES[gpu]
-    rest = _rest_flops(spec, plan.layout.length) * plan.branches * plan.steps / rates.rest
+    rest = _rest_flops(spec, plan.layout.length) * plan.forwards * plan.steps / rates.rest
     dense = plan.dense_run_flops / rates.dense
     return Estimate(
         gpu=gpu,

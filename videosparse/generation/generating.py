@@ -12,7 +12,7 @@ import torch
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.latents import save_latents
 from videosparse.generation.methods import Options, option_names
-from videosparse.generation.output import Destination, Writer, destination, slug
+from videosparse.generation.output import Destination, Writer, video_place
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, Run, load_pipeline, quiet, run_method
 from videosparse.generation.sidecar import comparison_record, record, write_json
@@ -157,8 +157,10 @@ def output_place(
     Raises:
         GenerationError: see `destination`.
     """
-    stem = f"{slug(request.prompt)}-{request.seed}-{request.method}"
-    return destination(output, stem, endings(compare=compare, latents=latents), overwrite)
+    return video_place(
+        output, request.prompt, request.seed, request.method, endings=endings(compare=compare, latents=latents),
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 def endings(*, compare: bool = False, latents: bool = False) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from videosparse.attach import RunTracker, restore, sparsify, tracker_of
+from videosparse.components import targets
 from videosparse.generation.errors import GenerationError
 from videosparse.kernels import attend, block_sums
 from videosparse.kernels.order_search import ORDERS, OrderMetric, in_order, look
@@ -27,6 +28,9 @@ from videosparse.processors import DenseProcessor
 Look = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, TokenLayout], None]
 """Called with a layer's number, q and k [B, L, H, D], lse fp32 [B, H, L] and the layout."""
 
+StepsOf = Callable[[int, int | None], Mapping[int, int]]
+"""Called with an expert's number and how many steps it makes; the bucket of each of its steps to look at."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -35,29 +39,40 @@ class Call:
     Args:
         bucket: part of the run that it stands for.
         inputs: by name; tensors on the CPU, else plain values.
+        expert: number of the transformer, where two share a run.
     """
 
     bucket: int
     inputs: Mapping[str, Any]
+    expert: int = 0
 
 
 class Figures:
     """How the orders do in every layer and head, added up over calls.
 
     Args:
-        layers, heads: of the model.
+        layers, heads: of the model; layers of all experts.
         metric: how orders are judged.
+        experts: that layers are of, as many of each.
 
     Attributes:
         sparse, uneven: fp64 [layers, heads, 6], sums of M_sparse and M_quant.
-        calls: how many were added up, per layer.
+        calls: of each expert, how many were added up, per layer.
     """
 
-    def __init__(self, layers: int, heads: int, metric: OrderMetric) -> None:
+    def __init__(self, layers: int, heads: int, metric: OrderMetric, experts: int = 1) -> None:
         self.metric = metric
         self.sparse = torch.zeros(layers, heads, len(ORDERS), dtype=torch.float64)
         self.uneven = torch.zeros_like(self.sparse)
-        self.calls = 0
+        self.calls = [0] * experts
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """M_sparse and M_quant, fp64 [6, layers x heads], means over calls: what `choose` takes."""
+        layers, heads, _ = self.sparse.shape
+        calls = torch.tensor(self.calls, dtype=torch.float64).repeat_interleave(layers // len(self.calls))
+        sparse, uneven = (x.movedim(2, 0) / calls[:, None] for x in (self.sparse, self.uneven))
+        return sparse.reshape(-1, layers * heads), uneven.reshape(-1, layers * heads)
 
     def __call__(self, number: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, layout: TokenLayout) -> None:
         """Add a call of a layer; a `Look`.
@@ -76,31 +91,32 @@ class MapSums:
     """The mass of every video block in the orders that were chosen, added up over calls.
 
     Args:
-        codes: uint8 [layers, heads].
+        codes: uint8 [layers, heads], of one transformer.
         grid: of the video.
         block: (query rows, key rows).
+        first: number that the watch gives to the first of the layers.
 
     Attributes:
         sums: fp32 [layers, heads, rows, columns] on the CPU.
     """
 
-    def __init__(self, codes: torch.Tensor, grid: VideoGrid, block: tuple[int, int]) -> None:
-        self.codes, self.grid, self.block = codes, grid, block
+    def __init__(self, codes: torch.Tensor, grid: VideoGrid, block: tuple[int, int], first: int = 0) -> None:
+        self.codes, self.grid, self.block, self.first = codes, grid, block, first
         rows, columns = (-(-grid.tokens // b) for b in block)
         self.sums = torch.zeros(*codes.shape, rows, columns, dtype=torch.float32)
 
     def __call__(self, number: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, layout: TokenLayout) -> None:
         """Add a call of a layer; a `Look`."""
-        video = self.grid.tokens
-        for code in sorted(set(self.codes[number].tolist())):
-            heads = (self.codes[number] == code).nonzero()[:, 0]
+        video, own_number = self.grid.tokens, number - self.first
+        for code in sorted(set(self.codes[own_number].tolist())):
+            heads = (self.codes[own_number] == code).nonzero()[:, 0]
             own = heads.to(q.device)
             moved_q, moved_k = (in_order(x[:, :video].index_select(2, own), self.grid, code, 1) for x in (q, k))
             level = in_order(lse[:, :, :video].index_select(1, own), self.grid, code, 2)
             sums = block_sums(moved_q, moved_k, level, layout=TokenLayout(self.grid), block=self.block)
             found = sums.mean(0).cpu()
             _check_numbers(found, number)
-            self.sums[number, heads] += found
+            self.sums[own_number, heads] += found
 
 
 def _check_numbers(x: torch.Tensor, layer: int) -> None:
@@ -114,42 +130,53 @@ def _check_numbers(x: torch.Tensor, layer: int) -> None:
 class Watch:
     """Runs a pipeline densely and looks at some of its steps; use `watching`.
 
+    Self-attentions are numbered through all transformers that share the run.
+
     Args:
-        pipe: with one transformer, bound by `sparsify`.
+        pipe: bound by `sparsify`.
         device: that it runs on.
     """
 
     def __init__(self, pipe: Any, device: torch.device) -> None:
         self.pipe, self.device = pipe, device
-        self.tracker: RunTracker = tracker_of(pipe.transformer)
+        self.transformers = targets(pipe)[1]
+        self.trackers: list[RunTracker] = [tracker_of(transformer) for transformer in self.transformers]
         self.layout: TokenLayout | None = None
         self._look: Look | None = None
-        self._steps: dict[int, int] = {}
-        self._figures: Look | None = None
+        self._steps: StepsOf | None = None
+        self._figures: Figures | None = None
         self._calls: list[Call] = []
 
     @property
-    def layers(self) -> int:
-        """Self-attentions of the transformer."""
-        return len(self.tracker.layers)
+    def tracker(self) -> RunTracker:
+        """That of the first transformer."""
+        return self.trackers[0]
 
-    def run(self, steps: Mapping[int, int], figures: Figures, arguments: Mapping[str, Any]) -> list[Call]:
+    @property
+    def layers(self) -> int:
+        """Self-attentions of all transformers."""
+        return sum(len(tracker.layers) for tracker in self.trackers)
+
+    def run(self, steps: Mapping[int, int] | StepsOf, figures: Figures, arguments: Mapping[str, Any]) -> list[Call]:
         """Generate once, looking at some steps.
 
         Args:
-            steps: bucket of each step to look at.
+            steps: bucket of each step to look at; or, asked once the number of steps that an expert makes is known,
+                the same of its own steps, counted from its first.
             figures: what every call that is looked at is added to.
             arguments: of the pipeline; frames are not decoded.
 
         Returns:
             The calls that were looked at.
         """
-        self._steps, self._figures, self._calls = dict(steps), figures, []
+        self._steps = steps if callable(steps) else lambda expert, total: steps
+        self._figures, self._calls = figures, []
         try:
             self.pipe(**{**arguments, "output_type": "latent"})
         finally:
-            self._steps, self._figures, self._look = {}, None, None
-        figures.calls += len(self._calls)
+            self._steps, self._figures, self._look = None, None, None
+        for call in self._calls:
+            figures.calls[call.expert] += 1
         return self._calls
 
     def replay(self, calls: Iterable[Call], look: Look) -> None:
@@ -159,21 +186,26 @@ class Watch:
             with torch.no_grad():
                 for call in calls:
                     inputs = {name: _to(value, self.device) for name, value in call.inputs.items()}
-                    self.pipe.transformer(**inputs)
+                    self.transformers[call.expert](**inputs)
         finally:
             self._look = None
-            self.tracker.end_run()
+            for tracker in self.trackers:
+                tracker.end_run()
 
-    def before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(
+        self, expert: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Decide whether a forward is looked at (a torch forward pre-hook, after the tracker's own)."""
-        if self._figures is None:
+        if self._figures is None or self._steps is None:
             return
-        bucket = self._steps.get(self.tracker.session.clock.index)
+        clock = self.trackers[expert].session.clock
+        first, total = (0, clock.total()) if len(self.trackers) == 1 else clock.part(expert) or (0, clock.total())
+        bucket = self._steps(expert, total).get(clock.index - first)
         self._look = None if bucket is None else self._figures
         if bucket is not None:
             names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-            self._calls.append(Call(bucket, {name: _kept(name, value) for name, value in inputs.items()}))
+            self._calls.append(Call(bucket, {name: _kept(name, value) for name, value in inputs.items()}, expert))
 
     def core(
         self, number: int, original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: LayerPlan
@@ -194,13 +226,18 @@ def watching(pipe: Any, device: torch.device) -> Iterator[Watch]:
     sparsify(pipe, DenseProcessor())
     try:
         watch = Watch(pipe, device)
-        for number, (_, layer) in enumerate(watch.tracker.layers):
+        layers = (layer for tracker in watch.trackers for _, layer in tracker.layers)
+        for number, layer in enumerate(layers):
             vars(layer)["core"] = partial(watch.core, number, layer.core)
-        handle = pipe.transformer.register_forward_pre_hook(watch.before_forward, with_kwargs=True)
+        handles = [
+            transformer.register_forward_pre_hook(partial(watch.before_forward, expert), with_kwargs=True)
+            for expert, transformer in enumerate(watch.transformers)
+        ]
         try:
             yield watch
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
     finally:
         restore(pipe)
 

@@ -55,12 +55,26 @@ class LoraFile:
         """Which transformer of the pipeline it belongs to."""
         return str(self.about.get("component", "transformer"))
 
-    def options(self, method: str) -> dict[str, Any]:
-        """The options of a method that it was trained with, its schedule included; empty for another method."""
+    @property
+    def shift(self) -> float | None:
+        """Of the noise schedule that it was trained for, None where it does not say."""
+        return self.about.get("shift")
+
+    def options(self, method: str, shift: float | None = None) -> dict[str, Any]:
+        """The options of a method that it was trained with, its schedule included; empty for another method.
+
+        Args:
+            method: of the run.
+            shift: of the run, None for the LoRA's own. With another one, more or fewer steps lie at the noise levels at
+                which training was dense, and as many are dense (but for Mochi, whose steps are spaced otherwise).
+        """
         if self.about.get("method") != method or method == "dense":
             return {}
-        schedule = {name: self.about[name] for name in ("first_steps", "first_layers")}
-        return {**self.about.get("options", {}), **schedule}
+        first = self.about["first_steps"]
+        if shift is not None and self.shift is not None and 0 < first < 1 and self.about["family"] != "mochi":
+            # level / (1 - level) of a noise level is the shift times that of the share of the steps that is left
+            first = round(first / (first + (1 - first) * self.shift / shift), 6)
+        return {**self.about.get("options", {}), "first_steps": first, "first_layers": self.about["first_layers"]}
 
 
 def find_lora(text: str, scale: float = 1.0) -> LoraFile:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from videosparse.attach import targets
+from videosparse.components import targets
 from videosparse.generation.environment import DTYPES
 from videosparse.generation.linears import suitable, unavailable
 from videosparse.generation.request import Settings

@@ -18,6 +18,7 @@ from videosparse.generation.sources import ModelSource
 from videosparse.kernels import int8_path
 from videosparse.kernels.backend import unavailable
 from videosparse.layout import TokenLayout, VideoGrid
+from videosparse.logits import FarLogits
 from videosparse.policies.base import SparsityPolicy
 from videosparse.processors import (
     AdaSpaProcessor,
@@ -38,8 +39,8 @@ METHODS: dict[str, type[Processor]] = {
 }
 
 # A pipeline's own clock knows the number of steps; the processor's argument is for bare transformers. How queries and
-# keys are normed changes no more than rounding.
-_NOT_SETTABLE = {"num_steps", "fused_norm"}
+# keys are normed changes no more than rounding. A logit belongs to the length of a video, not to the method.
+_NOT_SETTABLE = {"num_steps", "fused_norm", "logit"}
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,9}")
@@ -74,7 +75,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
     """Options by method from texts such as "radial.decay=0.5"; later ones win.
 
     A value is read as the type that the processor declares: yes, no, on, off, true or false; 64, 64x128 or "64, 128";
-    numbers; several numbers, such as 0.4,0.7; words. "none" is the model's default.
+    numbers; several numbers, such as 0.4,0.7, or "never" for none of them; words. "none" is the model's default.
 
     Raises:
         GenerationError: no "method.option=value", an unknown method, an unknown option (with the nearest name), or a
@@ -91,8 +92,8 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
     return parsed
 
 
-def make_processor(method: str, options: Options | None = None) -> Processor:
-    """The attention processor of a method.
+def make_processor(method: str, options: Options | None = None, logit: FarLogits | None = None) -> Processor:
+    """The attention processor of a method, with the logit of a long video.
 
     Raises:
         GenerationError: an unknown method or option, or a value that the method refuses.
@@ -102,11 +103,16 @@ def make_processor(method: str, options: Options | None = None) -> Processor:
     for option in options:
         _check_option(method, option)
     with refusals(f"Bad option of method {method}: "):
-        return METHODS[method](**options)
+        return METHODS[method](**options, **({} if logit is None else {"logit": logit}))
 
 
 def resolve_method(
-    source: ModelSource, grid: VideoGrid, method: str, options: Options | None, steps: int | None = None
+    source: ModelSource,
+    grid: VideoGrid,
+    method: str,
+    options: Options | None,
+    steps: int | None = None,
+    logit: FarLogits | None = None,
 ) -> Resolved:
     """What a method chooses for a model and grid, without weights.
 
@@ -114,7 +120,7 @@ def resolve_method(
         GenerationError: an unknown method or option, a bad value, more dense layers than the model has, or something
             that does not fit a run of `steps`, where given.
     """
-    processor = make_processor(method, options)
+    processor = make_processor(method, options, logit)
     with refusals():
         resolved = processor.resolve(source.described, experts=source.experts, grid=grid)
         resolved.schedule.check_layers(source.spec.layers)
@@ -131,9 +137,10 @@ def check_method_fits(
     device: torch.device,
     steps: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    logit: FarLogits | None = None,
 ) -> None:
     """Raise GenerationError where a method cannot run on a model, grid and device, in a dtype, or for so many steps."""
-    resolved = resolve_method(source, grid, method, options, steps)
+    resolved = resolve_method(source, grid, method, options, steps, logit)
     if resolved.policy is not None:
         layout = TokenLayout(grid, source.spec.text)
         static_map(resolved.policy, layout)
@@ -198,10 +205,12 @@ def _value(method: str, option: str, text: str) -> object:
             return _SWITCH[text.lower()]
         expected = "yes or no"
     elif any(Ellipsis in parts for parts in tuples):
+        if text.lower() in ("none", "never"):
+            return ()
         numbers = tuple(_int_or_float(part) for part in inside.rstrip(",").split(",")) if inside else ()
         if None not in numbers:
             return numbers
-        expected = "a number or several, such as 0.6 or 0.4,0.7"
+        expected = "a number or several, such as 0.6 or 0.4,0.7, or never"
     elif tuples:
         if found := _SIZES.fullmatch(inside):
             return tuple(int(size or found[1]) for size in found.groups())

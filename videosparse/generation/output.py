@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,9 @@ from pathlib import Path
 from videosparse.generation.errors import GenerationError, one_line
 
 DEFAULT_FOLDER = "outputs"
+
+WHOLE = 200
+"""Letters of a name that has to tell things apart; file systems take 255."""
 
 Writer = Callable[[Path], None]
 
@@ -62,12 +65,19 @@ class Destination:
             GenerationError: a name is taken, or the folder cannot be written. No file is left behind then, nor after
                 any other error or Ctrl-C.
         """
+        try:
+            with self.files() as parts:
+                yield parts
+        except OSError as error:
+            raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
+
+    @contextmanager
+    def files(self) -> Iterator[Parts]:
+        """`parts` for a block that runs other people's code, whose OSErrors are about something else."""
         parts, is_new = Parts(self), not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             yield parts
-        except OSError as error:
-            raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
         finally:
             parts.discard()
             if is_new:
@@ -132,6 +142,8 @@ def destination(
             written.
     """
     text = "" if output is None else str(output)
+    if output is not None and not text.strip():
+        raise GenerationError("--output must not be empty; give an .mp4 file or a folder, or leave it out.")
     is_folder = output is None or text.endswith(("/", os.sep)) or _is_folder(text)
     if is_folder:
         place = Destination(
@@ -142,8 +154,25 @@ def destination(
         if path.suffix != ".mp4":
             raise GenerationError(f"--output must end in .mp4, or be a folder (got {text!r}); use {path.stem}.mp4.")
         place = Destination(path.parent, path.stem, endings, overwrite=overwrite)
-    _check(place)
+    check_places([place])
     return place
+
+
+def video_place(
+    output: str | Path | None,
+    prompt: str,
+    seed: int,
+    method: str,
+    *,
+    endings: tuple[str, ...] = (".mp4",),
+    overwrite: bool = False,
+) -> Destination:
+    """Where the files of one video go; PROMPT-SEED-METHOD where `output` gives no name. See `destination`.
+
+    Raises:
+        GenerationError: see `destination`.
+    """
+    return destination(output, f"{slug(prompt)}-{seed}-{method}", endings, overwrite)
 
 
 def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
@@ -156,13 +185,16 @@ def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
     if path.suffix != ".png":
         raise GenerationError(f"A picture must end in .png (got {str(output)!r}); use {path.stem}.png.")
     place = Destination(path.parent, path.stem, (".png",), overwrite=overwrite)
-    _check(place)
+    check_places([place])
     return place
 
 
 def slug(text: str, limit: int = 40) -> str:
-    """A file name from a prompt: lower-case words joined by dashes, cut between words; "video" when nothing is left."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    """A file name from any text: lower-case words and numbers joined by dashes, cut between words to `limit` letters.
+
+    It is "video" when nothing is left.
+    """
+    words = re.findall(r"[0-9]+\.[0-9]+|[a-z0-9]+", text.lower())
     name = ""
     for word in words:
         longer = f"{name}-{word}" if name else word[:limit]
@@ -218,13 +250,18 @@ def _is_folder(text: str) -> bool:
         raise GenerationError(f"Cannot write to {text[:40]!r}: {_reason(error)}; choose another name.") from None
 
 
-def _check(place: Destination) -> None:
-    """Raise GenerationError where `publish` would: a taken name, a folder that cannot be written."""
-    if place.overwrite:
-        _check_replaceable(place.taken(place.stem))
-    elif not place.number and (found := place.taken(place.stem)):
-        raise _exists(found)
-    check_writable(place.folder, [f"{place.stem}{ending}" for ending in place.endings])
+def check_places(places: Sequence[Destination]) -> None:
+    """Learn before anything runs what `publish` would find out, for places in one folder.
+
+    Raises:
+        GenerationError: a taken name, or a folder that cannot be written.
+    """
+    for place in places:
+        if place.overwrite:
+            _check_replaceable(place.taken(place.stem))
+        elif not place.number and (found := place.taken(place.stem)):
+            raise _exists(found)
+    check_writable(places[0].folder, [f"{place.stem}{ending}" for place in places for ending in place.endings])
 
 
 def _check_replaceable(paths: Iterable[Path]) -> None:
@@ -250,5 +287,7 @@ def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
         with tempfile.TemporaryDirectory(prefix=".", dir=existing) as probe:
             for name in names:
                 (Path(probe) / name).touch()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # such as a name with a null character
+        if isinstance(error, GenerationError):
+            raise
         raise GenerationError(f"Cannot write to {folder}: {_reason(error)}; choose another folder.") from error

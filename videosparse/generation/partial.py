@@ -14,7 +14,7 @@ from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.looking import Call
 from videosparse.policies.paro_plan import write_whole
 
-FORMAT = "videosparse-calibration-1"
+FORMAT = "videosparse-calibration-2"
 _METADATA = "videosparse_calibration"
 
 
@@ -25,9 +25,10 @@ class Partial:
     Args:
         asked: what is being calibrated, as plain values: statistics of anything else are refused.
         sparse, uneven: fp64 [layers, heads, 6], see `looking.Figures`; None before the first prompt.
-        calls_seen: how many calls they are of.
+        calls_seen: how many calls they are of, for each expert.
         calls: of each prompt that is done.
-        counts, bits: of each map that is done, int32 [layers, heads] and uint8 [layers, heads, rows, bytes].
+        counts, bits: of each map that is done, int32 [layers, heads] and uint8 [layers, heads, rows, bytes]; all maps
+            of the first expert, then those of the second.
         recall: of each map that is done, mean kept share of the attention among video tokens.
         text: text tokens of a sequence.
     """
@@ -35,7 +36,7 @@ class Partial:
     asked: dict[str, Any]
     sparse: torch.Tensor | None = None
     uneven: torch.Tensor | None = None
-    calls_seen: int = 0
+    calls_seen: list[int] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
     bits: list[torch.Tensor] = field(default_factory=list)
@@ -82,7 +83,7 @@ class Partial:
                 inputs[name] = {"tensor": key}
             else:
                 inputs[name] = value
-        return {"bucket": call.bucket, "inputs": inputs}
+        return {"bucket": call.bucket, "inputs": inputs, "expert": call.expert}
 
     @classmethod
     def load(cls, path: Path, asked: Mapping[str, Any]) -> Partial:
@@ -118,7 +119,7 @@ class Partial:
             return tensors[stored["tensor"]] if isinstance(stored, dict) else stored
 
         calls = [
-            [Call(call["bucket"], {name: value(x) for name, x in call["inputs"].items()}) for call in prompt]
+            [Call(c["bucket"], {name: value(x) for name, x in c["inputs"].items()}, c["expert"]) for c in prompt]
             for prompt in about["calls"]
         ]
         maps = range(about["maps"])

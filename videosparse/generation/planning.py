@@ -10,10 +10,12 @@ from typing import Any
 
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError
+from videosparse.generation.lengths import context, far_logits, seen, trained_length
 from videosparse.generation.methods import Options, refusals, resolve_method, resolved_options, static_map
 from videosparse.generation.request import GUIDANCES, MOST_STEPS, within
 from videosparse.generation.sources import ModelSource
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.logits import FarLogits
 from videosparse.policies.base import DenseSchedule, SparsityPolicy
 from videosparse.processors import Resolved
 
@@ -33,11 +35,14 @@ class GenerationPlan:
         video_density: kept share of the blocks where both sides are video.
         density: kept share of all blocks, text and forced ones included.
         average_density: attention work of the run relative to dense, dense steps and layers included.
+        searching_steps: steps that are dense beside the schedule: they search, or have nothing to search for.
         search: work of the searches of the run relative to that of all its attention, when dense.
         block_map: the map, None for dense and for a method that chooses blocks while it runs.
         index_bytes: the lists that kernels read, once per video shape.
         state_bytes: what a method that searches keeps between steps, by kind, for one layer and branch.
         build_seconds: time that map and lists took on this machine's CPU.
+        logit: what is done to scores.
+        windows: calls of the transformer a step and branch, each on the tokens of `layout`.
     """
 
     source: ModelSource
@@ -51,11 +56,14 @@ class GenerationPlan:
     video_density: float = 1.0
     density: float = 1.0
     average_density: float = 1.0
+    searching_steps: int = 0
     search: float = 0.0
     block_map: BlockMap | None = None
     index_bytes: int = 0
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     build_seconds: float = 0.0
+    logit: FarLogits | None = None
+    windows: int = 1
 
     @property
     def grid(self) -> VideoGrid:
@@ -64,9 +72,14 @@ class GenerationPlan:
 
     @property
     def dense_flops(self) -> float:
-        """Self-attention of one dense step, over all layers and branches: 4 L^2 D H, a multiply-add being 2."""
+        """Self-attention of one dense step, all layers, branches and windows: 4 L^2 D H, a multiply-add being 2."""
         spec = self.source.spec
-        return 4.0 * self.layout.length**2 * spec.head_dim * spec.heads * spec.layers * self.branches
+        return 4.0 * self.layout.length**2 * spec.head_dim * spec.heads * spec.layers * self.forwards
+
+    @property
+    def forwards(self) -> int:
+        """Calls of the transformer a step."""
+        return self.branches * self.windows
 
     @property
     def sparse_flops(self) -> float:
@@ -97,9 +110,9 @@ class GenerationPlan:
 
     @property
     def kept_bytes(self) -> int:
-        """What a method that searches keeps between steps, over all layers and branches."""
+        """What a method that searches keeps between steps, over all layers, branches and windows."""
         searched = self.source.spec.layers - self.schedule.first_layers - self.schedule.last_layers
-        return sum(self.state_bytes.values()) * max(0, searched) * self.branches
+        return sum(self.state_bytes.values()) * max(0, searched) * self.forwards
 
     @property
     def sums_bytes(self) -> int:
@@ -139,26 +152,34 @@ def plan_run(
     guidance: float | None = None,
     method: str = "radial",
     options: Options | None = None,
+    ultravico: float | None = None,
+    context_frames: int | None = None,
+    context_overlap: int | None = None,
 ) -> GenerationPlan:
     """Work out a run; what is None is taken from the model's defaults.
 
     Raises:
-        GenerationError: sizes that the model cannot take, an unknown method, or options that do not fit the model.
+        GenerationError: sizes that the model cannot take, an unknown method, options that do not fit the model, or
+            `ultravico` in a video that the model was trained for.
     """
     defaults = source.defaults
     steps = within("steps", steps, defaults.steps, (1, MOST_STEPS))
     guidance = within("guidance", guidance, defaults.guidance, GUIDANCES)
-    grid = source.grid(
+    whole = source.grid(
         defaults.num_frames if num_frames is None else num_frames,
         defaults.height if height is None else height,
         defaults.width if width is None else width,
     )
+    windows = context(source, context_frames, context_overlap)
+    grid = seen(whole, windows)
+    logit = far_logits(source, grid, ultravico, trained_length(source, None))
+    calls = 1 if windows is None else len(windows.starts(whole.frames))
     layout = TokenLayout(grid, source.spec.text)
     guided = guidance > 1 and source.spec.family != "hunyuan_video"
     branches = 2 if guided else 1
-    resolved = resolve_method(source, grid, method, options, steps)
+    resolved = resolve_method(source, grid, method, options, steps, logit)
     if resolved.policy is None:
-        return GenerationPlan(source, layout, steps, branches, resolved.schedule, {})
+        return GenerationPlan(source, layout, steps, branches, resolved.schedule, {}, logit=logit, windows=calls)
     found = _static(resolved.policy, layout) or _searched(resolved, layout, source, steps)
     if found is None:
         raise GenerationError(
@@ -179,6 +200,8 @@ def plan_run(
         resolved_options(resolved),
         blocks=(ceil_div(aligned.length, size[0]), ceil_div(aligned.length, size[1])),
         block=size,
+        logit=logit,
+        windows=calls,
         **values,
     )
 
@@ -216,6 +239,7 @@ def _searched(resolved: Resolved, layout: TokenLayout, source: ModelSource, step
         "video_density": video_density,
         "density": density,
         "average_density": average,
+        "searching_steps": more_dense if searched else 0,
         "search": searched * passes / steps,
         "state_bytes": state,
     }

@@ -62,6 +62,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "the embedded model at four times its length",
                 {"model": "tiny-wan", "frames": 321, "steps": 20, "trained_frames": 81, **_LONG},
             ),
+            Preset(
+                "tiny-windows",
+                "the same by windows of its own length",
+                {"model": "tiny-wan", "frames": 321, "steps": 20, "context_frames": 81, "context_overlap": 16},
+            ),
             Preset("wan2.1-1.3b-480p", "Wan 2.1 1.3B", {"model": "wan2.1-1.3b", **_WAN_480P}),
             Preset("wan2.1-14b-480p", "Wan 2.1 14B", {"model": "wan2.1-14b", **_WAN_480P}),
             Preset(
@@ -73,6 +78,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "wan2.1-14b-720p-adaspa",
                 "the same with maps that are searched for",
                 {"model": "wan2.1-14b", **_WAN_720P, "method": "adaspa"},
+            ),
+            Preset(
+                "wan2.1-14b-720p-2x",
+                "twice the length without a LoRA, by UltraViCo",
+                {"model": "wan2.1-14b", **_WAN_720P, "frames": 161, "ultravico": 0.9},
             ),
             Preset(
                 "wan2.1-14b-720p-4x",

@@ -11,6 +11,7 @@ import torch
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
+from videosparse.generation.lengths import context, far_logits, seen, trained_length
 from videosparse.generation.lora import LoraFile, check_fits, find_lora
 from videosparse.generation.methods import (
     Options,
@@ -22,7 +23,9 @@ from videosparse.generation.methods import (
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.generation.stack import Stack, resolve_stack
 from videosparse.layout import VideoGrid
+from videosparse.logits import FarLogits
 from videosparse.models.rope import ROPES
+from videosparse.windows import Windows
 
 # schedulers interpolate between the 1000 noise levels of training
 MOST_STEPS = 1000
@@ -64,7 +67,11 @@ class GenerationRequest:
         lora_scales: how much of each is added; those that are left out are 1.
         shift: of the noise schedule towards noise, None for the model's own.
         rope: "none", "riflex", "ntk" or "pi": how rotary embeddings stretch beyond the trained length.
-        trained_frames: pixel frames of that length.
+        trained_frames: pixel frames of that length, which `ultravico` goes by, too.
+        ultravico: factor of positive scores of far tokens in a video beyond the trained length, such as 0.9; see
+            `FarLogits`. None leaves them.
+        context_frames: pixel frames of overlapping windows that the transformer is called on; None is the whole video.
+        context_overlap: pixel frames that neighbouring windows share; None is 16 or the next the model can.
     """
 
     prompt: str
@@ -92,6 +99,9 @@ class GenerationRequest:
     shift: float | None = None
     rope: str = "none"
     trained_frames: int | None = None
+    ultravico: float | None = None
+    context_frames: int | None = None
+    context_overlap: int | None = None
 
     def resolve(self) -> Settings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -106,6 +116,8 @@ class GenerationRequest:
             raise GenerationError(
                 "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
             )
+        if self.shift is not None:
+            within("shift", self.shift, self.shift, SHIFTS)
         loras = self._loras(source)
         request = self._extended(loras)
         defaults = source.defaults
@@ -120,10 +132,12 @@ class GenerationRequest:
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         request, stack, left_out = resolve_stack(request, source, device, DTYPES[dtype])
-        grid = source.grid(num_frames, height, width)
+        windows = context(source, self.context_frames, self.context_overlap)
+        grid = seen(source.grid(num_frames, height, width), windows)
+        logit = request._logit(source, grid, loras)
         steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
         options = request.options.get(self.method)
-        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype])
+        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype], logit)
         return Settings(
             request=request,
             source=source,
@@ -137,9 +151,11 @@ class GenerationRequest:
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
-            shift=None if self.shift is None else within("shift", self.shift, self.shift, SHIFTS),
+            shift=request.shift,
             trained_frames=request._trained_frames(source),
             loras=loras,
+            logit=logit,
+            windows=windows,
             stack=stack,
             notices=left_out,
         )
@@ -165,7 +181,7 @@ class GenerationRequest:
         lengths = [lora.frames for lora in loras if lora.frames is not None]
         trained: dict[str, Any] = {}
         for lora in loras:
-            found = lora.options(self.method)
+            found = lora.options(self.method, self.shift)
             # two experts of one run may say different things: what is dense for one of them is dense
             for name in ("first_steps", "first_layers"):
                 if name in found and name in trained:
@@ -176,9 +192,16 @@ class GenerationRequest:
         stretched: dict[str, Any] = {}
         if rope is not None and self.rope == "none":
             stretched = {"rope": rope["rope"], "trained_frames": self.trained_frames or rope["trained_frames"]}
+        shifts = {lora.shift for lora in loras if lora.shift is not None}
+        if self.shift is None and len(shifts) > 1:
+            raise GenerationError(
+                f"The LoRAs were trained for noise schedules of several shifts ({sorted(shifts)}); choose one with "
+                "--shift."
+            )
         return replace(
             self,
             **stretched,
+            shift=next(iter(shifts), None) if self.shift is None else self.shift,
             num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
             options=self.options if options is None else options,
         )
@@ -186,21 +209,21 @@ class GenerationRequest:
     def _trained_frames(self, source: ModelSource) -> int | None:
         """The length up to which the rotary embedding is left alone; None where it is always."""
         if self.rope == "none":
-            if self.trained_frames is not None:
-                raise GenerationError("trained_frames is for --rope riflex, ntk or pi; drop it, or choose one.")
+            if self.trained_frames is not None and self.ultravico is None:
+                raise GenerationError(
+                    "trained_frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one."
+                )
             return None
         if source.spec.family == "mochi":
             raise GenerationError(
                 "Mochi learned the frequencies of its rotary embedding, so there is none to stretch; drop --rope."
             )
-        defaults = source.defaults
-        trained = self.trained_frames
-        if trained is None:
-            trained = defaults.num_frames if defaults.trained_frames is None else defaults.trained_frames
-        stride = source.spec.stride[0]
-        if trained < 1 or (trained - 1) % stride:
-            raise GenerationError(f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); use 81.")
-        return trained
+        return trained_length(source, self.trained_frames)
+
+    def _logit(self, source: ModelSource, grid: VideoGrid, loras: tuple[LoraFile, ...]) -> FarLogits | None:
+        """What is done to scores; a LoRA that was trained for more frames makes the model's length longer."""
+        lengths = [lora.frames for lora in loras if lora.frames is not None]
+        return far_logits(source, grid, self.ultravico, trained_length(source, self.trained_frames, lengths))
 
     def _check_words(self) -> None:
         if not self.prompt.strip():
@@ -227,11 +250,13 @@ class Settings:
     Args:
         request: what was asked.
         source: the model that was found.
-        grid: the token grid that attention will see.
+        grid: the token grid that attention will see: of one window, where there are several.
         guidance_2: guidance scale of a second expert, None for the same.
         dtype: "fp32", "bf16" or "fp16".
         loras: to load.
         trained_frames: None without a stretched rotary embedding.
+        logit: None without `ultravico`.
+        windows: None where the transformer is called on the whole video.
         stack: what is combined with attention.
         notices: what the user should know before, a sentence each.
     """
@@ -251,6 +276,8 @@ class Settings:
     loras: tuple[LoraFile, ...] = ()
     shift: float | None = None
     trained_frames: int | None = None
+    logit: FarLogits | None = None
+    windows: Windows | None = None
     stack: Stack = field(default_factory=Stack)
     notices: tuple[str, ...] = ()
 

@@ -50,6 +50,9 @@ KEYS: dict[str, tuple[str, type]] = {
     "compile": ("compile", bool),
     "rope": ("rope", str),
     "trained_frames": ("trained_frames", int),
+    "ultravico": ("ultravico", float),
+    "context_frames": ("context_frames", int),
+    "context_overlap": ("context_overlap", int),
 }
 """Keys of a run file: the field of `GenerationRequest`, and the type of its value."""
 
@@ -135,20 +138,24 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
 def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
     """Values of several layers, later ones over earlier ones.
 
-    Options of a method are merged one by one. Where a later layer chooses another method, those of the earlier method
-    are dropped; so is the trained length where a later layer wants no stretched rotary embedding.
+    Options of each method are merged one by one, and no method gets those of another. What layers say of a method that
+    a later layer decides against is dropped; in the layer that decides, or after it, it stays, for the request to
+    refuse. The trained length is dropped where a later layer wants no stretched rotary embedding, and nothing else
+    goes by it.
     """
     merged: dict[str, object] = {}
+    meant: set[str] = set()  # methods with options since the method was decided
     for layer in layers:
-        method = layer.get("method", merged.get("method"))
-        if method is not None and method != merged.get("method", "radial"):
-            merged = {key: value for key, value in merged.items() if key not in METHODS}
-        if layer.get("rope") == "none":
+        if "method" in layer:
+            meant.clear()
+        meant |= layer.keys() & METHODS.keys()
+        if layer.get("rope") == "none" and "ultravico" not in {**merged, **layer}:
             merged.pop("trained_frames", None)
         for key, value in layer.items():
             before = merged.get(key)
             merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, Mapping) else value
-    return merged
+    meant.add(str(merged.get("method", "radial")))
+    return {key: value for key, value in merged.items() if key not in METHODS or key in meant}
 
 
 def preset_values(names: Iterable[str]) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ from videosparse.generation.lora import check_loaded, load_loras
 from videosparse.generation.memory import knobs
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
+from videosparse.generation.shifts import shifted
 from videosparse.generation.stack import apply_stack
 from videosparse.generation.step_cache import CacheCount, step_cached, write_magnitudes
 from videosparse.generation.streaming import Sink, streaming
 from videosparse.report import RunReport
-from videosparse.stretching import extend_rope
+from videosparse.stretching import context_windows, extend_rope
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
@@ -138,7 +139,7 @@ def run_method(
             little memory, or frames that are not finite. What goes wrong inside the pipeline comes through as it is.
     """
     check_loaded(pipe, settings.loras)
-    processor = make_processor(method, options)
+    processor = make_processor(method, options, settings.logit)
     notices = (*settings.notices, *_cuts(pipe, settings), *_beyond(settings))
     cache = settings.stack.step_cache if method == settings.request.method else None
     kept: list[torch.Tensor] = []
@@ -151,9 +152,10 @@ def run_method(
         with (
             memory_errors(lambda: knobs(pipe, settings)),
             compile_errors(),
-            _shifted(pipe, settings.shift),
+            shifted(pipe, settings.shift),
             _leading_to(pipe, settings, sink),
             keep,
+            _windows(pipe, settings),
             step_cached(pipe, cache, settings.steps) as count,
         ):
             frames, timings = _call(pipe, settings, progress)
@@ -180,23 +182,6 @@ def run_method(
 
 
 @contextmanager
-def _shifted(pipe: Any, shift: float | None) -> Iterator[None]:
-    """A scheduler of another shift, for the time of a block."""
-    before = pipe.scheduler
-    if shift is None:
-        yield
-        return
-    name = next((name for name in ("flow_shift", "shift") if name in before.config), None)
-    if name is None:
-        raise GenerationError(f"{type(before).__name__} has no shift to set; drop --shift.")
-    pipe.scheduler = type(before).from_config(before.config, **{name: shift})
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
-
-
-@contextmanager
 def _leading_to(pipe: Any, settings: Settings, sink: Sink | None) -> Iterator[None]:
     """Let frames go to `sink`, if any, once they are found to be finite."""
     if sink is None:
@@ -209,6 +194,15 @@ def _leading_to(pipe: Any, settings: Settings, sink: Sink | None) -> Iterator[No
 
     with streaming(pipe, checked):
         yield
+
+
+def _windows(pipe: Any, settings: Settings) -> AbstractContextManager[None]:
+    """The context windows of a run."""
+    asked = settings.windows
+    if asked is None:
+        return nullcontext()
+    stride = settings.source.spec.stride[0]
+    return context_windows(pipe, frames=(asked.size - 1) * stride + 1, overlap=asked.shared * stride)
 
 
 def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "shift": settings.shift,
             "rope": request.rope,
             "trained_frames": settings.trained_frames,
+            "ultravico": _logit(settings),
+            "windows": _windows(settings),
         },
         "loras": [{"file": str(lora.path), "scale": lora.scale} for lora in settings.loras],
         "method": {"name": run.method, "set": dict(run.given), "options": dict(run.options)},
@@ -86,6 +89,8 @@ def fingerprint(settings: Settings) -> str:
         "guidance": [settings.guidance, settings.guidance_2],
         "shift": settings.shift,
         "rope": [request.rope, settings.trained_frames],
+        **({} if settings.logit is None else {"ultravico": _logit(settings)}),
+        **({} if settings.windows is None else {"windows": _windows(settings)}),
         "dtype": settings.dtype,
         "step_cache": None if cache is None else [cache.kind, cache.threshold, cache.magnitudes],
         "linears": settings.stack.linears,
@@ -94,6 +99,14 @@ def fingerprint(settings: Settings) -> str:
         "plan": _state(plan) if isinstance(plan, str | Path) else None,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _logit(settings: Settings) -> dict[str, Any] | None:
+    return None if settings.logit is None else asdict(settings.logit)
+
+
+def _windows(settings: Settings) -> dict[str, Any] | None:
+    return None if settings.windows is None else asdict(settings.windows)
 
 
 def _state(path: str | Path) -> list[object]:
@@ -137,6 +150,7 @@ def _attention(run: Run) -> dict[str, Any]:
         "average_density": report.average_density,
         "dense_calls": report.dense_calls,
         "sparse_calls": report.sparse_calls,
+        "search_calls": report.search_calls,
         "backend": report.backend,
     }
 

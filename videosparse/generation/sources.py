@@ -77,6 +77,11 @@ class ModelDefaults:
     guidance_2: float | None = None
     trained_frames: int | None = None
 
+    @property
+    def longest(self) -> int:
+        """Pixel frames of the longest videos that it was trained on."""
+        return self.num_frames if self.trained_frames is None else self.trained_frames
+
 
 DEFAULTS = {
     EMBEDDED: ModelDefaults(33, 128, 128, TINY_STEPS, 4.0, 48, 16, trained_frames=81),
@@ -234,6 +239,22 @@ def check_text_to_video(source: ModelSource) -> None:
             f"{source.name} is a {source.pipeline_class}, which needs {needs} besides the prompt; generate takes "
             f"{', '.join(TEXT_TO_VIDEO)}. Use videosparse.sparsify(pipe, ...) in Python for the others."
         )
+
+
+def scheduler_shift(source: ModelSource) -> float:
+    """The shift of the noise levels of a run with the model's own scheduler.
+
+    Raises:
+        GenerationError: the folder is incomplete, or its scheduler has no shift, or one that changes with the size.
+    """
+    config = _read_config(source.location or "", "scheduler/scheduler_config.json")
+    shift = config.get("flow_shift", config.get("shift"))
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
+        raise GenerationError(
+            f"The scheduler of {source.name} ({config.get('_class_name')}) has no fixed shift of its noise levels; say "
+            "which one videos will be made with: attention.shift."
+        )
+    return float(shift)
 
 
 def _locate(name: str | None) -> str:

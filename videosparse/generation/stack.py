@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from videosparse.attach import targets
+from videosparse.components import targets
 from videosparse.generation.compiling import compile_blocks
 from videosparse.generation.errors import GenerationError, nearest
 from videosparse.generation.linears import check_kind, quantize_linears, unavailable
@@ -41,6 +41,8 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "model": "`--offload model`",
         "group": "`--offload group`",
         "lora": "`--lora`",
+        "far": "`--ultravico`",
+        "windows": "`--context-frames`",
         "experts": "two experts (Wan2.2-A14B)",
     }
 )
@@ -51,6 +53,7 @@ _WRITTEN = {"quant": "quant=int8", "linears": "--linears fp8", "compile": "--com
 
 _ONE_CACHE = "a run has one step cache; leave one"
 _ONE_PLACE = "weights can be offloaded one way; leave one"
+_ONE_CALL = "a step cache compares a call with the one before, which is of another window; drop one"
 
 REFUSED: Mapping[frozenset[str], str] = MappingProxyType(
     {
@@ -58,6 +61,9 @@ REFUSED: Mapping[frozenset[str], str] = MappingProxyType(
         frozenset({"model", "group"}): _ONE_PLACE,
         frozenset({"state", "compile"}): "maps are copied between calls, which no compiled block does; drop one, or "
         "use --set adaspa.lse_dtype=bfloat16, which halves what is kept",
+        frozenset({"first-block", "windows"}): _ONE_CALL,
+        frozenset({"magcache", "windows"}): _ONE_CALL,
+        frozenset({"int8", "far"}): "one looks at the sign of scores, which the other shifts and rounds; drop one",
         frozenset({"magcache", "experts"}): "each expert runs a part of the steps, and Diffusers counts those of each "
         "from 0; use --step-cache first-block",
     }
@@ -121,6 +127,8 @@ def parts_of(request: GenerationRequest, stack: Stack, experts: int = 1) -> tupl
         "fp8": stack.linears != "none",
         "compile": stack.compiled,
         "lora": bool(request.loras),
+        "far": request.ultravico is not None,
+        "windows": request.context_frames is not None,
         "experts": experts > 1,
         stack.offload: True,
         "" if stack.step_cache is None else stack.step_cache.kind: True,

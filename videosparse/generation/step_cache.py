@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from videosparse._diffusers import step_cache_states
-from videosparse.attach import targets
 from videosparse.cases import ModelSpec
+from videosparse.components import targets
 from videosparse.files import write_json
 from videosparse.generation.errors import GenerationError, nearest, one_line
 

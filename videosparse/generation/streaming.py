@@ -13,15 +13,16 @@ computation, in which convolutions over other lengths may round otherwise.
 from __future__ import annotations
 
 import importlib.metadata
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from videosparse.generation.output import Destination, destination
 from videosparse.generation.video import Mp4Writer
 
 Sink = Callable[[torch.Tensor], None]
@@ -107,25 +108,37 @@ def replaced_decode(vae: Any, decode: _Decode) -> Iterator[None]:
             vae.decode = before
 
 
+@dataclass
+class StreamedVideo:
+    """A video that went to a file while it was decoded; `path` is known once it is whole."""
+
+    path: Path | None = None
+
+
 @contextmanager
-def stream_to(pipe: Any, path: str | Path, fps: float) -> Iterator[None]:
+def stream_to(
+    pipe: Any, output: str | Path | Destination, fps: float, *, overwrite: bool = False
+) -> Iterator[StreamedVideo]:
     """Write what a pipeline makes to an mp4 file while it is decoded. The file appears when it is whole.
+
+    Args:
+        pipe: called once inside the block.
+        output: an .mp4 file, a folder, or what `video_place` decided before the model was loaded. In a folder a taken
+            name gets a number, so that two runs do not collide.
+        fps: frames a second.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
         NotImplementedError: see `check_streamable`.
+        GenerationError: the file is there already, or cannot be written.
         ValueError: nothing was generated.
-        OSError: the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{secrets.token_hex(6)}.part.mp4")  # another run may write to the same name
-    try:
-        part.touch()  # the writer opens it with the first frame, after all the work
-        with Mp4Writer(part, fps) as video, streaming(pipe, video.add):
-            yield
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    place = output if isinstance(output, Destination) else destination(output, "video", (".mp4",), overwrite)
+    found = StreamedVideo()
+    with place.files() as parts:
+        with Mp4Writer(parts.path(".mp4"), fps) as video, streaming(pipe, video.add):
+            yield found
+        found.path = parts.publish()[".mp4"]
 
 
 def _output(sample: torch.Tensor) -> Any:

@@ -20,6 +20,7 @@ from videosparse.kernels.stats import BlockStats, block_stats
 from videosparse.kernels.steps import steps_of
 from videosparse.kernels.stream import Stream
 from videosparse.layout import TokenLayout
+from videosparse.logits import Arguments, arguments
 from videosparse.ordering import AnyOrder
 
 __all__ = [
@@ -99,7 +100,7 @@ def attend(
         options: backend and variants; see `KernelOptions`.
 
     With `options.quant` the scores are products of integers, and outputs differ from exact ones by about 1 % in the
-    mean ("int8") or 4 % ("int8-fp8") for normally distributed q, k and v, which is the worst case; see `quantize`.
+    mean ("int8"), 1.6 % ("int8-int8") or 4 % ("int8-fp8") for normally distributed q, k and v; see `quantize`.
 
     Returns:
         out [B, L, H, D], contiguous, in the dtype of q. With `return_lse` also lse [B, H, L], float32 (float64 for
@@ -108,13 +109,15 @@ def attend(
     Raises:
         ValueError: shapes, devices or strides that do not fit one another, the layout, the index or the order.
         TypeError: dtypes that differ or are not supported.
-        NotImplementedError: gradients are needed with options.quant.
+        NotImplementedError: gradients are needed with options.quant or options.logit.
         RuntimeError: options.backend or options.quant cannot run here, or is a library that cannot take this call.
     """
     checks.check_tensors({"q": q, "k": k, "v": v}, layout)
     if index is not None:
         checks.check_index(q, index)
     need_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if options.logit is not None and need_grad:
+        raise NotImplementedError(ops.NO_GRADIENT)
     if options.quant is not None:
         int8_path.check(q, options.quant, options.backend, need_grad)
     key_major = _key_major(q, index, options) if need_grad else None
@@ -135,6 +138,7 @@ def attend(
         samples,
         heads,
         q.shape[3] ** -0.5 if scale is None else float(scale),
+        *_far(options, layout),
         return_lse,
         options.backend,
         options.quant,
@@ -155,6 +159,11 @@ def attend(
         out = reorder(out, order, layout, inverse=True, options=options)
         lse = torch_order.raster_lse(lse, steps) if return_lse else lse
     return (out, lse) if return_lse else out
+
+
+def _far(options: KernelOptions, layout: TokenLayout) -> Arguments:
+    """How scores of far tokens are changed, as the ops take it; in a video that is short enough not at all."""
+    return arguments(None if options.logit is None else options.logit.reach(layout.grid))
 
 
 def _key_major(q: torch.Tensor, index: BlockIndex | None, options: KernelOptions) -> BlockIndex | None:
@@ -195,6 +204,7 @@ def block_sums(
             block[0] / sample. Their sum, times the valid rows of the block over the visited ones, is an estimate at
             sample / block[0] of the work. None visits all, which is exact.
         options: backend "auto", "triton" or "torch"; libraries of attention have no such kernel, and count as "auto".
+            logit as in the call that lse comes from.
 
     Returns:
         float32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
@@ -218,5 +228,7 @@ def block_sums(
         q.shape[3] ** -0.5 if scale is None else float(scale),
         options.backend,
         sample or 0,
+        None,
+        *_far(options, layout),
     )
     return sums

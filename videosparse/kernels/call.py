@@ -9,6 +9,7 @@ import torch
 
 from videosparse.blocks import BlockIndex
 from videosparse.layout import TokenLayout
+from videosparse.logits import Reach
 
 LOG2_E = 1 / math.log(2)
 """Turns natural logarithms into those of base 2, which hardware takes exponentials in."""
@@ -50,7 +51,9 @@ class AttentionCall:
         text_start: positions [text_start, seq_lens[b]) are valid tokens; equal to `video` when there is no gap.
         scale: factor of the scores.
         order: int32 [H, 8], see `ordering.axis_table`: q, k and v come in that token order, and out and lse are to be
-            written in raster order; None when positions are what they are.
+            written in raster order; None when positions are what they are. Plain torch, and what measures blocks,
+            take from it only which token a position holds, for `far`.
+        far: how scores of far tokens are changed, see `FarLogits`; None leaves all.
     """
 
     lists: Lists | None
@@ -59,6 +62,7 @@ class AttentionCall:
     text_start: int
     scale: float
     order: torch.Tensor | None = None
+    far: Reach | None = None
 
     @classmethod
     def of(cls, layout: TokenLayout, index: BlockIndex | None, scale: float) -> AttentionCall:

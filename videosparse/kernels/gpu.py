@@ -160,10 +160,10 @@ def forward(
 
 
 def integer_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, fp8: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, values: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward` with INT8 queries and keys, and with `fp8` FP8 values, of tensors with at least one element."""
-    return _run("integer attention", q, q, k, v, call, need_lse, fp8)  # type: ignore[no-any-return]
+    """`forward` with INT8 queries and keys, of tensors with at least one element; `values` as in `quantize`."""
+    return _run("integer attention", q, q, k, v, call, need_lse, values)  # type: ignore[no-any-return]
 
 
 def backward(

@@ -19,6 +19,8 @@ def unsuited(
 ) -> str | None:
     """What of a call on checked tensors [B, L, H, D] this kernel does not take; None when it takes all."""
     batch, length, heads, head_dim = q.shape
+    if call.far is not None:
+        return "it takes scores as they are (no logit)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16 (got {q.dtype})"
     if head_dim not in (64, 128):

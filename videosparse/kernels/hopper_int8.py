@@ -27,17 +27,19 @@ portable kernel takes them."""
 
 
 def unsuited(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, fp8: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, values: str | None
 ) -> str | None:
     """What of a call on checked tensors [B, L, H, D] this kernel does not take; None when it takes all."""
     batch, length, heads, _ = q.shape
-    if fp8 and not FP8_VALUES:
+    if values == "int8":
+        return "it takes no int8 values: Hopper has FP8 for them"
+    if values == "fp8" and not FP8_VALUES:
         return "it takes no fp8 values until a GPU has shown that its outputs repeat"
     if call.lists is not None and call.lists.block[0] != 128:
         return f"it takes blocks of 128 query rows (got {call.lists.block[0]})"
     if batch >= 2**15 or heads >= 2**16 or batch * heads * ceil_div(length, 128) >= 2**31:
         return "it takes fewer than 2^15 samples, 2^16 heads and 2^31 rows of blocks"
-    if not fp8 and not is_aligned(v):
+    if values is None and not is_aligned(v):
         return "it takes values whose start and strides are multiples of 16 bytes"
     keys = 128 if call.lists is None else call.lists.block[1]
     if _has_text(call) and ceil_div(length, keys) - call.video // keys > TAIL_BLOCKS.value:
@@ -53,7 +55,7 @@ def _tiles(x: torch.Tensor, *box: int) -> TensorDescriptor:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, fp8: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, values: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize tensors [B, L, H, D] of the current device, and launch the kernel on them, if `unsuited` lets them pass.
 
@@ -63,7 +65,7 @@ def forward(
     Raises:
         CannotCompile: what it says.
     """
-    return attend_quantized(quantize(q, k, v, call, need_lse, fp8, reorder=True), tuple(q.shape), q.dtype, call)
+    return attend_quantized(quantize(q, k, v, call, need_lse, values, reorder=True), tuple(q.shape), q.dtype, call)
 
 
 def attend_quantized(

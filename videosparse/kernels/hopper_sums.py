@@ -237,6 +237,8 @@ def unsuited(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: AttentionCall, block: tuple[int, int]
 ) -> str | None:
     """What of a call on checked tensors [B, L, H, D] this kernel does not take; None when it takes all."""
+    if call.far is not None:
+        return "it takes scores as they are (no logit)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16 (got {q.dtype})"
     if q.shape[3] not in (64, 128):

@@ -45,7 +45,9 @@ def unavailable(quant: str, device: torch.device, dtype: torch.dtype, head_dim: 
     if head_dim not in HEAD_DIMS:
         return f"it takes head_dim 64 and 128 (got {head_dim})"
     if quant == "int8-fp8" and device.type == "cuda" and not _has_fp8(device):
-        return f"it needs FP8 tensor cores, compute capability 8.9 or newer, which {device} has not"
+        return (
+            f"it needs FP8 tensor cores, compute capability 8.9 or newer, which {device} has not; int8-int8 needs none"
+        )
     return None
 
 
@@ -55,7 +57,7 @@ def forward(
     """Integer attention of checked tensors [B, L, H, D].
 
     Args:
-        quant: "int8" or "int8-fp8".
+        quant: see `KernelOptions`.
         chosen: "triton" or "torch".
 
     Returns:
@@ -64,22 +66,28 @@ def forward(
     Raises:
         RuntimeError: quant is "int8-fp8" and the GPU has no FP8 tensor cores.
     """
-    fp8 = quant == "int8-fp8"
+    values = values_of(quant)
     if chosen == "torch":
         from videosparse.kernels import torch_int8
 
         _tell(f'attend computes quant="{quant}" in plain torch on {q.device.type}, which is not faster.')
-        return torch_int8.forward(q, k, v, call, need_lse, fp8)
+        return torch_int8.forward(q, k, v, call, need_lse, values)
     if q.numel() == 0:
         lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,), device=q.device)
         return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse.float()
-    if fp8 and not _has_fp8(q.device):
+    if values == "fp8" and not _has_fp8(q.device):
         raise RuntimeError(
-            f'quant="int8-fp8" needs FP8 tensor cores, compute capability 8.9 or newer (got {q.device}); use "int8".'
+            f'quant="int8-fp8" needs FP8 tensor cores, compute capability 8.9 or newer (got {q.device}); use '
+            '"int8-int8", or "int8", which leaves values as they are.'
         )
     kernel = gpu.best_kernel(q.device, "integer attention") or "portable Triton kernel"
     _tell(f'attend computes quant="{quant}" on {q.device} by its {kernel}, where that takes the call.')
-    return gpu.integer_forward(q, k, v, call, need_lse, fp8)
+    return gpu.integer_forward(q, k, v, call, need_lse, values)
+
+
+def values_of(quant: str) -> str | None:
+    """What a kind of integer attention rounds values and weights to: "fp8", "int8", or None for nothing."""
+    return quant.partition("-")[2] or None
 
 
 @cache

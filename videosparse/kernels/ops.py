@@ -20,13 +20,16 @@ from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.kernels.reorder_op import move
 from videosparse.kernels.steps import Steps
 from videosparse.layout import ceil_div
+from videosparse.logits import from_arguments
 
 logger = logging.getLogger("videosparse")
 
 _GEOMETRY = (
     "Tensor? row_ptr, Tensor? ids, Tensor? order, Tensor? seq_lens, SymInt video, SymInt text_start, "
-    "int block_rows, int block_cols, int map_samples, int map_heads, float scale"
+    "int block_rows, int block_cols, int map_samples, int map_heads, float scale, "
+    "float? far_alpha, SymInt far_window, SymInt far_first, SymInt far_seen"
 )
+NO_GRADIENT = "logit is for inference: it has no gradient. Use torch.no_grad(), or logit=None in training."
 _KEY_MAJOR = "Tensor? key_row_ptr, Tensor? key_ids, Tensor? key_order"
 
 
@@ -42,11 +45,12 @@ def _call(
     map_samples: int,
     map_heads: int,
     scale: float,
+    *far: Any,
 ) -> AttentionCall:
     lists = None
     if row_ptr is not None and ids is not None and order is not None:
         lists = Lists(row_ptr, ids, order, (block_rows, block_cols), map_samples, map_heads)
-    return AttentionCall(lists, seq_lens, video, text_start, scale)
+    return AttentionCall(lists, seq_lens, video, text_start, scale, far=from_arguments(*far))
 
 
 @torch.library.custom_op(
@@ -141,6 +145,8 @@ def attend_backward(
     """Gradients of q, k and v, by the backend that ran the forward, or by ours where that was a library."""
     *geometry, backend, key_row_ptr, key_ids, key_order = rest
     call = _call(*geometry)
+    if call.far is not None:
+        raise NotImplementedError(NO_GRADIENT)
     if choose_own(backend, q.device, q.dtype) == "torch":
         return torch_path.backward(grad, grad_lse, q, k, v, call)
     if lse.numel() != q.shape[0] * q.shape[1] * q.shape[2]:
@@ -190,11 +196,10 @@ def _attend_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, video, text_start, rows, cols, samples, heads, scale, need_lse, backend, _, _, row_ptr, ids, order = (
-        inputs
-    )
+    *inputs_of_backward, need_lse, backend, _, _, row_ptr, ids, order = inputs
+    tensors, numbers = inputs_of_backward[:7], inputs_of_backward[7:]
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], row_ptr, ids, order)
-    ctx.numbers = (video, text_start, rows, cols, samples, heads, scale, backend)
+    ctx.numbers = (*numbers, backend)
     ctx.need_lse = need_lse
 
 
@@ -202,7 +207,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
     *tensors, key_row_ptr, key_ids, key_order = ctx.saved_tensors
     level = grad_lse if ctx.need_lse else None
     grads = attend_backward(grad_out, level, *tensors, *ctx.numbers, key_row_ptr, key_ids, key_order)
-    return (*grads, *[None] * 18)
+    return (*grads, *[None] * 22)
 
 
 attend_forward.register_autograd(_backward, setup_context=_save)
@@ -225,8 +230,10 @@ def attend_in_order(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
     *geometry, need_lse, backend, quant, table, height, width = rest
     call = _call(*geometry)
     chosen = choose(backend, q.device, q.dtype)
-    if chosen == "triton" and quant is None and call.video <= gpu.MOST_ORDERED:
+    if chosen == "triton" and quant is None and (call.video <= gpu.MOST_ORDERED or call.far is not None):
         return gpu.forward(q, k, v, replace(call, order=table), need_lse)
+    if call.far is not None:
+        call = replace(call, order=table)
     out, lse = _run(chosen, quant, q, k, v, call, need_lse)
     steps = Steps(table, call.video, height, width)
     return move(out, steps, True, backend), torch_order.raster_lse(lse, steps) if need_lse else lse
@@ -247,7 +254,8 @@ def _attend_in_order_fake(
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor? seq_lens, SymInt video, SymInt text_start, "
-        "int block_rows, int block_cols, float scale, str backend, int sample=0) -> Tensor"
+        "int block_rows, int block_cols, float scale, str backend, int sample, Tensor? table, "
+        "float? far_alpha, SymInt far_window, SymInt far_first, SymInt far_seen) -> Tensor"
     ),
 )
 def block_sums(
@@ -261,10 +269,15 @@ def block_sums(
     block_cols: int,
     scale: float,
     backend: str,
-    sample: int = 0,
+    sample: int,
+    table: torch.Tensor | None,
+    *far: Any,
 ) -> torch.Tensor:
-    """Mass of every block, fp32 [B, H, Mq, Nk]; `sample` rows of each are visited, 0 visits all."""
-    call = AttentionCall(None, seq_lens, video, text_start, scale)
+    """Mass of every block, fp32 [B, H, Mq, Nk]; `sample` rows of each are visited, 0 visits all.
+
+    `table` is the token order of q, k and lse, where scores of far tokens are changed in one; see `axis_table`.
+    """
+    call = AttentionCall(None, seq_lens, video, text_start, scale, table, from_arguments(*far))
     block = block_rows, block_cols
     if choose_own(backend, q.device, q.dtype) == "torch":
         return torch_path.block_sums(q, k, lse, call, block, sample or block_rows)
@@ -288,7 +301,9 @@ def _block_sums_fake(
     block_cols: int,
     scale: float,
     backend: str,
-    sample: int = 0,
+    sample: int,
+    table: torch.Tensor | None,
+    *far: Any,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
     shape = (batch, heads, -(-length // block_rows), -(-length // block_cols))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from videosparse.logits import FarLogits
+
 BACKENDS = ("auto", "triton", "torch", "fa4", "flex")
-QUANTS = (None, "int8", "int8-fp8")
+# queries and keys, then values where they are rounded, too
+QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 FUSED_NORMS = ("auto", "on", "off")
 
 
@@ -18,29 +21,43 @@ class KernelOptions:
             they cannot run, as do two libraries: "fa4" (FlashAttention-4 on Hopper, `pip install videosparse[fa4]`)
             and "flex" (PyTorch's FlexAttention), whose forward replaces ours. Gradients are computed as for "auto".
         quant: integer attention, for inference with float16 or bfloat16 and head_dim 64 or 128. "int8" rounds queries
-            and keys to INT8, "int8-fp8" also values and softmax weights to FP8 e4m3 (compute capability 8.9 or newer).
+            and keys to INT8; "int8-fp8" also values and softmax weights to FP8 e4m3, which needs compute capability 8.9
+            or newer; "int8-int8" these to INT8 too, for GPUs without FP8 (A100, RTX 30). No kind stands in for another.
             `block_sums` ignores it, as does `norm_rotate`.
-        logit: a change of the scores before the softmax; not built yet, so anything but None raises.
+        logit: what is done to the scores before the softmax, `FarLogits`, for inference. Only the portable Triton
+            kernels and plain torch do it. `norm_rotate` ignores it.
         fused_norm: whether a model family norms and rotates queries and keys with one kernel, `norm_rotate`, instead
             of step by step: "auto" does so in inference on a GPU, unless backend is "torch"; "on" always does, and
             raises where it cannot; "off" never does.
 
     Raises:
-        ValueError: an unknown backend, quant or fused_norm.
-        NotImplementedError: logit is set.
+        ValueError: an unknown backend, quant or fused_norm; a logit with quant, or with a library as backend.
+        TypeError: logit is neither None nor FarLogits.
     """
 
     backend: str = "auto"
     quant: str | None = None
-    logit: str | None = None
+    logit: FarLogits | None = None
     fused_norm: str = "auto"
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
         if self.quant not in QUANTS:
-            raise ValueError(f'quant must be None, "int8" or "int8-fp8" (got {self.quant!r}).')
+            raise ValueError(f'quant must be None, "int8", "int8-fp8" or "int8-int8" (got {self.quant!r}).')
         if self.fused_norm not in FUSED_NORMS:
             raise ValueError(f"fused_norm must be one of {', '.join(FUSED_NORMS)} (got {self.fused_norm!r}).")
         if self.logit is not None:
-            raise NotImplementedError(f"KernelOptions.logit is not available yet (got {self.logit!r}).")
+            self._check_logit()
+
+    def _check_logit(self) -> None:
+        if not isinstance(self.logit, FarLogits):
+            raise TypeError(f"logit must be None or FarLogits(trained=...) (got {self.logit!r}).")
+        if self.quant is not None:
+            raise ValueError(
+                f'logit looks at the sign of scores, which quant="{self.quant}" shifts and rounds; drop one of both.'
+            )
+        if self.backend in ("fa4", "flex"):
+            raise ValueError(
+                f'backend="{self.backend}" cannot change scores as logit asks; use "auto", "triton" or "torch".'
+            )

@@ -20,7 +20,8 @@ from videosparse.kernels.options import KernelOptions
 from videosparse.kernels.reorder_op import reorder
 from videosparse.kernels.stats import BlockStats, block_stats
 from videosparse.layout import TokenLayout, VideoGrid
-from videosparse.ordering import AXIS_ORDERS, SearchedOrder
+from videosparse.logits import FarLogits, arguments
+from videosparse.ordering import AXIS_ORDERS, SearchedOrder, TokenOrder
 
 ORDERS = tuple(range(len(AXIS_ORDERS)))
 
@@ -144,7 +145,10 @@ def _look(
     options: KernelOptions,
 ) -> Look:
     q, k, lse = in_order(q, grid, code, 1), in_order(k, grid, code, 1), in_order(lse, grid, code, 2)
-    stats = block_stats(q, k, lse, layout=TokenLayout(grid), block=UNIT, scale=scale, eps=metric.eps, options=options)
+    stats = block_stats(
+        q, k, lse, layout=TokenLayout(grid), block=UNIT, scale=scale, eps=metric.eps, options=options,
+        order=None if options.logit is None else TokenOrder(grid, (code,) * q.shape[2]),
+    )  # fmt: skip
     return Look(heads, code, *figures(stats, metric.sigma), coarser(stats.sums, block))
 
 
@@ -198,7 +202,7 @@ def search_orders(
     index: PackedIndex,
     codes: torch.Tensor,
     wanted: OrderSelection,
-    backend: str = "auto",
+    options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
 ) -> None:
     """Write the order of every head into `codes`, and the map that keeps its largest blocks into `index`.
 
@@ -210,14 +214,20 @@ def search_orders(
         index: for B samples and H heads over L tokens; what it held is overwritten.
         codes: int32 [H], indices into `AXIS_ORDERS`; read instead of written where `wanted.choose` is off.
         wanted: what to look for.
-        backend: "auto", "triton" or "torch"; libraries of attention count as "auto".
+        options: backend "auto", "triton" or "torch"; libraries of attention count as "auto". logit as in the call that
+            lse comes from.
     """
     grid, metric, counts = wanted.grid, wanted.metric, wanted.counts
     search_orders_op(
         q, k, lse, index.bits, index.row_ptr, index.order, codes, grid.frames, grid.height, grid.width, *index.block,
         counts.video_rows, counts.video_cols, counts.base, q.shape[3] ** -0.5, float(metric.alpha), float(metric.eps),
-        float(metric.sigma), wanted.choose, backend,
+        float(metric.sigma), wanted.choose, options.backend, *_numbers(options.logit),
     )  # fmt: skip
+
+
+def _numbers(logit: FarLogits | None) -> tuple[float | None, int]:
+    """A logit as an op takes it: the grid is known there."""
+    return (None, 0) if logit is None else (float(logit.alpha), logit.trained)
 
 
 @torch.library.custom_op(
@@ -226,8 +236,8 @@ def search_orders(
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor(a!) bits, Tensor(b!) row_ptr, Tensor(c!) order, Tensor(d!) codes, "
         "SymInt frames, SymInt height, SymInt width, int block_rows, int block_cols, SymInt video_rows, "
-        "SymInt video_cols, SymInt base, float scale, float alpha, float eps, float sigma, bool choose, str backend) "
-        "-> ()"
+        "SymInt video_cols, SymInt base, float scale, float alpha, float eps, float sigma, bool choose, str backend, "
+        "float? far_alpha, int far_trained) -> ()"
     ),
 )
 def search_orders_op(
@@ -252,10 +262,13 @@ def search_orders_op(
     sigma: float,
     choose: bool,
     backend: str,
+    far_alpha: float | None,
+    far_trained: int,
 ) -> None:
     """See `search_orders`."""
     grid, block = VideoGrid(frames, height, width), (block_rows, block_cols)
-    metric, options = OrderMetric(alpha, eps, sigma), KernelOptions(backend=selection.own(backend))
+    metric, logit = OrderMetric(alpha, eps, sigma), None if far_alpha is None else FarLogits(far_trained, far_alpha)
+    options = KernelOptions(backend=selection.own(backend), logit=logit)
     batch, length, heads, _ = q.shape
     rows, columns = bits.shape[2], -(-length // block_cols)
     sums = torch.zeros(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
@@ -296,7 +309,11 @@ def _sums_in_order(
     raster = torch.arange(grid.tokens, device=codes.device)
     places = torch.stack([in_order(raster, grid, code, 0) for code in ORDERS]).index_select(0, codes)
     level = lse[:, :, : grid.tokens].gather(2, places[None].expand(q.shape[0], -1, -1))
-    sums: torch.Tensor = block_sums(q, k, level, None, grid.tokens, grid.tokens, *block, scale, options.backend)
+    far = arguments(None if options.logit is None else options.logit.reach(grid))
+    sums: torch.Tensor = block_sums(
+        q, k, level, None, grid.tokens, grid.tokens, *block, scale, options.backend, 0,
+        None if far[0] is None else order.table(q.device), *far,
+    )  # fmt: skip
     return sums
 
 
@@ -323,5 +340,7 @@ def _search_orders_fake(
     sigma: float,
     choose: bool,
     backend: str,
+    far_alpha: float | None,
+    far_trained: int,
 ) -> None:
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from videosparse.kernels.backend import choose_own
 from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.options import KernelOptions
 from videosparse.layout import TokenLayout, ceil_div
+from videosparse.logits import arguments, from_arguments
+from videosparse.ordering import AnyOrder
 
 
 class BlockStats(NamedTuple):
@@ -40,6 +42,7 @@ def block_stats(
     block: tuple[int, int],
     scale: float | None = None,
     eps: float = 1e-3,
+    order: AnyOrder | None = None,
     options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
 ) -> BlockStats:
     """Sum, largest entry, and share of entries below `eps` of every block of softmax(Q K^T * scale).
@@ -56,6 +59,7 @@ def block_stats(
         block: (query rows, key rows) of a block, each 64 or 128.
         scale: factor of the scores; default D ** -0.5.
         eps: what counts as small, > 0.
+        order: the token order that q, k and lse come in, which only options.logit asks for.
         options: backend "auto", "triton" or "torch"; libraries of attention have no such kernel, and count as "auto".
 
     Raises:
@@ -78,6 +82,8 @@ def block_stats(
         q.shape[3] ** -0.5 if scale is None else float(scale),
         float(eps),
         options.backend,
+        None if order is None else order.table(q.device),
+        *arguments(None if options.logit is None else options.logit.reach(layout.grid)),
     )
     entries = _entries(layout, q.shape[0], block, q.device)
     # what is not valid is never large, so that counting the large ones needs no mask
@@ -97,7 +103,8 @@ def _entries(layout: TokenLayout, batch: int, block: tuple[int, int], device: to
     mutates_args=(),
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor? seq_lens, SymInt video, SymInt text_start, "
-        "int block_rows, int block_cols, float scale, float eps, str backend) -> Tensor"
+        "int block_rows, int block_cols, float scale, float eps, str backend, Tensor? table, "
+        "float? far_alpha, SymInt far_window, SymInt far_first, SymInt far_seen) -> Tensor"
     ),
 )
 def block_stats_op(
@@ -112,9 +119,11 @@ def block_stats_op(
     scale: float,
     eps: float,
     backend: str,
+    table: torch.Tensor | None,
+    *far: Any,
 ) -> torch.Tensor:
     """fp32 [3, B, H, Mq, Nk]: sums, largest entries, and how many entries are at least eps."""
-    call = AttentionCall(None, seq_lens, video, text_start, scale)
+    call = AttentionCall(None, seq_lens, video, text_start, scale, table, from_arguments(*far))
     block = block_rows, block_cols
     if choose_own(backend, q.device, q.dtype) == "torch":
         return torch_stats.block_stats(q, k, lse, call, block, eps)
@@ -137,6 +146,8 @@ def _block_stats_fake(
     scale: float,
     eps: float,
     backend: str,
+    table: torch.Tensor | None,
+    *far: Any,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
     shape = (3, batch, heads, ceil_div(length, block_rows), ceil_div(length, block_cols))

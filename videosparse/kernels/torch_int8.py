@@ -6,6 +6,8 @@ Weights stay fp32 where kernels round them for the product with values, so outpu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,7 +21,7 @@ _FP8_MAX = 448.0
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, fp8: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, values: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of checked tensors [B, L, H, D].
 
@@ -30,10 +32,15 @@ def forward(
     queries, keys = (x.float().masked_fill(~token, 0.0) for x in (q, k))
     mean = keys.sum(1, keepdim=True) / token.sum(1, keepdim=True)
     centred = (keys - mean).masked_fill(~token, 0.0)
-    values = v.float().masked_fill(~token, 0.0)
-    if fp8:
-        values = _rounded_to_fp8(values)
-    rounded = (_rounded_to_int8(queries * call.scale, (3,)), _rounded_keys(centred), values)
+    plain = v.float().masked_fill(~token, 0.0)
+    by_kind: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
+        None: lambda x: x, "fp8": _rounded_to_fp8, "int8": partial(_rounded_by_block, dims=(2,)),
+    }  # fmt: skip
+    rounded = (
+        _rounded_to_int8(queries * call.scale, (3,)),
+        _rounded_by_block(centred, dims=(2, 4)),
+        by_kind[values](plain),
+    )
     out, lse = torch_path.forward(*rounded, dataclasses.replace(call, scale=1.0), need_lse)
     if need_lse:
         lse = lse + (queries * mean).sum(3).transpose(1, 2) * call.scale
@@ -56,13 +63,18 @@ def _rounded_to_int8(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     return (x / scale).round() * scale
 
 
-def _rounded_keys(k: torch.Tensor) -> torch.Tensor:
-    """Keys [B, L, H, D] rounded by a scale for each 64 tokens of a sample and head."""
-    length = k.shape[1]
+def _rounded_by_block(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """x [B, L, H, D] rounded by a scale for each 64 tokens of a sample and head: of keys one, of values one a channel.
+
+    Args:
+        x: what is rounded.
+        dims: that a scale is for, of [B, blocks, 64, H, D].
+    """
+    length = x.shape[1]
     blocks = ceil_div(length, SCALED_KEYS)
-    k = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, blocks * SCALED_KEYS - length))
-    k = k.view(k.shape[0], blocks, SCALED_KEYS, *k.shape[2:])
-    return _rounded_to_int8(k, (2, 4)).flatten(1, 2)[:, :length]
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * SCALED_KEYS - length))
+    x = x.view(x.shape[0], blocks, SCALED_KEYS, *x.shape[2:])
+    return _rounded_to_int8(x, dims).flatten(1, 2)[:, :length]
 
 
 def _rounded_to_fp8(v: torch.Tensor) -> torch.Tensor:

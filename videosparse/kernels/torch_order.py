@@ -15,6 +15,19 @@ def places(steps: Steps) -> torch.Tensor:
     return frame * sf + row * sh + column * sw
 
 
+def raster_tokens(table: torch.Tensor, video: int, length: int) -> torch.Tensor:
+    """int64 [heads, length]: the raster token that each position holds; positions past the video hold themselves.
+
+    Args:
+        table: int32 [heads, 8], see `ordering.axis_table`.
+        video, length: video tokens, and all positions.
+    """
+    position = torch.arange(length, device=table.device)
+    big, middle, slow, between, fast = (table[:, i : i + 1].long() for i in range(3, 8))
+    token = position // big * slow + position % big // middle * between + position % middle * fast
+    return torch.where(position < video, token, position)
+
+
 def reorder(x: torch.Tensor, steps: Steps, inverse: bool, out: torch.Tensor | None = None) -> torch.Tensor:
     """The first `steps.video` tokens of x [B, L, H, D] in order, or with `inverse` back in raster order.
 

@@ -7,21 +7,30 @@ keys once for all heads that share the map, so dropped blocks cost nothing. Read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.torch_order import raster_tokens
 from videosparse.layout import ceil_div
+from videosparse.logits import Reach
 
 SCORE_ENTRIES = 2**22
 """Scores held at a time where they are held at all (lse, backward, block sums): 16 MB of fp32 for each copy."""
 
+LOWEST = -1e30
+"""Below every level of a row that has keys."""
+
 Span = tuple[int, int]
 Keys = slice | torch.Tensor
 """Key tokens: a slice where they are one run, else int64 positions."""
+
+
+Change = Callable[[torch.Tensor, int], torch.Tensor]
+"""Changes scores [H, M, N] of M rows from a given one on."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,31 @@ class _Task:
     keys: Keys
 
 
+@dataclass(frozen=True, eq=False)
+class _Far:
+    """How scores of far tokens change: `reach` with tokens int64 [H or 1, L], the raster token of each position."""
+
+    reach: Reach
+    tokens: torch.Tensor
+    video: int
+
+    def part(self, task: _Task, first: int) -> Change:
+        """For the queries of a task from position `first` on."""
+        tokens = self.tokens if self.tokens.shape[0] == 1 else self.tokens[task.heads]
+        keys = tokens[:, task.keys]
+
+        def change(scores: torch.Tensor, row: int) -> torch.Tensor:
+            rows = tokens[:, first + row : first + row + scores.shape[1]]
+            return self.reach.change(scores, rows, keys, self.video)
+
+        return change
+
+    def head(self, scores: torch.Tensor, head: int, rows: torch.Tensor) -> torch.Tensor:
+        """Scores [M, L] of one head and the queries at positions `rows` [M]."""
+        tokens = self.tokens[head if self.tokens.shape[0] > 1 else 0]
+        return self.reach.change(scores, tokens[rows], tokens, self.video)
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,10 +72,12 @@ def forward(
 
     Returns:
         out [B, L, H, D] contiguous in the dtype of q, and lse [B, H, L] (fp32, fp64 for fp64 inputs; natural log),
-        empty unless `need_lse`. Scores are only held when lse is asked for.
+        empty unless `need_lse`. Scores are only held when lse is asked for, or when far ones are changed.
     """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = _lse_like(q, need_lse)
+    # scores that are changed have to be held, and then give lse, too
+    held = need_lse or call.far is not None
+    lse, far = _lse_like(q, held), _far(call, q)
     for sample, tasks in enumerate(_tasks(q, call)):
         qs, ks, vs = (x[sample].transpose(0, 1).contiguous() for x in (q, k, v))
         outs = out[sample].transpose(0, 1)
@@ -49,13 +85,14 @@ def forward(
             key, value = _take(ks, task), _take(vs, task)
             for start, stop in task.queries:
                 rows = qs[task.heads, start:stop]
-                if need_lse:
+                if held:
                     lse_rows = lse[sample, task.heads, start:stop]
-                    _attend_with_lse(rows, key, value, call.scale, outs[task.heads, start:stop], lse_rows)
+                    change = None if far is None else far.part(task, start)
+                    _attend_with_lse(rows, key, value, call.scale, outs[task.heads, start:stop], lse_rows, change)
                 else:
                     found = F.scaled_dot_product_attention(rows[None], key[None], value[None], scale=call.scale)
                     outs[task.heads, start:stop] = found[0]
-    return out, lse
+    return out, lse if need_lse else lse.new_empty(0)
 
 
 def backward(
@@ -107,6 +144,7 @@ def block_sums(
     # the visited rows, `sample` of each block one after another
     visited = torch.arange(0, length, block[0] // sample, device=q.device)
     step = max(1, SCORE_ENTRIES // (sample * cols * block[1])) * sample
+    far = _far(call, q)
     for number, end in enumerate(_ends(call, batch, length)):
         valid = _valid(call, end, length, cols * block[1], q.device)
         factor = _visited_share(valid[:length], block[0], sample)
@@ -116,6 +154,7 @@ def block_sums(
                 places = visited[start : start + step]
                 level = torch.where(valid[places], lse[number, head, places].float(), -torch.inf)
                 scores = q[number, places, head].float() @ keys.T * call.scale
+                scores = scores if far is None else far.head(scores, head, places)
                 mass = _mass(scores, level, valid[:length])
                 mass = F.pad(mass, (0, cols * block[1] - length, 0, -places.shape[0] % sample))
                 found = mass.view(-1, sample, cols, block[1]).sum((1, 3))
@@ -138,6 +177,16 @@ def _mass(scores: torch.Tensor, level: torch.Tensor, valid: torch.Tensor) -> tor
     return scores.masked_fill_(~valid | empty[:, None], -torch.inf).exp_()
 
 
+def _far(call: AttentionCall, q: torch.Tensor) -> _Far | None:
+    """What changes far scores of a call on q [B, L, H, D]; None where nothing does."""
+    if call.far is None:
+        return None
+    length = q.shape[1]
+    if call.order is None:
+        return _Far(call.far, torch.arange(length, device=q.device)[None], call.video)
+    return _Far(call.far, raster_tokens(call.order, call.video, length), call.video)
+
+
 def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, length, heads, _ = q.shape
@@ -146,14 +195,23 @@ def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
 
 
 def _attend_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    change: Change | None = None,
 ) -> None:
     """Write the attention of q [H, M, D] over k, v [H, N, D] to out [H, M, D] and lse [H, M]."""
     k, v = k.to(lse.dtype), v.to(lse.dtype)
     for start, stop in _chunks([(0, q.shape[1])], k.shape[0] * k.shape[1]):
         scores = q[:, start:stop].to(lse.dtype) @ k.transpose(1, 2) * scale
+        if change is not None:
+            scores = change(scores, start)
         level = torch.logsumexp(scores, -1)
-        out[:, start:stop] = (scores.sub_(level[..., None]).exp_() @ v).to(out.dtype)
+        # a row that sees none of these keys has a level of -inf
+        out[:, start:stop] = (scores.sub_(level.clamp(min=LOWEST)[..., None]).exp_() @ v).to(out.dtype)
         lse[:, start:stop] = level
 
 

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
 from videosparse.layout import ceil_div
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -66,23 +67,12 @@ def _load_rows(ptr, positions, stride, valid, HEAD_DIM: tl.constexpr, HEAD_PAD: 
     return tl.load(pointers, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit
-def _raster(table_ptr, head, position, video):
-    """Where rows of a head go in raster order; those past the video stay where they are."""
-    row = table_ptr + head * 8
-    big = tl.load(row + 3)
-    middle = tl.load(row + 4)
-    token = position // big * tl.load(row + 5)
-    token += position % big // middle * tl.load(row + 6) + position % middle * tl.load(row + 7)
-    return tl.where(position < video, token, position)
-
-
 LISTS = ["row_ptr", "ids_ptr", "order_ptr", "lens_ptr"]
 SIZES = ["video", "text_start", "length", "rows", "heads", "map_rows", "map_heads", "shares"]
 
 
 # sizes change from call to call, and lists may start anywhere in a buffer: specialising would compile again and again
-@triton.jit(do_not_specialize=LISTS + SIZES)
+@triton.jit(do_not_specialize=LISTS + SIZES + REACH)
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -112,6 +102,10 @@ def forward_kernel(
     map_heads,
     shares,
     scale_log2,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -123,6 +117,7 @@ def forward_kernel(
     NEED_LSE: tl.constexpr,
     STAGES: tl.constexpr,
     ORDER: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """One tile of query rows: online softmax in base 2 over its key tiles, accumulated in fp32."""
     program = tl.program_id(0)
@@ -163,6 +158,10 @@ def forward_kernel(
     if (first >= video) & ((first + TILE_M <= text_start) | (first >= end)):
         tiles = 0
 
+    if FAR:
+        q_token = q_pos
+        if ORDER:
+            q_token = raster(table_ptr, head, q_pos, video)
     top = tl.full([TILE_M], FLOOR, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
@@ -177,6 +176,11 @@ def forward_kernel(
         k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = scores * scale_log2 + tl.where(k_valid, 0.0, -float("inf"))[None, :]
+        if FAR:
+            scores = change(
+                scores, q_token, first, first + TILE_M - 1, start, table_ptr, head, video, far_alpha, far_window,
+                far_first, far_seen, TILE_N, ORDER,
+            )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.math.exp2(scores - new_top[:, None])
         shrink = tl.math.exp2(top - new_top)
@@ -192,7 +196,7 @@ def forward_kernel(
     dims = tl.arange(0, HEAD_PAD)
     target = q_pos
     if ORDER:
-        target = _raster(table_ptr, head, q_pos, video)
+        target = raster(table_ptr, head, q_pos, video)
     out_rows = (sample * length + target) * heads + head
     inside = q_pos < length
     tl.store(
@@ -295,6 +299,7 @@ def forward(
         1 if lists is None else lists.heads,
         batch * heads * rows // map_rows,
         call.scale * LOG2_E,
+        *(call.far or NO_REACH),
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad(head_dim),
         BLOCK_ROWS=block[0],
@@ -306,6 +311,7 @@ def forward(
         NEED_LSE=need_lse,
         STAGES=tiles.stages,
         ORDER=call.order is not None,
+        FAR=call.far is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=True,

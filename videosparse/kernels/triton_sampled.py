@@ -24,6 +24,7 @@ import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.kernels.gpu import on_device
+from videosparse.kernels.triton_far import NO_REACH, REACH, change
 from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
 from videosparse.kernels.triton_sums import SumTiles, _gather, choose_tiles
 from videosparse.layout import ceil_div
@@ -71,11 +72,19 @@ def _estimate(
     scale_log2,
     columns,
     rows_left,
+    q_token,
+    q_first,
+    q_last,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     SAMPLE: tl.constexpr,
     TILE_N: tl.constexpr,
     MASKED: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """Store the sums of key tile `n`, for each SAMPLE rows one."""
     k_pos = n * TILE_N + tl.arange(0, TILE_N)
@@ -84,7 +93,13 @@ def _estimate(
         k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
     else:  # no mask at all, which costs registers
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
-    x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - level[:, None]
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    if FAR:  # raster order: methods that look at other orders visit all rows
+        scores = change(
+            scores, q_token, q_first, q_last, n * TILE_N, None, 0, video, far_alpha, far_window, far_first, far_seen,
+            TILE_N, False,
+        )  # fmt: skip
+    x = scores - level[:, None]
     if MASKED:
         x = tl.where(k_valid[None, :], x, -float("inf"))
     mass = tl.sum(tl.math.exp2(x), 1) * undo
@@ -98,7 +113,7 @@ SIZES = ["lens_ptr", "video", "text_start", "length", "tiles", "rows", "columns"
 
 
 # sizes change from call to call: specialising would compile again and again
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + REACH)
 def sampled_kernel(
     q_ptr,
     k_ptr,
@@ -119,6 +134,10 @@ def sampled_kernel(
     columns,
     heads,
     scale_log2,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,6 +146,7 @@ def sampled_kernel(
     TILE_N: tl.constexpr,
     HAS_LENS: tl.constexpr,
     STAGES: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """The visited rows of TILE_M / SAMPLE blocks against all keys; a head has `rows` blocks, in `tiles` such tiles."""
     program = tl.program_id(0)
@@ -147,6 +167,8 @@ def sampled_kernel(
     k_base = k_ptr + sample * stride_kb + head * stride_kh
 
     first = tile * blocks
+    q_first = first * BLOCK_M
+    q_last = q_first + blocks * BLOCK_M - 1
     start = (first + tl.arange(0, blocks)) * BLOCK_M
     seen = _tokens(start, video, text_start, end, BLOCK_M // SAMPLE, SAMPLE)
     share = _tokens(start, video, text_start, end, 1, BLOCK_M) / tl.maximum(seen, 1.0)
@@ -160,12 +182,14 @@ def sampled_kernel(
     for n in tl.range(0, whole, num_stages=STAGES):
         _estimate(
             q, level, undo, share, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns,
-            rows - first, HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=False,
+            rows - first, q_pos, q_first, q_last, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD,
+            SAMPLE, TILE_N, MASKED=False, FAR=FAR,
         )  # fmt: skip
     for n in tl.range(whole, columns, num_stages=1):
         _estimate(
             q, level, undo, share, k_base, line, n, stride_kl, video, text_start, end, scale_log2, columns,
-            rows - first, HEAD_DIM, HEAD_PAD, SAMPLE, TILE_N, MASKED=True,
+            rows - first, q_pos, q_first, q_last, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD,
+            SAMPLE, TILE_N, MASKED=True, FAR=FAR,
         )  # fmt: skip
 
 
@@ -219,6 +243,7 @@ def block_sums(
             columns,
             heads,
             call.scale * LOG2_E,
+            *(call.far or NO_REACH),
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad(head_dim),
             BLOCK_M=block[0],
@@ -227,6 +252,7 @@ def block_sums(
             TILE_N=tiles.keys,
             HAS_LENS=call.seq_lens is not None,
             STAGES=tiles.stages,
+            FAR=call.far is not None,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             enable_fp_fusion=True,

@@ -6,6 +6,7 @@ Shapes
     lse           fp32 [B, H, L], natural log, -inf for rows that count nothing
     stats         fp32 [3, B, H, ceil(L / UNIT_M), ceil(L / TILE_N)]: sums, largest, entries of at least eps
     lens          int32 [B], where each sample's text ends
+    table         int32 [H, 8], the token order of q, k and lse, for `triton_far`
 Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read.
 
 The walk of `triton_sums`: one program owns one tile of query rows and goes over all keys.
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.kernels.gpu import on_device
+from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
 from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
 from videosparse.kernels.triton_sums import SIZES, SumTiles, choose_tiles
 from videosparse.layout import ceil_div
@@ -37,10 +39,21 @@ def _probabilities(
     text_start,
     end,
     scale,
+    q_token,
+    q_first,
+    q_last,
+    table_ptr,
+    head,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TILE_N: tl.constexpr,
     MASKED: tl.constexpr,
+    ORDER: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """exp(score - lse), fp32 [TILE_M, TILE_N], of the TILE_N keys from `start`; 0 where there is no key or no row."""
     k_pos = start + tl.arange(0, TILE_N)
@@ -49,7 +62,13 @@ def _probabilities(
         k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
     else:  # no mask at all, which costs registers
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
-    x = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - level[:, None]) * LOG2_E_IN_KERNEL
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if FAR:
+        scores = change(
+            scores, q_token, q_first, q_last, start, table_ptr, head, video, far_alpha, far_window, far_first, far_seen,
+            TILE_N, ORDER,
+        )  # fmt: skip
+    x = (scores - level[:, None]) * LOG2_E_IN_KERNEL
     if MASKED:
         x = tl.where(k_valid[None, :], x, -float("inf"))
     return tl.math.exp2(x)
@@ -69,13 +88,14 @@ def _write(stats_row, tile, p, eps, plane, columns, rows_left, UNIT_M: tl.conste
 
 
 # sizes change from call to call: specialising would compile again and again
-@triton.jit(do_not_specialize=[*SIZES, "plane"])
+@triton.jit(do_not_specialize=[*SIZES, *REACH, "plane"])
 def stats_kernel(
     q_ptr,
     k_ptr,
     lse_ptr,
     stats_ptr,
     lens_ptr,
+    table_ptr,
     stride_qb: tl.int64,
     stride_ql: tl.int64,
     stride_qh: tl.int64,
@@ -92,6 +112,10 @@ def stats_kernel(
     heads,
     scale,
     eps,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     UNIT_M: tl.constexpr,
@@ -99,6 +123,8 @@ def stats_kernel(
     TILE_N: tl.constexpr,
     HAS_LENS: tl.constexpr,
     STAGES: tl.constexpr,
+    ORDER: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """One tile of query rows against all keys; `rows` and `columns` of units, `tiles` of TILE_M rows in a head."""
     program = tl.program_id(0)
@@ -116,6 +142,11 @@ def stats_kernel(
     # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
     level = tl.where(lse == -float("inf"), float("inf"), lse)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
+    q_first = tile * TILE_M
+    q_last = q_first + TILE_M - 1
+    q_token = q_pos
+    if ORDER:
+        q_token = raster(table_ptr, head, q_pos, video)
 
     first_row = tile * (TILE_M // UNIT_M)
     stats_row = stats_ptr + ((sample * heads + head) * rows + first_row) * columns
@@ -126,14 +157,16 @@ def stats_kernel(
     whole = sure // TILE_N
     for n in tl.range(0, whole, num_stages=STAGES):
         p = _probabilities(
-            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
-            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False,
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
+            head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False, ORDER=ORDER,
+            FAR=FAR,
         )  # fmt: skip
         _write(stats_row, n, p, eps, plane, columns, rows - first_row, UNIT_M, TILE_M)
     for n in tl.range(whole, columns, num_stages=1):
         p = _probabilities(
-            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
-            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True,
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
+            head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True, ORDER=ORDER,
+            FAR=FAR,
         )  # fmt: skip
         _write(stats_row, n, p, eps, plane, columns, rows - first_row, UNIT_M, TILE_M)
 
@@ -166,6 +199,7 @@ def block_stats(
             lse.float().contiguous(),
             stats,
             call.seq_lens,
+            call.order,
             *_strides(q),
             *_strides(k),
             stats[0].numel(),
@@ -178,6 +212,7 @@ def block_stats(
             heads,
             call.scale,
             eps,
+            *(call.far or NO_REACH),
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad(head_dim),
             UNIT_M=tiles.unit,
@@ -185,6 +220,8 @@ def block_stats(
             TILE_N=tiles.keys,
             HAS_LENS=call.seq_lens is not None,
             STAGES=tiles.stages,
+            ORDER=call.order is not None,
+            FAR=call.far is not None,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             enable_fp_fusion=True,

@@ -6,6 +6,7 @@ Shapes
     lse           fp32 [B, H, L], natural log, -inf for rows that count nothing
     sums          fp32 [B, H, ceil(L / UNIT_M), ceil(L / UNIT_N)]
     lens          int32 [B], where each sample's text ends
+    table         int32 [H, 8], the token order of q, k and lse, for `triton_far`
 Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read.
 
 One program owns one tile of query rows and walks all keys, first those that are surely valid, then the others under a
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
 from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
 from videosparse.layout import ceil_div
 
@@ -38,10 +40,21 @@ def _tile_mass(
     text_start,
     end,
     scale,
+    q_token,
+    q_first,
+    q_last,
+    table_ptr,
+    head,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TILE_N: tl.constexpr,
     MASKED: tl.constexpr,
+    ORDER: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """Mass of each row, fp32 [TILE_M], in the TILE_N keys from `start`."""
     k_pos = start + tl.arange(0, TILE_N)
@@ -51,7 +64,13 @@ def _tile_mass(
     else:  # no mask at all, which costs registers
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
     # the level is taken off in natural log: rounded in base 2, it would shift all masses of a row the same way
-    x = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - level[:, None]) * LOG2_E_IN_KERNEL
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if FAR:
+        scores = change(
+            scores, q_token, q_first, q_last, start, table_ptr, head, video, far_alpha, far_window, far_first, far_seen,
+            TILE_N, ORDER,
+        )  # fmt: skip
+    x = (scores - level[:, None]) * LOG2_E_IN_KERNEL
     if MASKED:
         x = tl.where(k_valid[None, :], x, -float("inf"))
     return tl.sum(tl.math.exp2(x), 1)
@@ -73,13 +92,14 @@ SIZES = ["lens_ptr", "video", "text_start", "length", "tiles", "rows", "columns"
 
 
 # sizes change from call to call: specialising would compile again and again
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + REACH)
 def sums_kernel(
     q_ptr,
     k_ptr,
     lse_ptr,
     sums_ptr,
     lens_ptr,
+    table_ptr,
     stride_qb: tl.int64,
     stride_ql: tl.int64,
     stride_qh: tl.int64,
@@ -94,6 +114,10 @@ def sums_kernel(
     columns,
     heads,
     scale,
+    far_alpha,
+    far_window,
+    far_first,
+    far_seen,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     UNIT_M: tl.constexpr,
@@ -101,6 +125,8 @@ def sums_kernel(
     TILE_N: tl.constexpr,
     HAS_LENS: tl.constexpr,
     STAGES: tl.constexpr,
+    ORDER: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """One tile of query rows against all keys; `rows` and `columns` of units, `tiles` of TILE_M rows in a head."""
     program = tl.program_id(0)
@@ -118,6 +144,11 @@ def sums_kernel(
     # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
     level = tl.where(lse == -float("inf"), float("inf"), lse)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
+    q_first = tile * TILE_M
+    q_last = q_first + TILE_M - 1
+    q_token = q_pos
+    if ORDER:
+        q_token = raster(table_ptr, head, q_pos, video)
 
     first_row = tile * (TILE_M // UNIT_M)
     sums_row = sums_ptr + ((sample * heads + head) * rows + first_row) * columns
@@ -128,14 +159,16 @@ def sums_kernel(
     whole = sure // TILE_N
     for n in tl.range(0, whole, num_stages=STAGES):
         mass = _tile_mass(
-            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
-            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False,
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
+            head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False, ORDER=ORDER,
+            FAR=FAR,
         )  # fmt: skip
         _write(sums_row, n, mass, columns, rows - first_row, UNIT_M, TILE_M)
     for n in tl.range(whole, columns, num_stages=1):
         mass = _tile_mass(
-            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale,
-            HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True,
+            q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
+            head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True, ORDER=ORDER,
+            FAR=FAR,
         )  # fmt: skip
         _write(sums_row, n, mass, columns, rows - first_row, UNIT_M, TILE_M)
 
@@ -198,6 +231,7 @@ def block_sums(
         lse.float().contiguous(),
         sums,
         call.seq_lens,
+        call.order,
         *_strides(q),
         *_strides(k),
         call.video,
@@ -208,6 +242,7 @@ def block_sums(
         columns,
         heads,
         call.scale,
+        *(call.far or NO_REACH),
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad(head_dim),
         UNIT_M=tiles.unit,
@@ -215,6 +250,8 @@ def block_sums(
         TILE_N=tiles.keys,
         HAS_LENS=call.seq_lens is not None,
         STAGES=tiles.stages,
+        ORDER=call.order is not None,
+        FAR=call.far is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         enable_fp_fusion=True,

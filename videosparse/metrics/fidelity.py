@@ -13,16 +13,14 @@ So every row names its convention (`CONVENTIONS`):
                   LPIPS of AlexNet, fed [-1, 1]
 
 A video's value is the mean over its frames in all of them. Which frames go in, raw or decoded, is up to the caller:
-`videosparse.metrics.pairs` compares files, and `decode_again` takes raw frames through a file.
+`videosparse.metrics.pairs` compares files, and `videosparse.mp4.decode_again` takes raw frames through a file.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -213,19 +211,6 @@ def fidelity(
         worst = max if name in LOWER_IS_BETTER else min
         rows.append(FidelityRow(name, math.fsum(per_frame) / len(per_frame), worst(per_frame), per_frame, convention))
     return tuple(rows)
-
-
-def decode_again(video: torch.Tensor, fps: float) -> torch.Tensor:
-    """A video [frames, 3, height, width] in [0, 1] after H.264, as `videosparse.generation.video.write_mp4` writes it.
-
-    Papers that score decoded files see their codec's loss, too. Odd sizes come back without the repeated row.
-    """
-    from videosparse.generation.video import read_mp4, write_mp4
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        write_mp4(path, video, fps)
-        return read_mp4(path)[..., : video.shape[-2], : video.shape[-1]]
 
 
 def _ssim_frame(a: torch.Tensor, b: torch.Tensor, convention: Convention) -> torch.Tensor:

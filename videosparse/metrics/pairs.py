@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from videosparse.metrics.fidelity import CONVENTION, Perceptual, convention_named, decode_again, fidelity
+from videosparse.metrics.fidelity import CONVENTION, Perceptual, convention_named, fidelity
 from videosparse.metrics.vbench.ledger import Ledger, stamp_of
 from videosparse.metrics.video import VideoError, find_videos, read_latents, read_video
+from videosparse.mp4 import decode_again
 
 Files = dict[str, Path]
 

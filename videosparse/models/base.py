@@ -56,6 +56,7 @@ class ModelFamily(ABC):
         stock: class names of the attention processors that these ship with.
         variants: published models that differ in what suits them, the plainest first.
         joint: whether text tokens take part in the self-attention.
+        stride: pixel frames in one latent frame, after the first.
     """
 
     name: ClassVar[str]
@@ -63,6 +64,7 @@ class ModelFamily(ABC):
     stock: ClassVar[tuple[str, ...]]
     variants: ClassVar[tuple[str, ...]]
     joint: ClassVar[bool]
+    stride: ClassVar[int]
 
     @abstractmethod
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ class HunyuanVideoFamily(ModelFamily):
     stock = ("HunyuanVideoAttnProcessor2_0",)
     variants = ("hunyuan-video",)
     joint = True
+    stride = 4
 
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """(1, 2, 2) in every published model."""
@@ -58,7 +59,7 @@ class HunyuanVideoFamily(ModelFamily):
         """Base 256 in the published models."""
         rope = transformer.rope
         dim = rope.rope_dim[0]
-        return TemporalRotary(rope, dim, float(rope.theta), rope.patch_size_t, 4, _INTRINSIC.get(dim))
+        return TemporalRotary(rope, dim, float(rope.theta), rope.patch_size_t, self.stride, _INTRINSIC.get(dim))
 
     def project(
         self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan

@@ -31,6 +31,7 @@ class MochiFamily(ModelFamily):
     stock = ("MochiAttnProcessor2_0",)
     variants = ("mochi",)
     joint = True
+    stride = 6
 
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """(1, 2, 2) in the published model."""

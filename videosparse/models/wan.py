@@ -36,6 +36,7 @@ class WanFamily(ModelFamily):
     stock = ("WanAttnProcessor",)
     variants = ("wan2.1", "wan2.2-a14b", "wan2.2-5b")
     joint = False
+    stride = 4
 
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """As configured, (1, 2, 2) in every published model."""
@@ -63,7 +64,7 @@ class WanFamily(ModelFamily):
     def temporal_rotary(self, transformer: Any) -> TemporalRotary:
         """Base 10,000; what the heights and widths of a token leave of a head turns along time."""
         rope = transformer.rope
-        return TemporalRotary(rope, rope.t_dim, 10000.0, rope.patch_size[0], 4, _INTRINSIC.get(rope.t_dim))
+        return TemporalRotary(rope, rope.t_dim, 10000.0, rope.patch_size[0], self.stride, _INTRINSIC.get(rope.t_dim))
 
     def project(
         self, attn: Any, video: torch.Tensor, text: torch.Tensor | None, rotary: Rotary | None, plan: LayerPlan

@@ -36,14 +36,23 @@ class RunStep:
 
     Args:
         context: branch of guidance ("cond", "uncond", "cond_uncond", or the number of the call within a step), or
-            `TRAINING`.
+            `TRAINING`; with context windows also the number of the window, each of which has maps of its own.
         index: denoising step, from 0.
         total: denoising steps of this run, None when nobody said.
+        expert: number of the transformer that is at work, from 0; two share a run of Wan2.2-A14B.
+        part: (first, number) of the steps of this run that it makes; None is all of them.
     """
 
     context: str
     index: int
     total: int | None = None
+    expert: int = 0
+    part: tuple[int, int] | None = None
+
+    @property
+    def own(self) -> tuple[int, int | None]:
+        """(index, total) among the steps that this transformer makes."""
+        return (self.index, self.total) if self.part is None else (self.index - self.part[0], self.part[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +236,13 @@ class DenseSchedule:
             return True
         first, last = self.dense_steps(run.total)
         return run.index < first or (run.total is not None and run.index >= run.total - last)
+
+    def is_last_sparse(self, run: RunStep) -> bool:
+        """Whether the transformer that is at work makes no sparse step of this run after this one."""
+        if run.total is None:
+            return False
+        end = run.total - self.dense_steps(run.total)[1]
+        return run.index + 1 >= (end if run.part is None else min(end, sum(run.part)))
 
     def searches_at(self, run: RunStep, layer: int, layers: int) -> bool:
         """Whether a method that searches does so at a step that is dense by schedule: the last of the first ones."""

@@ -42,7 +42,8 @@ class PAROPolicy(SparsityPolicy):
     """PAROAttention: by a plan, online, or with the orders of a plan and maps found online.
 
     By a plan, a layer's order and map depend on the layer and the part of the run alone, so it also trains: then with
-    the map of the second half of a run. Maps are on the device for this part of the run and the next.
+    the map of the second half of a run. Maps are on the device for this part of the run and the next. Where two experts
+    share a run, each has orders and maps of its own, and its own steps are what has parts.
 
     Online (no plan; our extension, not in the paper): the last of the dense first steps measures all six orders, each
     head takes the one that the paper's metric likes best, and the map that keeps the largest blocks of every row in
@@ -170,7 +171,7 @@ class PAROPolicy(SparsityPolicy):
         chosen = self.selection(layout)
         if "index" not in state:
             index = self._allocate(layout, chosen.counts, samples, heads, device)
-            codes, order = self._order(layout, layer, heads, device)
+            codes, order = self._order(layout, run, layer, heads, device)
             state.update(index=index, order=order)
             return LayerPlan(Mode.SEARCH, layout, index, codes=codes, selection=chosen)
         index = state["index"]
@@ -190,11 +191,12 @@ class PAROPolicy(SparsityPolicy):
         return PackedIndex.allocate(layout, self.block, samples, heads, capacity, device)
 
     def _order(
-        self, layout: TokenLayout, layer: int, heads: int, device: torch.device
+        self, layout: TokenLayout, run: RunStep, layer: int, heads: int, device: torch.device
     ) -> tuple[torch.Tensor, AnyOrder]:
         """(int32 [H] codes on the device, the order that they are): the plan's, or what the search will write."""
         if self.calibrated is not None:
-            return send(self.calibrated.codes[layer].int(), device), self.calibrated.order(layer, layout.grid)
+            number = _number(self.calibrated, run, layer)
+            return send(self.calibrated.codes[number].int(), device), self.calibrated.order(number, layout.grid)
         codes = torch.zeros(heads, dtype=torch.int32, device=device)
         return codes, SearchedOrder(layout.grid, codes)
 
@@ -233,14 +235,17 @@ class PAROPolicy(SparsityPolicy):
             return self.selection(aligned).densities(shape)
         plan = self.calibrated
         assert plan is not None
-        every = [plan.densities(aligned, n, m) for n in range(plan.facts.layers) for m in range(plan.facts.buckets + 1)]
+        facts = plan.facts
+        every = [plan.densities(aligned, n, m) for n in range(facts.attentions) for m in range(facts.buckets + 1)]
         return sum(a for a, _ in every) / len(every), sum(b for _, b in every) / len(every)
 
     def search_work(self, schedule: DenseSchedule, total: int, experts: int) -> tuple[int, float]:
         """What searching costs a layer over a run: (steps dense on top of the schedule, passes in dense forwards)."""
         first, last = schedule.dense_steps(total)
-        if not self.searches or first >= total - last:
+        if not self.searches:
             return 0, 0.0
+        if max(1, first) >= total - last:  # no sparse step is left to search for
+            return max(0, total - last - first), 0.0
         looks = len(ORDERS) if self.calibrated is None else 1
         return experts - (first > 0), experts * looks * _LOOK_SHARE
 
@@ -260,23 +265,29 @@ def _check_fits(plan: PAROPlan, layer: int, heads: int) -> None:
     plan.check_sizes(max(plan.facts.layers, layer + 1), heads)
 
 
+def _number(plan: PAROPlan, run: RunStep, layer: int) -> int:
+    """What a plan calls a layer of the transformer that is at work."""
+    return run.expert * plan.facts.layers + layer
+
+
 def _planned(
     plan: PAROPlan, layout: TokenLayout, run: RunStep, layer: int, state: LayerState, device: torch.device
 ) -> LayerPlan:
     """What a plan says about a layer at a step; `state` holds on to the maps of this part of the run and the next."""
     plan.check_grid(layout.grid)
-    last = plan.facts.buckets
-    order = plan.order(layer, layout.grid)
+    last, number = plan.facts.buckets, _number(plan, run, layer)
+    order = plan.order(number, layout.grid)
     if run.context == TRAINING:
         # key-major lists are made of these once, not in every backward pass
         if "lists" not in state:
-            state["lists"] = expand(plan.index(layout, layer, last, device))
+            state["lists"] = expand(plan.index(layout, number, last, device))
         return LayerPlan(Mode.SPARSE, layout, state["lists"], order=order)
-    bucket = last if run.total is None else plan.bucket(run.index, run.total)
+    step, steps = run.own
+    bucket = last if steps is None else plan.bucket(step, steps)
     coming = (bucket, min(bucket + 1, last))
     if state.get("maps", {}).keys() != set(coming):
-        state["maps"] = {number: plan.index(layout, layer, number, device) for number in coming}
-    densities = plan.densities(layout, layer, bucket)
+        state["maps"] = {part: plan.index(layout, number, part, device) for part in coming}
+    densities = plan.densities(layout, number, bucket)
     return LayerPlan(Mode.SPARSE, layout, state["maps"][bucket], order=order, densities=densities)
 
 

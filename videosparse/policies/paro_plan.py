@@ -1,8 +1,9 @@
 """What a calibration run has found out about one model (`PAROPlan`), and the file it is kept in.
 
 A plan holds a token order for every layer and head, and block maps in that order for parts of the denoising run, a bit
-a block. The file is one safetensors: `codes`, `counts` and `bits` as in `PAROPlan`, and `PlanFacts` as JSON in its
-metadata. Nothing in it depends on when it was made: the same calibration gives the same bytes.
+a block. For a model whose run is shared by two experts (Wan2.2-A14B) it holds those of both. The file is one
+safetensors: `codes`, `counts` and `bits` as in `PAROPlan`, and `PlanFacts` as JSON in its metadata. Nothing in it
+depends on when it was made: the same calibration gives the same bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from videosparse.kernels.selection import write_places
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
 
-FORMAT = "videosparse-paro-1"
+FORMAT = "videosparse-paro-2"
+ONE_TRANSFORMER = "videosparse-paro-1"
+"""The format before, without `others` and `weights`; still read."""
+
 _METADATA = "videosparse_plan"
+_SMALL_PARAMETER, _SAMPLED_PARAMETERS = 2**16, 64
 _AGAIN = "calibrate for it: videosparse calibrate"
 
 
@@ -38,18 +43,21 @@ class PlanFacts:
 
     Args:
         model_class: of the transformer.
-        config: its configuration, without names that begin with an underscore.
+        config: its configuration, without names that begin with an underscore; of experts, the first one's.
         grid: (frames, rows, columns) of tokens.
         text: text tokens of the calibration runs; maps hold none, and serve any number of them.
-        layers, heads: self-attentions and their heads.
+        layers, heads: self-attentions of a transformer, and their heads.
         block: (query rows, key rows).
-        buckets: parts of the first half of a run with maps of their own; the second half shares one more.
+        buckets: parts of the first half of a run with maps of their own; the second half shares one more. Of a run that
+            experts share, each has its own steps, which are counted alone.
         density: asked share of video blocks, None where `mass` decided.
         mass: asked share of the attention among video tokens, None where `density` decided.
         video: (frames, height, width) in pixels.
         method: further parameters of the calibration, such as alpha, eps, sigma, steps and seed.
         prompts: SHA-256 of the calibration prompts.
         versions: of what made the plan.
+        others: configurations of the further experts, in the order in which they take over; none for one transformer.
+        weights: `fingerprint` of each expert, "" where unknown; none for one transformer.
     """
 
     model_class: str
@@ -66,6 +74,23 @@ class PlanFacts:
     method: dict[str, Any] = field(default_factory=dict)
     prompts: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    others: tuple[dict[str, Any], ...] = ()
+    weights: tuple[str, ...] = ()
+
+    @property
+    def configs(self) -> tuple[dict[str, Any], ...]:
+        """The configuration of every expert."""
+        return self.config, *self.others
+
+    @property
+    def experts(self) -> int:
+        """Transformers that share a run; 1 for most models."""
+        return len(self.configs)
+
+    @property
+    def attentions(self) -> int:
+        """Self-attentions of all experts: those of the second come after those of the first."""
+        return self.experts * self.layers
 
     def to_json(self, **more: Any) -> str:
         """One line, keys sorted."""
@@ -80,7 +105,10 @@ class PlanFacts:
             KeyError, TypeError, ValueError: something is missing or of another type.
         """
         about = json.loads(text)
-        values = {f.name: about[f.name] for f in fields(cls)}
+        later = {"others", "weights"} if about["format"] == ONE_TRANSFORMER else set()
+        values = {f.name: about[f.name] for f in fields(cls) if f.name not in later}
+        for name in {"others", "weights"} - later:
+            values[name] = tuple(values[name])
         for name in ("grid", "block", "video"):
             values[name] = tuple(int(n) for n in values[name])
         for name in ("layers", "heads", "buckets"):
@@ -95,11 +123,14 @@ class PlanFacts:
 class PAROPlan:
     """Token orders and block maps of one model at one size.
 
+    Layers are counted through all experts (see `PlanFacts.attentions`).
+
     Args:
-        codes: uint8 [layers, heads], indices into `AXIS_ORDERS`.
-        counts: int32 [layers, buckets + 1, heads], video columns that each row keeps; the last map is that of the
+        codes: uint8 [attentions, heads], indices into `AXIS_ORDERS`.
+        counts: int32 [attentions, buckets + 1, heads], video columns that each row keeps; the last map is that of the
             second half.
-        bits: uint8 [layers, buckets + 1, heads, rows, ceil(columns / 8)], video blocks only, as `pack_rows` makes them.
+        bits: uint8 [attentions, buckets + 1, heads, rows, ceil(columns / 8)], video blocks only, as `pack_rows` makes
+            them.
         facts: what the plan is for.
         source: how messages call it.
 
@@ -121,9 +152,9 @@ class PAROPlan:
         facts, maps = self.facts, self.facts.buckets + 1
         rows, columns = self.blocks
         expected = {
-            "codes": (torch.uint8, (facts.layers, facts.heads)),
-            "counts": (torch.int32, (facts.layers, maps, facts.heads)),
-            "bits": (torch.uint8, (facts.layers, maps, facts.heads, rows, ceil_div(columns, 8))),
+            "codes": (torch.uint8, (facts.attentions, facts.heads)),
+            "counts": (torch.int32, (facts.attentions, maps, facts.heads)),
+            "bits": (torch.uint8, (facts.attentions, maps, facts.heads, rows, ceil_div(columns, 8))),
         }
         for name, (dtype, shape) in expected.items():
             x = getattr(self, name)
@@ -155,10 +186,13 @@ class PAROPlan:
         return self
 
     def __repr__(self) -> str:
-        return f"PAROPlan({self.source}: {self.facts.model_class}, grid {self.grid}, density {self.density:.3f})"
+        model = (
+            self.facts.model_class if self.facts.experts == 1 else f"{self.facts.experts} x {self.facts.model_class}"
+        )
+        return f"PAROPlan({self.source}: {model}, grid {self.grid}, density {self.density:.3f})"
 
     def bucket(self, index: int, total: int) -> int:
-        """Number of the map that step `index` (from 0) of `total` reads."""
+        """Number of the map that step `index` (from 0) of the `total` of a transformer reads."""
         return bucket_of(index, total, self.facts.buckets)
 
     def order(self, layer: int, grid: VideoGrid) -> TokenOrder:
@@ -213,25 +247,52 @@ class PAROPlan:
             write_places(kept, index.row_ptr, index.order, (rows, columns), (video_rows, video_columns))
         return index
 
-    def check_model(self, config: Mapping[str, Any]) -> None:
+    def check_model(self, config: Mapping[str, Any], expert: int | None = None) -> None:
         """Raise ValueError, saying what differs, unless the plan is for a transformer of this configuration.
 
         Weights are not compared: a plan also serves a fine-tune of the model it was made for.
+
+        Args:
+            config: with its `_class_name`.
+            expert: which expert it is; None where that is unknown, and any will do.
         """
         name, own = str(config.get("_class_name")), plain_config(config)
         if name != self.facts.model_class:
             raise ValueError(
                 f"{self.source} is for a {self.facts.model_class}, this model is a {name}; {_AGAIN} --model ..."
             )
-        if config_hash(own) == config_hash(self.facts.config):
+        configs = self.facts.configs if expert is None else self.facts.configs[expert : expert + 1]
+        differing = [_first_difference(own, theirs) for theirs in configs]
+        if key := None if None in differing else differing[0]:
+            raise ValueError(
+                f"{self.source} is for a {name} with {key}={configs[0][key]}, this model has {key}={own[key]}; "
+                f"{_AGAIN} --model ..."
+            )
+
+    def check_experts(self, experts: int) -> None:
+        """Raise ValueError unless the plan is for so many transformers that share a run."""
+        own = self.facts.experts
+        if own == experts:
             return
-        # versions of Diffusers add keys: only what both know can differ
-        for key in sorted(own.keys() & self.facts.config.keys()):
-            if own[key] != self.facts.config[key]:
-                raise ValueError(
-                    f"{self.source} is for a {name} with {key}={self.facts.config[key]}, this model has "
-                    f"{key}={own[key]}; {_AGAIN} --model ..."
-                )
+        if experts > own:
+            raise ValueError(
+                f"{self.source} is for one transformer, and this pipeline has {experts} experts; {_AGAIN} --model ... "
+                "with the whole pipeline, or use PAROProcessor() without a plan."
+            )
+        raise ValueError(
+            f"{self.source} is for {own} experts that share a run, and this is one transformer, which does not say "
+            "which of them it is; pass the pipeline that has both, or calibrate for the one."
+        )
+
+    def check_weights(self, transformer: torch.nn.Module, expert: int) -> None:
+        """Raise ValueError where a transformer is known to be another expert than the one whose place it takes."""
+        known = self.facts.weights
+        found = fingerprint(transformer) if known else ""
+        if found and found in known and known[expert] != found:
+            raise ValueError(
+                f"{self.source} knows this transformer as expert {known.index(found) + 1} of {len(known)}, and it sits "
+                f"in the place of expert {expert + 1}; put transformer and transformer_2 where they belong."
+            )
 
     def check_sizes(self, layers: int, heads: int) -> None:
         """Raise ValueError unless the plan is for so many self-attentions and heads."""
@@ -305,7 +366,7 @@ def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> 
         raise ValueError(f"{name} is a safetensors file, but no plan; make one with videosparse calibrate.")
     try:
         found = json.loads(about)
-        if found["format"] != FORMAT:
+        if found["format"] not in (FORMAT, ONE_TRANSFORMER):
             raise ValueError(f"its format is {found['format']}, this version reads {FORMAT}")
         facts = PlanFacts.from_json(about)
         if set(tensors) != {"bits", "codes", "counts"} or _checksum(tensors) != found["checksum"]:
@@ -328,6 +389,25 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {k: v for k, v in dict(config).items() if not k.startswith("_") and k != "quantization_config"}
     plain: dict[str, Any] = json.loads(json.dumps(own, sort_keys=True, default=str))
     return plain
+
+
+def _first_difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first key that both configurations have and that differs; versions of Diffusers add keys."""
+    return next((key for key in sorted(own.keys() & other.keys()) if own[key] != other[key]), None)
+
+
+def fingerprint(transformer: torch.nn.Module) -> str:
+    """SHA-256 of what tells one set of weights from another: a sample of the small parameters, in bfloat16.
+
+    Experts have one configuration and differ in weights alone. Empty where some are not loaded.
+    """
+    small = [p for p in transformer.parameters() if p.numel() <= _SMALL_PARAMETER][:_SAMPLED_PARAMETERS]
+    if not small or any(p.is_meta for p in small):
+        return ""
+    found = hashlib.sha256()
+    for parameter in small:
+        found.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

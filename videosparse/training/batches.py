@@ -16,7 +16,7 @@ from torch import Tensor
 from videosparse.training.config import Config
 from videosparse.training.dataset import Bucket, Dataset, Entry
 from videosparse.training.families import Text
-from videosparse.training.noise import NoiseLevels, dense_above
+from videosparse.training.noise import NoiseLevels, RunSchedule
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Step:
         number: from 0.
         frames: pixel frames.
         bucket: where clips are taken from.
+        turn: steps of this length that took clips from it before.
         dense: whether attention is dense, as it is in a run at the noise levels of this step.
     """
 
     number: int
     frames: int
     bucket: Bucket
+    turn: int
     dense: bool
 
 
@@ -64,21 +66,23 @@ class Sampler:
         config: of the run.
         data: to take clips from.
         levels: the noise levels that are trained.
+        schedule: of the videos that are made later, which says what is dense.
         in_step: samples of one optimizer step, over all processes.
     """
 
-    def __init__(self, config: Config, data: Dataset, levels: NoiseLevels, in_step: int) -> None:
+    def __init__(self, config: Config, data: Dataset, levels: NoiseLevels, schedule: RunSchedule, in_step: int) -> None:
         self.config, self.data, self.levels, self.in_step = config, data, levels, in_step
         first = config.attention.first_steps if config.attention.method != "dense" else 0.0
-        self.threshold = dense_above(first, levels.shift)
+        self._turns: dict[int, list[tuple[int, int]]] = {}
+        self.threshold = schedule.dense_above(first)
         self.dense_share = levels.share_above(self.threshold) if first > 0 else 0.0
 
     def step(self, number: int) -> Step:
         """What a step trains."""
-        seed = self.config.train.seed
         frames = self.config.frames_at(number)
         dense = self._chance(f"{number} dense") < self.dense_share
-        return Step(number, frames, self.data.bucket(frames, number, seed), dense)
+        bucket, turn = self._turn(frames, sum(self.config.frames_at(n) == frames for n in range(number)))
+        return Step(number, frames, bucket, turn, dense)
 
     def level(self, step: Step, place: int) -> float:
         """The noise level of the sample at `place` in a step: stratified over the step, on the step's side."""
@@ -93,7 +97,7 @@ class Sampler:
         parts = []
         for place in places:
             number = step.number * self.in_step + place
-            latents, text = self.data.read(self._entry(step.bucket, number), step.frames)
+            latents, text = self.data.read(self._entry(step, place), step.frames)
             if self._chance(f"{number} caption") < self.config.data.caption_dropout:
                 text = self.data.empty
             parts.append((latents, self._noise(f"{number} noise", latents), self.level(step, place), text))
@@ -104,12 +108,33 @@ class Sampler:
         latents, text = self.data.read(entry, frames)
         return stack([(latents, self._noise(f"held out {entry.key}", latents), level, text)])
 
-    def _entry(self, bucket: Bucket, number: int) -> Entry:
-        """The clip of a sample: every clip of a bucket once before any comes again, where there is one bucket."""
-        epoch, at = divmod(number, len(bucket.entries))
-        order = list(range(len(bucket.entries)))
-        random.Random(f"{self.config.train.seed} {bucket.size} {epoch} order").shuffle(order)
-        return bucket.entries[order[at]]
+    def _turn(self, frames: int, number: int) -> tuple[Bucket, int]:
+        """The bucket of the step `number` of a length, and how many steps of that length took it before.
+
+        Each step takes the bucket that is furthest behind its share of the clips, so that clips of all buckets come
+        equally often, up to a step.
+        """
+        turns = self._turns.setdefault(frames, [])
+        buckets = self.data.of_length(self.data.train, frames)
+        clips = [len(bucket.entries) for bucket in buckets]
+        taken = [0] * len(buckets)
+        for at, _ in turns:
+            taken[at] += 1
+        while len(turns) <= number:
+            behind = [(len(turns) + 1) * n / sum(clips) - k for n, k in zip(clips, taken, strict=True)]
+            at = behind.index(max(behind))
+            turns.append((at, taken[at]))
+            taken[at] += 1
+        at, turn = turns[number]
+        return buckets[at], turn
+
+    def _entry(self, step: Step, place: int) -> Entry:
+        """The clip of a sample: every clip of a bucket once before any comes again."""
+        entries = step.bucket.entries
+        epoch, at = divmod(step.turn * self.in_step + place, len(entries))
+        order = list(range(len(entries)))
+        random.Random(f"{self.config.train.seed} {step.frames} {step.bucket.size} {epoch} order").shuffle(order)
+        return entries[order[at]]
 
     def _chance(self, what: str) -> float:
         return random.Random(f"{self.config.train.seed} {what}").random()

@@ -7,14 +7,17 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from videosparse.generation.errors import GenerationError
+from videosparse.generation.sources import ModelSource
 from videosparse.training.config import ConfigError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -68,15 +71,15 @@ class ClipSource:
                 raise BrokenClip(f"cannot be read: {error.strerror}") from error
         return digest.hexdigest()[:24]
 
-    def read(self, size: Size, device: torch.device | str = "cpu") -> Tensor:
-        """fp32 [3, F, H, W] in [0, 1]; a synthetic clip is rendered on `device`.
+    def read(self, size: Size, fps: float, device: torch.device | str = "cpu") -> Tensor:
+        """fp32 [3, F, H, W] in [0, 1], `fps` frames a second; a synthetic clip is rendered on `device`.
 
         Raises:
             BrokenClip: it cannot be decoded, or is too short.
         """
         if self.video is None:
-            return _render(self.seed, size, device)
-        return _fit(_decode(self.video, size.frames), size)
+            return _render(self.seed, size, fps, device)
+        return _fit(_decode(self.video, size.frames, fps), size)
 
 
 def find_clips(folder: Path) -> list[ClipSource]:
@@ -115,10 +118,11 @@ def _scene(rng: random.Random):  # type: ignore[no-untyped-def]  # scenes belong
     return sample_scene(rng, split="train")
 
 
-def _render(seed: int, size: Size, device: torch.device | str) -> Tensor:
+def _render(seed: int, size: Size, fps: float, device: torch.device | str) -> Tensor:
     from videosparse.synthetic.render import render
 
-    video = render([_scene(random.Random(seed))], size.frames, size.height, size.width, device=device)[0]
+    scene = _scene(random.Random(seed))
+    video = render([scene], size.frames, size.height, size.width, fps=fps, device=device)[0]
     return video.mul(255).round().clamp(0, 255).div(255)  # as in a file
 
 
@@ -147,24 +151,66 @@ def _beside_captions(folder: Path) -> Iterator[ClipSource]:
             yield ClipSource(str(video.relative_to(folder)), caption, video)
 
 
-def _decode(path: Path, frames: int) -> Tensor:
-    """The first frames of a file, uint8 [F, 3, H, W]."""
+def _decode(path: Path, frames: int, fps: float) -> Tensor:
+    """The first frames of a file at a rate, uint8 [F, 3, H, W]: see `at_rate`."""
     import av
 
     found: list[Tensor] = []
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
+            for frame in at_rate(_timed(container), fps):
                 found.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
                 if len(found) == frames:
                     break
+    except BrokenClip:
+        raise
     except (OSError, ValueError, IndexError) as error:  # av.FFmpegError is one of the first two
         raise BrokenClip(f"cannot be decoded: {' '.join(str(error).split())}") from error
     if len(found) < frames:
-        raise BrokenClip(f"has {len(found)} frames, and {frames} are needed")
+        raise BrokenClip(f"has {len(found)} frames at {fps:g} a second, and {frames} are needed")
     if len({frame.shape for frame in found}) > 1:
         raise BrokenClip("changes its size")
     return torch.stack(found)
+
+
+def at_rate(timed: Iterable[tuple[float, Any]], fps: float) -> Iterator[Any]:
+    """Frames at a steady rate from frames with time stamps, whatever their own rate, which may vary.
+
+    Frame i is the one whose time stamp is nearest to i / fps seconds after the first (ffmpeg's filter `fps` chooses so,
+    too): faster videos lose frames, slower ones repeat some. It ends half a frame of `fps` after the last time stamp. A
+    frame that is no later than the one before it is passed over.
+
+    Args:
+        timed: (seconds, frame) in the order of showing.
+        fps: frames a second to give.
+    """
+    count = 0
+    begin = last = 0.0
+    before: Any = None
+    for time, frame in timed:
+        if before is None:
+            begin = last = time
+        elif time <= last:
+            continue
+        while count / fps <= time - begin:
+            wanted = begin + count / fps
+            # half way between two, where rounding would decide, it is the earlier one
+            yield before if before is not None and wanted - last < time - wanted + 1e-6 else frame
+            count += 1
+        last, before = time, frame
+    while before is not None and count / fps <= last - begin + 0.5 / fps:
+        yield before
+        count += 1
+
+
+def _timed(container: Any) -> Iterator[tuple[float, Any]]:
+    """(seconds, frame) of a file's first video; where frames have no time stamps, by the rate of the file."""
+    stream = container.streams.video[0]
+    rate = stream.average_rate or stream.guessed_rate
+    for number, frame in enumerate(container.decode(stream)):
+        if frame.time is None and not rate:
+            raise BrokenClip("has neither time stamps nor a frame rate")
+        yield (number / float(rate) if frame.time is None else frame.time), frame
 
 
 def _fit(frames: Tensor, size: Size) -> Tensor:
@@ -179,6 +225,24 @@ def _fit(frames: Tensor, size: Size) -> Tensor:
     top, left = (frames.shape[-2] - size.height) // 2, (frames.shape[-1] - size.width) // 2
     frames = frames[..., top : top + size.height, left : left + size.width]
     return frames.float().div(255).transpose(0, 1).contiguous()
+
+
+def check_size(source: ModelSource, frames: int, height: int, width: int, names: tuple[str, str, str]) -> None:
+    """Raise ConfigError for a size that the model cannot take, by the names under which the user gave its numbers.
+
+    Args:
+        source: the model.
+        frames, height, width: in pixels.
+        names: of the option or key of each; "" leaves the model's own word.
+    """
+    try:
+        source.grid(frames, height, width)
+    except GenerationError as error:
+        told = str(error)
+        for word, name in zip(("num_frames", "height", "width"), names, strict=True):
+            if name and told.startswith(f"{word} "):
+                told = name + told.removeprefix(word)
+        raise ConfigError(told) from None
 
 
 def nearest_size(clip: Tensor | tuple[int, int], sizes: list[Size]) -> Size:

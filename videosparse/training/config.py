@@ -49,6 +49,7 @@ class DataConfig:
     synthetic: int = key(0, "where path is missing, write it first from this many clips of the synthetic world")
     height: int = key(0, "of the synthetic clips, in pixels")
     width: int = key(0, "likewise, of the synthetic clips")
+    fps: float = key(0.0, "frames a second of the clips, as they were prepared; 0: the model's")
     holdout: int = key(4, "clips of every size that are kept for validation and never trained on")
     caption_dropout: float = key(0.1, "share of samples that see the empty caption, which guidance needs")
 
@@ -73,6 +74,9 @@ class AttentionConfig:
     )
     first_steps: float = key(
         0.04, "share of a run's steps, from its start, that is dense: noise above that step's level"
+    )
+    shift: float = key(
+        0.0, "of the noise schedule that videos will be made with, for first_steps; 0: that of the model's scheduler"
     )
     first_layers: int = key(2, "dense layers at the start of the depth")
 
@@ -284,6 +288,7 @@ def _check(config: Config) -> None:
         ("validate.video_every", validate.video_every, 0), ("attention.first_layers", config.attention.first_layers, 0),
         ("train.seed", train.seed, 0), ("train.warmup", train.warmup, 0),
         ("model.trained_frames", config.model.trained_frames, 0), ("train.shift", train.shift, 0),
+        ("attention.shift", config.attention.shift, 0), ("data.fps", data.fps, 0),
     ):  # fmt: skip
         if number < least:
             raise ConfigError(f"{name} must be at least {least} (got {number}).")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from videosparse.training.clips import Size
 from videosparse.training.config import ConfigError
 from videosparse.training.families import Text
 
-FORMAT = "videosparse-dataset-1"
+FORMAT = "videosparse-dataset-2"
 EMPTY = "empty.safetensors"
 SKIPPED = "skipped.jsonl"
 
@@ -128,16 +127,8 @@ class Dataset:
     def __deepcopy__(self, memo: dict[int, object]) -> Dataset:
         raise TypeError("A data set holds open files; open it again.")
 
-    def bucket(self, frames: int, step: int, seed: int) -> Bucket:
-        """The bucket that a step trains: of clips of `frames` pixel frames, else of the next longer ones, whose
-        beginning serves. Several of different shapes are drawn in proportion to their clips, for all processes alike.
-        """
-        buckets = self.of_length(self.train, frames)
-        weights = [len(bucket.entries) for bucket in buckets]
-        return random.Random(f"{seed} {step} bucket").choices(buckets, weights)[0]
-
     def of_length(self, buckets: list[Bucket], frames: int) -> list[Bucket]:
-        """The buckets that can serve `frames` pixel frames, shortest clips first.
+        """The buckets of clips of `frames` pixel frames, else of the next longer ones, whose beginning serves.
 
         Raises:
             ConfigError: all clips are shorter.
@@ -185,12 +176,16 @@ def shards(folder: Path) -> Iterator[tuple[Path, Size, list[dict[str, str]]]]:
     """(path, size, clips) of every shard.
 
     Raises:
-        ConfigError: a shard is damaged.
+        ConfigError: a shard is damaged, or another file is among them.
     """
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == EMPTY:
             continue
         header = _header(path)
+        if not {"size", "clips"} <= set(header):
+            raise ConfigError(
+                f"{path} is no part of a data set; move it elsewhere, and give the data set a folder of its own."
+            )
         frames, height, width = (int(number) for number in header["size"].split("x"))
         yield path, Size(frames, height, width), json.loads(header["clips"])
 

@@ -19,7 +19,7 @@ from videosparse.generation.environment import DTYPES, choose_device, choose_dty
 from videosparse.generation.errors import one_line
 from videosparse.generation.output import check_writable
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
-from videosparse.training.clips import BrokenClip, ClipSource, Size, nearest_size, probe
+from videosparse.training.clips import BrokenClip, ClipSource, Size, check_size, nearest_size, probe
 from videosparse.training.config import ConfigError
 from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, packed, read_about, shards, write_shard
 from videosparse.training.families import TRAINING_FAMILIES, Text
@@ -27,6 +27,9 @@ from videosparse.training.tiny.parallel_vae import ParallelVae
 
 # values of a clip that goes through Wan's VAE at once: 321 frames of 128x128
 _WHOLE = 3 * 321 * 128 * 128
+
+OPTIONS = ("--frames", "The height of --size", "The width of --size", "--fps")
+"""How `lora/prepare_dataset.py` calls what is checked."""
 
 Report = Callable[[int, int, int], None]
 """Called with clips done, skipped, and in all."""
@@ -47,6 +50,8 @@ def prepare(
     model: str | None,
     sizes: Sequence[Size],
     *,
+    fps: float | None = None,
+    names: tuple[str, str, str, str] = OPTIONS,
     device: str = "auto",
     per_shard: int = 16,
     report: Report = lambda done, skipped, total: None,
@@ -58,21 +63,28 @@ def prepare(
         folder: of the data set.
         model: whose VAE and text encoder; a folder, hub id or name.
         sizes: what clips are cut to: each goes to the size of its own shape, at every length.
+        fps: frames a second that clips are brought to, see `clips.at_rate`; None for the model's.
+        names: of frames, height, width and fps, for messages.
         device: for the encoders.
         per_shard: clips in a file; what is lost at most when interrupted.
         report: told about progress.
 
     Raises:
-        ConfigError: a size that the model cannot take, or a data set of another model in that folder.
+        ConfigError: a size that the model cannot take, a rate that is none, or a data set of another model or rate in
+            that folder.
         GenerationError: no such model, one that needs more than a prompt, or a folder that cannot be written.
     """
     source = find_model(model)
     check_text_to_video(source)
     for size in sizes:
-        source.grid(size.frames, size.height, size.width)
-    _describe(folder, source)
+        check_size(source, size.frames, size.height, size.width, names[:3])
+    rate = float(source.defaults.fps if fps is None else fps)
+    if not 1 <= rate <= 240:
+        raise ConfigError(f"{names[3]} must be 1 to 240 (got {rate:g}); leave it out for the model's.")
+    _describe(folder, source, rate)
     known = {entry["key"] for _, _, entries in shards(folder) for entry in entries}
     todo: dict[Size, list[tuple[str, ClipSource]]] = {}
+    asked: set[str] = set()
     skipped: list[tuple[str, str]] = []
     present = 0
     for clip in clips:
@@ -86,8 +98,9 @@ def prepare(
             key = hashlib.sha256(f"{content} {size}".encode()).hexdigest()[:24]
             if key in known:
                 present += 1
-            elif key not in {other for other, _ in todo.setdefault(size, [])}:
-                todo[size].append((key, clip))
+            elif key not in asked:
+                asked.add(key)
+                todo.setdefault(size, []).append((key, clip))
     encoded = 0
     total = sum(len(jobs) for jobs in todo.values())
     if total or not (folder / EMPTY).is_file():
@@ -101,7 +114,7 @@ def prepare(
                 latents: list[Tensor] = []
                 for job in jobs[at : at + per_shard]:
                     try:
-                        latents.append(encoder.video(job[1].read(size, encoder.device)))
+                        latents.append(encoder.video(job[1].read(size, rate, encoder.device)))
                         good.append(job)
                     except BrokenClip as error:
                         skipped.append((job[1].name, str(error)))
@@ -182,14 +195,15 @@ def _sizes_of(clip: ClipSource, sizes: Sequence[Size]) -> list[Size]:
     return [size for size in sizes if (size.height, size.width) == (best.height, best.width)]
 
 
-def _describe(folder: Path, source: ModelSource) -> None:
-    """Write `dataset.json`, or check that the data set was made by the same encoders."""
+def _describe(folder: Path, source: ModelSource, fps: float) -> None:
+    """Write `dataset.json`, or check that the data set was made by the same encoders at the same rate."""
     config = json.loads((Path(source.location or "") / "vae/config.json").read_text()) if _is_local(source) else {}
     about = {
         "format": FORMAT,
         "model": source.name,
         "family": source.spec.family,
         "time_stride": source.spec.stride[0],
+        "fps": fps,
         "text_length": source.defaults.max_sequence_length,
         "vae": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
     }

@@ -23,12 +23,13 @@ class TrainingFamily:
 
     Args:
         name: as in `videosparse.models.FAMILIES`.
-        draw, shift: of the noise levels: Wan's technical report (logit-normal, 3), HunyuanVideo's scheduler (7), and
-            Mochi's released trainer (uniform).
+        draw, shift: of the noise levels in training: Wan's technical report (logit-normal, 3), HunyuanVideo's
+            scheduler (7), and Mochi's released trainer (uniform).
         rising: whether time runs from noise (0) to data (1), as in Mochi; the target is x0 - eps then, else eps - x0.
         target: regular expression of the modules that get adapters: q, k, v and o of the video stream's self-attention.
             Plain names would also hit cross-attention, HunyuanVideo's refiner and Mochi's pooler.
         norms: likewise, of the norms of queries and keys.
+        halves: see `RunSchedule`: how its pipeline spaces the steps of a run.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TrainingFamily:
     rising: bool
     target: str
     norms: str
+    halves: bool = False
 
     def target_of(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the transformer is to predict."""
@@ -106,6 +108,7 @@ TRAINING_FAMILIES: dict[str, TrainingFamily] = {
             "mochi", "uniform", 1.0, True,
             target=rf"transformer_blocks\.\d+\.attn1\.{_OUT}",
             norms=r"transformer_blocks\.\d+\.attn1\.norm_[qk]",
+            halves=True,
         ),
     )
 }  # fmt: skip

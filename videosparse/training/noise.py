@@ -21,7 +21,7 @@ class NoiseLevels:
 
     Args:
         draw: "logit-normal" (mean 0, deviation 1, as for Stable Diffusion 3, arXiv 2403.03206) or "uniform".
-        shift: k of s' = k s / (1 + (k - 1) s), which favours high noise; the scheduler's at inference.
+        shift: k of s' = k s / (1 + (k - 1) s), which favours high noise; not always that of the videos made later.
         low, high: the levels that are trained, after the shift.
     """
 
@@ -58,6 +58,28 @@ def shifted(t: float, shift: float) -> float:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def dense_above(first_steps: float, shift: float) -> float:
-    """The noise level above which a run with this share of dense first steps is dense: training's form of that rule."""
-    return shifted(1 - first_steps, shift) if first_steps > 0 else 1.0
+@dataclass(frozen=True)
+class RunSchedule:
+    """The noise levels that a run at inference passes through.
+
+    Args:
+        shift: of the scheduler; see `NoiseLevels`.
+        halves: whether levels fall by 2.5 % over the first half of the steps and quadratically over the second, as
+            Diffusers' MochiPipeline has them; else they fall evenly before the shift.
+    """
+
+    shift: float
+    halves: bool = False
+
+    def level(self, done: float) -> float:
+        """The noise level when a share `done` of the steps is done, in [0, 1]."""
+        fallen = done
+        if self.halves:
+            fallen = 0.05 * done if done <= 0.5 else 3.8 * done**2 - 3.75 * done + 0.95
+        return shifted(1 - fallen, self.shift)
+
+    def dense_above(self, first_steps: float) -> float:
+        """The noise level above which a run with this share of dense first steps is dense: training's form of that
+        rule, whatever levels training draws.
+        """
+        return self.level(first_steps) if first_steps > 0 else 1.0

@@ -23,16 +23,17 @@ from videosparse.generation.environment import peak_memory, reset_peak_memory, v
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.lora import FORMAT
 from videosparse.generation.methods import make_processor, refusals
-from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
+from videosparse.generation.sources import ModelSource, check_text_to_video, find_model, scheduler_shift
 from videosparse.layout import TokenLayout
 from videosparse.stretching import extend_rope
 from videosparse.training import checkpoint
 from videosparse.training.adapters import add_adapters, copy_into, load_adapters, save_lora, trained, whole
 from videosparse.training.batches import Batch, Sampler, Step
-from videosparse.training.config import Config, ConfigError
+from videosparse.training.clips import check_size
+from videosparse.training.config import Config, ConfigError, describe
 from videosparse.training.dataset import Dataset
 from videosparse.training.families import TRAINING_FAMILIES, TrainingFamily
-from videosparse.training.noise import NoiseLevels
+from videosparse.training.noise import NoiseLevels, RunSchedule
 from videosparse.training.optimizing import Average, make_optimizer, rate
 from videosparse.training.sharing import share_clips
 
@@ -117,23 +118,31 @@ class LoraRun:
     def __init__(self, config: Config, accelerator: Any) -> None:
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output.folder)
-        self.source: ModelSource = find_model(config.model.path)
+        try:
+            self.source: ModelSource = find_model(config.model.path)
+        except GenerationError as error:
+            raise ConfigError(str(error).replace("--model", "model.path")) from None
         check_text_to_video(self.source)
         self.family: TrainingFamily = TRAINING_FAMILIES[self.source.spec.family]
         self.data = Dataset(config.data.path, config.data.holdout)
+        self.fps = config.data.fps or float(self.source.defaults.fps)
         self._check_data()
         train = config.train
         draw = self.family.draw if train.draw == "auto" else train.draw
         self.levels = NoiseLevels(draw, train.shift or self.family.shift, train.noise_from, train.noise_to)
         groups = accelerator.num_processes // train.sequence_parallel
-        self.sampler = Sampler(config, self.data, self.levels, groups * train.batch_size * train.accumulate)
+        self.schedule = RunSchedule(config.attention.shift or scheduler_shift(self.source), self.family.halves)
+        self.sampler = Sampler(
+            config, self.data, self.levels, self.schedule, groups * train.batch_size * train.accumulate
+        )
         self.group = accelerator.process_index // train.sequence_parallel
         self.transformer = load_transformer(self.source, config, accelerator.device)
         add_adapters(self.transformer, self.family, config.lora, train.seed)
         if train.checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.trained_frames = self._trained_frames()
-        extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
+        with refusals("model.rope: "):
+            extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
         self.bind()
         if train.sequence_parallel > 1:
             share_clips(self.transformer, train.sequence_parallel)
@@ -165,9 +174,9 @@ class LoraRun:
         experts = self.source.experts
         with refusals():
             self.processor.resolve(self.source.described, experts=experts)
-            sparsify(self.transformer, self.processor)
-        # one transformer does not tell that it is one of two experts, whose defaults generation takes
-        tracker_of(self.transformer).session.experts = experts
+            # one transformer does not tell that it is one of two experts, whose defaults generation takes
+            place = int(self.config.model.component == "transformer_2"), experts
+            sparsify(self.transformer, self.processor, place=place)
 
     def loss(self, batch: Batch, dense: bool) -> Tensor:
         """Mean squared error of the flow in fp32, as one number."""
@@ -342,10 +351,12 @@ class LoraRun:
             "format": FORMAT, "base_model": self.source.name, "location": self.source.location, "family": spec.family,
             "layers": spec.layers, "heads": spec.heads, "component": config.model.component,
             "method": config.attention.method, "options": options, "first_steps": config.attention.first_steps,
-            "first_layers": config.attention.first_layers, "rope": config.model.rope,
+            "first_layers": config.attention.first_layers, "shift": self.schedule.shift,
+            "dense_above": self.sampler.threshold, "rope": config.model.rope,
             "trained_frames": self.trained_frames, "norms": config.lora.norms,
-            "frames": list(config.train.frames), "sizes": sorted({str(b.size) for b in self.data.train}),
-            "steps": self.done, "recipe": config.as_dict(), "versions": versions(),
+            "frames": list(config.train.frames), "fps": self.fps,
+            "sizes": sorted({str(b.size) for b in self.data.train}), "steps": self.done, "recipe": config.as_dict(),
+            "versions": versions(),
         }  # fmt: skip
 
     @contextmanager
@@ -391,16 +402,18 @@ class LoraRun:
     def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
         """Raise ConfigError where what was changed since a checkpoint would make it another run."""
         now = json.loads(json.dumps(self.config.as_dict()))
+        defaults = {name: json.loads(json.dumps(default)) for name, default, _ in describe()}
         free = {"train": ("steps",), "output": None, "validate": None}
         for section, values in now.items():
             allowed = free.get(section, ())
             if allowed is None:
                 continue
             for name, value in values.items():
-                if name not in allowed and before.get(section, {}).get(name) != value:
+                was = before.get(section, {}).get(name, defaults[f"{section}.{name}"])  # a key may be a new one
+                if name not in allowed and was != value:
                     raise ConfigError(
-                        f"{section}.{name} was {before.get(section, {}).get(name)!r} in {path} and is {value!r} now; "
-                        "give it back its value, or choose another output.folder."
+                        f"{section}.{name} was {was!r} in {path} and is {value!r} now; give it back its value, or "
+                        "choose another output.folder."
                     )
 
     def _check_data(self) -> None:
@@ -420,9 +433,15 @@ class LoraRun:
             )
         if config.model.fp8 and not config.train.checkpointing:
             raise ConfigError("model.fp8 needs train.checkpointing = true: weights are 8 bits wide between the passes.")
+        if about["fps"] != self.fps:
+            raise ConfigError(
+                f"{config.data.path} was prepared at {about['fps']:g} frames a second, and data.fps is {self.fps:g}"
+                f"{'' if config.data.fps else ', that of the model'}; prepare it again in another folder with --fps "
+                f"{self.fps:g}, or set data.fps."
+            )
         for frames in config.train.frames:
             for bucket in self.data.of_length(self.data.train, frames):
-                self.source.grid(frames, bucket.size.height, bucket.size.width)
+                check_size(self.source, frames, bucket.size.height, bucket.size.width, ("train.frames", "", ""))
 
 
 def load_transformer(source: ModelSource, config: Config, device: torch.device) -> Any:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from videosparse.attach import sparsify
 from videosparse.generation.methods import make_processor
+from videosparse.generation.shifts import shifted
 from videosparse.generation.video import side_by_side, write_mp4
+from videosparse.training.clips import check_size
 from videosparse.training.encoding import load_parts
 from videosparse.training.families import Text
 from videosparse.training.run import LoraRun
@@ -39,7 +41,8 @@ class Validation:
         self.frames = config.frames or run.config.train.frames[-1]
         defaults = run.source.defaults
         self.height, self.width = config.height or defaults.height, config.width or defaults.width
-        run.source.grid(self.frames, self.height, self.width)
+        names = ("validate.frames", "validate.height", "validate.width")
+        check_size(run.source, self.frames, self.height, self.width, names)
         self.before: list[Tensor] = []
         pipe = load_parts(run.source, run.accelerator.device, without=("transformer", "transformer_2", "vae"))
         length = defaults.max_sequence_length
@@ -82,7 +85,7 @@ class Validation:
             options = {**attention.options, **schedule}
         sparsify(pipe, make_processor(attention.method, options))
         try:
-            with torch.no_grad(), run.accelerator.autocast():
+            with torch.no_grad(), run.accelerator.autocast(), shifted(pipe, run.schedule.shift):
                 return [pipe(**self._call(text, device)).frames[0].float().cpu() for text in self.texts]
         finally:
             run.bind()
@@ -104,7 +107,7 @@ class Validation:
         path = self.run.folder / FOLDER / f"{name}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}")
-        write_mp4(part, video, self.run.source.defaults.fps)
+        write_mp4(part, video, self.run.fps)
         part.replace(path)
         return path
 

@@ -1,11 +1,13 @@
 """Prompt suites, and folders scored with and without them: what goes wrong, going on, long videos."""
 
 import json
+import shutil
 from pathlib import Path
 
 import footage
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from videosparse.metrics.vbench import DIMENSIONS, WITHOUT_WEIGHTS, Models, Weights, suite
 from videosparse.metrics.vbench.consistency import consistency
@@ -14,6 +16,7 @@ from videosparse.metrics.vbench.ledger import Ledger
 from videosparse.metrics.vbench.prompts import load_suite, prompt_of, video_name
 from videosparse.metrics.vbench.suite import score_folder
 from videosparse.metrics.vbench.tables import dimension_rows, drift_rows, video_rows
+from videosparse.metrics.vbench.weights import NEEDED
 from videosparse.metrics.video import as_video, read_video, save_raw
 
 FREE = ["temporal_flickering", "motion_smoothness"]
@@ -131,6 +134,25 @@ def test_a_run_goes_on_where_it_was(folder, ledger, monkeypatch):
     changed = score_folder(folder, again, dimensions=FREE)
     assert read[1:] == ["a cat-1.mp4"]
     assert changed.results != first.results
+
+
+def test_scores_of_other_weights_are_not_taken(folder, ledger, weights_folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(weights_folder, own)
+
+    def scores():
+        models = Models(Weights(own, download=False), batch=4)
+        chosen = ["temporal_flickering", "subject_consistency"]
+        found = score_folder(folder, ledger, dimensions=chosen, models=models).results
+        return [found[name].score for name in chosen], ledger.path.read_text().count("\n")
+
+    (flicker, consistent), lines = scores()
+    assert scores() == ([flicker, consistent], lines), "nothing is scored twice"
+    path = next(own.rglob(f"{NEEDED['dino'].name}/*.safetensors"))
+    save_file({name: torch.randn_like(x) for name, x in load_file(path).items()}, path, {"format": "pt"})
+    (again, other), more = scores()
+    assert (again, more) == (flicker, lines + 3), "what needs no weights is known"
+    assert other != consistent
 
 
 def test_missing_weights_are_named_and_the_rest_is_computed(folder, ledger, models, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ TABLE = (
     *_DIMENSIONS,
 )  # fmt: skip
 
-_MARKS = {"": ("", False), "int8": ("5 3", True), "int8-fp8": ("2 3", True)}
+_MARKS = {"": ("", False), "int8": ("5 3", True), "int8-fp8": ("2 3", True), "int8-int8": ("5 3 2 3", True)}
 
 _GLOSSARY = (
     ("ceiling", "The rendered truth of each prompt through the model's VAE: no model with this VAE shows more."),

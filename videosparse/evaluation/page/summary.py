@@ -33,7 +33,7 @@ class Group:
 
     @property
     def quant(self) -> str:
-        """ "" , "int8" or "int8-fp8"."""
+        """As in `KernelOptions`, "" for none."""
         return self.rows[0].get("quant", "")
 
     @property

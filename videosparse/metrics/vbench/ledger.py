@@ -28,7 +28,7 @@ class Ledger:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self._known: dict[tuple[str, str], tuple[str, Any]] = {}
+        self._known: dict[tuple[str, str], tuple[str, str, Any]] = {}
         header = {"format": _FORMAT, "settings": dict(settings)}
         raw = path.read_bytes() if path.exists() else b""
         whole = raw[: raw.rfind(b"\n") + 1]
@@ -38,12 +38,15 @@ class Ledger:
             os.truncate(path, len(whole))
         self._first = None if whole else header
 
-    def get(self, video: str, what: str, stamp: str) -> Any:
-        """The value of a score that is known for these very files, else None."""
-        known = self._known.get((video, what))
-        return known[1] if known is not None and known[0] == stamp else None
+    def get(self, video: str, what: str, stamp: str, weights: str = "") -> Any:
+        """The value of a score that is known for these very files, else None.
 
-    def put(self, video: str, what: str, stamp: str, value: Any) -> None:
+        Where `weights`, a stamp of the files of a learned model, is not empty, it must be of those, too.
+        """
+        found, of, value = self._known.get((video, what), ("", "", None))
+        return value if found == stamp and weights in ("", of) else None
+
+    def put(self, video: str, what: str, stamp: str, value: Any, weights: str = "") -> None:
         """Keep a score, on disk before this returns.
 
         Raises:
@@ -53,8 +56,9 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(self._first)
             self._first = None
-        self._append({"video": video, "what": what, "stamp": stamp, "value": value})
-        self._known[video, what] = stamp, value
+        line = {"video": video, "what": what, "stamp": stamp, "value": value}
+        self._append(line | ({"weights": weights} if weights else {}))
+        self._known[video, what] = stamp, weights, value
 
     def _read(self, whole: bytes, header: Mapping[str, Any]) -> None:
         try:
@@ -63,7 +67,7 @@ class Ledger:
             if found["format"] != _FORMAT:
                 raise ValueError(f"format {found['format']!r}")
             for line in lines[1:]:
-                self._known[line["video"], line["what"]] = line["stamp"], line["value"]
+                self._known[line["video"], line["what"]] = line["stamp"], line.get("weights", ""), line["value"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{self.path} holds no scores ({error}); delete it, or use another --output.") from error
         for name, value in header["settings"].items():

@@ -10,12 +10,11 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from videosparse.generation.errors import nearest
 from videosparse.metrics.vbench import DIMENSIONS, SCALES
 from videosparse.metrics.vbench.dimension import Context, Dimension, VideoScore
 from videosparse.metrics.vbench.drift import DriftCurve, clip_bounds, drift
@@ -25,6 +24,7 @@ from videosparse.metrics.vbench.prompts import Suite, SuitePrompt, prompt_of
 from videosparse.metrics.vbench.results import DimensionResult
 from videosparse.metrics.vbench.weights import MissingError
 from videosparse.metrics.video import Video, VideoError, find_videos, probe_size, read_video
+from videosparse.wording import nearest
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many videos are finished, and of how many."""
@@ -61,13 +61,32 @@ class FolderScores:
 
 @dataclass(frozen=True)
 class _Job:
-    """One video and what it is to be scored in."""
+    """One video and what it is to be scored in; `weights` are stamps of the learned models, by key."""
 
     path: Path
     stamp: str
     prompt: SuitePrompt
+    weights: Mapping[str, str]
     dimensions: tuple[Dimension, ...]
     curves: tuple[str, ...] = ()
+
+    def known(self, ledger: Ledger, score: Dimension | str) -> Any:
+        """What the ledger knows of a dimension, or of the drift of a feature; None where it does not."""
+        name, weights = self._entry(score)
+        return ledger.get(self.path.name, name, self.stamp, weights)
+
+    def keep(self, ledger: Ledger, score: Dimension | str, value: Any) -> None:
+        """Enter it."""
+        name, weights = self._entry(score)
+        ledger.put(self.path.name, name, self.stamp, value, weights)
+
+    def _entry(self, score: Dimension | str) -> tuple[str, str]:
+        """Name of a score, and the stamp of the weights that it is made with."""
+        if isinstance(score, Dimension):
+            name, models = score.name, score.models
+        else:
+            name, models = f"drift {score}", () if score == "colour" else (score,)
+        return name, " ".join(filter(None, (self.weights[key] for key in models)))
 
 
 def score_folder(
@@ -101,7 +120,8 @@ def score_folder(
     models = models or Models()
     files = {stem: kinds.get("decoded") or kinds["raw"] for stem, kinds in find_videos(folder).items()}
     scores = FolderScores()
-    jobs = _jobs(files, chosen, suite, scores, mixed_sizes=mixed_sizes)
+    weights = {key: models.weights.stamp(key) for dimension in chosen for key in dimension.models}
+    jobs = _jobs(files, chosen, suite, scores, weights, mixed_sizes=mixed_sizes)
     _find_missing(jobs, chosen, ledger, models, scores)
     jobs = [_without(job, scores.missing, long) for job in jobs]
     for number, job in enumerate(jobs):
@@ -134,6 +154,7 @@ def _jobs(
     chosen: Sequence[Dimension],
     suite: Suite | None,
     scores: FolderScores,
+    weights: Mapping[str, str],
     *,
     mixed_sizes: bool,
 ) -> list[_Job]:
@@ -149,7 +170,7 @@ def _jobs(
             scores.prompts[str(path)] = prompt.prompt
             wanted = tuple(d for d in chosen if suite is None or (d.stands_for or d.name) in prompt.dimensions)
             stamp = stamp_of(path) + (f" {json.dumps(prompt.auxiliary, sort_keys=True)}" if prompt.auxiliary else "")
-            jobs.append(_Job(path, stamp, prompt, wanted))
+            jobs.append(_Job(path, stamp, prompt, weights, wanted))
     if suite is not None:
         if len(strangers) == len(files):
             raise ValueError(
@@ -193,7 +214,7 @@ def _find_missing(
             scores.missing[dimension.name] = "no video of this folder is for it."
         elif dimension.name in _NEEDS_SUITE and not any(job.prompt.auxiliary for job in mine):
             scores.missing[dimension.name] = "needs a suite that names the style of each prompt (--suite)."
-        elif any(ledger.get(job.path.name, dimension.name, job.stamp) is None for job in mine):
+        elif any(job.known(ledger, dimension) is None for job in mine):
             why = _why_missing(dimension, models)
             if why:
                 scores.missing[dimension.name] = why
@@ -217,13 +238,13 @@ def _without(job: _Job, missing: dict[str, str], long: bool) -> _Job:
     dimensions = tuple(d for d in job.dimensions if d.name not in missing)
     loaded = {key for d in dimensions for key in d.models}
     curves = ("colour", *(key for key in ("dino", "clip-b32") if key in loaded)) if long else ()
-    return _Job(job.path, job.stamp, job.prompt, dimensions, curves)
+    return replace(job, dimensions=dimensions, curves=curves)
 
 
 def _score(job: _Job, ledger: Ledger, models: Models, scores: FolderScores, *, long: bool) -> None:
     """Compute what the ledger does not know of one video."""
-    todo = [d for d in job.dimensions if ledger.get(job.path.name, d.name, job.stamp) is None]
-    curves = [key for key in job.curves if ledger.get(job.path.name, f"drift {key}", job.stamp) is None]
+    todo = [dimension for dimension in job.dimensions if job.known(ledger, dimension) is None]
+    curves = [key for key in job.curves if job.known(ledger, key) is None]
     if not (todo or curves):
         return
     try:
@@ -243,11 +264,11 @@ def _score(job: _Job, ledger: Ledger, models: Models, scores: FolderScores, *, l
         if not math.isfinite(found.value):
             scores.failures.append(f"{video.name}: {dimension.name} gave {found.value}.")
             continue
-        ledger.put(job.path.name, dimension.name, job.stamp, {"value": found.value, "parts": found.parts})
+        job.keep(ledger, dimension, {"value": found.value, "parts": found.parts})
     for key in curves:
         curve = drift(video, key, context)
         points = [list(curve.seconds), list(curve.cosine)] if curve else []
-        ledger.put(job.path.name, f"drift {key}", job.stamp, points)
+        job.keep(ledger, key, points)
 
 
 def _over_clips(dimension: Dimension, video: Video, bounds: Sequence[tuple[int, int]], context: Context) -> VideoScore:
@@ -268,7 +289,7 @@ def _collect(
     for dimension in chosen:
         found: dict[str, VideoScore] = {}
         for job in jobs:
-            known: Any = dimension in job.dimensions and ledger.get(job.path.name, dimension.name, job.stamp)
+            known = job.known(ledger, dimension) if dimension in job.dimensions else None
             if known:
                 found[str(job.path)] = VideoScore(known["value"], known["parts"])
         if found:
@@ -277,7 +298,7 @@ def _collect(
         elif dimension.name not in scores.missing:
             scores.missing[dimension.name] = "none of its videos could be scored."
     for job in jobs:
-        points = {key: ledger.get(job.path.name, f"drift {key}", job.stamp) for key in job.curves}
+        points = {key: job.known(ledger, key) for key in job.curves}
         curves = [DriftCurve(key, tuple(p[0]), tuple(p[1])) for key, p in points.items() if p]
         if curves:
             scores.drift[str(job.path)] = curves

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from videosparse.metrics.vbench.ledger import stamp_of
+
 Loaded = TypeVar("Loaded")
 
 
@@ -137,6 +139,11 @@ class Weights:
                 last = error
         how = f"and the hub did not give it ({_told(last)})" if self.download else "and downloads are off"
         raise self._missing(needed, how) from last
+
+    def stamp(self, key: str) -> str:
+        """Changes when the folder's own copy of a model does; "" for a model as published, from cache or network."""
+        places = self._own_folders(NEEDED[key])
+        return stamp_of(*sorted(path for place in places for path in (place, *place.rglob("*")) if path.is_file()))
 
     def _own_folders(self, needed: Needed) -> list[Path]:
         return [self.folder / needed.name, self.folder / needed.source] if self.folder else []

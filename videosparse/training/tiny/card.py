@@ -1,6 +1,7 @@
 """The model card of an exported pipeline: a page whose numbers are filled in from `training.json`.
 
-Numbers stand between `<!-- n:key -->` and `<!-- /n -->`, the rounds between `<!-- rounds -->` and `<!-- /rounds -->`.
+Numbers stand between `<!-- n:key -->` and `<!-- /n -->`, tables between `<!-- rounds -->` and `<!-- /rounds -->`, and
+between `<!-- measured -->` and `<!-- /measured -->`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,15 @@ def write_numbers(out: Path, numbers: dict[str, Any], card: str) -> None:
         (out / "README.md").write_text(fill_card(card, numbers))
 
 
-def update_card(out: Path, rows: Path | None) -> None:
-    """Fill the card in `out` from its `training.json`, after adding the accuracy in `rows`, if given."""
+def update_card(out: Path, rows: Sequence[Path] = ()) -> None:
+    """Fill the card in `out` from its `training.json`, after adding the accuracy in `rows`, if given.
+
+    The first are those that the card's text speaks of; all of them become lines of its table.
+    """
     numbers = json.loads((out / "training.json").read_text())
     if rows:
-        numbers["accuracy"] = accuracy(rows)
+        numbers["accuracy"] = accuracy(rows[0])
+        numbers["measured"] = [measured(path) for path in rows]
     write_numbers(out, numbers, read_card(out))
 
 
@@ -56,6 +62,44 @@ def accuracy(path: Path) -> dict[str, Any]:
     return result
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """What rows of `eval/score_world.py` show in all: how they were made, and the share that is right, in percent.
+
+    `binding` is of prompts with two objects: both have the colour and the shape that the text gives each of them.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    pairs = [row for row in rows if row["count_expected"] == "2"]
+    shares = {question: [float(row[f"{question}_right"]) for row in rows] for question in QUESTIONS[:3]}
+    shares["binding"] = [float(row["colour_right"] == row["shape_right"] == "1") for row in pairs]
+    shares["motion of two"] = [float(row["motion_right"]) for row in pairs]
+    shares["permanence"] = [float(row["permanence"]) for row in rows]
+    how = {name: rows[0][name] for name in ("method", "settings", "frames", "steps", "guidance")}
+    return (
+        {"rows": path.name, "videos": len(rows)}
+        | how
+        | {name: round(100 * float(np.mean(values)), 1) if values else None for name, values in shares.items()}
+    )
+
+
+def measured_table(entries: list[dict[str, Any]]) -> str:
+    """One row for each file of rows."""
+    if not entries:
+        return "Not measured yet."
+    names = ("colour", "shape", "motion", "motion of two", "binding", "permanence")
+    lines = [
+        "| rows | videos | frames | steps | guidance | " + " | ".join(names) + " |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for entry in entries:
+        how = [str(entry[name]) for name in ("rows", "videos", "frames", "steps", "guidance")]
+        if entry["method"].startswith("truth"):
+            how[3:] = ["-", "-"]
+        shares = ["-" if entry[name] is None else f"{entry[name]} %" for name in names]
+        lines.append(f"| {' | '.join([*how, *shares])} |")
+    return "\n".join(lines)
+
+
 def fill_card(text: str, numbers: dict[str, Any]) -> str:
     """Replace what stands between the marks by the measured numbers; `not measured` where there is none."""
 
@@ -68,6 +112,10 @@ def fill_card(text: str, numbers: dict[str, Any]) -> str:
     def rounds(match: re.Match[str]) -> str:
         return f"<!-- rounds -->\n{rounds_table(numbers.get('rounds', []))}\n<!-- /rounds -->"
 
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- measured -->\n{measured_table(numbers.get('measured', []))}\n<!-- /measured -->"
+
+    text = re.sub(r"<!-- measured -->.*?<!-- /measured -->", table, text, flags=re.S)
     text = re.sub(r"<!-- rounds -->.*?<!-- /rounds -->", rounds, text, flags=re.S)
     return re.sub(r"<!-- n:([\w.]+) -->.*?<!-- /n -->", value, text, flags=re.S)
 

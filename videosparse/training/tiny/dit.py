@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from videosparse.training.tiny.plan import HELD_OUT, Shape
 from videosparse.training.tiny.pools import VARIANTS
 from videosparse.training.tiny.state import Run
 from videosparse.training.tiny.text import embed_text, tokenize
+from videosparse.training.tiny.update import Update, record
+
+
+class Batch(NamedTuple):
+    """Normalised latents fp32 [B, C, T, h, w], caption ids [B, 48], noise like the latents, its level [B] in 0..1, and
+    the weights of the error [B, 1, T, h, w]."""
+
+    x0: Tensor
+    words: Tensor
+    noise: Tensor
+    sigma: Tensor
+    weight: Tensor
 
 
 class Dit:
@@ -30,6 +43,7 @@ class Dit:
         if done:
             run.load_into(self.transformer, "raw.transformer.")
             run.load_into(self.text, "raw.text.")
+        run.ranks.reunite([*self.transformer.parameters(), *self.text.parameters()])
         self.ema_transformer, self.ema_text = copy.deepcopy(self.transformer), copy.deepcopy(self.text)
         if done:
             run.load_into(self.ema_transformer, "ema.transformer.")
@@ -48,11 +62,11 @@ class Dit:
         # a captured graph reads its rates from tensors
         lr, matrix_lr = (torch.tensor(x, device=device) if cuda else x for x in (run.args.lr, run.args.matrix_lr))
         matrices = block_matrices(self.transformer) if run.args.optimizer == "muon" else []
-        self.adamw: Any = adamw(self.modules, lr, capturable=cuda, without=matrices)
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(self.adamw, run.args.lr)]
+        rest = adamw(self.modules, lr, capturable=cuda, without=matrices)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(rest, run.args.lr)]
         if matrices:
             self.optimizers.append((Muon(matrices, matrix_lr), run.args.matrix_lr))
-        self.loss = torch.zeros((), device=device)
+        self.update = Update(self.parameters, [optimizer for optimizer, _ in self.optimizers], run.ranks)
         self.mean = torch.tensor(run.meta["latents_mean"], device=device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(run.meta["latents_std"], device=device).view(1, -1, 1, 1, 1)
         self.empty = tokenize(run.tokenizer, [""]).to(device)
@@ -78,31 +92,31 @@ class Dit:
         for optimizer, highest in self.optimizers:
             set_lr(optimizer, factor * highest)
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for optimizer, _ in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     def latents(self, pool: str, index: Tensor, frames: int) -> Tensor:
         """Normalised fp32 latents [B, C, T, h, w]; a prefix of a causal latent is the latent of the prefix."""
         return (self.run.pools[pool].latents[index][:, :, :frames].float() - self.mean) / self.std
 
     def step(self, shape: Shape, learn: bool = True) -> Tensor:
-        """One optimiser step, or only its gradients; returns the loss on the device, without waiting for it."""
+        """One optimiser step of all processes, or only this one's gradients.
+
+        Returns the mean loss of the processes on the device, without waiting for it.
+        """
         if learn and shape in self.graphs:
             self.graphs[shape].replay()
         else:
-            self._compute(shape, learn)
+            self._backward(shape)
         if learn:
+            self.update()
             for ema in self.emas:
                 ema.update()
-        return self.loss
+        return self.update.loss
 
     def capture(self, shapes: Sequence[Shape]) -> None:
-        """Record the step of every shape as a CUDA graph: the host issues kernels slower than the device runs them.
+        """Record the gradients of every shape, and the update, as CUDA graphs: a host is slower than its device.
 
-        Random numbers come from the device's default generator, which graphs advance at each replay. The steps that
-        warm up run at a rate of 0, so they change no weight.
+        Between the two the gradients of all processes are added up. Random numbers come from the device's default
+        generator, which graphs advance at each replay. The steps that warm up run at a rate of 0, so they change no
+        weight; they are steps of all processes, since they do change the averages of the optimisers.
         """
         self.set_lr(0.0)
         stream, pool = torch.cuda.Stream(), None  # type: ignore[no-untyped-call]
@@ -110,42 +124,42 @@ class Dit:
         with torch.cuda.stream(stream):
             for shape in shapes:
                 for _ in range(2):
-                    self._compute(shape, True)
+                    self._backward(shape)
+                    self.update()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         for shape in shapes:
-            graph = torch.cuda.CUDAGraph()
-            self.zero_grad()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._compute(shape, True)
-            pool = graph.pool()
-            self.graphs[shape] = graph
+            self.graphs[shape] = record(partial(self._backward, shape), stream, pool)
+            pool = self.graphs[shape].pool()
+        self.update.capture(stream, pool)
         torch.cuda.synchronize()
 
-    def _compute(self, shape: Shape, learn: bool) -> None:
+    def forget_graphs(self) -> None:
+        """Go on without graphs."""
+        self.graphs.clear()
+        self.update.graph = None
+
+    def draw(self, shape: Shape) -> Batch:
+        """A batch of this process: clips of its pools, one of their captions or none, noise and its level."""
         pool = self.run.pools[shape.pool]
-        device, batch = pool.latents.device, shape.batch
-        index = torch.randint(len(pool.latents) - self.held, (batch,), device=device)
+        device, count = pool.latents.device, shape.batch
+        index = torch.randint(len(pool.latents) - self.held, (count,), device=device)
         x0 = self.latents(shape.pool, index, shape.latent_frames)
-        words = pool.ids[index, torch.randint(VARIANTS, (batch,), device=device)]
-        drop = torch.rand(batch, 1, device=device) < 0.1
+        words = pool.ids[index, torch.randint(VARIANTS, (count,), device=device)]
+        drop = torch.rand(count, 1, device=device) < 0.1
         words = torch.where(drop, self.empty, words)
-        sigma = sample_sigmas(batch, device, shift=self.run.args.shift)
+        sigma = sample_sigmas(count, device, shift=self.run.args.shift)
         weight = object_weight(pool.objects[index][:, :, : shape.latent_frames], sigma, self.run.args.object_weight)
+        return Batch(x0, words, torch.randn_like(x0), sigma, weight)
+
+    def _backward(self, shape: Shape) -> None:
+        """Loss and gradients of a batch of this process."""
+        batch = self.draw(shape)
         # no cache of cast weights: it would hold tensors of one graph that another one reads
         with self.run.autocast(cache=False):
-            text = embed_text(self.text, words)
-            loss = (flow_error(self.transformer, text, x0, torch.randn_like(x0), sigma) * weight).mean()
-        self.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        self.loss.copy_(loss.detach())
-        if not learn:
-            return
-        # A step whose gradient is not finite is skipped on the device itself.
-        self.adamw.found_inf = (~torch.isfinite(norm)).float()
-        for optimizer, _ in self.optimizers:
-            optimizer.step()
+            text = embed_text(self.text, batch.words)
+            loss = (flow_error(self.transformer, text, batch.x0, batch.noise, batch.sigma) * batch.weight).mean()
+        self.update.backward(loss)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import random
 import time
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from videosparse.training.tiny.dit import Dit
 from videosparse.training.tiny.optimizing import Progress, Ticker, pick_attention, timed
 from videosparse.training.tiny.plan import Plan, Shape
+from videosparse.training.tiny.ranks import REUNITE_STEPS
 from videosparse.training.tiny.rounds import describe_stages
 from videosparse.training.tiny.state import Run
 
@@ -26,6 +28,8 @@ def train_dit(run: Run, minutes: float) -> bool:
     done = run.meta.get("dit", {})
     if done.get("finished"):
         return True
+    if args.scale_lr:
+        scale_rates(args, run.ranks.size)
     progress = Progress(args.steps, minutes, done.get("step", 0), done.get("elapsed", 0.0), decay=args.decay_share)
     dit = Dit(run)
     cuda = run.device.type == "cuda"
@@ -41,13 +45,21 @@ def train_dit(run: Run, minutes: float) -> bool:
             dit.compile()
         first_steps(run, dit)
         dit_loop(run, dit, progress)
+    apart = run.ranks.reunite(dit.parameters)
+    logger.info(f"dit: weights of {run.ranks.size} processes were {apart:.1e} apart")
     finished = progress.fraction >= 1.0
-    if finished:
+    if finished and run.ranks.first:
         run.numbers["held_out_loss"] = dit.evaluate()
         logger.info(f"dit: finished by {progress.ended_by} at step {progress.step}: {run.numbers['held_out_loss']}")
-    keep_dit(run, dit, progress)
-    save_strip(run, dit, stage_of(plan, progress.fraction))
+    if run.ranks.first:
+        keep_dit(run, dit, progress)
+        save_strip(run, dit, stage_of(plan, progress.fraction))
     return finished
+
+
+def scale_rates(args: argparse.Namespace, processes: int) -> None:
+    """Multiply the rates by the square root of the number of processes, as batches that much larger allow."""
+    args.lr, args.matrix_lr = (rate * math.sqrt(processes) for rate in (args.lr, args.matrix_lr))
 
 
 def first_steps(run: Run, dit: Dit) -> None:
@@ -60,7 +72,7 @@ def first_steps(run: Run, dit: Dit) -> None:
         except Exception as error:
             if not dit.compiled:
                 raise
-            logger.info(
+            logger.warning(
                 f"dit: {shape} failed when compiled, going on eagerly: {type(error).__name__}: {str(error)[:400]}"
             )
             dit.uncompile()
@@ -78,7 +90,7 @@ def first_steps(run: Run, dit: Dit) -> None:
 
 
 def capture_steps(run: Run, dit: Dit, shapes: list[Shape]) -> None:
-    """CUDA graphs of all steps; without graphs if that fails."""
+    """CUDA graphs of all steps; a single process goes on without graphs if that fails."""
     if run.device.type != "cuda" or run.args.no_graph:
         return
     begin = time.monotonic()
@@ -86,15 +98,21 @@ def capture_steps(run: Run, dit: Dit, shapes: list[Shape]) -> None:
         dit.capture(shapes)
         logger.info(f"dit: CUDA graphs of {len(shapes)} shapes captured in {time.monotonic() - begin:.1f} s")
     except Exception as error:
+        if run.ranks.size > 1:
+            # the others may wait for a sum that this process never made
+            raise
         logger.info(f"dit: graph capture failed, going on without: {type(error).__name__}: {str(error)[:400]}")
-        dit.graphs.clear()
-        dit.zero_grad()
+        dit.forget_graphs()
         torch.cuda.synchronize()
 
 
 def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
-    """Step until the phase or the call ends; evaluate and save between stages and now and then."""
-    plan, args = run.plan, run.args
+    """Step until the phase or the call ends; the first process evaluates and saves between stages and now and then.
+
+    All processes draw the same shapes, go by the clock of the first, and stop together; the others wait for the first
+    in the next step.
+    """
+    plan, args, first = run.plan, run.args, run.ranks.first
     rng = random.Random(progress.step + 17)
     tick = Ticker("dit", progress)
     stage = stage_of(plan, progress.fraction)
@@ -102,13 +120,14 @@ def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
     counts = run.meta["dit"]["steps_by_stage"]
     average = None
     checked = saved = time.monotonic()
-    while progress.fraction < 1.0 and not run.must_stop():
+    while run.goes_on(progress):
         now = stage_of(plan, progress.fraction)
         if now != stage:
-            logger.info(f"dit: stage {stage} ended at step {progress.step}, held-out loss {dit.evaluate()}")
-            keep_dit(run, dit, progress)
-            counts = run.meta["dit"]["steps_by_stage"]
-            save_strip(run, dit, stage)
+            if first:
+                logger.info(f"dit: stage {stage} ended at step {progress.step}, held-out loss {dit.evaluate()}")
+                keep_dit(run, dit, progress)
+                counts = run.meta["dit"]["steps_by_stage"]
+                save_strip(run, dit, stage)
             stage, average = now, None
         factor = progress.lr_factor()
         dit.set_lr(factor)
@@ -118,14 +137,16 @@ def dit_loop(run: Run, dit: Dit, progress: Progress) -> None:
         average = loss.clone() if average is None else average.lerp(loss, 0.02)
         counts[str(stage)] = counts.get(str(stage), 0) + 1
         progress.advance()
+        if progress.step % REUNITE_STEPS == 0:
+            run.ranks.reunite(dit.parameters)
         tick(average, args.lr * factor, f"stage {stage}")
         # As in the VAE's loop: the host must not run far ahead of the device, or the clock means nothing.
         if progress.step % 10 == 0 and run.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        if time.monotonic() - checked > args.check_seconds:
+        if first and time.monotonic() - checked > args.check_seconds:
             logger.info(f"dit step {progress.step} held-out loss (sigma .3 .6 .8 .95) {dit.evaluate()}")
             checked = time.monotonic()
-        if time.monotonic() - saved > args.save_seconds:
+        if first and time.monotonic() - saved > args.save_seconds:
             keep_dit(run, dit, progress)
             counts = run.meta["dit"]["steps_by_stage"]
             saved = time.monotonic()
@@ -145,7 +166,7 @@ def keep_dit(run: Run, dit: Dit, progress: Progress) -> None:
         "finished": progress.fraction >= 1.0,
         "steps_by_stage": counts,
         "what": describe_stages(run.plan, counts),
-        "how": describe_rates(run.args),
+        "how": describe_rates(run.args, run.ranks.size),
     }
     run.meta["phase"] = "dit"
     run.set_tensors("raw.transformer.", dit.transformer)
@@ -155,13 +176,14 @@ def keep_dit(run: Run, dit: Dit, progress: Progress) -> None:
     run.save()
 
 
-def describe_rates(args: argparse.Namespace) -> str:
+def describe_rates(args: argparse.Namespace, processes: int = 1) -> str:
     """Optimisers with their highest rates, and what else a reader needs to repeat the round."""
-    rates = f"AdamW at {args.lr:g}"
+    rates = f"AdamW at {args.lr:.3g}"
     if args.optimizer == "muon":
-        rates = f"Muon at {args.matrix_lr:g} for the matrices of the blocks, {rates} for the rest"
+        rates = f"Muon at {args.matrix_lr:.3g} for the matrices of the blocks, {rates} for the rest"
     scenes = f"two objects in {100 * args.pairs:g} % of scenes"
-    return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}, {scenes}"
+    batches = f", gradients of {processes} processes" if processes > 1 else ""
+    return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}, {scenes}{batches}"
 
 
 def save_strip(run: Run, dit: Dit, stage: int) -> None:

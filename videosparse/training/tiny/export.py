@@ -35,7 +35,7 @@ def export(run: Run) -> Path:
         tokenizer=tokenizer,
         text_encoder=text,
         vae=vae,
-        scheduler=make_scheduler(run.args.scheduler),
+        scheduler=make_scheduler(run.args.scheduler, run.args.flow_shift),
         transformer=transformer,
     )
     card = read_card(out)
@@ -43,6 +43,7 @@ def export(run: Run) -> Path:
     plain_class_names(out)
     total = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     numbers = summary(all_rounds(run.meta)) | run.numbers | {"weights_mb": round(total / 1e6, 2)}
+    numbers["flow_shift"] = run.args.flow_shift
     numbers["parameters"] = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in (("vae", vae), ("transformer", transformer), ("text_encoder", text))
@@ -54,11 +55,11 @@ def export(run: Run) -> Path:
     return out
 
 
-def make_scheduler(name: str) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
-    """UniPC as Wan itself uses it (second order, best at few steps), or Euler; both with the trained shift."""
+def make_scheduler(name: str, shift: float = FLOW_SHIFT) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+    """UniPC as Wan itself uses it (second order, best at few steps), or Euler; a larger shift is for more noise."""
     if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 def plain_class_names(out: Path) -> None:

@@ -27,29 +27,52 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     return (((2 * mu_a * mu_b + c1) * (2 * cov + c2)) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
-def vae_loss(model: ParallelVae, video: Tensor, noise: Tensor, kl_weight: float, square_weight: float = 1.0) -> Tensor:
+@torch.no_grad()
+def object_mask(video: Tensor, rim: int = 3, before_and_after: int = 2) -> Tensor:
+    """Where objects are in a video [B, 3, F, H, W] in [-1, 1], or were or will be in two frames: [B, 1, F, H, W], 0..1.
+
+    Objects are the only saturated things in this world; `rim` pixels around them belong to them, since an outline is
+    where it ends, and so do the places of the frames before and after, where a decoder leaves traces.
+    """
+    saturation = (video.amax(1, keepdim=True) - video.amin(1, keepdim=True)).div(0.9).clamp(0, 1)
+    wide = F.max_pool3d(saturation, (1, 2 * rim + 1, 1), 1, (0, rim, 0))
+    wide = F.max_pool3d(wide, (1, 1, 2 * rim + 1), 1, (0, 0, rim))
+    return F.max_pool3d(wide, (2 * before_and_after + 1, 1, 1), 1, (before_and_after, 0, 0))
+
+
+def vae_loss(
+    model: ParallelVae,
+    video: Tensor,
+    noise: Tensor,
+    kl_weight: float,
+    object_weight: float = 8.0,
+    square_weight: float = 1.0,
+) -> Tensor:
     """L1 + 0.1 (1 - SSIM) + 0.5 temporal-difference L1 + squares + KL. video in [-1, 1]; noise like the latents.
 
-    Objects are the only saturated things in this world and cover a few percent of it, so pixels weigh up to five times
-    as much with their saturation: otherwise the patterns behind an object decide its colour. The squared error is
+    Objects cover a few percent of the world, so their pixels weigh `1 + object_weight` times as much: otherwise the
+    patterns behind an object get all the capacity, and what moves is blurred beyond recognition. The squared error is
     there for the start: the L1 of a small bright object is lowest for a while where the object is missing.
     """
     mean, logvar = model.encode(video)
     mean, logvar = mean.float(), logvar.float()
     decoded = model.decode(mean + noise * torch.exp(0.5 * logvar)).float()
     target = video.float()
-    weight = 1 + 2 * (target.amax(1, keepdim=True) - target.amin(1, keepdim=True))
-    l1 = ((decoded - target).abs() * weight).mean()
-    motion = ((decoded[:, :, 1:] - decoded[:, :, :-1]) - (target[:, :, 1:] - target[:, :, :-1])).abs().mean()
+    weight = 1 + object_weight * object_mask(target)
+    error = decoded - target
+    l1 = (error.abs() * weight).mean()
+    motion = ((error[:, :, 1:] - error[:, :, :-1]).abs() * weight[:, :, 1:]).mean()
     similarity = ssim((decoded + 1) / 2, (target + 1) / 2)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    square = (decoded - target).square().mean()
+    square = (error.square() * weight).mean()
     return l1 + 0.1 * (1 - similarity) + 0.5 * motion + square_weight * square + kl_weight * kl
 
 
-def psnr(decoded: Tensor, video: Tensor) -> Tensor:
-    """Mean over clips of the PSNR in dB, of videos in [-1, 1]."""
-    error = (decoded.float().clamp(-1, 1) - video.float()).div(2).square().flatten(1).mean(1)
+def psnr(decoded: Tensor, video: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over clips of the PSNR in dB, of videos in [-1, 1]; with weights [B, 1, F, H, W], of what they favour."""
+    square = (decoded.float().clamp(-1, 1) - video.float()).div(2).square().mean(1, keepdim=True)
+    weight = torch.ones_like(square) if weight is None else weight
+    error = (square * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)
     return (-10 * torch.log10(error.clamp_min(1e-10))).mean()
 
 

@@ -31,11 +31,17 @@ class Progress:
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.resumed = self.step > 0
+        self.told: float | None = None
+
+    @property
+    def measured(self) -> float:
+        """Seconds spent in this phase by this process' clock, earlier calls included."""
+        return self.before + time.monotonic() - self.started
 
     @property
     def elapsed(self) -> float:
-        """Seconds spent in this phase, earlier calls included."""
-        return self.before + time.monotonic() - self.started
+        """Seconds spent in this phase: what was `told` last, so that all ranks count alike, else the own clock."""
+        return self.measured if self.told is None else self.told
 
     @property
     def fraction(self) -> float:

@@ -106,8 +106,8 @@ def submit_pools(run: Run) -> None:
     """Start drawing the scenes and captions of all pools, in the background, unless that has been done."""
     for i, pool in enumerate(run.plan.pools):
         if pool.name not in run.futures:
-            # other scenes in every round
-            seed = 101 + i + 1000 * len(run.meta.get("rounds", []))
+            # other scenes in every round, and in every process
+            seed = 101 + i + 10 * run.ranks.rank + 1000 * len(run.meta.get("rounds", []))
             run.futures[pool.name] = submit(run, seed, pool.count, run.meta["tokenizer"])
 
 
@@ -160,7 +160,7 @@ def encode_pool(run: Run, pool: Clip, scenes: list[Scene]) -> tuple[Tensor, Tens
 
 def encode(run: Run) -> None:
     """Fill `run.pools` with (latents, caption ids), from the local folder or anew, and set the statistics."""
-    path = run.work / "pools.pt"
+    path = run.pools_path
     start = time.monotonic()
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -180,8 +180,9 @@ def encode(run: Run) -> None:
         store_pools(run, path)
     if "latents_mean" not in run.meta:
         sample = run.pools[run.plan.sample_pool].latents[:2048].float()
-        run.meta["latents_mean"] = [round(x, 5) for x in sample.mean((0, 2, 3, 4)).tolist()]
-        run.meta["latents_std"] = [round(x, 5) for x in sample.std((0, 2, 3, 4)).tolist()]
+        statistics = torch.stack([sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))]).cpu()
+        run.ranks.reunite([statistics])
+        run.meta["latents_mean"], run.meta["latents_std"] = ([round(x, 5) for x in row.tolist()] for row in statistics)
         logger.info(f"latents mean {run.meta['latents_mean']} std {run.meta['latents_std']}")
     run.meta["phase"] = "encode"
 

@@ -35,7 +35,8 @@ def present_round(meta: dict[str, Any]) -> dict[str, Any] | None:
     vae, dit = meta.get("vae", {}), meta.get("dit", {})
     what = []
     if vae.get("step"):
-        what.append(f"VAE: {vae['step']:,} steps in {vae['elapsed'] / 60:.1f} minutes, rate {vae['lr']:g}")
+        how = f", {vae['how']}" if "how" in vae else ""
+        what.append(f"VAE: {vae['step']:,} steps in {vae['elapsed'] / 60:.1f} minutes, rate {vae['lr']:g}{how}")
     if dit.get("step"):
         what.append(f"DiT: {dit['what']} in {dit['elapsed'] / 60:.1f} minutes, {dit['how']}")
     if not what:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.models import TinySizes
+from videosparse.training.tiny.optimizing import Progress
 from videosparse.training.tiny.plan import Plan
+from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.rounds import begin_round
 
 # The clock of this call, and the wish to end it.
@@ -50,6 +52,7 @@ class Run:
     plan: Plan
     device: torch.device
     workers: ProcessPoolExecutor
+    ranks: Ranks = field(default_factory=Ranks)
     meta: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     tokenizer: Any = None
@@ -70,6 +73,16 @@ class Run:
         return Path(self.args.backup)
 
     @property
+    def pools_path(self) -> Path:
+        """Where the pools of this process are stored."""
+        return self.work / ("pools.pt" if self.ranks.first else f"pools-{self.ranks.rank}.pt")
+
+    def drop_stored_pools(self) -> None:
+        """Forget the pools that were stored, those of all processes."""
+        for path in self.work.glob("pools*.pt") if self.ranks.first else ():
+            path.unlink(missing_ok=True)
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """What the model card will quote."""
         numbers: dict[str, Any] = self.meta.setdefault("numbers", {})
@@ -80,8 +93,13 @@ class Run:
         return float(self.meta.get("spent_before", 0.0)) + (time.monotonic() - START) / 60
 
     def must_stop(self) -> bool:
-        """Whether this call has to checkpoint now: its own limit, or a signal."""
-        return STOP.is_set() or (time.monotonic() - START) / 60 >= float(self.args.stop_after_minutes)
+        """Whether this call has to checkpoint now: its own limit, or a signal to any process. All must ask."""
+        return self.ranks.any(STOP.is_set() or (time.monotonic() - START) / 60 >= float(self.args.stop_after_minutes))
+
+    def goes_on(self, progress: Progress) -> bool:
+        """Whether a phase makes another step: by the clock of the first process, so the same in all. All must ask."""
+        progress.told = self.ranks.of_first(progress.measured)
+        return progress.fraction < 1.0 and not self.must_stop()
 
     def autocast(self, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision in bf16 on a GPU, nothing on a CPU."""
@@ -103,8 +121,11 @@ class Run:
         module.load_state_dict(state, strict=True)
 
     def save(self) -> None:
-        """Local checkpoint (fp32) and backup (moving average rounded to bf16)."""
-        self.meta["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        """Local checkpoint (fp32) and backup (moving average rounded to bf16), both written by the first process."""
+        if not self.ranks.first:
+            return
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        self.meta["device"] = name if self.ranks.size == 1 else f"{self.ranks.size} x {name}"
         meta = self.meta | {"sizes": asdict(self.plan.sizes), "spent": round(self.spent(), 3)}
         self.work.mkdir(parents=True, exist_ok=True)
         torch.save({"meta": meta, "tensors": self.tensors}, self.work / "checkpoint.tmp")
@@ -121,8 +142,9 @@ class Run:
         """
         args, own = self.args, resume and self._load_own()
         if not own:
-            for name in ("checkpoint.pt", "pools.pt"):
-                (self.work / name).unlink(missing_ok=True)
+            if self.ranks.first:
+                (self.work / "checkpoint.pt").unlink(missing_ok=True)
+            self.drop_stored_pools()
             if not self._load_other():
                 logger.info("nothing to start from: starting from the beginning")
                 return
@@ -133,7 +155,7 @@ class Run:
                 raise ValueError("--keep-vae needs a finished VAE; leave it out.")
             begin_round(self.meta, args.keep_vae)
             # Scenes are drawn anew in every round.
-            (self.work / "pools.pt").unlink(missing_ok=True)
+            self.drop_stored_pools()
         number, spent = len(self.meta.get("rounds", [])) + 1, self.meta["spent_before"]
         logger.info(f"resumed: round {number}, {self.meta.get('phase')}, {spent:.2f} min spent before")
 

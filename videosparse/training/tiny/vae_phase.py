@@ -13,11 +13,13 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from videosparse.training.tiny.models import build_vae
-from videosparse.training.tiny.objectives import psnr, vae_loss
+from videosparse.training.tiny.objectives import object_mask, psnr, vae_loss
 from videosparse.training.tiny.optimizing import Progress, Ticker, adamw, set_lr, timed
 from videosparse.training.tiny.parallel_vae import ParallelVae
 from videosparse.training.tiny.pools import gather, render_uint8, submit, submit_pools, to_video
+from videosparse.training.tiny.ranks import REUNITE_STEPS, Ranks
 from videosparse.training.tiny.state import Run
+from videosparse.training.tiny.update import Update, record
 
 VAE_VARIANTS = ("first-fused", "last-fused", "first-eager", "last-eager")
 logger = logging.getLogger(__name__)
@@ -33,9 +35,12 @@ def train_vae(run: Run, minutes: float) -> bool:
     if done.get("finished"):
         finish_vae(run)
         return True
+    run.ranks.reunite(list(run.vae.parameters()))
     sizes = [size for size, _ in plan.vae_batches]
-    (run.work / "pools.pt").unlink(missing_ok=True)
-    futures = {size: submit(run, 11 + i, plan.vae_clips + plan.vae_check) for i, size in enumerate(sizes)}
+    run.drop_stored_pools()
+    # other scenes in every round, and in every process
+    seed = 11 + 10 * run.ranks.rank + 1000 * len(run.meta.get("rounds", []))
+    futures = {size: submit(run, seed + i, plan.vae_clips + plan.vae_check) for i, size in enumerate(sizes)}
     submit_pools(run)
     pools, held = {}, {}
     for size in sizes:
@@ -45,44 +50,60 @@ def train_vae(run: Run, minutes: float) -> bool:
     variant = choose_vae_variant(run, run.vae, pools)
     model = vae_variant(run, run.vae, variant)
     optimizer = make_vae_optimizer(run, run.vae)
+    update = Update(list(run.vae.parameters()), [optimizer], run.ranks)
     progress = Progress(args.vae_steps, minutes, done.get("step", 0), done.get("elapsed", 0.0), warmup=100)
-    steps = {size: VaeStep(run, model, optimizer, size, batch) for size, batch in plan.vae_batches}
+    steps = {size: VaeStep(run, model, update, size, batch) for size, batch in plan.vae_batches}
     vae_warm_up(run, steps, pools, optimizer)
     if args.smoke:
         time_vae(run, steps, pools)
+    run.meta["vae"] = describe_vae(run, variant)
     vae_loop(run, model, optimizer, progress, steps, pools, held)
+    apart = run.ranks.reunite(update.parameters)
+    logger.info(f"vae: weights of {run.ranks.size} processes were {apart:.1e} apart")
     finished = progress.fraction >= 1.0
-    run.meta["vae"] = {
-        "step": progress.step,
-        "elapsed": progress.elapsed,
-        "finished": finished,
-        "variant": variant,
-        "lr": args.vae_lr,
-    }
-    run.meta["phase"] = "vae"
-    run.set_tensors("vae.", run.vae)
+    keep_vae(run, progress, finished)
     if finished:
-        run.numbers["vae_psnr"] = vae_psnr(run, model, held)
-        logger.info(f"vae: finished by {progress.ended_by} at step {progress.step}, PSNR {run.numbers['vae_psnr']} dB")
+        if run.ranks.first:
+            run.numbers["vae_psnr"] = told = vae_psnr(run, model, held)
+            logger.info(f"vae: finished by {progress.ended_by} at step {progress.step}, PSNR {told} dB")
         finish_vae(run)
     run.save()
     return finished
 
 
+def describe_vae(run: Run, variant: str) -> dict[str, object]:
+    """What the state and the model card tell of this phase, whatever its step."""
+    how = f"{run.plan.vae_frames} frames, objects weighing {1 + run.args.vae_object_weight:g} times as much"
+    return {"variant": variant, "lr": run.args.vae_lr, "how": how}
+
+
+def keep_vae(run: Run, progress: Progress, finished: bool) -> None:
+    """Copy weights and step to what the next save writes."""
+    run.meta["vae"] |= {"step": progress.step, "elapsed": progress.elapsed, "finished": finished}
+    run.meta["phase"] = "vae"
+    run.set_tensors("vae.", run.vae)
+
+
 def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]) -> str:
-    """The fastest variant that runs, timed over five steps of the largest shape on a copy of the weights."""
+    """The fastest variant that runs, timed over five steps of the largest shape on a copy of the weights.
+
+    All processes take what is fastest in the first.
+    """
     if run.args.vae_variant != "auto" or run.device.type != "cuda":
         return "first-eager" if run.args.vae_variant == "auto" else str(run.args.vae_variant)
     size, batch = run.plan.vae_batches[-1]
     times: dict[str, float] = {}
     trial: AutoencoderKLWan | None
     step: VaeStep | None
+    update: Update | None
     for name in ("first-fused", "last-fused", "first-eager"):
         if name == "first-eager" and times:
             break
         try:
             trial = copy.deepcopy(vae)
-            step = VaeStep(run, vae_variant(run, trial, name), make_vae_optimizer(run, trial), size, batch)
+            # by itself: a variant may fail in one process alone
+            update = Update(list(trial.parameters()), [make_vae_optimizer(run, trial)], Ranks())
+            step = VaeStep(run, vae_variant(run, trial, name), update, size, batch)
             begin = time.perf_counter()
             for i in range(8):
                 if i == 3:
@@ -94,9 +115,10 @@ def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]
             logger.info(f"vae variant {name}: {1e3 * times[name]:.1f} ms a step, set up in {start - begin:.1f} s")
         except Exception as error:
             logger.info(f"vae variant {name} failed: {type(error).__name__}: {str(error)[:300]}")
-        trial = step = None
+        trial = step = update = None
         torch.cuda.empty_cache()
-    return min(times, key=times.__getitem__)
+    best = min(times, key=times.__getitem__)
+    return VAE_VARIANTS[round(run.ranks.of_first(VAE_VARIANTS.index(best)))]
 
 
 def vae_variant(run: Run, vae: AutoencoderKLWan, name: str) -> ParallelVae:
@@ -117,54 +139,46 @@ def make_vae_optimizer(run: Run, vae: AutoencoderKLWan) -> torch.optim.AdamW:
 
 
 class VaeStep:
-    """One optimiser step on one batch shape: eager at first, replayed as a CUDA graph after `capture`.
+    """One optimiser step on one batch shape: eager at first, its gradients from a CUDA graph after `capture`.
 
     The batch and the posterior noise are static inputs, so no random numbers are drawn inside the graph.
     """
 
-    def __init__(self, run: Run, model: ParallelVae, optimizer: torch.optim.Optimizer, size: int, batch: int) -> None:
+    def __init__(self, run: Run, model: ParallelVae, update: Update, size: int, batch: int) -> None:
         plan, device = run.plan, run.device
-        self.run, self.model, self.optimizer = run, model, optimizer
-        self.parameters = list(model.vae.parameters())
+        self.run, self.model, self.update = run, model, update
         self.clips = torch.zeros(batch, 3, plan.vae_frames, size, size, dtype=torch.uint8, device=device)
         frames = 1 + (plan.vae_frames - 1) // 4
         self.noise = torch.zeros(batch, plan.sizes.z_dim, frames, size // 4, size // 4, device=device)
-        self.loss = torch.zeros((), device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def _compute(self) -> None:
+    def _backward(self) -> None:
+        args = self.run.args
         with self.run.autocast(cache=False):
-            loss = vae_loss(self.model, to_video(self.clips), self.noise, self.run.args.kl)
-        if self.parameters[0].grad is not None:
-            torch._foreach_zero_([parameter.grad for parameter in self.parameters])
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        self.optimizer.step()
-        self.loss.copy_(loss.detach())
+            loss = vae_loss(self.model, to_video(self.clips), self.noise, args.kl, args.vae_object_weight)
+        self.update.backward(loss)
 
     def __call__(self, pool: Tensor) -> Tensor:
-        """One step on random clips of the pool; returns the loss on the device."""
+        """One step on random clips of the pool; returns the loss, the mean of all processes, on the device."""
         index = torch.randint(len(pool), (len(self.clips),), device=pool.device)
         self.clips.copy_(pool[index])
         self.noise.normal_()
         if self.graph is None:
-            self._compute()
+            self._backward()
         else:
             self.graph.replay()
-        return self.loss
+        self.update()
+        return self.update.loss
 
     def capture(self, stream: torch.cuda.Stream) -> None:
-        """Record the step as a graph, on the stream on which it was warmed up."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self._compute()
-        self.graph = graph
+        """Record the gradients as a graph, on the stream on which they were warmed up."""
+        self.graph = record(self._backward, stream, None)
 
 
 def vae_warm_up(
     run: Run, steps: dict[int, VaeStep], pools: dict[int, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """A few real steps, then graphs; without graphs if capture fails."""
+    """A few real steps, then graphs; a single process goes on without graphs if capture fails."""
     set_lr(optimizer, run.args.vae_lr / 20)
     if run.device.type != "cuda" or run.args.no_graph:
         return
@@ -179,16 +193,19 @@ def vae_warm_up(
     try:
         for step in steps.values():
             step.capture(stream)
+        step.update.capture(stream, None)
         for size, step in steps.items():
             step(pools[size])
         torch.cuda.synchronize()
         logger.info("vae: CUDA graphs captured")
     except Exception as error:
+        if run.ranks.size > 1:
+            # the others may wait for a sum that this process never made
+            raise
         logger.info(f"vae: graph capture failed, going on eagerly: {type(error).__name__}: {str(error)[:300]}")
         for step in steps.values():
-            step.graph = None
+            step.graph = step.update.graph = None
         torch.cuda.synchronize()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def time_vae(run: Run, steps: dict[int, VaeStep], pools: dict[int, Tensor]) -> None:
@@ -208,39 +225,47 @@ def vae_loop(
     pools: dict[int, Tensor],
     held: dict[int, Tensor],
 ) -> None:
-    """Step until the phase or the call ends."""
+    """Step until the phase or the call ends; the first process looks at held-out clips and saves now and then."""
     tick = Ticker("vae", progress)
     rng = random.Random(progress.step)
-    checked = time.monotonic()
+    checked = saved = time.monotonic()
     sizes = list(steps)
-    while progress.fraction < 1.0 and not run.must_stop():
+    while run.goes_on(progress):
         lr = run.args.vae_lr * progress.lr_factor()
         set_lr(optimizer, lr)
         # Small frames are cheaper, large ones are what the model is used at.
         size = rng.choices(sizes, sizes)[0]
         loss = steps[size](pools[size])
         progress.advance()
+        if progress.step % REUNITE_STEPS == 0:
+            run.ranks.reunite(list(run.vae.parameters()))
         tick(loss, lr, f"({size}px)")
         # The host runs ahead of the device; without this the clock would be read far too early.
         if progress.step % 20 == 0 and run.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        if time.monotonic() - checked > run.args.check_seconds:
+        if run.ranks.first and time.monotonic() - checked > run.args.check_seconds:
             logger.info(f"vae step {progress.step} PSNR {vae_psnr(run, model, held)} dB")
             checked = time.monotonic()
             if not torch.isfinite(loss):
                 raise FloatingPointError("the VAE's loss is not finite; lower --vae-lr.")
+        if run.ranks.first and time.monotonic() - saved > run.args.save_seconds:
+            keep_vae(run, progress, finished=False)
+            run.save()
+            saved = time.monotonic()
 
 
 def vae_psnr(run: Run, model: ParallelVae, held: dict[int, Tensor]) -> dict[str, float]:
-    """PSNR in dB on held-out clips, by size, without sampling the posterior."""
-    result = {}
+    """PSNR in dB on held-out clips, by size, without sampling the posterior; and that of objects and their rims."""
+    result: dict[str, float] = {}
     with torch.no_grad(), run.autocast():
         for size, clips in held.items():
             values = []
             for part in torch.split(clips, 8):
                 video = to_video(part)
-                values.append(psnr(model.decode(model.encode(video)[0]), video))
-            result[str(size)] = round(torch.stack(values).mean().item(), 2)
+                decoded = model.decode(model.encode(video)[0])
+                values.append(torch.stack([psnr(decoded, video), psnr(decoded, video, object_mask(video))]))
+            whole, objects = torch.stack(values).mean(0).tolist()
+            result |= {str(size): round(whole, 2), f"{size}_objects": round(objects, 2)}
     return result
 
 

@@ -1,0 +1,146 @@
+"""Videos beyond the trained length: what is compared, going on after a stop, the table and the figure."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from videosparse.benchmark import training_tables
+from videosparse.benchmark.rows import write_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def score():
+    return load("score_lora_lengths")
+
+
+def row(score, lora, method, frames, **more):
+    figures = {name + end: "0.5" for name in score.FIGURES for end in ("", "_low", "_high")}
+    trained = {"training_steps": "240", "training_s": "61.5", "training_peak_gib": "7.25"} if lora == method else {}
+    return {
+        "lora": lora, "method": method, "frames": str(frames), "videos": "48", **figures, "drift": "0.125",
+        "drift_low": "0.05", "drift_high": "0.2", **trained, **more,
+    }  # fmt: skip
+
+
+def test_every_setting_and_column_that_is_asked_for(score, tmp_path):
+    """No training, RIFLEx, and a LoRA for each method; figures, training time and memory of each."""
+    for name in ("dense", "radial"):
+        (tmp_path / name).mkdir()
+    steps = [{"step": 1, "seconds": 2.5, "peak_gib": 1.5}, {"step": 1, "held_out/17/0.5": 1.0},
+             {"step": 2, "seconds": 2.0, "peak_gib": 1.75}]  # fmt: skip
+    (tmp_path / "dense/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    args = type("Args", (), {"lora": [f"{name}={tmp_path / name}" for name in ("dense", "radial")]})
+    settings = score.settings_of(args)
+    assert [(name, method) for name, method, _ in settings] == list(training_tables.SETTINGS)
+    assert [folder is not None for *_, folder in settings] == [False] * 4 + [True] * 2
+    assert {"right_q1", "right_q4", "drift", "repetition", "permanence", "frozen"} <= set(score.COLUMNS)
+    found = score.trained(tmp_path / "dense")
+    assert found == {"training_steps": 2, "training_s": "4.5", "training_peak_gib": "1.75"}
+    assert set(found) == set(training_tables.TRAINING_COLUMNS) <= set(score.COLUMNS)
+
+
+def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
+    output, made = tmp_path / "rows.csv", []
+
+    def measure(pipe, prompts, name, frames, pool, args):
+        made.append((name, frames))
+        return {name + end: "0.5" for name in score.FIGURES for end in ("", "_low", "_high")}
+
+    monkeypatch.setattr(score, "measure", measure)
+
+    def run(*more):
+        made.clear()
+        argv = ["score", "--frames", "17", "33", "--size", "32", "--limit", "1", "--batch", "1", "--workers", "1",
+                "--commit", "x", "--output", str(output), *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", argv)
+        score.main()
+        return capsys.readouterr().out
+
+    assert "8 are left, call me again" in run("--seconds", "-1")
+    assert (made, output.exists()) == ([], False)
+    assert "8 rows in" in run()
+    assert made == [(name, frames) for frames in (17, 33) for name in ("truth", "none", "none", "riflex")]
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(row[column] for row in rows for column in score.FIGURES)
+    write_rows(output, rows[1:], score.COLUMNS)
+    run()
+    assert made == [("truth", 17)], "only what is missing"
+    run("--steps", "3")
+    assert len(made) == 8, "rows of other settings are made again"
+
+
+def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
+    tables = load("readme_tables")
+    folder, tmp_path = tmp_path, tmp_path / "results"
+    tmp_path.mkdir()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.lora_lengths() == "Not measured yet."
+    settings = [(lora, method, frames) for frames in (81, 161, 321) for lora, method in training_tables.SETTINGS]
+    rows = [row(score, *setting) for setting in settings]
+    write_rows(tmp_path / "lora_length.csv", rows, score.COLUMNS)
+    whole = tables.lora_lengths().splitlines()
+    assert len(whole) == 2 + 18
+    assert whole[-1] == (
+        "| 321 | LoRA trained with Radial | 48 | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) "
+        "| 12 (5 to 20) | 0.5 (0.5 to 0.5) | 50 (50 to 50) | 240 | 61.5 | 7.25 |"
+    )
+    write_rows(tmp_path / "lora_length.csv", rows[:-2], score.COLUMNS)
+    part = tables.lora_lengths().splitlines()
+    assert len(part) == 2 + 16 + 2
+    assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames, LoRA trained with Radial at 321 frames."
+    (folder / "figures").mkdir()
+    (folder / "figures/lora_lengths.png").touch()
+    assert tables.lora_lengths().splitlines()[-1].endswith("(../figures/lora_lengths.png)")
+
+
+def test_the_figure_is_drawn(score, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plots = load("plot_lora_lengths")
+    assert set(plots.STYLES) == set(training_tables.SETTINGS)
+    rows = [row(score, lora, method, frames) for frames in (81, 321) for lora, method in plots.STYLES][:-1]
+    write_rows(tmp_path / "rows.csv", rows, score.COLUMNS)
+    assert plots.main(["--rows", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "lengths.png")]) == 0
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        plots.main(["--rows", str(tmp_path / "none.csv")])
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_training_rows_with_and_without_a_kernel(tmp_path, monkeypatch):
+    """Rows of before there were several GPUs, one kernel that is absent, and a case that did not fit."""
+    tables = load("readme_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    case = {"case": "a", "frames": "161", "times_length": "2", "tokens": "147600", "gpus": ""}
+    gains = {"against_cudnn": "2.148", "against_fa2": "3.239"}
+    wide = {**case, "gpus": "2", "frames": "321", "times_length": "4"}
+    write_rows(
+        tmp_path / "lora_training.csv",
+        [
+            {**case, "attention": "cudnn", "extrapolated_step_s": "177.07", "note": ""},
+            {**case, "attention": "fa2", "extrapolated_step_s": "266.97", "note": ""},
+            {**case, "attention": "radial", "extrapolated_step_s": "82.43", "note": "", **gains},
+            {**wide, "attention": "radial", "extrapolated_step_s": "", "note": "out of memory"},
+            {**wide, "attention": "fa4", "extrapolated_step_s": "", "note": "flash-attn-4 is not usable"},
+        ],
+        ("case", "frames", "times_length", "tokens", "gpus", "attention", "extrapolated_step_s", *gains, "note"),
+    )
+    lines = tables.training().splitlines()[2:]
+    assert lines == [
+        "| a, 161 frames | 2x | 147,600 | 1 | 177 | 267 | not timed | 82 | 2.15x | 3.24x | - |",
+        "| a, 321 frames | 4x | 147,600 | 2 | not timed | not timed | not installed | out of memory | - | - | - |",
+    ]

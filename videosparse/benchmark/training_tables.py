@@ -1,0 +1,78 @@
+"""Tables of the rows of `eval/bench_training.py` and `eval/score_lora_lengths.py`: heads, lines, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Row = dict[str, str]
+
+SETTINGS = {
+    ("truth", "none"): "rendered truth",
+    ("none", "dense"): "no training, dense",
+    ("none", "radial"): "no training, Radial",
+    ("riflex", "dense"): "no training, RIFLEx, dense",
+    ("dense", "dense"): "LoRA trained dense",
+    ("radial", "radial"): "LoRA trained with Radial",
+}
+"""What `eval/score_lora_lengths.py` compares, by the columns lora and method."""
+
+LENGTHS = ("81", "161", "321")
+"""Pixel frames at which it is compared."""
+
+TRAINING_COLUMNS = ("training_steps", "training_s", "training_peak_gib")
+
+_KERNELS = ("cudnn", "fa2", "fa4")
+
+
+def steps(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    """Seconds of a training step by model, length and number of GPUs, dense by every kernel and with Radial."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for r in rows:
+        cases.setdefault((r["case"], r["frames"], r.get("gpus") or "1"), {})[r["attention"]] = r
+    lines = []
+    for (case, frames, gpus), found in cases.items():
+        first = next(iter(found.values()))
+        seconds = [_step(found.get(name)) for name in (*_KERNELS, "radial")]
+        gains = [found.get("radial", {}).get(f"against_{name}") for name in _KERNELS]
+        gained = [f"{float(gain):.2f}x" if gain else "-" for gain in gains]
+        size = f"{case}, {frames} frames"
+        lines.append([size, f"{first['times_length']}x", f"{int(first['tokens']):,}", gpus, *seconds, *gained])
+    head = [
+        "model, size", "length", "tokens", "GPUs", "dense by cuDNN, s", "by FlashAttention-2, s",
+        "by FlashAttention-4, s", "Radial, s", "cheaper than cuDNN", "than FlashAttention-2", "than FlashAttention-4",
+    ]  # fmt: skip
+    return head, lines
+
+
+def _step(row: Row | None) -> str:
+    """Seconds of a training step, or why there are none."""
+    if row is None:
+        return "not timed"
+    if row["extrapolated_step_s"]:
+        return f"{float(row['extrapolated_step_s']):.0f}"
+    return row["note"] if row["note"] == "out of memory" else "not installed"
+
+
+def lengths(rows: Iterable[Row]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Every setting at every length with 95 % intervals, and the settings that have no row."""
+    by_place = {(r["lora"], r["method"], r["frames"]): r for r in rows}
+    lines, missing = [], []
+    for frames in LENGTHS:
+        for (lora, method), setting in SETTINGS.items():
+            r = by_place.get((lora, method, frames))
+            if r is None:
+                missing.append(f"{setting} at {frames} frames")
+                continue
+            cells = [_percent(r, name) for name in (*(f"right_q{q}" for q in (1, 2, 3, 4)), "drift")]
+            repetition = f"{r['repetition']} ({r['repetition_low']} to {r['repetition_high']})"
+            training = [r[name] or "-" for name in TRAINING_COLUMNS]
+            lines.append([frames, setting, r["videos"], *cells, repetition, _percent(r, "permanence"), *training])
+    head = [
+        "frames", "setting", "videos", "right in the first quarter, %", "second", "third", "last", "drift, points",
+        "repetition beyond the truth's", "permanence, %", "training steps", "training, s", "peak, GiB",
+    ]  # fmt: skip
+    return head, lines, missing
+
+
+def _percent(row: Row, name: str) -> str:
+    return "{:.0f} ({:.0f} to {:.0f})".format(*(100 * float(row[name + end]) for end in ("", "_low", "_high")))

@@ -1,0 +1,19 @@
+"""Parts of messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint ("Did you mean 'x'?" after a space) at the known word most like `word`; empty when none is close."""
+    lowered = {name.lower(): name for name in known}
+    match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    return f" Did you mean {lowered[match[0]]!r}?" if match else ""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of any error on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
