@@ -86,8 +86,9 @@ def test_pairs_that_are_refused(pair):
 
 def test_parts_of_a_request():
     request = GenerationRequest(
-        "x", method="adaspa", options={"adaspa": {"quant": "int8", "offload_state": True}}, loras=("a",)
-    )
+        "x", method="adaspa", options={"adaspa": {"quant": "int8", "offload_state": True}}, loras=("a",), ultravico=0.9,
+        context_frames=81,
+    )  # fmt: skip
     everything = Stack(StepCache("magcache", 0.1), "fp8", True, "group")
     assert parts_of(request, everything, 2) == tuple(part for part in PARTS if part not in ("first-block", "model"))
     assert parts_of(GenerationRequest("x", method="dense"), Stack()) == ()
