@@ -497,6 +497,22 @@ def dimensions() -> str:
     ])  # fmt: skip
 
 
+def speeds() -> str:
+    """What each speed combines."""
+    from videosparse.generation.presets import SPEEDS
+
+    rows = []
+    for speed in SPEEDS.values():
+        values = speed.values
+        attention = values.get("method", "sparse, the method's defaults")
+        if "quant" in values:
+            attention = f"sparse, `quant={values['quant']}`"
+        flags = {"compile": "compiled blocks", "linears": "`--linears {}`", "step_cache": "`--step-cache {}`"}
+        beside = [text.format(values[key]) for key, text in flags.items() if key in values]
+        rows.append([f"`{speed.name}`", str(attention), ", ".join(beside)])
+    return markdown(["preset", "attention", "beside it"], rows)
+
+
 def stack() -> str:
     """Which accelerations go together, from what requests are refused by."""
     from videosparse.generation.stack import matrix
@@ -508,7 +524,7 @@ ALL = (
     densities, accuracy, coverage, cpu, figure, attention, radial_speed, norms, recall, fidelity, methods, search,
     goals, models, model_steps, model_check, model_goals, profile, training, lora_lengths, reordering, rounding,
     integers, integer_errors, reorder_cost, calibration, paro_videos, published, dimensions,
-    stack,
+    speeds, stack,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in ALL}
 

@@ -15,9 +15,8 @@ from videosparse._diffusers import FailureEvents, HostProcessor, RunEvents, defa
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
 from videosparse.components import experts_of, number_of, targets, unwrapped
-from videosparse.dense_plans import dense_plan
+from videosparse.dense_plans import dense_plan, title
 from videosparse.kernels import describe_backend
-from videosparse.kernels.dense import OWN, title_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.models.rope import undo
@@ -252,7 +251,7 @@ class RunTracker:
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
             _warn_if_all_dense(self._resolved, clock.total())
-            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else _title(dense, device)
+            runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title(dense, device)
             runs_sparse = _backend(self._resolved, device)
             binding.record = RunRecord(dense.layout, runs_sparse, runs_dense, self._resolved.options.quant)
         binding.record.steps = clock.index + 1
@@ -379,14 +378,6 @@ def _say_if_left_alone(resolved: Resolved, grid: VideoGrid) -> None:
     logit = resolved.options.logit
     if logit is not None and logit.reach(grid) is None:
         logger.info("%s leaves this video alone: it has %d latent frames.", logit, grid.frames)
-
-
-def _title(dense: DensePlan, device: torch.device) -> str:
-    """What runs dense calls, where that is not Diffusers."""
-    if dense.kernel == OWN:
-        backend = dense.options.backend
-        return f"videosparse {describe_backend(device)[0] if backend == 'auto' else backend}"
-    return title_of(str(dense.kernel))
 
 
 def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:

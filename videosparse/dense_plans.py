@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from videosparse.kernels import KernelOptions, describe_backend
-from videosparse.kernels.dense import OWN, fastest_dense
+from videosparse.kernels.dense import OWN, fastest_dense, title_of
 from videosparse.layout import TokenLayout
 from videosparse.policies.base import Mode
 from videosparse.processors import DensePlan, LayerProcessor, Resolved, autocast
@@ -48,6 +48,14 @@ def dense_plan(
     if kernel is None and layout.seq_lens is not None:
         key_mask = layout.key_mask(latents.shape[0], device)
     return DensePlan(Mode.DENSE, layout, options=options, key_mask=key_mask, kernel=kernel)
+
+
+def title(plan: DensePlan, device: torch.device) -> str:
+    """What runs dense calls that Diffusers does not, as reports call it."""
+    if plan.kernel != OWN:
+        return title_of(str(plan.kernel))
+    backend = plan.options.backend
+    return f"videosparse {describe_backend(device)[0] if backend == 'auto' else backend}"
 
 
 def _options(resolved: Resolved) -> KernelOptions:

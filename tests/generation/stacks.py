@@ -27,6 +27,7 @@ BUILDS = {
     ),
     "mochi": ("mochi", lambda: pipes.mochi(attention_head_dim=64, num_layers=3)),
 }
+FAMILIES = ("wan", "hunyuan", "mochi")
 STEPS = 5
 MAGNITUDES = (1.0, 1.01, 1.01, 0.99, 0.99)
 TARGETS = r".*\.(attn|attn1)\.(to_q|to_v)"
@@ -117,3 +118,20 @@ def add_loras(transformer):
         transformer.add_adapter(LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False), adapter_name=name)
     transformer.set_adapters(["few-steps", "style"], [1.0, 0.5])
     transformer.to(torch.bfloat16)
+
+
+def check(stacked):
+    """A run repeats bit by bit, also after another; a step cache skips, and at threshold 0 changes nothing."""
+    first, count = stacked.run()
+    assert first.isfinite().all()
+    other, _ = stacked.run(seed=1)
+    again, _ = stacked.run()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    if {"first-block", "magcache"} & set(stacked.parts):
+        assert 0 < count.skipped < count.forwards
+        whole, none = stacked.run(threshold=0.0)
+        plain, _ = stacked.run(threshold=None)
+        assert none.skipped == 0
+        assert torch.equal(whole, plain)
+        assert not torch.equal(first, plain)

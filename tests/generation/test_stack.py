@@ -5,14 +5,13 @@ from itertools import combinations
 import float8
 import pytest
 import torch
-from stacks import SETS, STEPS, Stacked, pairs
+from stacks import FAMILIES, SETS, STEPS, Stacked, check, pairs
 
 from videosparse._diffusers import step_cache_states
-from videosparse.generation import GenerationError, compiling, stack
+from videosparse.generation import GenerationError, GenerationRequest, compiling, stack
 from videosparse.generation.presets import SPEEDS
-from videosparse.generation.stack import PARTS, REFUSED, check_together
-
-FAMILIES = ("wan", "hunyuan", "mochi")
+from videosparse.generation.stack import PARTS, REFUSED, Stack, check_together, parts_of
+from videosparse.generation.step_cache import StepCache
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +19,6 @@ def _on_the_cpu(monkeypatch):
     float8.allow(monkeypatch)
     monkeypatch.setattr(stack, "compile_blocks", lambda t: compiling.compile_blocks(t, backend="eager"))
     torch._dynamo.reset()
-
-
-def check(stacked):
-    """A run repeats bit by bit, also after another; a step cache skips, and at threshold 0 changes nothing."""
-    first, count = stacked.run()
-    assert first.isfinite().all()
-    other, _ = stacked.run(seed=1)
-    again, _ = stacked.run()
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    if {"first-block", "magcache"} & set(stacked.parts):
-        assert 0 < count.skipped < count.forwards
-        whole, none = stacked.run(threshold=0.0)
-        plain, _ = stacked.run(threshold=None)
-        assert none.skipped == 0
-        assert torch.equal(whole, plain)
-        assert not torch.equal(first, plain)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in pairs() if "compile" not in pair], ids="+".join)
@@ -100,6 +82,19 @@ def test_pairs_that_are_refused(pair):
         assert PARTS[part].replace("`", "") in str(error.value)
     assert str(error.value).endswith(f"do not go together: {REFUSED[pair]}.")
     check_together((parts[0], "sparse"))
+
+
+def test_parts_of_a_request():
+    request = GenerationRequest(
+        "x", method="adaspa", options={"adaspa": {"quant": "int8", "offload_state": True}}, loras=("a",), ultravico=0.9,
+        context_frames=81,
+    )  # fmt: skip
+    everything = Stack(StepCache("magcache", 0.1), "fp8", True, "group")
+    assert parts_of(request, everything, 2) == tuple(part for part in PARTS if part not in ("first-block", "model"))
+    assert parts_of(GenerationRequest("x", method="dense"), Stack()) == ()
+    assert parts_of(GenerationRequest("x"), Stack(StepCache("first-block", 0.1))) == ("sparse", "first-block")
+    with pytest.raises(GenerationError, match=r"magcache and two experts .* do not go together: .*first-block"):
+        check_together(parts_of(GenerationRequest("x"), Stack(StepCache("magcache", 0.1)), 2))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ generate(GenerationRequest("a red circle bounces", method="radial")).save("circl
 ```
 """
 
+from videosparse.generation.compiling import compile_blocks
 from videosparse.generation.errors import GenerationError, told
 from videosparse.generation.generating import Comparison, Generation, compare, generate, generate_to, output_place
+from videosparse.generation.linears import quantize_linears
 from videosparse.generation.output import video_place
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.sources import embedded_model_path, find_model
@@ -21,11 +23,13 @@ __all__ = [
     "GenerationRequest",
     "Settings",
     "compare",
+    "compile_blocks",
     "embedded_model_path",
     "find_model",
     "generate",
     "generate_to",
     "output_place",
+    "quantize_linears",
     "stream_to",
     "told",
     "video_place",

@@ -100,7 +100,7 @@ def resolve_stack(
         GenerationError: something unknown, something that cannot run here, or two that do not go together.
     """
     request, left_out = _sped_up(request, source, device, dtype)
-    linears = request.linears or "none"
+    linears = "none" if request.linears is None else request.linears
     check_kind(linears)
     if linears != "none" and (reason := unavailable(device, dtype)):
         raise GenerationError(f"linears={linears} cannot run: {reason}.")
@@ -198,7 +198,7 @@ def apply_stack(pipe: Any, stack: Stack, device: torch.device) -> None:
 
 
 def _step_cache(request: GenerationRequest, source: ModelSource) -> StepCache | None:
-    cache = parse_step_cache(request.step_cache or "none")
+    cache = parse_step_cache("none" if request.step_cache is None else request.step_cache)
     if cache is None or cache.kind != "magcache":
         if request.magnitudes is not None:
             raise GenerationError("--magnitudes is for --step-cache magcache; drop it, or choose that.")
