@@ -215,8 +215,11 @@ def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:
 
 
 def _beyond(settings: Settings) -> Iterator[str]:
-    """Which LoRAs were trained for shorter videos."""
+    """Which LoRAs were trained for shorter videos, or with another attention."""
+    request = settings.request
     for lora in settings.loras:
+        if other := lora.other_attention(request.method, request.options.get(request.method, {})):
+            yield other
         if lora.frames is not None and settings.num_frames > lora.frames:
             yield f"The LoRA {lora.name} was trained for {lora.frames} frames; this video has {settings.num_frames}."
 
