@@ -95,10 +95,7 @@ def windows_of(
 ) -> Windows:
     """Windows by pixel frames, where a latent frame after the first holds `stride` of them.
 
-    Args:
-        stride: pixel frames of a latent frame.
-        frames, overlap: see `context_windows`.
-        names: what messages call these two.
+    `names` are what errors call the two numbers.
 
     Raises:
         ValueError: numbers that are no whole latent frames, or out of range.

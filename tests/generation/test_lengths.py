@@ -98,8 +98,8 @@ def test_numbers_of_published_models():
             {"ultravico": 0.9, "trained_frames": 5, "options": {"radial": {"quant": "int8"}}, "dtype": "bf16"},
             "quant=int8 and --ultravico do not go together: one looks at the sign of scores",
         ),
-        ({"context_frames": 10}, r"^context_frames must be 4k\+1, at least 5 \(got 10\); use 9 or 13\."),
-        ({"context_frames": 9, "context_overlap": 3}, "^context_overlap must be a multiple of 4 from 4 to 8"),
+        ({"context_frames": 10}, r"context_frames must be 4k\+1, at least 5 \(got 10\); use 9 or 13\."),
+        ({"context_frames": 9, "context_overlap": 3}, "context_overlap must be a multiple of 4 from 4 to 8"),
         ({"context_overlap": 4}, "context_overlap is for --context-frames; drop it, or give both"),
     ],
 )
