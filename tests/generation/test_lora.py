@@ -128,6 +128,14 @@ def test_the_record_names_them(ask, make_lora, tmp_path):
     assert any("was trained for 17 frames; this video has 21" in notice for notice in data["notices"])
 
 
+def test_a_window_is_what_a_lora_has_to_know(ask, make_lora):
+    """The video may be longer than it was trained for."""
+    lora = str(make_lora(9))
+    for windows, notices in ((9, ()), (21, ("The LoRA lora9 was trained for 17 frames; windows have 21.",))):
+        request = ask(num_frames=25, loras=(lora,), steps=1, context_frames=windows)
+        assert generate(request).run.notices == notices
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
