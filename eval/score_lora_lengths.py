@@ -8,8 +8,8 @@ the trained length. Every quarter of every video is judged as a video of its own
 prompts, one object), beside the rendered truth; drift is what is right in the first quarter and wrong in the last,
 repetition that beyond the true video's from half the training length on. Rows (means with 95 % bootstrap intervals) go
 to `assets/results/lora_length.csv`, each as soon as it is there; the LoRAs' training time and memory come from their
-logs. The same command goes on where it was stopped: rows that are there are not made again, but for a LoRA that has been
-trained since. `eval/plot_lora_lengths.py` draws them.
+logs. The same command goes on where it was stopped: rows that are there are not made again, but for a LoRA that has
+been trained since. `eval/plot_lora_lengths.py` draws them.
 """
 
 from __future__ import annotations
