@@ -87,25 +87,31 @@ def context_windows(pipe_or_transformer: object, frames: int, overlap: int) -> I
         yield
 
 
-def windows_of(stride: int, frames: int, overlap: int) -> Windows:
+def windows_of(
+    stride: int,
+    frames: int,
+    overlap: int,
+    names: tuple[str, str] = ("frames of context windows", "overlap of context windows"),
+) -> Windows:
     """Windows by pixel frames, where a latent frame after the first holds `stride` of them.
+
+    `names` are what errors call the two numbers.
 
     Raises:
         ValueError: numbers that are no whole latent frames, or out of range.
     """
-    for name, value in (("frames", frames), ("overlap", overlap)):
+    for name, value in zip(names, (frames, overlap), strict=True):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} of context windows must be a number of pixel frames (got {value!r}).")
+            raise ValueError(f"{name} must be a number of pixel frames (got {value!r}).")
     if frames < 1 + stride or (frames - 1) % stride:
         low = max(1, (frames - 1) // stride) * stride + 1
         raise ValueError(
-            f"frames of context windows must be {stride}k+1, at least {1 + stride} (got {frames}); use {low} or "
-            f"{low + stride}."
+            f"{names[0]} must be {stride}k+1, at least {1 + stride} (got {frames}); use {low} or {low + stride}."
         )
     most = (frames - 1) // stride * stride
     if not stride <= overlap <= most or overlap % stride:
         raise ValueError(
-            f"overlap of context windows must be a multiple of {stride} from {stride} to {most} (got {overlap}); use "
+            f"{names[1]} must be a multiple of {stride} from {stride} to {most} (got {overlap}); use "
             f"{min(most, max(stride, overlap // stride * stride))}."
         )
     return Windows((frames - 1) // stride + 1, overlap // stride)

@@ -78,7 +78,7 @@ def context(source: ModelSource, frames: int | None, overlap: int | None) -> Win
     stride = source.spec.stride[0]
     usual = min(ceil_div(USUAL_OVERLAP, stride) * stride, max(stride, frames - 1 - (frames - 1) % stride))
     with refusals():
-        return windows_of(stride, frames, usual if overlap is None else overlap)
+        return windows_of(stride, frames, usual if overlap is None else overlap, ("context_frames", "context_overlap"))
 
 
 def seen(grid: VideoGrid, windows: Windows | None) -> VideoGrid:
