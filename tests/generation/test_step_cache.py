@@ -177,6 +177,28 @@ def test_what_a_speed_takes_on_a_gpu(ask, monkeypatch):
     assert notice == "Preset fast leaves out here: --linears fp8 (torchao is missing; install it)."
 
 
+def test_a_speed_leaves_out_what_does_not_go_with_the_request(ask, monkeypatch):
+    """The user gave none of it, so there is nothing to drop; what was given is refused."""
+    from videosparse.generation import stack
+
+    monkeypatch.setattr(stack, "_left_out", lambda *_: {})  # as on a GPU
+    monkeypatch.setattr(stack, "unavailable", lambda *_: None)
+    monkeypatch.setattr("videosparse.generation.request.check_method_fits", lambda *_: None)
+    windows = {"num_frames": 17, "context_frames": 9}
+    settings = ask(speed="fast", **windows).resolve()
+    assert settings.notices == (
+        "Preset fast leaves out here: --step-cache first-block (it does not go with --context-frames).",
+    )
+    assert (settings.stack.step_cache, settings.stack.linears, settings.stack.compiled) == (None, "fp8", True)
+    far = ask(speed="fast", num_frames=17, ultravico=0.9, trained_frames=5).resolve()
+    assert far.notices == ("Preset fast leaves out here: quant=int8 (it does not go with --ultravico).",)
+    assert far.request.options.get("radial", {}) == {}
+    kept = ask(speed="balanced", method="adaspa", options={"adaspa": {"offload_state": True}}).resolve()
+    assert kept.notices == ("Preset balanced leaves out here: --compile (it does not go with adaspa.offload_state).",)
+    with pytest.raises(GenerationError, match="first-block and --context-frames do not go together"):
+        ask(speed="fast", step_cache="first-block", **windows).resolve()
+
+
 def test_the_dense_twin_runs_every_step_whole(ask):
     result = compare(ask(steps=4, step_cache="first-block=1000"))
     assert result.sparse.cache.skipped == 6

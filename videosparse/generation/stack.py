@@ -49,8 +49,11 @@ PARTS: Mapping[str, str] = MappingProxyType(
 )
 """What can be combined, as a user writes it."""
 
-_WRITTEN = {"quant": "quant=int8", "linears": "--linears fp8", "compile": "--compile"}
-"""What a speed may have to leave out, likewise."""
+_OF_SPEEDS = {"quant": "int8", "linears": "fp8", "compile": "compile", "step_cache": "first-block"}
+"""What a speed may have to leave out, by its key."""
+
+_WRITTEN = {key: PARTS[part].replace("`", "") for key, part in _OF_SPEEDS.items()}
+"""The same as a user writes it."""
 
 _ONE_CACHE = "a run has one step cache; leave one"
 _ONE_PLACE = "weights can be offloaded one way; leave one"
@@ -221,7 +224,7 @@ def _step_cache(request: GenerationRequest, source: ModelSource) -> StepCache | 
 def _sped_up(
     request: GenerationRequest, source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> tuple[GenerationRequest, tuple[str, ...]]:
-    """A request with what its speed preset adds to it, and what that leaves out on this machine."""
+    """A request with what its speed preset adds to it, and what that leaves out on this machine and in this request."""
     if request.speed is None:
         return request, ()
     speed = find_speed(request.speed)
@@ -231,7 +234,7 @@ def _sped_up(
         raise GenerationError(
             f"--preset {speed.name} runs {method} attention (got --method {request.method}); drop one of them."
         )
-    reasons = _left_out(wanted, source, device, dtype)
+    reasons = {**_unfitting(wanted, request, source.experts), **_left_out(wanted, source, device, dtype)}
     kept = {key: value for key, value in wanted.items() if key not in reasons}
     options = request.options
     if (quant := kept.pop("quant", None)) is not None:
@@ -241,6 +244,19 @@ def _sped_up(
     told = [f"{_WRITTEN[key]} ({reason})" for key, reason in reasons.items() if not _given(request, key)]
     notices = (f"Preset {speed.name} leaves out here: {'; '.join(told)}.",) if told else ()
     return replace(request, options=options, **fill), notices
+
+
+def _unfitting(wanted: Mapping[str, object], request: GenerationRequest, experts: int) -> dict[str, str]:
+    """Which parts of a speed preset do not go with what a request asks for beside it, and why."""
+    cache = parse_step_cache("none" if request.step_cache is None else request.step_cache)
+    alone = Stack(cache, request.linears or "none", bool(request.compile), request.offload)
+    asked = parts_of(request, alone, experts)
+    return {
+        key: f"it does not go with {PARTS[other].replace('`', '')}"
+        for key in wanted
+        for other in asked
+        if not _given(request, key) and frozenset({_OF_SPEEDS[key], other}) in REFUSED
+    }
 
 
 def _given(request: GenerationRequest, key: str) -> bool:
