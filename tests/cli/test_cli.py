@@ -431,6 +431,7 @@ def test_calibrate_then_generate(run, tmp_path):
         (["--block", "32"], "block must be"),
         (["--mass", "2"], "mass must lie in"),
         (["--output", "plan.bin"], "must end in .safetensors"),
+        (["--output", ""], "use plan.safetensors"),
         (["--buckets", "9"], "buckets must be 1 to 2"),
     ],
 )
