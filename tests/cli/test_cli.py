@@ -47,6 +47,26 @@ def test_generate(run, tmp_path):
     assert len(read_mp4(tmp_path / "outputs" / "a-red-circle-bounces-0-radial.mp4")) == 9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--context-frames", 9, "--context-overlap", 4],
+            ["192 tokens a window", "2 windows of 9 frames that share 4"],
+        ),
+        (["--ultravico", 0.9, "--trained-frames", 5], ["Length        far scores times 0.9 beyond 5 frames\n"]),
+        (["--rope", "pi", "--trained-frames", 5], ["Length        rope pi beyond 5 frames\n"]),
+        (["--method", "dense"], ["dense; 2 steps, native SDPA backend\n"]),
+    ],
+)
+def test_what_was_done_is_told(run, arguments, words):
+    result = make(run, "--frames", 17, *arguments)
+    assert result.exit_code == 0, result.output
+    assert all(word in result.stdout for word in words), result.stdout
+    assert ("a window" in result.stdout) == ("--context-frames" in arguments)
+    assert "none backend" not in result.stdout
+
+
 def test_a_second_run_gets_a_number(run, tmp_path):
     for _ in range(2):
         assert make(run, "--method", "dense", "--seed", 7).exit_code == 0
@@ -411,6 +431,7 @@ def test_calibrate_then_generate(run, tmp_path):
         (["--block", "32"], "block must be"),
         (["--mass", "2"], "mass must lie in"),
         (["--output", "plan.bin"], "must end in .safetensors"),
+        (["--output", ""], "use plan.safetensors"),
         (["--buckets", "9"], "buckets must be 1 to 2"),
     ],
 )

@@ -10,6 +10,7 @@ from videosparse.cli import app
 from videosparse.generation.presets import presets_over
 
 SMALL = 'model = "small"\nframes = 9\nheight = 64\nwidth = 64\nsteps = 2\ndevice = "cpu"\n'
+MAGCACHE = "--step-cache", "magcache", "--magnitudes"
 
 
 @pytest.fixture
@@ -137,6 +138,13 @@ def test_latents(run, tmp_path):
         ),
         (["a cat", "--context-frames", "8"], "--context-frames must be 4k+1, at least 5 (got 8); use 5 or 9."),
         (["a cat", "--linears", "fp8"], "Error: --linears fp8 cannot run: "),
+        (["a cat", "--context-frames", "9", "--context-overlap", "5"], "--context-overlap must be a multiple of 4"),
+        (["a cat", "--lora", ""], "No LoRA at ''"),
+        (["a cat", "--method", "paro", "--plan", ""], "--plan must not be empty"),
+        (["a cat", "--method", "paro", "--plan", "taken"], "taken is a folder; name the .safetensors file"),
+        (["a cat", *MAGCACHE, ""], "--magnitudes must not be empty"),
+        (["a cat", *MAGCACHE, "taken"], "taken: it is a folder; name a file, such as taken/m.json."),
+        (["a cat", *MAGCACHE, "run.toml/m.json"], "run.toml is not a folder; choose another folder."),
         (["a cat", "--context-overlap", "8"], "--context-overlap is for --context-frames"),
     ],
 )
@@ -184,6 +192,15 @@ def test_an_interrupted_batch_says_how_to_go_on(run, tmp_path, monkeypatch, wher
     assert result.exit_code == 130
     assert "goes on with the videos that are missing" in result.stderr
     assert "nothing was written" not in result.stderr
+
+
+def test_interrupted_while_libraries_are_imported(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videosparse.cli.console._quiet_libraries", interrupted)
+    result = run("generate", "a cat")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted; nothing was written.\n")
 
 
 def test_the_demo_says_what_it_takes(run):

@@ -2,6 +2,7 @@
 
 import json
 
+import folders
 import pytest
 import torch
 
@@ -23,6 +24,15 @@ def pipe(model_folder):
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def pipe_with_rope(tmp_path_factory):
+    """A folder whose heads are wide enough for RIFLEx's published frequency, and its pipeline."""
+    from diffusers import DiffusionPipeline
+
+    folder = folders.save_wan(tmp_path_factory.mktemp("models") / "wide", head_dim=128)
+    return str(folder), DiffusionPipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("method", ["dense", "radial", "adaspa", "paro"])
@@ -54,6 +64,21 @@ def test_windows_go_to_a_file(ask, pipe, method, tmp_path):
     windowed = generate(request, pipe=pipe).frames
     assert windowed.shape == plain.shape
     assert not torch.equal(windowed, plain)
+
+
+def test_windows_and_ropes_that_change_nothing_are_told(ask, pipe_with_rope):
+    """The video is as long as a window, or one that the model was trained on, or too short for RIFLEx to act."""
+    model, pipe = pipe_with_rope
+    cases = [
+        ({"context_frames": 9}, "--context-frames 9 changes nothing: the video has 9 frames, one window."),
+        ({"rope": "pi", "trained_frames": 9}, "--rope pi changes nothing for a video of 9 frames"),
+        ({"rope": "riflex", "trained_frames": 5}, "--rope riflex changes nothing for a video of 9 frames"),
+    ]
+    for fields, message in cases:
+        (notice,) = generate(ask(model=model, **fields), pipe=pipe).run.notices
+        assert notice.startswith(message)
+    for fields in ({"context_frames": 5}, {"rope": "pi", "trained_frames": 5}):
+        assert not generate(ask(model=model, **fields), pipe=pipe).run.notices
 
 
 def test_what_decides_a_video_is_in_its_fingerprint(ask):

@@ -164,6 +164,7 @@ def test_pictures(tmp_path):
         ("../../etc/passwd", "etc-passwd"),
         ("word " * 30, "word-word-word-word-word-word-word-word"),
         ("x" * 100, "x" * 40),
+        ("Un café à Zürich", "un-cafe-a-zurich"),
         ("красный круг", "video"),
     ],
 )

@@ -38,10 +38,13 @@ def guard(
     comes through instead. `interrupted` is what Ctrl-C says. Messages name options where the library names fields;
     `options` are those of this command alone.
     """
-    from videosparse.generation.errors import GenerationError, one_line, renamed, told
+    try:
+        from videosparse.generation.errors import GenerationError, one_line, renamed, told
 
-    if not debug:
-        _quiet_libraries()
+        if not debug:
+            _quiet_libraries()
+    except KeyboardInterrupt:  # libraries take seconds to import
+        _fail(interrupted, 130)
     try:
         yield
     except KeyboardInterrupt:
@@ -69,6 +72,7 @@ def _quiet_libraries() -> None:
     import diffusers
     import transformers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry, and we of the end
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what is an error also comes as an exception
         library.utils.logging.disable_progress_bar()

@@ -59,6 +59,10 @@ ContextOverlap = Annotated[
 
 def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
     """What was --set, and the plan as one of them."""
+    if plan is not None and not plan.strip():
+        from videosparse.generation.errors import GenerationError
+
+        raise GenerationError("--plan must not be empty; give what videosparse calibrate made.")
     if plan is not None and plan.lower() == "none":
         plan = f"./{plan}"  # a file: the word alone would be the method's default
     return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
@@ -329,6 +333,7 @@ def _files(paths: Mapping[str, Path]) -> None:
 def _show(settings: Settings, run: Run, load: float | None) -> None:
     report, timings = run.report, run.timings
     where = "on the GPU" if settings.device.type == "cuda" else "by this process"
+    backend = report.dense_backend if run.method == "dense" else report.backend
     rows(
         [
             ("Model", f"{settings.source.name}, {settings.dtype} on {settings.device}"),
@@ -336,15 +341,17 @@ def _show(settings: Settings, run: Run, load: float | None) -> None:
                 "Size",
                 f"{settings.num_frames} frames of {settings.height}x{settings.width} "
                 f"({settings.num_frames / settings.fps:.1f} s at {settings.fps:g} fps), "
-                f"grid {report.grid}, {report.tokens} tokens",
+                f"grid {report.grid}, {report.tokens} tokens" + (" a window" if _windows(settings) > 1 else ""),
             ),
             (
                 "Method",
-                f"{method_text(run.method, run.options)}; {settings.steps} steps, {report.backend} backend"
+                f"{method_text(run.method, run.options)}; {settings.steps} steps, {backend} backend"
                 + (f", {report.search_calls} searches" if report.search_calls else ""),
             ),
             ("Density", density_text(report.video_density, report.density, report.average_density)),
             *_dense_rows(settings, run),
+            *_length_rows(settings),
+            *_lora_rows(settings),
             *_stack_rows(settings, run),
             (
                 "Time",
@@ -367,6 +374,35 @@ def _dense_rows(settings: Settings, run: Run) -> list[tuple[str, str]]:
     steps, layers = sum(schedule.dense_steps(settings.steps)), settings.source.spec.layers
     dense = min(layers, schedule.first_layers + schedule.last_layers)
     return [("Dense", f"{min(settings.steps, steps)} of {settings.steps} steps, {dense} of {layers} layers")]
+
+
+def _windows(settings: Settings) -> int:
+    """How many windows the transformer was called on at each step."""
+    frames = settings.source.spec.latent_frames(settings.num_frames)
+    return 1 if settings.windows is None else len(settings.windows.starts(frames))
+
+
+def _length_rows(settings: Settings) -> list[tuple[str, str]]:
+    """What was done for the length, where something was."""
+    stride, windows, logit = settings.source.spec.stride[0], settings.windows, settings.logit
+    parts = [
+        *([f"rope {settings.request.rope}"] if settings.request.rope != "none" else []),
+        *([f"far scores times {logit.alpha:g}"] if logit is not None else []),
+    ]
+    trained = settings.trained_frames if logit is None else (logit.trained - 1) * stride + 1
+    if parts and trained is not None:
+        parts[-1] += f" beyond {trained} frames"
+    if windows is not None and (count := _windows(settings)) > 1:
+        parts.append(
+            f"{count} windows of {(windows.size - 1) * stride + 1} frames that share {windows.shared * stride}"
+        )
+    return [("Length", ", ".join(parts))] if parts else []
+
+
+def _lora_rows(settings: Settings) -> list[tuple[str, str]]:
+    return [
+        ("LoRA" if not place else "", f"{lora.path}, scale {lora.scale:g}") for place, lora in enumerate(settings.loras)
+    ]
 
 
 def _stack_rows(settings: Settings, run: Run) -> list[tuple[str, str]]:

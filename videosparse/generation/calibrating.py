@@ -217,7 +217,8 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     """
     path = Path(output)
     if path.suffix != ".safetensors":
-        raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {path.stem}.safetensors.")
+        name = path.stem or "plan"  # what is empty is the folder one is in
+        raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {name}.safetensors.")
     check_places([Destination(path.parent, path.stem, (path.suffix,), overwrite=overwrite)])
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -102,7 +102,7 @@ def find_lora(text: str, scale: float = 1.0) -> LoraFile:
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if not path.is_file():
-        raise GenerationError(f"No LoRA at {text}; give a .safetensors file, or a folder with {WEIGHTS_FILE}.")
+        raise GenerationError(f"No LoRA at {text!r}; give a .safetensors file, or a folder with {WEIGHTS_FILE}.")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -192,9 +193,10 @@ def picture_place(output: str | Path, overwrite: bool = False) -> Destination:
 def slug(text: str, limit: int = 40) -> str:
     """A file name from any text: lower-case words and numbers joined by dashes, cut between words to `limit` letters.
 
-    It is "video" when nothing is left.
+    Letters lose their accents, and those of other alphabets are left out. It is "video" when nothing is left.
     """
-    words = re.findall(r"[0-9]+\.[0-9]+|[a-z0-9]+", text.lower())
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    words = re.findall(r"[0-9]+\.[0-9]+|[a-z0-9]+", plain.lower())
     name = ""
     for word in words:
         longer = f"{name}-{word}" if name else word[:limit]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from videosparse.attach import restore, sparsify
+from videosparse.components import targets
 from videosparse.generation.compiling import compile_errors
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
@@ -23,6 +24,7 @@ from videosparse.generation.shifts import shifted
 from videosparse.generation.stack import apply_stack
 from videosparse.generation.step_cache import CacheCount, step_cached, write_magnitudes
 from videosparse.generation.streaming import Sink, streaming
+from videosparse.models.rope import stretches
 from videosparse.report import RunReport
 from videosparse.stretching import context_windows, extend_rope
 
@@ -140,12 +142,13 @@ def run_method(
     """
     check_loaded(pipe, settings.loras)
     processor = make_processor(method, options, settings.logit)
-    notices = (*settings.notices, *_cuts(pipe, settings), *_beyond(settings))
+    notices = (*settings.notices, *_cuts(pipe, settings), *_beyond(settings), *_windowless(settings))
     cache = settings.stack.step_cache if method == settings.request.method else None
     kept: list[torch.Tensor] = []
     try:
         with refusals():
             extend_rope(pipe, settings.request.rope, trained_frames=settings.trained_frames)
+            notices = (*notices, *_unstretched(pipe, settings))
             sparsify(pipe, processor)
         reset_peak_memory(settings.device)
         keep = keeping(pipe.vae, kept) if keep_latents else nullcontext()
@@ -224,6 +227,24 @@ def _beyond(settings: Settings) -> Iterator[str]:
         if lora.frames is not None and frames > lora.frames:
             here = f"windows have {frames}" if windows else f"this video has {frames}"
             yield f"The LoRA {lora.name} was trained for {lora.frames} frames; {here}."
+
+
+def _windowless(settings: Settings) -> Iterator[str]:
+    """Whether context windows were asked for where one holds the whole video."""
+    windows, frames = settings.windows, settings.source.spec.latent_frames(settings.num_frames)
+    if windows is not None and frames <= windows.size:
+        size = settings.request.context_frames
+        yield f"--context-frames {size} changes nothing: the video has {settings.num_frames} frames, one window."
+
+
+def _unstretched(pipe: Any, settings: Settings) -> Iterator[str]:
+    """Whether a stretched rotary embedding was asked for where it leaves the video alone."""
+    rope = settings.request.rope
+    frames = settings.grid.frames  # of a window, where there are several
+    seen = (frames - 1) * settings.source.spec.stride[0] + 1
+    if rope != "none" and not any(stretches(transformer, seen) for transformer in targets(pipe)[1]):
+        what = "windows" if settings.windows is not None else "a video"
+        yield f"--rope {rope} changes nothing for {what} of {seen} frames; see README, Long videos."
 
 
 @dataclass

@@ -19,6 +19,7 @@ from videosparse.components import targets
 from videosparse.generation.compiling import compile_blocks
 from videosparse.generation.errors import GenerationError, nearest
 from videosparse.generation.linears import check_kind, quantize_linears, unavailable
+from videosparse.generation.output import check_writable
 from videosparse.generation.presets import find_speed
 from videosparse.generation.sources import ModelSource
 from videosparse.generation.step_cache import StepCache, parse_step_cache, read_magnitudes
@@ -208,8 +209,17 @@ def _step_cache(request: GenerationRequest, source: ModelSource) -> StepCache | 
             "--step-cache magcache needs the magnitudes of this model: add --magnitudes FILE. A file that is not there "
             "is measured by that run, which then skips nothing."
         )
+    if not request.magnitudes.strip():
+        raise GenerationError("--magnitudes must not be empty; give a file.")
     file = Path(request.magnitudes).expanduser()
-    return replace(cache, file=file, magnitudes=read_magnitudes(file, source.spec) if file.exists() else ())
+    if file.is_dir():
+        raise GenerationError(
+            f"Cannot keep magnitudes in {file}: it is a folder; name a file, such as {file / 'm.json'}."
+        )
+    if file.exists():
+        return replace(cache, file=file, magnitudes=read_magnitudes(file, source.spec))
+    check_writable(file.parent, [file.name])  # what a whole run finds out must not be lost
+    return replace(cache, file=file)
 
 
 def _sped_up(

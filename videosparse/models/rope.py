@@ -171,6 +171,15 @@ def extend(
         setattr(transformer, _HANDLE, (handle, extension))
 
 
+def stretches(transformer: torch.nn.Module, num_frames: int) -> bool:
+    """Whether the extension on a transformer, if any, changes anything for a call on so many pixel frames."""
+    found = vars(transformer).get(_HANDLE)
+    if found is None:
+        return False
+    extension: RopeExtension = found[1]
+    return len(extension.changed(extension.rotary.latent_frames("num_frames", num_frames))) > 0
+
+
 def undo(transformer: torch.nn.Module) -> None:
     """Take an extension off; no extension is no error."""
     found = vars(transformer).pop(_HANDLE, None)

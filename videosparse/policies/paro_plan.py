@@ -332,6 +332,8 @@ class PAROPlan:
         Raises:
             ValueError: there is no such file, it is no plan, damaged, or of another format.
         """
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; name the .safetensors file of the plan.")
         if not Path(path).is_file():
             raise ValueError(f"There is no plan at {path}; make one with videosparse calibrate --output {path}.")
         status = Path(path).stat()
