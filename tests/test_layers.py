@@ -1,6 +1,7 @@
 """Imports point downward, heavy libraries stay where they belong, and importing costs what it should."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -57,6 +58,13 @@ def imports_of(path: Path):
 
 def test_every_module_has_a_layer():
     assert {name.split(".")[1] for _, name in modules()} <= set(LAYERS)
+
+
+def test_the_table_for_contributors_has_every_module():
+    table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("| layer |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| L(\d) \|([^|]*)", table, re.M)
+    told = {name.rstrip("/"): int(layer) for layer, names in rows for name in re.findall(r"`([\w/]+)`", names)}
+    assert told == {name: layer for name, layer in LAYERS.items() if name not in ("__init__", "__main__")}
 
 
 def test_imports_only_point_downward():

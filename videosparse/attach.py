@@ -14,7 +14,7 @@ import torch
 from videosparse._diffusers import FailureEvents, HostProcessor, RunEvents, default_processor, is_parallel
 from videosparse.blocks import BlockIndex, PackedIndex
 from videosparse.clock import Clock
-from videosparse.components import experts_of, number_of, targets, unwrapped
+from videosparse.components import experts_of, is_compiled, number_of, targets, unwrapped
 from videosparse.dense_plans import dense_plan, title
 from videosparse.kernels import describe_backend
 from videosparse.layout import TokenLayout, VideoGrid
@@ -355,11 +355,7 @@ def _is_asked(
 
 def _check_not_compiled(transformer: torch.nn.Module) -> None:
     """Raise RuntimeError where blocks are compiled, in which state cannot be offloaded."""
-    if any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in transformer.modules()
-    ):
+    if any(is_compiled(module) for module in transformer.modules()):
         raise RuntimeError(
             "offload_state=True copies maps between calls and does not work in compiled blocks; drop it, or do not "
             "compile the transformer (lse_dtype='bfloat16' halves what is kept)."

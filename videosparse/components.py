@@ -31,6 +31,12 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     return inner if isinstance(inner, torch.nn.Module) else module
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile holds the call of a module, or its forward below the hooks of Diffusers."""
+    forward = vars(module).get("forward")
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
 def experts_of(pipeline: object | None) -> int:
     """2 for a pipeline of two noise-level experts, also while only one of them is loaded."""
     config = getattr(pipeline, "config", {})

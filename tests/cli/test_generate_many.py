@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from videosparse.cli import app
+from videosparse.generation.presets import presets_over
 
 SMALL = 'model = "small"\nframes = 9\nheight = 64\nwidth = 64\nsteps = 2\ndevice = "cpu"\n'
 MAGCACHE = "--step-cache", "magcache", "--magnitudes"
@@ -57,6 +58,12 @@ def test_a_model_and_a_speed(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert not result.stderr
     assert "Method        dense" in result.stdout
+    result = run("generate", "--config", "speed.toml", "--preset", "balanced", "-o", "c.mp4")
+    assert result.exit_code == 0, result.output
+    assert "Method        radial" in result.stdout, "the file's speed gives way, its model's preset stays"
+    assert presets_over(["fast"], ["exact", "tiny"]) == ("tiny", "fast")
+    assert presets_over(["mochi-480p"], ["exact", "tiny"]) == ("mochi-480p", "exact")
+    assert presets_over([], ["tiny"]) == presets_over(["tiny"], []) == ("tiny",)
     for presets, message in (
         (("tiny", "mochi-480p"), "Presets tiny and mochi-480p are both of a model; leave one."),
         (("fast", "exact"), "Presets fast and exact are both of a speed; leave one."),
@@ -137,6 +144,7 @@ def test_latents(run, tmp_path):
         (["a cat", *MAGCACHE, ""], "--magnitudes must not be empty"),
         (["a cat", *MAGCACHE, "taken"], "taken: it is a folder; name a file, such as taken/m.json."),
         (["a cat", *MAGCACHE, "run.toml/m.json"], "run.toml is not a folder; choose another folder."),
+        (["a cat", "--linears", "fp8"], "Error: --linears fp8 cannot run: "),
         (["a cat", "--context-overlap", "8"], "--context-overlap is for --context-frames"),
     ],
 )

@@ -372,3 +372,17 @@ def test_the_warm_up_of_a_search(ask, pipe, monkeypatch):
     monkeypatch.setattr("videosparse.generation.generating.run_method", run)
     compare(ask(steps=8, method="adaspa", options={"adaspa": {"refresh": (0.3,)}}), pipe=pipe, warm_up=True)
     assert seen == [("adaspa", 2, 4, 4), ("dense", 2, 8, 0), ("adaspa", 8, 8, 24), ("dense", 8, 32, 0)]
+
+
+def test_the_warm_up_has_no_step_cache(ask, pipe, monkeypatch):
+    """It would skip the kernels that are to be warmed up."""
+    seen = []
+
+    def run(pipe, settings, method, options, progress):
+        result = run_method(pipe, settings, method, options, progress)
+        seen.append((settings.steps, method, None if result.cache is None else result.cache.skipped))
+        return result
+
+    monkeypatch.setattr("videosparse.generation.generating.run_method", run)
+    compare(ask(steps=4, step_cache="first-block=1000"), pipe=pipe, warm_up=True)
+    assert seen == [(2, "radial", None), (2, "dense", None), (4, "radial", 6), (4, "dense", None)]

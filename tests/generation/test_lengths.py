@@ -8,7 +8,7 @@ import torch
 
 from videosparse.generation import GenerationError, generate
 from videosparse.generation.generating import generate_to
-from videosparse.generation.lengths import context, far_logits
+from videosparse.generation.lengths import context, far_logits, trained_length
 from videosparse.generation.output import destination
 from videosparse.generation.runfile import merge, request_from
 from videosparse.generation.sidecar import fingerprint
@@ -104,6 +104,9 @@ def test_numbers_of_published_models():
     assert context(mochi, 163, None) == Windows(28, 3)
     assert context(wan, 5, None) == Windows(2, 1)
     assert context(wan, None, None) is None
+    assert trained_length(mochi, None) == trained_length(mochi, 163) == 163
+    with pytest.raises(GenerationError, match=r"must be 6k\+1 for mochi \(got 81\); the model's are 163\."):
+        trained_length(mochi, 81)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +114,14 @@ def test_numbers_of_published_models():
     [
         ({"ultravico": 0.9}, r"ultravico is for videos, or windows, longer than the 81 frames .* \(got 17\); drop it"),
         ({"ultravico": 1.5, "trained_frames": 5}, r"ultravico must lie in 0..1, 0 excluded \(got 1.5\)"),
-        ({"ultravico": 0.9, "trained_frames": 6}, r"trained_frames must be 4k\+1"),
+        (
+            {"ultravico": 0.9, "trained_frames": 6},
+            r"trained_frames must be 4k\+1 for .* \(got 6\); the model's are 81\.",
+        ),
         ({"ultravico": 0.9, "trained_frames": 9, "context_frames": 9}, r"or windows, longer than the 9 frames"),
         (
             {"ultravico": 0.9, "trained_frames": 5, "options": {"radial": {"quant": "int8"}}, "dtype": "bf16"},
-            r"quant=int8 and --ultravico do not go together: one looks at the sign of scores",
+            "quant=int8 and --ultravico do not go together: one looks at the sign of scores",
         ),
         ({"context_frames": 10}, r"context_frames must be 4k\+1, at least 5 \(got 10\); use 9 or 13\."),
         ({"context_frames": 9, "context_overlap": 3}, "context_overlap must be a multiple of 4 from 4 to 8"),

@@ -89,6 +89,23 @@ def test_what_is_given_wins(ask, make_lora):
     assert ask(method="dense", loras=(str(make_lora()),)).resolve().request.options == {}
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, None),
+        ({"options": {"radial": {"decay": 0.7, "block": (64, 64), "first_steps": 0.9}}}, None),
+        ({"options": {"radial": {"decay": 0.4}}}, "was trained with decay=0.7, here 0.4."),
+        ({"method": "dense"}, "was trained with radial attention; this run has dense."),
+    ],
+)
+def test_another_attention_than_in_training_is_told(ask, make_lora, fields, told):
+    """As by a preset with options of its own."""
+    lora = str(make_lora(8, about={**ABOUT, "options": {"decay": 0.7, "block": [64, 64]}}))
+    notices = generate(ask(loras=(lora,), steps=1, num_frames=9, **fields)).run.notices
+    assert notices == (() if told is None else (f"The LoRA lora8 {told}",))
+    assert find_lora(lora).other_attention("radial", {}) is None
+
+
 def test_loras_change_the_video_and_add_up(ask, make_lora):
     length, style = str(make_lora(1)), str(make_lora(2, about=None))
     made = {
@@ -109,6 +126,14 @@ def test_the_record_names_them(ask, make_lora, tmp_path):
     assert data["loras"][0]["scale"] == 1.0
     assert data["method"]["options"]["decay"] == 0.7
     assert any("was trained for 17 frames; this video has 21" in notice for notice in data["notices"])
+
+
+def test_a_window_is_what_a_lora_has_to_know(ask, make_lora):
+    """The video may be longer than it was trained for."""
+    lora = str(make_lora(9))
+    for windows, notices in ((9, ()), (21, ("The LoRA lora9 was trained for 17 frames; windows have 21.",))):
+        request = ask(num_frames=25, loras=(lora,), steps=1, context_frames=windows)
+        assert generate(request).run.notices == notices
 
 
 @pytest.mark.parametrize(

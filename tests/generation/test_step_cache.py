@@ -8,8 +8,10 @@ import torch
 from videosparse.cases import MODELS
 from videosparse.generation import GenerationError, compare, generate
 from videosparse.generation.generating import check_comparable
-from videosparse.generation.presets import SPEEDS
+from videosparse.generation.presets import PRESETS, SPEEDS
+from videosparse.generation.runfile import merge, preset_values, request_from
 from videosparse.generation.sidecar import fingerprint, record
+from videosparse.generation.sources import find_spec
 from videosparse.generation.step_cache import (
     THRESHOLDS,
     StepCache,
@@ -93,7 +95,7 @@ def test_magnitudes_are_measured_by_one_video(ask, tmp_path):
     from videosparse.generation.batch import plan_batch
 
     asked = ask(step_cache="magcache", magnitudes=str(tmp_path / "m.json"))
-    with pytest.raises(GenerationError, match=r"m\.json is not there yet: make one video without --compare first"):
+    with pytest.raises(GenerationError, match=r"m\.json is not there yet: make one video first, by the same options"):
         compare(asked)
     with pytest.raises(GenerationError, match=r"Prompt 1 of 1: .*m\.json is not there yet: make one video"):
         plan_batch([asked], tmp_path)
@@ -177,26 +179,45 @@ def test_what_a_speed_takes_on_a_gpu(ask, monkeypatch):
     assert notice == "Preset fast leaves out here: --linears fp8 (torchao is missing; install it)."
 
 
-def test_a_speed_leaves_out_what_does_not_go_with_the_request(ask, monkeypatch):
-    """The user gave none of it, so there is nothing to drop; what was given is refused."""
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_of_a_model_goes_with_every_speed(preset, speed, monkeypatch):
+    """On a GPU that can do all; what does not go with the model's preset is left out, and told."""
+    request, stack, left_out = on_a_gpu(monkeypatch, {}, preset, speed)
+    model = PRESETS[preset].values
+    kept = request.options.get(request.method, {})
+    assert ("quant" in kept) == (speed == "fast" and "ultravico" not in model)
+    assert (stack.step_cache is not None) == (speed == "fast" and "context_frames" not in model)
+    assert stack.compiled
+    clash = {"ultravico", "context_frames"} & model.keys() if speed == "fast" else ()
+    assert len(left_out) == bool(clash)
+    if "ultravico" in clash:
+        sign = "one looks at the sign of scores, which the other shifts and rounds"
+        assert left_out == (f"Preset fast leaves out here: quant=int8 (with --ultravico: {sign}).",)
+
+
+def test_what_a_speed_leaves_out_beside_what_was_asked_for(monkeypatch):
+    """What was asked for twice over is refused all the same."""
+    state = {"method": "adaspa", "adaspa": {"offload_state": True}}
+    for speed in ("balanced", "fast"):
+        _, stack, (notice,) = on_a_gpu(monkeypatch, state, speed)
+        assert not stack.compiled
+        assert notice.startswith(f"Preset {speed} leaves out here: --compile (with adaspa.offload_state: maps are ")
+    with pytest.raises(GenerationError, match=r"adaspa.offload_state and --compile do not go together"):
+        on_a_gpu(monkeypatch, {**state, "compile": True}, "fast")
+    with pytest.raises(GenerationError, match=r"--step-cache first-block and --context-frames do not go together"):
+        on_a_gpu(monkeypatch, {"context_frames": 81, "step_cache": "first-block"}, "fast")
+
+
+def on_a_gpu(monkeypatch, values, *presets):
+    """What a request by presets comes to on a GPU that can do all."""
     from videosparse.generation import stack
 
-    monkeypatch.setattr(stack, "_left_out", lambda *_: {})  # as on a GPU
-    monkeypatch.setattr(stack, "unavailable", lambda *_: None)
-    monkeypatch.setattr("videosparse.generation.request.check_method_fits", lambda *_: None)
-    windows = {"num_frames": 17, "context_frames": 9}
-    settings = ask(speed="fast", **windows).resolve()
-    assert settings.notices == (
-        "Preset fast leaves out here: --step-cache first-block (it does not go with --context-frames).",
-    )
-    assert (settings.stack.step_cache, settings.stack.linears, settings.stack.compiled) == (None, "fp8", True)
-    far = ask(speed="fast", num_frames=17, ultravico=0.9, trained_frames=5).resolve()
-    assert far.notices == ("Preset fast leaves out here: quant=int8 (it does not go with --ultravico).",)
-    assert far.request.options.get("radial", {}) == {}
-    kept = ask(speed="balanced", method="adaspa", options={"adaspa": {"offload_state": True}}).resolve()
-    assert kept.notices == ("Preset balanced leaves out here: --compile (it does not go with adaspa.offload_state).",)
-    with pytest.raises(GenerationError, match="first-block and --context-frames do not go together"):
-        ask(speed="fast", step_cache="first-block", **windows).resolve()
+    monkeypatch.setattr(stack, "unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(stack.int8_path, "unavailable", lambda *_: None)
+    merged = merge([preset_values(presets), {"prompt": "a cat", **values}])
+    source = find_spec(merged.get("model", "wan2.1-14b"))
+    return stack.resolve_stack(request_from(merged), source, torch.device("cuda"), torch.bfloat16)
 
 
 def test_the_dense_twin_runs_every_step_whole(ask):

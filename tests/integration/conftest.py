@@ -14,3 +14,5 @@ if getattr(sys.modules.get("pipes"), "__file__", None) != str(_PIPES):
     _spec.loader.exec_module(sys.modules["pipes"])
 
 from pipes import built, one_thread, pipe_of, tiny_of  # noqa: E402, F401  fixtures
+
+from searches import planned  # noqa: E402, F401  likewise

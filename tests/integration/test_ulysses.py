@@ -6,6 +6,7 @@ Run as a program, this file is one of the ranks.
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class Run:
     compiled: bool = False
     half: bool = False
     steps: int = 1
+    far: bool = False
+    windows: bool = False
 
 
 RUNS = {
@@ -44,6 +47,14 @@ RUNS = {
     "wan, adaspa": Run("wan", "AdaSpaProcessor", ADASPA, steps=4),
     "wan, paro": Run("wan", "PAROProcessor", {"density": 0.3, "first_steps": 0.25, "num_steps": 4}, steps=4),
     "wan, paro by a plan": Run("wan", "plan", {"first_steps": 0.25, "num_steps": 4}, grid=(3, 8, 8), steps=4),
+    "wan, far": Run("wan", "RadialProcessor", RADIAL, far=True),
+    "wan, far, adaspa": Run("wan", "AdaSpaProcessor", ADASPA, steps=4, far=True),
+    "wan, far, by a plan": Run("wan", "plan", {"first_steps": 0.25, "num_steps": 4}, grid=(3, 8, 8), steps=4, far=True),
+    "hunyuan_video, far, adaspa": Run("hunyuan_video", "AdaSpaProcessor", ADASPA, steps=4, far=True),
+    "mochi, far, dense": Run("mochi", "DenseProcessor", far=True),
+    "wan, windows": Run("wan", "RadialProcessor", RADIAL, windows=True),
+    "wan, windows, adaspa": Run("wan", "AdaSpaProcessor", ADASPA, steps=4, windows=True),
+    "hunyuan_video, windows": Run("hunyuan_video", "RadialProcessor", {**RADIAL, "first_layers": 0}, windows=True),
     "hunyuan_video, radial": Run("hunyuan_video", "RadialProcessor", {**RADIAL, "first_layers": 0}),
     "hunyuan_video, dense": Run("hunyuan_video", "DenseProcessor"),
     "hunyuan_video, adaspa": Run("hunyuan_video", "AdaSpaProcessor", ADASPA, steps=4),
@@ -61,10 +72,11 @@ def output(run: Run, share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
     tiny = TINY[run.model]
     config = {"attention_head_dim": 64} if run.half else {}
     model = tiny.build(num_attention_heads=4, **config) if run.model != "hunyuan_video" else tiny.build()
+    options = {**run.options, "logit": videosparse.FarLogits(1, 0.3)} if run.far else run.options
     if run.processor == "plan":
-        processor = videosparse.PAROProcessor(some_plan(model), **run.options)
+        processor = videosparse.PAROProcessor(some_plan(model), **options)
     else:
-        processor = getattr(videosparse, run.processor)(**run.options)
+        processor = getattr(videosparse, run.processor)(**options)
     if run.rope:
         videosparse.extend_rope(model, "pi", trained_frames=5)
     if run.attach_first:
@@ -76,9 +88,10 @@ def output(run: Run, share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch.manual_seed(1)
     inputs = tiny.inputs(run.grid, 2, [12, 7])
-    for step in range(run.steps):
-        inputs["timestep"] = torch.full((2,), 900.0 - 200 * step)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.half):
+    windows = videosparse.context_windows(model, frames=9, overlap=4) if run.windows else nullcontext()
+    with windows, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.half):
+        for step in range(run.steps):
+            inputs["timestep"] = torch.full((2,), 900.0 - 200 * step)
             out = model(**inputs, return_dict=False)[0]
     return out
 
@@ -222,6 +235,8 @@ def test_sparse_runs_are_sparse(ranks):
             output(run, lambda model: None) for run in (RUNS[f"{name}, radial"], Run(name, "DenseProcessor"))
         )
         assert not torch.allclose(sparse, dense, atol=1e-5)
+    plain, *others = (output(RUNS[name], lambda model: None) for name in ("wan, radial", "wan, far", "wan, windows"))
+    assert not any(torch.allclose(plain, other, atol=1e-5) for other in others)
 
 
 @pytest.mark.slow

@@ -201,6 +201,7 @@ def _generate(
     """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
     from videosparse.generation.errors import GenerationError, calling
+    from videosparse.generation.presets import presets_over
     from videosparse.generation.runfile import (
         KEYS,
         RunFile,
@@ -212,7 +213,7 @@ def _generate(
     )
 
     file = RunFile() if config is None else read_run_file(config)
-    values = merge([preset_values(preset or file.preset), file.values, chosen])
+    values = merge([preset_values(presets_over(preset, file.preset)), file.values, chosen])
     output = file.output if output is None else output
     many = file.prompts if prompts is None and "prompt" not in chosen else prompts
     lines = []

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from videosparse.components import is_compiled
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.models import family_of
 
@@ -35,11 +36,6 @@ def compile_blocks(transformer: torch.nn.Module, *, backend: str = "inductor") -
     for block in fresh:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
     return len(fresh)
-
-
-def is_compiled(block: torch.nn.Module) -> bool:
-    """Whether `compile_blocks` was here."""
-    return hasattr(vars(block).get("forward"), "_torchdynamo_orig_callable")
 
 
 @contextmanager

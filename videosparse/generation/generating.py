@@ -270,9 +270,10 @@ def check_comparable(method: str) -> None:
 def _warm_up(pipe: Any, settings: Settings, runs: Mapping[str, Options], progress: Progress) -> None:
     """Run each method for two steps with nothing dense by schedule, so that every kernel is used once.
 
-    What searches does so at the first step, and again at the second, which is sparse.
+    What searches does so at the first step, and again at the second, which is sparse. There is no step cache, which
+    could skip that.
     """
-    short = replace(settings, steps=_WARM_UP_STEPS)
+    short = replace(settings, steps=_WARM_UP_STEPS, stack=replace(settings.stack, step_cache=None))
     at_once: dict[str, object] = {"first_steps": 0, "last_steps": 0, "refresh": _WARM_UP_STEPS}
     for method, options in runs.items():
         sparse_at_once = {name: value for name, value in at_once.items() if name in option_names(method)}

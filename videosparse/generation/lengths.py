@@ -31,7 +31,10 @@ def trained_length(source: ModelSource, asked: int | None, beyond: Iterable[int]
     trained = max([source.defaults.longest, *beyond]) if asked is None else asked
     stride = source.spec.stride[0]
     if trained < 1 or (trained - 1) % stride:
-        raise GenerationError(f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); use 81.")
+        raise GenerationError(
+            f"trained_frames must be {stride}k+1 for {source.name} (got {trained}); the model's are "
+            f"{source.defaults.longest}."
+        )
     return trained
 
 

@@ -76,6 +76,21 @@ class LoraFile:
             first = round(first / (first + (1 - first) * self.shift / shift), 6)
         return {**self.about.get("options", {}), "first_steps": first, "first_layers": self.about["first_layers"]}
 
+    def other_attention(self, method: str, options: Mapping[str, object]) -> str | None:
+        """What is another attention in a run than in training, in a sentence; None where nothing is.
+
+        Dense steps and layers are left out: more of them do no harm, and two experts share the larger numbers.
+        """
+        trained = self.about.get("method", method)
+        if trained != method:
+            return f"The LoRA {self.name} was trained with {trained} attention; this run has {method}."
+        differing = [
+            f"{option}={value}, here {options[option]}"
+            for option, value in self.about.get("options", {}).items()
+            if option in options and _plain(options[option]) != _plain(value)
+        ]
+        return f"The LoRA {self.name} was trained with {'; '.join(differing)}." if differing else None
+
 
 def find_lora(text: str, scale: float = 1.0) -> LoraFile:
     """Read what a LoRA file says; `text` is the file, or the folder of a `pytorch_lora_weights.safetensors`.
@@ -175,6 +190,11 @@ def load_norms(transformer: Any, path: Path) -> None:
             if name not in mine or mine[name].shape != value.shape:
                 raise GenerationError(f"{path} is for another model: it has {name} {list(value.shape)}.")
             mine[name].copy_(value)
+
+
+def _plain(value: object) -> object:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _adapter(number: int, lora: LoraFile) -> str:

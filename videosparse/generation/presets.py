@@ -145,6 +145,17 @@ def find_speed(name: str) -> Speed:
     return SPEEDS[name]
 
 
+def presets_over(given: Iterable[str], before: Iterable[str]) -> tuple[str, ...]:
+    """Names of the presets that were given, and of those before that are of the other kind.
+
+    Raises:
+        GenerationError: an unknown name, or two of a kind at once.
+    """
+    pairs = zip(split_presets(given), split_presets(before), strict=True)
+    chosen = (new if new is not None else old for new, old in pairs)
+    return tuple(preset.name for preset in chosen if preset is not None)
+
+
 def split_presets(names: Iterable[str]) -> tuple[Preset | None, Speed | None]:
     """The model's preset and the speed's preset of several names, one of each at most.
 

@@ -218,10 +218,15 @@ def _cuts(pipe: Any, settings: Settings) -> Iterator[str]:
 
 
 def _beyond(settings: Settings) -> Iterator[str]:
-    """Which LoRAs were trained for shorter videos."""
+    """Which LoRAs were trained for shorter videos, or windows of them, or with another attention."""
+    request, windows = settings.request, settings.windows is not None
+    frames = (settings.grid.frames - 1) * settings.source.spec.stride[0] + 1
     for lora in settings.loras:
-        if lora.frames is not None and settings.num_frames > lora.frames:
-            yield f"The LoRA {lora.name} was trained for {lora.frames} frames; this video has {settings.num_frames}."
+        if other := lora.other_attention(request.method, request.options.get(request.method, {})):
+            yield other
+        if lora.frames is not None and frames > lora.frames:
+            here = f"windows have {frames}" if windows else f"this video has {frames}"
+            yield f"The LoRA {lora.name} was trained for {lora.frames} frames; {here}."
 
 
 def _windowless(settings: Settings) -> Iterator[str]:

@@ -49,11 +49,8 @@ PARTS: Mapping[str, str] = MappingProxyType(
 )
 """What can be combined, as a user writes it."""
 
-_OF_SPEEDS = {"quant": "int8", "linears": "fp8", "compile": "compile", "step_cache": "first-block"}
-"""What a speed may have to leave out, by its key."""
-
-_WRITTEN = {key: PARTS[part].replace("`", "") for key, part in _OF_SPEEDS.items()}
-"""The same as a user writes it."""
+_OF_KEY = {"quant": "int8", "linears": "fp8", "compile": "compile", "step_cache": "first-block"}
+"""Which part each key of a speed's preset stands for."""
 
 _ONE_CACHE = "a run has one step cache; leave one"
 _ONE_PLACE = "weights can be offloaded one way; leave one"
@@ -144,8 +141,12 @@ def check_together(parts: tuple[str, ...]) -> None:
     """Raise GenerationError where two parts do not go together."""
     for one, other in combinations(parts, 2):
         if reason := REFUSED.get(frozenset({one, other})):
-            first, second = (PARTS[part].replace("`", "") for part in (one, other))
-            raise GenerationError(f"{first} and {second} do not go together: {reason}.")
+            raise GenerationError(f"{_written(one)} and {_written(other)} do not go together: {reason}.")
+
+
+def _written(part: str) -> str:
+    """A part as a user writes it."""
+    return PARTS[part].replace("`", "")
 
 
 def together() -> str:
@@ -214,7 +215,7 @@ def _step_cache(request: GenerationRequest, source: ModelSource) -> StepCache | 
 def _sped_up(
     request: GenerationRequest, source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> tuple[GenerationRequest, tuple[str, ...]]:
-    """A request with what its speed preset adds to it, and what that leaves out on this machine and in this request."""
+    """A request with what its speed preset adds to it, and what that leaves out of this run."""
     if request.speed is None:
         return request, ()
     speed = find_speed(request.speed)
@@ -224,29 +225,16 @@ def _sped_up(
         raise GenerationError(
             f"--preset {speed.name} runs {method} attention (got --method {request.method}); drop one of them."
         )
-    reasons = {**_unfitting(wanted, request, source.experts), **_left_out(wanted, source, device, dtype)}
+    reasons = {**_impossible(wanted, source, device, dtype), **_clashing(wanted, request, source)}
     kept = {key: value for key, value in wanted.items() if key not in reasons}
     options = request.options
     if (quant := kept.pop("quant", None)) is not None:
         options = {**options, request.method: {"quant": quant, **options.get(request.method, {})}}
     fill: dict[str, Any] = {key: value for key, value in kept.items() if getattr(request, key) is None}
     # what was asked for beside the preset is not left out, it is refused
-    told = [f"{_WRITTEN[key]} ({reason})" for key, reason in reasons.items() if not _given(request, key)]
+    told = [f"{_written(_OF_KEY[key])} ({reason})" for key, reason in reasons.items() if not _given(request, key)]
     notices = (f"Preset {speed.name} leaves out here: {'; '.join(told)}.",) if told else ()
     return replace(request, options=options, **fill), notices
-
-
-def _unfitting(wanted: Mapping[str, object], request: GenerationRequest, experts: int) -> dict[str, str]:
-    """Which parts of a speed preset do not go with what a request asks for beside it, and why."""
-    cache = parse_step_cache("none" if request.step_cache is None else request.step_cache)
-    alone = Stack(cache, request.linears or "none", bool(request.compile), request.offload)
-    asked = parts_of(request, alone, experts)
-    return {
-        key: f"it does not go with {PARTS[other].replace('`', '')}"
-        for key in wanted
-        for other in asked
-        if not _given(request, key) and frozenset({_OF_SPEEDS[key], other}) in REFUSED
-    }
 
 
 def _given(request: GenerationRequest, key: str) -> bool:
@@ -255,10 +243,21 @@ def _given(request: GenerationRequest, key: str) -> bool:
     return getattr(request, key) is not None
 
 
-def _left_out(
+def _clashing(wanted: Mapping[str, object], request: GenerationRequest, source: ModelSource) -> dict[str, str]:
+    """Which parts of a speed preset do not go with what was asked for beside it, and why."""
+    asked = parts_of(request, Stack(compiled=bool(request.compile)), source.experts)
+    found: dict[str, str] = {}
+    for key in wanted:
+        for other in asked:
+            if reason := REFUSED.get(frozenset({_OF_KEY[key], other})):
+                found[key] = f"with {_written(other)}: {reason.partition('; ')[0]}"
+    return found
+
+
+def _impossible(
     wanted: Mapping[str, object], source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
-    """Which parts of a speed preset cannot run here, or gain nothing, and why."""
+    """Which parts of a speed preset cannot run on this machine, or gain nothing, and why."""
     reasons: dict[str, str | None] = {}
     if "quant" in wanted:
         slow = None if device.type == "cuda" else f"plain torch computes it on {device}, no faster"

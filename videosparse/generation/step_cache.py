@@ -152,8 +152,8 @@ def check_measured(cache: StepCache | None) -> None:
     """Raise GenerationError where a run would first have to measure, which one video does by itself."""
     if cache is not None and cache.measures:
         raise GenerationError(
-            f"{cache.file} is not there yet: make one video without --compare first, by the same options; it measures, "
-            "and skips nothing."
+            f"{cache.file} is not there yet: make one video first, by the same options without --compare and "
+            "--prompts; it measures, and skips nothing."
         )
 
 
