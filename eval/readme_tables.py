@@ -515,9 +515,9 @@ def speeds() -> str:
 
 def stack() -> str:
     """Which accelerations go together, from what requests are refused by."""
-    from videosparse.generation.stack import matrix
+    from videosparse.generation.stack import together
 
-    return matrix()
+    return together()
 
 
 ALL = (

@@ -52,7 +52,7 @@ from videosparse.evaluation.prompt_lists import balanced, make_list
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
 from videosparse.files import write_text
-from videosparse.generation.errors import told
+from videosparse.generation.errors import refused
 from videosparse.generation.output import WHOLE, check_writable, slug
 from videosparse.generation.sources import find_model
 from videosparse.metrics.bootstrap import interval
@@ -303,4 +303,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:  # sizes, names and files
-        raise SystemExit(f"error: {told(error)}") from None
+        raise refused(error) from None

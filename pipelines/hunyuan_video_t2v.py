@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, Hun
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, stream_to, told, video_place
+from videosparse.generation import find_model, refused, stream_to, video_place
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -81,5 +81,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {told(error)}") from None
+    except (
+        ValueError,
+        OSError,
+        NotImplementedError,
+    ) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+        raise refused(error) from None

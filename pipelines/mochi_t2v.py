@@ -13,7 +13,7 @@ import torch
 from diffusers import MochiPipeline
 
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, stream_to, told, video_place
+from videosparse.generation import find_model, refused, stream_to, video_place
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -79,5 +79,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {told(error)}") from None
+    except (
+        ValueError,
+        OSError,
+        NotImplementedError,
+    ) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+        raise refused(error) from None

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, stream_to, told, video_place
+from videosparse.generation import find_model, refused, stream_to, video_place
 from videosparse.generation.batch import plan_batch, run_batch
 from videosparse.generation.runfile import merge, read_prompts, request_from
 
@@ -88,7 +88,11 @@ if __name__ == "__main__":
             one_video(arguments, state)
         else:
             many_videos(arguments, state)
-    except (ValueError, OSError) as error:  # sizes, names and files, as Diffusers and videosparse tell them
-        raise SystemExit(f"error: {told(error)}") from None  # on every rank: the first to end takes the others along
+    except (
+        ValueError,
+        OSError,
+        NotImplementedError,
+    ) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+        raise refused(error) from None  # on every rank: the first to end takes the others along
     finally:
         state.destroy_process_group()

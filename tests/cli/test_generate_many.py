@@ -137,7 +137,6 @@ def test_latents(run, tmp_path):
             "--ultravico must lie in 0..1, 0 excluded (got 0.0); the published",
         ),
         (["a cat", "--context-frames", "8"], "--context-frames must be 4k+1, at least 5 (got 8); use 5 or 9."),
-        (["a cat", "--linears", "fp8"], "Error: --linears fp8 cannot run: "),
         (["a cat", "--context-frames", "9", "--context-overlap", "5"], "--context-overlap must be a multiple of 4"),
         (["a cat", "--lora", ""], "No LoRA at ''"),
         (["a cat", "--method", "paro", "--plan", ""], "--plan must not be empty"),
@@ -145,6 +144,7 @@ def test_latents(run, tmp_path):
         (["a cat", *MAGCACHE, ""], "--magnitudes must not be empty"),
         (["a cat", *MAGCACHE, "taken"], "taken: it is a folder; name a file, such as taken/m.json."),
         (["a cat", *MAGCACHE, "run.toml/m.json"], "run.toml is not a folder; choose another folder."),
+        (["a cat", "--linears", "fp8"], "Error: --linears fp8 cannot run: "),
         (["a cat", "--context-overlap", "8"], "--context-overlap is for --context-frames"),
     ],
 )

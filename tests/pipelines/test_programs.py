@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -52,32 +53,40 @@ def test_help(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("multi_gpu.py", "wan_i2v.py")])
-def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path):
+def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(tmp_path / "nowhere")])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit, match=r"^error: "):
-        runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
+    assert re.fullmatch("Error: .*\n", mistake(name, capsys))
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "wan_i2v.py"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frames", "8"], "error: --frames must be .k.1 for .* .got 8.; use "),
-        (["--height", "33"], "error: --height must be a multiple of"),
-        (["--output", "taken.mp4"], "error: taken.mp4 exists; choose another name, or pass --overwrite."),
-        (["--output", "a.gif"], "error: --output must end in .mp4"),
+        (["--frames", "8"], "Error: --frames must be .k.1 for .* .got 8.; use "),
+        (["--height", "33"], "Error: --height must be a multiple of"),
+        (["--output", "taken.mp4"], "Error: taken.mp4 exists; choose another name, or pass --overwrite."),
+        (["--output", "a.gif"], "Error: --output must end in .mp4"),
     ],
 )
-def test_sizes_and_names_are_checked_before_anything_is_loaded(name, arguments, message, monkeypatch, tmp_path, models):
+def test_sizes_and_names_are_checked_before_anything_is_loaded(
+    name, arguments, message, monkeypatch, tmp_path, models, capsys
+):
     family = name.split("_")[0]
     model = models[{"multi": "wan", "wan22": "wan"}.get(family, family)]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.mp4").touch()
     monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(model), *arguments])
-    with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
+    assert re.match(message, mistake(name, capsys))
     assert [path.name for path in tmp_path.iterdir()] == ["taken.mp4"]
+
+
+def mistake(name, capsys):
+    """What a program that refuses its arguments writes to stderr; its exit code is 2, as that of the command."""
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
+    assert ended.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,7 +11,17 @@ import torch
 
 from videosparse.wording import nearest, one_line
 
-__all__ = ["OPTION_OF", "GenerationError", "calling", "memory_errors", "nearest", "one_line", "renamed", "told"]
+__all__ = [
+    "OPTION_OF",
+    "GenerationError",
+    "calling",
+    "memory_errors",
+    "nearest",
+    "one_line",
+    "refused",
+    "renamed",
+    "told",
+]
 
 
 class GenerationError(ValueError):
@@ -68,6 +79,12 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
 def told(error: BaseException, limit: int = 1000) -> str:
     """What a program says of an error: one line, which names options instead of fields."""
     return renamed(one_line(error, limit), OPTION_OF)
+
+
+def refused(error: BaseException) -> SystemExit:
+    """The end of a program that was asked for what cannot be: one line on stderr, and exit code 2, as the command's."""
+    sys.stderr.write(f"Error: {told(error)}\n")
+    return SystemExit(2)
 
 
 @contextmanager

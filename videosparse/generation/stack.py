@@ -149,24 +149,14 @@ def _written(part: str) -> str:
     return PARTS[part].replace("`", "")
 
 
-def matrix() -> str:
-    """The table of what goes together, in Markdown."""
-    names = list(PARTS)
-    columns = names[:-1]
-    lines = [["", *(str(number) for number in range(1, len(names)))], ["---"] * len(names)]
-    notes: list[str] = []
-    for row, one in enumerate(names[1:], 1):
-        cells = [f"{row + 1} {PARTS[one]}"]
-        for column, other in enumerate(columns):
-            reason = REFUSED.get(frozenset({one, other})) if column < row else None
-            if reason is not None and reason not in notes:
-                notes.append(reason)
-            mark = "yes" if reason is None else f"no ({notes.index(reason) + 1})"
-            cells.append(mark if column < row else "")
-        lines.append(cells)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Columns: 1 is {PARTS[names[0]]}, the others are the rows.\n\n{table}\n\n" + "\n".join(
-        f"{number}. {note[0].upper()}{note[1:]}." for number, note in enumerate(notes, 1)
+def together() -> str:
+    """What goes together, in Markdown: the parts, and the pairs that are refused."""
+    reasons: dict[str, list[str]] = {}
+    for pair, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(" with ".join(PARTS[part] for part in PARTS if part in pair))
+    rows = [f"| {'; '.join(pairs)} | {reason[0].upper()}{reason[1:]}. |" for reason, pairs in reasons.items()]
+    return "\n".join(
+        [f"The parts: {', '.join(PARTS.values())}.", "", "| refused | why, and what to do |", "| --- | --- |", *rows]
     )
 
 
