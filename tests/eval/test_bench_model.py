@@ -17,6 +17,7 @@ from videosparse.benchmark.step_contenders import STEP_CONTENDERS, bound
 from videosparse.benchmark.stepping import classes, difference, step
 from videosparse.benchmark.whole import BlockTimes, case_of, whole_forward, whole_run
 from videosparse.cases import MODELS
+from videosparse.components import is_compiled
 from videosparse.policies.base import DenseSchedule
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +175,7 @@ def test_every_family_is_timed_block_by_block(tiny, case, kinds):
         assert 0 < found.times.rest < found.times.forward
         outs.append(found.out)
     torch.testing.assert_close(outs[1], outs[0], rtol=0.05, atol=0.05)
-    assert all(block._compiled_call_impl is None for block in transformer.blocks_of(model))
+    assert all(not is_compiled(block) for block in transformer.blocks_of(model))
 
 
 def test_a_method_that_searches_is_timed_searching_and_sparse(tiny):
@@ -218,10 +219,10 @@ def test_compiled_blocks_keep_their_stamps_and_are_undone(tiny):
     with bound(model, compiled, "", backend="eager"):
         found = step(model, compiled, inputs, inputs)
         assert classes(model, compiled) == found.times.classes
-        assert all(block._compiled_call_impl is not None for block in model.blocks)
+        assert all(is_compiled(block) for block in model.blocks)
     torch.testing.assert_close(found.out, expected, rtol=0.05, atol=0.05)
     assert min(min(blocks) for blocks in found.times.blocks) > 0
-    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert not any(is_compiled(module) for module in model.modules())
 
 
 def test_a_step_that_the_cache_skips_calls_one_block(tiny):

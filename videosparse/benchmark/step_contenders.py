@@ -13,7 +13,7 @@ import torch
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor, restore, sparsify
 from videosparse.attach import tracker_of
 from videosparse.benchmark.contenders import Missing
-from videosparse.benchmark.transformer import blocks_of, compile_blocks, run_eagerly
+from videosparse.benchmark.transformer import compile_blocks, run_eagerly
 from videosparse.cases import Case
 from videosparse.kernels import attend
 from videosparse.kernels.dense import DENSE_KERNELS, OWN
@@ -179,7 +179,7 @@ def bound(model: Any, contender: StepContender, best: str, backend: str = "induc
         if contender.cached:
             undo.enter_context(_skipping(model, backend if contender.compiled else None))
         elif contender.compiled:
-            undo.callback(run_eagerly, list(model.modules()))
+            undo.callback(run_eagerly, model)
             compile_blocks(model, backend)
         yield processor
 
@@ -209,19 +209,15 @@ def _taking(model: Any, kernel: str) -> Iterator[None]:
 
 @contextmanager
 def _skipping(model: Any, backend: str | None) -> Iterator[None]:
-    """FirstBlockCache around blocks that are compiled one by one: its own code does not go into a graph."""
+    """FirstBlockCache around blocks that are compiled: its own code does not go into a graph."""
     from diffusers import FirstBlockCacheConfig
 
-    blocks = blocks_of(model)
-    torch._dynamo.reset()
     if backend is not None:
-        for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        compile_blocks(model, backend)
     model.enable_cache(FirstBlockCacheConfig(threshold=SKIP_ALWAYS))
     try:
         with model.cache_context("cond"):
             yield
     finally:
         model.disable_cache()
-        for block in blocks:
-            vars(block).pop("forward", None)
+        run_eagerly(model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from videosparse.cases import Case, ModelSpec
+from videosparse.generation import compiling
 
 LAST = " last"
 """What the name of a kind of block ends with where the last one of a model does less than the others."""
@@ -121,16 +121,12 @@ def kinds_of(spec: ModelSpec) -> list[str]:
 
 
 def compile_blocks(model: Any, backend: str = "inductor") -> None:
-    """Regional compilation without a graph break, of sizes that do not change; Mochi does not declare its blocks."""
+    """Compile the blocks as `videosparse generate --compile` does, from nothing."""
     torch._dynamo.reset()
-    if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
-        return
-    for block in blocks_of(model):
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
+    compiling.compile_blocks(model, backend=backend)
 
 
-def run_eagerly(modules: Iterable[torch.nn.Module]) -> None:
+def run_eagerly(model: Any) -> None:
     """Undo `compile_blocks`."""
-    for module in modules:
-        module._compiled_call_impl = None  # what Module.compile sets
+    for block in blocks_of(model):
+        vars(block).pop("forward", None)

@@ -49,7 +49,7 @@ def quantize_linears(
     projection stay as they are: they are small, and every token passes through them. LoRAs stay in their dtype, too,
     and are added to the output of the rounded layer, whether they are loaded before or after.
 
-    Compile the blocks, too (`compile_repeated_blocks`): eager, finding the scales takes kernels of its own.
+    Compile the blocks, too (`compile_blocks`): eager, finding the scales takes kernels of its own.
 
     Args:
         transformer: of a supported family, weights in bf16, on any device.
