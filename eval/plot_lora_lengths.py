@@ -26,7 +26,8 @@ QUARTERS = (1, 2, 3, 4)
 NEEDED = ("lora", "method", "frames", "right_q1", "right_q4_high", "drift", "repetition", "training_s",
           "training_peak_gib", "training_steps")  # fmt: skip
 # one colour a setting in every panel, readable without colour vision
-LINES = (("black", ":"), ("#999999", "--"), ("#CC79A7", "--"), ("#E69F00", "-."), ("#0072B2", "-"), ("#D55E00", "-"))
+LINES = (("black", ":"), ("#999999", "--"), ("#CC79A7", "--"), ("#E69F00", "-."), ("#009E73", "-."), ("#56B4E9", "-."),
+         ("#0072B2", "-"), ("#D55E00", "-"))  # fmt: skip
 STYLES = {key: (label, *line) for (key, label), line in zip(SETTINGS.items(), LINES, strict=True)}
 
 Row = dict[str, str]
@@ -37,7 +38,7 @@ def quarters_panel(axes: plt.Axes, rows: list[Row], frames: str) -> None:
     for at, (key, (label, colour, line)) in enumerate(STYLES.items()):
         for row in rows:
             if (row["lora"], row["method"], row["frames"]) == (*key, frames):
-                marks(axes, row, [f"right_q{q}" for q in QUARTERS], [q + 0.04 * (at - 2.5) for q in QUARTERS],
+                marks(axes, row, [f"right_q{q}" for q in QUARTERS], [q + 0.03 * (at - 3.5) for q in QUARTERS],
                       colour, line, label)  # fmt: skip
     axes.set(xlabel="quarter of the video", ylim=(0, 103), xticks=QUARTERS, title=f"{frames} frames")
     axes.set_ylabel("right answers, %")
@@ -49,7 +50,7 @@ def length_panel(axes: plt.Axes, rows: list[Row], name: str, scale: float, label
         mine = sorted((r for r in rows if (r["lora"], r["method"]) == key), key=lambda r: int(r["frames"]))
         lengths = sorted({int(r["frames"]) for r in rows})
         for row in mine:
-            marks(axes, row, [name], [lengths.index(int(row["frames"])) + 0.06 * (at - 2.5)], colour, line, "", scale)
+            marks(axes, row, [name], [lengths.index(int(row["frames"])) + 0.045 * (at - 3.5)], colour, line, "", scale)
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(xlabel="frames", ylabel=label)

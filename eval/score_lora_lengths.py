@@ -3,13 +3,13 @@
     python eval/score_lora_lengths.py --lora dense=outputs/lora/dense --lora radial=outputs/lora/radial
 
 Each `--lora METHOD=FOLDER` is generated with the attention, schedule and shift that it was trained for; dense and
-Radial Attention are run without a LoRA, too, and dense attention with RIFLEx. Every quarter of every video is judged
-as a video of its own by the detectors of the world (held-out prompts, one object), beside the rendered truth; drift
-is what is right in the first quarter and wrong in the last, repetition that beyond the true video's from half the
-training length on. Rows (means with 95 % bootstrap intervals) go to `assets/results/lora_length.csv`, each as soon as
-it is there; the LoRAs' training time and memory come from their logs. The same command goes on where it was stopped:
-rows that are there are not made again, but for a LoRA that has been trained since. `eval/plot_lora_lengths.py` draws
-them.
+Radial Attention are run without a LoRA, too, and dense attention with RIFLEx, with UltraViCo, and by context windows of
+the trained length. Every quarter of every video is judged as a video of its own by the detectors of the world (held-out
+prompts, one object), beside the rendered truth; drift is what is right in the first quarter and wrong in the last,
+repetition that beyond the true video's from half the training length on. Rows (means with 95 % bootstrap intervals) go
+to `assets/results/lora_length.csv`, each as soon as it is there; the LoRAs' training time and memory come from their
+logs. The same command goes on where it was stopped: rows that are there are not made again, but for a LoRA that has
+been trained since. `eval/plot_lora_lengths.py` draws them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ from videosparse.generation.errors import GenerationError
 from videosparse.generation.lora import find_lora
 from videosparse.generation.methods import check_method, make_processor
 from videosparse.generation.shifts import shifted
+from videosparse.logits import FarLogits
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
-from videosparse.stretching import extend_rope
+from videosparse.stretching import context_windows, extend_rope
 from videosparse.synthetic.captions import parse_caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import arrange_scene
@@ -48,6 +49,8 @@ OUTPUT = Path("assets/results/lora_length.csv")
 PROMPTS = Path("eval/prompts/world128_heldout.json")
 FPS = 16.0
 TRAINED = 81
+OVERLAP = 16  # pixel frames that context windows share
+STRETCHED = ("riflex", "ultravico", "windows")
 # the schedule of the long lengths, for the runs without a LoRA
 RADIAL = {"decay": 1.0, "first_steps": 0.1, "first_layers": 1}
 FIGURES = (*(f"right_q{i + 1}" for i in range(QUARTERS)), "drift", "repetition", "permanence", "frozen")
@@ -105,7 +108,7 @@ def settings_of(args: argparse.Namespace) -> list[tuple[str, str, Path | None]]:
     found: list[tuple[str, str, Path | None]] = [("truth", "none", None)]
     loras = [text.partition("=") for text in args.lora]
     methods = dict.fromkeys(["dense", "radial", *(method.split("-")[0] for method, _, _ in loras)])
-    found += [*(("none", method, None) for method in methods), ("riflex", "dense", None)]
+    found += [*(("none", method, None) for method in methods), *((name, "dense", None) for name in STRETCHED)]
     return found + [(method, method.split("-")[0], Path(folder)) for method, _, folder in loras]
 
 
@@ -126,6 +129,7 @@ def switched(pipe: Any, name: str, method: str, folder: Path | None) -> Iterator
     """A pipeline with a LoRA, or none, and the attention, for the time of a block."""
     options: dict[str, Any] = dict(RADIAL) if method == "radial" else {}
     shift = None
+    windows = context_windows(pipe, frames=TRAINED, overlap=OVERLAP) if name == "windows" else nullcontext()
     try:
         if folder is not None:
             lora = find_lora(str(folder))
@@ -137,8 +141,9 @@ def switched(pipe: Any, name: str, method: str, folder: Path | None) -> Iterator
         if name == "riflex":
             extend_rope(pipe, "riflex", trained_frames=TRAINED)
         if method != "none":
-            pipe.set_attn_processor(make_processor(method, options))
-        with shifted(pipe, shift):
+            far = FarLogits((TRAINED - 1) // pipe.vae_scale_factor_temporal + 1) if name == "ultravico" else None
+            pipe.set_attn_processor(make_processor(method, options, far))
+        with shifted(pipe, shift), windows:
             yield
     finally:
         restore(pipe)

@@ -12,7 +12,8 @@ needs one command); SIGTERM and Ctrl-C write one and leave. The result is `pytor
 
     videosparse generate "a red circle bounces" --lora OUTPUT_FOLDER
 
-which takes the length, the method and its schedule from the file. `--format comfy` also writes Wan's original keys.
+which takes the length, the shift, and the options and schedule of the method from the file; the method is that of
+`--method`, radial unless said. `--format comfy` also writes Wan's original keys.
 """
 
 from __future__ import annotations

@@ -331,6 +331,8 @@ def test_plan_of_a_folder_and_of_dense(run):
 def test_plan_of_videos_beyond_the_trained_length(run):
     size = ["--model", "wan2.1-14b", "--height", "480", "--width", "832", "--frames", "161", "--steps", "50"]
     whole = run("plan", *size, "--method", "dense")
+    shorter = run("plan", *size, "--method", "dense", "--ultravico", "0.9", "--trained-frames", "41")
+    assert "beyond half of 11 latent frames" in shorter.stdout
     far = run("plan", *size, "--method", "dense", "--ultravico", "0.9")
     assert far.exit_code == 0, far.output
     assert "positive scores times 0.9 beyond half of 21 latent frames; by the portable kernel" in far.stdout
@@ -345,6 +347,10 @@ def test_plan_of_videos_beyond_the_trained_length(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "wan2.1-14b", "--trained-frames", "81"],
+            "--trained-frames is for --ultravico; drop it, or give both.",
+        ),
         (
             ["--model", "wan2.1-14b", "--frames", "81", "--ultravico", "0.9"],
             "longer than the 81 frames that wan2.1-14b",

@@ -37,7 +37,7 @@ def row(score, lora, method, frames, **more):
 
 
 def test_every_setting_and_column_that_is_asked_for(score, tmp_path):
-    """No training, RIFLEx, and a LoRA for each method; figures, training time and memory of each."""
+    """No training, three ways to stretch, and a LoRA for each method; figures, training time and memory of each."""
     for name in ("dense", "radial"):
         (tmp_path / name).mkdir()
     steps = [{"step": 1, "seconds": 2.5, "peak_gib": 1.5}, {"step": 1, "held_out/17/0.5": 1.0},
@@ -46,11 +46,36 @@ def test_every_setting_and_column_that_is_asked_for(score, tmp_path):
     args = type("Args", (), {"lora": [f"{name}={tmp_path / name}" for name in ("dense", "radial")]})
     settings = score.settings_of(args)
     assert [(name, method) for name, method, _ in settings] == list(training_tables.SETTINGS)
-    assert [folder is not None for *_, folder in settings] == [False] * 4 + [True] * 2
+    assert [folder is not None for *_, folder in settings] == [False] * 6 + [True] * 2
     assert {"right_q1", "right_q4", "drift", "repetition", "permanence", "frozen"} <= set(score.COLUMNS)
     found = score.trained(tmp_path / "dense")
     assert found == {"training_steps": 2, "training_s": "4.5", "training_peak_gib": "1.75"}
     assert set(found) == set(training_tables.TRAINING_COLUMNS) <= set(score.COLUMNS)
+
+
+def test_what_stretches_is_in_force_for_its_own_setting_alone(score):
+    """By the calls of the transformer that a video beyond the trained length takes, and by what attention is told."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "assets/tiny-wan")
+    told = []
+
+    def look(module, args):
+        layer = module.blocks[0].attn1.processor
+        told.append((layer.plan.layout.grid.frames, layer.plan.options.logit))
+
+    inputs = {
+        "hidden_states": torch.randn(1, 8, 26, 4, 4), "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 4, 128), "return_dict": False,
+    }  # fmt: skip
+    for name in ("none", *score.STRETCHED, "none"):
+        with score.switched(pipe, name, "dense", None), torch.no_grad():
+            handle = pipe.transformer.register_forward_pre_hook(look)
+            pipe.transformer(**inputs)
+            handle.remove()
+    plain, far = (26, None), (26, score.FarLogits(21))
+    assert told == [plain, plain, far, (21, None), (21, None), plain]
 
 
 def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
@@ -70,10 +95,11 @@ def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
         score.main()
         return capsys.readouterr().out
 
-    assert "8 are left, call me again" in run("--seconds", "-1")
+    assert "12 are left, call me again" in run("--seconds", "-1")
     assert (made, output.exists()) == ([], False)
-    assert "8 rows in" in run()
-    assert made == [(name, frames) for frames in (17, 33) for name in ("truth", "none", "none", "riflex")]
+    assert "12 rows in" in run()
+    every = ("truth", "none", "none", "riflex", "ultravico", "windows")
+    assert made == [(name, frames) for frames in (17, 33) for name in every]
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert all(row[column] for row in rows for column in score.FIGURES)
@@ -81,7 +107,7 @@ def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
     run()
     assert made == [("truth", 17)], "only what is missing"
     run("--steps", "3")
-    assert len(made) == 8, "rows of other settings are made again"
+    assert len(made) == 12, "rows of other settings are made again"
 
 
 def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
@@ -94,14 +120,14 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     rows = [row(score, *setting) for setting in settings]
     write_rows(tmp_path / "lora_length.csv", rows, score.COLUMNS)
     whole = tables.lora_lengths().splitlines()
-    assert len(whole) == 2 + 18
+    assert len(whole) == 2 + 24
     assert whole[-1] == (
         "| 321 | LoRA trained with Radial | 48 | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) "
         "| 12 (5 to 20) | 0.5 (0.5 to 0.5) | 50 (50 to 50) | 240 | 61.5 | 7.25 |"
     )
     write_rows(tmp_path / "lora_length.csv", rows[:-2], score.COLUMNS)
     part = tables.lora_lengths().splitlines()
-    assert len(part) == 2 + 16 + 2
+    assert len(part) == 2 + 22 + 2
     assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames, LoRA trained with Radial at 321 frames."
     (folder / "figures").mkdir()
     (folder / "figures/lora_lengths.png").touch()

@@ -11,6 +11,8 @@ SETTINGS = {
     ("none", "dense"): "no training, dense",
     ("none", "radial"): "no training, Radial",
     ("riflex", "dense"): "no training, RIFLEx, dense",
+    ("ultravico", "dense"): "no training, UltraViCo, dense",
+    ("windows", "dense"): "no training, context windows, dense",
     ("dense", "dense"): "LoRA trained dense",
     ("radial", "radial"): "LoRA trained with Radial",
 }

@@ -47,6 +47,8 @@ Ultravico = Annotated[
     ),
 ]
 
+TrainedFrames = Annotated[int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")]
+
 ContextFrames = Annotated[
     int | None,
     typer.Option(help="Call the model on windows of so many pixel frames and blend them.", show_default="whole video"),
@@ -131,9 +133,7 @@ def generate(
         str | None,
         typer.Option(help="Beyond the trained length: none, riflex, ntk or pi.", show_default="none"),
     ] = None,
-    trained_frames: Annotated[
-        int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")
-    ] = None,
+    trained_frames: TrainedFrames = None,
     ultravico: Ultravico = None,
     context_frames: ContextFrames = None,
     context_overlap: ContextOverlap = None,

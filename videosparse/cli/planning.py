@@ -11,6 +11,7 @@ from videosparse.cli.generation import (
     ContextFrames,
     ContextOverlap,
     Set,
+    TrainedFrames,
     Ultravico,
     density_text,
     method_text,
@@ -36,6 +37,7 @@ def plan(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
     plan_file: Annotated[str | None, typer.Option("--plan", help="For paro: what videosparse calibrate made.")] = None,
     ultravico: Ultravico = None,
+    trained_frames: TrainedFrames = None,
     context_frames: ContextFrames = None,
     context_overlap: ContextOverlap = None,
     options: Set = None,
@@ -64,6 +66,7 @@ def plan(
             method=method,
             options=given.get(method),
             ultravico=ultravico,
+            trained_frames=trained_frames,
             context_frames=context_frames,
             context_overlap=context_overlap,
         )

@@ -153,15 +153,18 @@ def plan_run(
     method: str = "radial",
     options: Options | None = None,
     ultravico: float | None = None,
+    trained_frames: int | None = None,
     context_frames: int | None = None,
     context_overlap: int | None = None,
 ) -> GenerationPlan:
     """Work out a run; what is None is taken from the model's defaults.
 
     Raises:
-        GenerationError: sizes that the model cannot take, an unknown method, options that do not fit the model, or
-            `ultravico` in a video that the model was trained for.
+        GenerationError: sizes that the model cannot take, an unknown method, options that do not fit the model,
+            `ultravico` in a video that the model was trained for, or `trained_frames` without it.
     """
+    if trained_frames is not None and ultravico is None:
+        raise GenerationError("trained_frames is for --ultravico; drop it, or give both.")
     defaults = source.defaults
     steps = within("steps", steps, defaults.steps, (1, MOST_STEPS))
     guidance = within("guidance", guidance, defaults.guidance, GUIDANCES)
@@ -172,7 +175,7 @@ def plan_run(
     )
     windows = context(source, context_frames, context_overlap)
     grid = seen(whole, windows)
-    logit = far_logits(source, grid, ultravico, trained_length(source, None))
+    logit = far_logits(source, grid, ultravico, trained_length(source, trained_frames))
     calls = 1 if windows is None else len(windows.starts(whole.frames))
     layout = TokenLayout(grid, source.spec.text)
     guided = guidance > 1 and source.spec.family != "hunyuan_video"

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from videosparse.metrics.vbench.ledger import stamp_of
+from videosparse.wording import one_line
 
 Loaded = TypeVar("Loaded")
 
@@ -187,6 +188,5 @@ def fit_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> Non
         raise MissingError(f"{path} holds the weights of another model ({_told(error)}); fetch it again.") from error
 
 
-def _told(error: BaseException | None, limit: int = 120) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _told(error: BaseException | None) -> str:
+    return "without a reason" if error is None else one_line(error, 120)
