@@ -79,9 +79,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (
-        ValueError,
-        OSError,
-        NotImplementedError,
-    ) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         raise refused(error) from None

@@ -88,11 +88,8 @@ if __name__ == "__main__":
             one_video(arguments, state)
         else:
             many_videos(arguments, state)
-    except (
-        ValueError,
-        OSError,
-        NotImplementedError,
-    ) as error:  # sizes, names and files, as Diffusers and videosparse tell them
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         raise refused(error) from None  # on every rank: the first to end takes the others along
     finally:
         state.destroy_process_group()

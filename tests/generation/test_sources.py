@@ -1,6 +1,7 @@
 """Finding models and reading what they are from their config files."""
 
 import json
+import logging
 import shutil
 
 import folders
@@ -245,3 +246,19 @@ def test_saved_folder_really_loads(model_folder):
 
     assert type(DiffusionPipeline.from_pretrained(model_folder)).__name__ == "WanPipeline"
     assert folders.PROMPT
+
+
+def test_retries_of_the_hub_are_not_told(monkeypatch, caplog):
+    """A hub model that cannot be fetched is one error; what the client logs besides is as loud as before."""
+    told = logging.getLogger("huggingface_hub.utils")
+
+    def unreachable(*_):
+        told.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(GenerationError, match=r"the hub model someone/else cannot be fetched \(ConnectionError\)"):
+        find_model("someone/else")
+    assert not caplog.records
+    assert logging.getLogger("huggingface_hub").level == before

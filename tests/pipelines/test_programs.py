@@ -59,6 +59,17 @@ def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path, capsys):
     assert re.fullmatch("Error: .*\n", mistake(name, capsys))
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videosparse.generation.video_place", interrupted)
+    image = ["--image", "a.png"] if name == "wan_i2v.py" else []
+    monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", "none", *image])
+    assert mistake(name, capsys, 130) == "Interrupted; no file is left half-written.\n"
+
+
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "wan_i2v.py"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -81,11 +92,11 @@ def test_sizes_and_names_are_checked_before_anything_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["taken.mp4"]
 
 
-def mistake(name, capsys):
-    """What a program that refuses its arguments writes to stderr; its exit code is 2, as that of the command."""
+def mistake(name, capsys, code=2):
+    """What a program writes to stderr that ends with a code: 2, as the command, where it refuses its arguments."""
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "pipelines" / name), run_name="__main__")
-    assert ended.value.code == 2
+    assert ended.value.code == code
     return capsys.readouterr().err
 
 

@@ -72,7 +72,6 @@ def _quiet_libraries() -> None:
     import diffusers
     import transformers
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry, and we of the end
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what is an error also comes as an exception
         library.utils.logging.disable_progress_bar()

@@ -82,7 +82,13 @@ def told(error: BaseException, limit: int = 1000) -> str:
 
 
 def refused(error: BaseException) -> SystemExit:
-    """The end of a program that was asked for what cannot be: one line on stderr, and exit code 2, as the command's."""
+    """The end of a program that was asked for what cannot be: one line on stderr, and exit code 2, as the command's.
+
+    Ctrl-C ends it likewise, with 130.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("Interrupted; no file is left half-written.\n")
+        return SystemExit(130)
     sys.stderr.write(f"Error: {told(error)}\n")
     return SystemExit(2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import re
 import sysconfig
@@ -329,6 +330,9 @@ def _tokenizer_length(location: str) -> float:
 def _download(repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    told = logging.getLogger("huggingface_hub")
+    level = told.level
+    told.setLevel(logging.ERROR)  # it warns of every retry, and the error below says all
     try:
         return Path(hf_hub_download(repo, file))
     except Exception as error:  # the hub client raises its own, the network library's and OSError
@@ -336,6 +340,8 @@ def _download(repo: str, file: str) -> Path:
             f"There is no folder {repo}, and {file} of the hub model {repo} cannot be fetched "
             f"({type(error).__name__}); check the name, the network (HF_HUB_OFFLINE?) and your access."
         ) from error
+    finally:
+        told.setLevel(level)
 
 
 def _experts(index: Mapping[str, Any]) -> int:
