@@ -212,3 +212,21 @@ def test_another_number_of_frames_is_told(monkeypatch):
     monkeypatch.setitem(module._DECODERS, "AutoencoderKLWan", lambda vae, stock, latents, emit: None)
     with pytest.raises(RuntimeError, match="decoded 0 frames of 2 latent ones, and 5 were expected"):
         decode_stream(vae, torch.zeros(1, 16, 2, 4, 4), print)
+
+
+@pytest.mark.parametrize("fps", [0, -1, 1000, float("nan")])
+def test_rates_that_no_file_has(tmp_path, fps):
+    with pytest.raises(GenerationError, match="fps must be 1 to 240"), stream_to(wan(), tmp_path / "a.mp4", fps=fps):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_that_are_not_finite_leave_no_file(tmp_path):
+    pipe = wan()
+    pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with (
+        pytest.raises(GenerationError, match="not finite; check its dtype"),
+        stream_to(pipe, tmp_path / "a.mp4", fps=16),
+    ):
+        pipe("dance monkey", num_frames=5, height=32, width=32, num_inference_steps=1, max_sequence_length=16)
+    assert not list(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from videosparse.generation.errors import GenerationError
 from videosparse.generation.output import Destination, destination
 from videosparse.generation.video import Mp4Writer
 
@@ -125,18 +126,28 @@ def stream_to(
         pipe: called once inside the block.
         output: an .mp4 file, a folder, or what `video_place` decided before the model was loaded. In a folder a taken
             name gets a number, so that two runs do not collide.
-        fps: frames a second.
+        fps: frames a second, 1 to 240.
         overwrite: whether an existing file may be replaced.
 
     Raises:
         NotImplementedError: see `check_streamable`.
-        GenerationError: the file is there already, or cannot be written.
+        GenerationError: the file is there already, or cannot be written; another rate; frames that are not finite.
         ValueError: nothing was generated.
     """
     place = output if isinstance(output, Destination) else destination(output, "video", (".mp4",), overwrite)
+    if not 1 <= fps <= 240:
+        raise GenerationError(f"fps must be 1 to 240 (got {fps}).")
     found = StreamedVideo()
+
+    def add(frames: torch.Tensor) -> None:
+        if not bool(frames.isfinite().all()):
+            raise GenerationError(
+                "The model made frames that are not finite; check its dtype, its weights and the shift of the schedule."
+            )
+        video.add(frames)
+
     with place.files() as parts:
-        with Mp4Writer(parts.path(".mp4"), fps) as video, streaming(pipe, video.add):
+        with Mp4Writer(parts.path(".mp4"), fps) as video, streaming(pipe, add):
             yield found
         found.path = parts.publish()[".mp4"]
 
