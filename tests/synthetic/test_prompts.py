@@ -1,6 +1,7 @@
 """The prompt lists of `eval/score_world.py`: balanced, from their split, and true to their attributes."""
 
 import importlib.util
+import re
 import runpy
 import sys
 from collections import Counter
@@ -97,9 +98,13 @@ def test_a_text_that_says_something_else_is_an_error(program, tmp_path):
         (["--output", "list.txt/rows.csv"], r"list\.txt is not a folder"),
     ],
 )
-def test_mistakes_end_with_one_line_before_anything_is_loaded(tmp_path, monkeypatch, arguments, message):
+def test_mistakes_end_with_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.txt").touch()
     monkeypatch.setattr(sys, "argv", [PROGRAM.name, "--model", "tiny-wan", "--output", "rows.csv", *arguments])
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PROGRAM), run_name="__main__")
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert re.match(f"Error: .*{message}", told)
+    assert told.count("\n") == 1
