@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from eval_programs import load
 
 pytest.importorskip("diffusers")
 
@@ -25,14 +24,6 @@ TORCH = KernelOptions(backend="torch")
 TINY = Workload("tiny", TokenLayout(VideoGrid(2, 12, 15)), heads=2, head_dim=16, share="per head")
 TEXT = Workload("tiny text", TokenLayout(VideoGrid(2, 12, 15), 40), heads=2, head_dim=16)
 BLOCK = (64, 64)
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

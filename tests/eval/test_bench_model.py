@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from eval_programs import load
 
 from videosparse.benchmark import block_clock, step_contenders, stepping, transformer
 from videosparse.benchmark.rows import RowFile
@@ -22,14 +21,6 @@ from videosparse.policies.base import DenseSchedule
 
 ROOT = Path(__file__).parents[2]
 TINY = {name: dataclasses.replace(MODELS[name], heads=2, ffn=64) for name in ("wan2.1-1.3b", "hunyuan-video", "mochi")}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,17 @@
 """Videos beyond the trained length: what is compared, going on after a stop, the table and the figure."""
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from eval_programs import load
 
 from videosparse.benchmark import training_tables
 from videosparse.benchmark.rows import write_rows
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

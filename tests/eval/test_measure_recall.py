@@ -1,11 +1,11 @@
 """The program that judges methods on real calls, at tiny sizes: what it measures, and what it refuses."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from eval_programs import load
 
 pytest.importorskip("diffusers")
 
@@ -14,14 +14,6 @@ from videosparse.layout import TokenLayout, VideoGrid
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = TokenLayout(VideoGrid(4, 12, 15))
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,14 @@
 """Tables and figure of PAROAttention and integers, from a few rows."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from eval_programs import load
 
 from videosparse.benchmark.rows import write_rows
 
 ROOT = Path(__file__).parents[2]
 WAN = "wan2.1-14b 720x1280x81"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
