@@ -15,10 +15,9 @@ def test_small_frames_take_small_blocks():
     assert block_for((128, 64), SMALL) == block_for((128, 128), SMALL) == (64, 64)
 
 
-@pytest.mark.parametrize(
-    ("kind", "usual"), [(RadialProcessor, (128, 128)), (AdaSpaProcessor, (128, 64)), (PAROProcessor, (128, 64))]
-)
-def test_of_every_method_unless_it_is_told(kind, usual):
+@pytest.mark.parametrize("kind", [RadialProcessor, AdaSpaProcessor, PAROProcessor])
+def test_of_every_method_unless_it_is_told(kind):
+    usual = (128, 64)
     model = MODELS["wan2.1-14b"]
     assert kind().resolve(model).policy.block == usual
     assert kind().resolve(model, grid=LARGE).policy.block == usual

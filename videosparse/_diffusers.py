@@ -16,6 +16,7 @@ import torch
 from diffusers import ContextParallelConfig, DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.context_parallel import ContextParallelSplitHook, apply_context_parallel
+from diffusers.hooks.group_offloading import _LAZY_PREFETCH_GROUP_OFFLOADING
 from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput, ParallelConfig
 from diffusers.models.attention_dispatch import (
@@ -303,3 +304,19 @@ def step_cache_states(transformer: torch.nn.Module) -> StateManager:
             if name in _STEP_CACHES:
                 return hook.state_manager
     raise LookupError(f"{type(transformer).__name__} has no step cache.")
+
+
+def settle_prefetch(transformer: torch.nn.Module) -> None:
+    """Tell group offloading with streams the order of a transformer's blocks before anything runs.
+
+    Diffusers looks at the order during the first forward and then takes its hooks for that away. What was hooked to a
+    block in the meantime, as a step cache is, loses its part in every later forward then. Without such hooks nothing
+    changes.
+    """
+    registry = getattr(transformer, "_diffusers_hook", None)
+    lazy = None if registry is None else registry.get_hook(_LAZY_PREFETCH_GROUP_OFFLOADING)
+    if lazy is None:
+        return
+    blocks = [item for item in transformer.named_modules() if item[0] in lazy._layer_execution_tracker_module_names]
+    lazy.execution_order.extend(blocks)
+    lazy.post_forward(transformer, None)

@@ -32,16 +32,17 @@ class RadialDefaults:
     sink: bool
     first_steps: float
     first_layers: int
-    block: tuple[int, int] = (128, 128)
+    block: tuple[int, int] = (128, 64)
 
 
 # As published with the method (arXiv 2506.19852 and its code): 12 of 50 steps is 0.24, 11 of 40 is 0.275. Of the rest,
-# TI2V-5B takes after its sibling A14B, and Mochi after HunyuanVideo, with which it shares the joint sequence. For Wan
-# 2.2 the authors publish blocks of 64x64: those of 128x64 keep all that they keep, and Hopper's kernel takes only them.
+# TI2V-5B takes after its sibling A14B, and Mochi after HunyuanVideo, with which it shares the joint sequence. The
+# authors publish blocks of 128x128, and 64x64 for Wan 2.2. Blocks of 128x64 keep every pair of tokens inside the bands
+# as those do, with 3 to 10 % fewer blocks than 128x128 at the same rate; of 64x64, Hopper's kernel takes none.
 _RADIAL: dict[str, RadialDefaults] = {
     "wan2.1": RadialDefaults(decay=0.2, sink=True, first_steps=0.24, first_layers=1),
-    "wan2.2-a14b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(128, 64)),
-    "wan2.2-5b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1, block=(128, 64)),
+    "wan2.2-a14b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1),
+    "wan2.2-5b": RadialDefaults(decay=0.8, sink=True, first_steps=0.275, first_layers=1),
     "hunyuan-video": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
     "mochi": RadialDefaults(decay=0.95, sink=False, first_steps=0.24, first_layers=0),
 }

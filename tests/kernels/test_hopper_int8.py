@@ -36,7 +36,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(hopper_int8, "_multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int8, "compiled", lambda *_, **__: kernel)
     monkeypatch.setattr(hopper_int8, "value_tail", clean_tail)
-    monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
+    monkeypatch.setattr(hopper_int8, "FP8_HEAD_DIMS", (64, 128))
     monkeypatch.setattr(hopper_int8, "quantize", quantized.quantize)
     monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
     monkeypatch.setattr(int8_path, "_has_fp8", lambda device: True)
@@ -191,7 +191,7 @@ def lists(block):
 )
 def test_what_it_does_not_take(v, given, values, reason, monkeypatch):
     if values == "fp8":
-        assert "until a GPU has shown" in hopper_int8.unsuited(v, v, v, given, False, values)
-        monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
+        assert r"head_dim 128 (got 64)" in hopper_int8.unsuited(v, v, v, given, False, values)
+        monkeypatch.setattr(hopper_int8, "FP8_HEAD_DIMS", (64,))
     found = hopper_int8.unsuited(v, v, v, given, False, values)
     assert found is None if reason is None else re.search(reason, found)

@@ -130,19 +130,15 @@ def test_lengths_around_a_tile(quant):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_fp8_values_on_hopper_repeat(kind, dim, sparse, request, monkeypatch):
-    """Of the Hopper kernel, which is held back until this has passed on a GPU: see `hopper_int8.FP8_VALUES`."""
+def test_fp8_values_on_hopper_repeat(kind, sparse, request):
+    """Of the Hopper kernel; with head_dim 64 it failed here, see `hopper_int8.FP8_HEAD_DIMS`."""
     if request.node.callspec.params["_kernel"] != "special" or not gpu.is_hopper(torch.device("cuda", 0)):
         pytest.skip("of the Hopper kernel")
-    from videosparse.kernels import hopper_int8
-
-    monkeypatch.setattr(hopper_int8, "FP8_VALUES", True)
     layout = make_layout(kind, "cuda", MIDDLE)
     layout = layout.aligned((128, 128)) if sparse else layout
     index = make_map(layout, (128, 128), "per head", device="cuda").index() if sparse else None
-    q, k, v = make_qkv(layout, torch.bfloat16, dim=dim, device="cuda")
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
     call = {"layout": layout, "index": index, "return_lse": True}
     options = KernelOptions(backend="triton", quant="int8-fp8")
     first, level = attend(q, k, v, **call, options=options)

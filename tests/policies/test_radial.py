@@ -162,6 +162,21 @@ def test_text_is_always_kept_on_blocks_of_its_own():
     assert torch.equal(block_map.keep[..., :rows, :rows], bare.keep)
 
 
+@pytest.mark.parametrize("block", [(128, 64), (64, 128)])
+@pytest.mark.parametrize("tokens", [17, 100, 127, 128, 129, 192])
+def test_blocks_between_video_and_text_that_hold_nothing_are_not_kept(block, tokens):
+    layout = TokenLayout(VideoGrid(3, 1, tokens), text=70)
+    aligned = layout.aligned(block)
+    keep = RadialPolicy(block=block).block_map(layout).keep[0, 0]
+    assert keep.shape == tuple(ceil_div(aligned.length, b) for b in block)
+    position = torch.arange(aligned.length)
+    used = aligned.key_mask(1, "cpu")[0]
+    rows, columns = ((position[used] // b).unique() for b in block)
+    assert int(keep.sum()) == int(keep[rows][:, columns].sum())
+    assert keep[rows[-1]][columns].all()
+    assert keep[rows][:, columns[-1]].all()
+
+
 def test_cached_by_everything_the_map_depends_on():
     small, large = TokenLayout(VideoGrid(9, 15, 17)), TokenLayout(VideoGrid(10, 15, 17))
     policy = RadialPolicy()

@@ -48,6 +48,7 @@ class StepContender:
         fused_norm: see `KernelOptions`.
         cached: a step that FirstBlockCache skips: the first block and what is around the blocks.
         all_layers: whether those layers are sparse, too, that the method leaves dense.
+        published: whether Radial keeps blocks by the rule of its authors' code (`coverage="majority"`).
     """
 
     name: str
@@ -60,6 +61,7 @@ class StepContender:
     fused_norm: str = "auto"
     cached: bool = False
     all_layers: bool = False
+    published: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -83,7 +85,10 @@ class StepContender:
         if self.method == "dense":
             return DenseProcessor(quant=self.quant, fused_norm=self.fused_norm)
         if self.method == "radial":
-            return RadialProcessor(first_steps=0, first_layers=0 if self.all_layers else None, quant=self.quant)
+            return RadialProcessor(
+                first_steps=0, first_layers=0 if self.all_layers else None, quant=self.quant,
+                coverage="majority" if self.published else None,
+            )  # fmt: skip
         if self.method == "adaspa":
             return AdaSpaProcessor(first_steps=0, refresh=(), num_steps=STEPS, quant=self.quant)
         return PAROProcessor(first_steps=0, num_steps=STEPS, quant=self.quant)
@@ -102,8 +107,10 @@ STEP_CONTENDERS: dict[str, StepContender] = {
         StepContender("dense", "dense, fastest kernel, compiled", "dense", kernel=BEST),
         StepContender("radial", "Radial, compiled", "radial"),
         StepContender("stack", "Radial, INT8, FP8 linears, compiled", "radial", quant="int8", linears="fp8"),
+        StepContender("stack-fp8", "the same with FP8 values", "radial", quant="int8-fp8", linears="fp8"),
         StepContender("stock", "Diffusers as shipped", "stock", compiled=False),
         StepContender("radial-int8", "Radial, INT8, compiled", "radial", quant="int8"),
+        StepContender("radial-published", "Radial by its authors' rule of blocks, compiled", "radial", published=True),
         StepContender("adaspa", "AdaSpa, compiled", "adaspa"),
         StepContender("adaspa-stack", "AdaSpa, INT8, FP8 linears, compiled", "adaspa", quant="int8", linears="fp8"),
         StepContender("dense-fp8", "dense, FP8 linears, compiled", "dense", linears="fp8", kernel=BEST),

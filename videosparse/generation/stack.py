@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from videosparse._diffusers import settle_prefetch
 from videosparse.components import targets
 from videosparse.generation.compiling import compile_blocks
 from videosparse.generation.errors import GenerationError, nearest
@@ -184,6 +185,8 @@ def apply_stack(pipe: Any, stack: Stack, device: torch.device) -> None:
             device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda",
             exclude_modules=["vae"],
         )  # fmt: skip
+        for transformer in transformers:
+            settle_prefetch(transformer)  # before a step cache comes
     else:
         pipe.to(device)
 

@@ -20,21 +20,20 @@ VARIANT = (True, 0)
 """Whether products start from the offset that makes integers floats, and how consumers take turns."""
 
 
-FP8_VALUES = False
-"""Whether calls with fp8 values are taken. Not before a GPU has shown that outputs repeat to the bit: they did not
-while scores and such values were multiplied at the same time, which `hopper_int8_kernel` now avoids. Until then the
-portable kernel takes them."""
+FP8_HEAD_DIMS = (128,)
+"""With which head_dim calls with fp8 values are taken. With 64, outputs did not repeat to the bit on an H200; the
+portable kernel takes those."""
 
 
 def unsuited(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool, values: str | None
 ) -> str | None:
     """What of a call on checked tensors [B, L, H, D] this kernel does not take; None when it takes all."""
-    batch, length, heads, _ = q.shape
+    batch, length, heads, head_dim = q.shape
     if values == "int8":
         return "it takes no int8 values: Hopper has FP8 for them"
-    if values == "fp8" and not FP8_VALUES:
-        return "it takes no fp8 values until a GPU has shown that its outputs repeat"
+    if values == "fp8" and head_dim not in FP8_HEAD_DIMS:
+        return f"it takes fp8 values with head_dim {FP8_HEAD_DIMS[0]} (got {head_dim})"
     if call.lists is not None and call.lists.block[0] != 128:
         return f"it takes blocks of 128 query rows (got {call.lists.block[0]})"
     if batch >= 2**15 or heads >= 2**16 or batch * heads * ceil_div(length, 128) >= 2**31:
