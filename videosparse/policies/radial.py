@@ -253,12 +253,14 @@ def _build(policy: RadialPolicy, grid: VideoGrid, text: int, device: torch.devic
     # plain tensors also when the caller is in inference mode: the next caller may be training
     with torch.inference_mode(False):
         layout = TokenLayout(grid, text).aligned(policy.block)
-        keep = _video_map(policy, grid, device)
-        # between video and text, which starts on a fresh block of either kind, the smaller blocks may hold nothing
-        rows, columns = (layout.text_start // b if text else n for b, n in zip(policy.block, keep.shape, strict=True))
-        keep = torch.nn.functional.pad(keep, (0, columns - keep.shape[1], 0, rows - keep.shape[0]), value=False)
-        rows, columns = (ceil_div(text, b) for b in policy.block)
-        keep = torch.nn.functional.pad(keep, (0, columns, 0, rows), value=True)
+        video = _video_map(policy, grid, device)
+        keep = video.new_zeros([ceil_div(layout.length, b) for b in policy.block])
+        rows, columns = video.shape
+        keep[:rows, :columns] = video
+        if text:
+            # it starts on a fresh block of either kind, so smaller ones between it and the video may hold nothing
+            row, column = (layout.text_start // b for b in policy.block)
+            keep[row:, :columns] = keep[:rows, column:] = keep[row:, column:] = True
         return BlockMap(keep[None, None], policy.block, layout.length, layout.length)
 
 
