@@ -317,7 +317,7 @@ def test_goals_compare_with_the_fastest_dense_of_the_same_commit():
     assert (found["measured"], found["verdict"], found["must"]) == ("2.08", "must only", ">= 2")
     assert table[CASE, "Radial against FlashAttention-2"]["measured"] == "4.58"
     assert table[CASE, "Radial against FlashAttention-2"]["verdict"] == ""
-    stack = table[CASE, "Radial, INT8 and FP8 linears against the fastest dense"]
+    stack = table[CASE, "Radial, integers and FP8 linears against the fastest dense"]
     assert stack["verdict"] == "not measured"
     assert f'--case "{CASE}"' in stack["command"]
 
