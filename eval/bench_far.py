@@ -27,7 +27,7 @@ from videosparse.benchmark.rows import WHERE, environment, write_rows
 from videosparse.benchmark.timing import interleave, quantiles
 from videosparse.blocks import BlockMap
 from videosparse.cases import CASES
-from videosparse.defaults import radial_defaults
+from videosparse.defaults import block_for, radial_defaults
 from videosparse.kernels import KernelOptions, attend, gpu
 from videosparse.kernels.accuracy import measure
 from videosparse.logits import FarLogits
@@ -46,11 +46,9 @@ COLUMNS = (
 def maps(name: str, device: torch.device) -> dict[str, BlockMap | None]:
     """None for dense, and Radial's map as users get it."""
     case = CASES[name]
-    found = radial_defaults(case.model, grid=case.layout().grid)
-    return {
-        "dense": None,
-        "radial": RadialPolicy(decay=found.decay, block=found.block, sink=found.sink).static_map(case.layout(), device),
-    }
+    found = radial_defaults(case.model)
+    policy = RadialPolicy(decay=found.decay, block=block_for(case.layout().grid), sink=found.sink)
+    return {"dense": None, "radial": policy.static_map(case.layout(), device)}
 
 
 def run(
