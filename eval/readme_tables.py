@@ -24,7 +24,7 @@ from videosparse.benchmark import (
     step_tables,
     training_tables,
 )
-from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown
+from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
 from videosparse.evaluation.method_table import methods
 from videosparse.generation.stack import together
 
@@ -44,6 +44,11 @@ def read(name: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def apart(maker: Callable[..., Table]) -> Maker:
+    """A maker of a table for each value of the first column."""
+    return lambda *rows: split(maker(*rows))
+
+
 def picture(name: str, shows: str) -> Maker:
     """A maker of a picture, which is nothing where it was not drawn."""
     return lambda *_: f"![{shows}](../figures/{name})" if (RESULTS.parent / "figures" / name).exists() else ""
@@ -54,10 +59,10 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "figure": (("figure_dense_vs_radial",), quality_tables.figure),
     "accuracy": (("tiny_wan_ceiling_33", "tiny_wan_dense_33", "tiny_wan_radial_33"), quality_tables.accuracy),
     "densities": (("radial_density",), quality_tables.densities),
-    "coverage": (("radial_coverage",), quality_tables.coverage),
+    "coverage": (("radial_coverage",), apart(quality_tables.coverage)),
     "recall": (("attention_recall",), quality_tables.recall),
     "fidelity": (("video_fidelity",), quality_tables.fidelity),
-    "methods": (("method_comparison",), methods),
+    "methods": (("method_comparison",), apart(methods)),
     "rounding": (("reordering",), quality_tables.rounding),
     "integer_errors": (("integer_errors",), quality_tables.integer_errors),
     "attention": (("attention",), kernel_tables.rates),
@@ -73,13 +78,13 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "reorder_cost": (("reorder",), paro_tables.reorder_cost),
     "calibration": (("paro_calibration",), paro_tables.calibration),
     "models": (("models",), step_tables.overview, step_tables.missing),
-    "model_steps": (("models",), step_tables.every_row, step_tables.missing),
+    "model_steps": (("models",), apart(step_tables.every_row), step_tables.missing),
     "model_check": (("models",), step_tables.extrapolation),
-    "model_goals": (("model_goals",), step_tables.goals),
+    "model_goals": (("model_goals",), apart(step_tables.goals)),
     "profile": (("profile",), step_tables.profile, picture("profile.png", "Milliseconds of a layer by part")),
     "training": (("lora_training",), training_tables.steps),
     "lora_lengths": (
-        ("lora_length",), training_tables.lengths, training_tables.missing_lengths,
+        ("lora_length",), apart(training_tables.lengths), training_tables.missing_lengths,
         picture("lora_lengths.png", "Right answers by quarter, drift and repetition"),
     ),
     "dimensions": ((), declared_tables.dimensions),

@@ -39,17 +39,18 @@ def _share(right: list[float]) -> str:
 
 def densities(rows: list[Row]) -> Table:
     """Radial maps with the defaults of each model."""
-    head = [
-        "model", "size (HxWxframes)", "tokens", "block", "decay", "video density", "with text",
-        "averaged over 50 steps", "attention at most",
-    ]  # fmt: skip
-    return head, [
-        [
-            r["model"], r["pixels"], f"{int(r['tokens']):,}", r["block"], r["decay"], r["video_density"], r["density"],
+    lines = []
+    for r in rows:
+        density = r["video_density"] if r["density"] == r["video_density"] else f"{r['video_density']} ({r['density']})"
+        lines.append([
+            f"{r['model']} {r['pixels']}", f"{int(r['tokens']):,}", r["block"], r["decay"], density,
             r["average_density"], f"{r['attention_bound']}x faster",
-        ]
-        for r in rows
+        ])  # fmt: skip
+    head = [
+        "model, size", "tokens", "block", "decay", "video density (with text)", "averaged over 50 steps",
+        "attention at most",
     ]  # fmt: skip
+    return head, lines
 
 
 def coverage(rows: list[Row]) -> Table:

@@ -55,14 +55,14 @@ def overview(rows: list[Row]) -> Table:
         radial = _timed(found, "radial") or _timed(found, "radial-eager")
         stack = fastest(found, STACK) or found.get("stack")
         told = f" ({dense['contender']})" if dense is not None and dense["contender"] in ("stock", "fa2") else ""
+        sparse = [_seconds(row) + (f" ({gain})" if (gain := _gain(dense, row)) else "") for row in (radial, stack)]
         lines.append([
             case, "" if radial is None else f"{float(radial['density']):.2f}", _seconds(stock),
-            _seconds(dense) + told, _seconds(radial), _gain(dense, radial), _seconds(stack), _gain(dense, stack),
-            ", ".join(_minutes(r) for r in (dense, radial, stack)),
+            _seconds(dense) + told, *sparse, ", ".join(_minutes(r) for r in (dense, radial, stack)),
         ])  # fmt: skip
     head = [
-        "model, size", "density", "Diffusers as shipped, s a step", "fastest dense, s", "Radial, s", "gain",
-        "all, s", "gain", "50 steps, min: dense, Radial, all",
+        "model, size", "density", "Diffusers as shipped, s a step", "fastest dense, s", "Radial, s (gain)",
+        "all, s (gain)", "50 steps, min: dense, Radial, all",
     ]  # fmt: skip
     return head, lines
 

@@ -25,6 +25,16 @@ def markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
+def split(table: Table) -> str:
+    """A table for each value of the first column, in Markdown, below that value instead of beside it."""
+    head, lines = table
+    parts = []
+    for value in dict.fromkeys(line[0] for line in lines):
+        own = [line[1:] for line in lines if line[0] == value]
+        parts.append(f"**{value}**\n\n{markdown((head[1:], own))}")
+    return "\n\n".join(parts)
+
+
 def ranged(row: Row, name: str) -> str:
     """A column with the ends of its interval, which are columns of their own."""
     return f"{row[name]} ({row[name + '_low']} to {row[name + '_high']})"

@@ -25,21 +25,25 @@ _KERNELS = ("cudnn", "fa2", "fa4")
 
 
 def steps(rows: list[Row]) -> Table:
-    """Seconds of a training step by model, length and number of GPUs, dense by every kernel and with Radial."""
+    """Seconds of a training step by model, length and number of GPUs, and how many times as long dense takes."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for r in rows:
         cases.setdefault((r["case"], r["frames"], r.get("gpus") or "1"), {})[r["attention"]] = r
     lines = []
     for (case, frames, gpus), found in cases.items():
         first = next(iter(found.values()))
-        seconds = [_step(found.get(name)) for name in (*_KERNELS, "radial")]
         gains = [found.get("radial", {}).get(f"against_{name}") for name in _KERNELS]
-        gained = [f"{float(gain):.2f}x" if gain else "-" for gain in gains]
+        dense = [
+            _step(found.get(name)) + (f" ({float(gain):.2f}x)" if gain else "")
+            for name, gain in zip(_KERNELS, gains, strict=True)
+        ]
         size = f"{case}, {frames} frames"
-        lines.append([size, f"{first['times_length']}x", f"{int(first['tokens']):,}", gpus, *seconds, *gained])
+        lines.append([
+            size, f"{first['times_length']}x", f"{int(first['tokens']):,}", gpus, _step(found.get("radial")), *dense,
+        ])  # fmt: skip
     head = [
-        "model, size", "length", "tokens", "GPUs", "dense by cuDNN, s", "by FlashAttention-2, s",
-        "by FlashAttention-4, s", "Radial, s", "cheaper than cuDNN", "than FlashAttention-2", "than FlashAttention-4",
+        "model, size", "length", "tokens", "GPUs", "Radial, s", "dense by cuDNN, s", "by FlashAttention-2, s",
+        "by FlashAttention-4, s",
     ]  # fmt: skip
     return head, lines
 
@@ -54,7 +58,7 @@ def _step(row: Row | None) -> str:
 
 
 def lengths(rows: list[Row]) -> Table:
-    """Every setting at every length that has a row, with 95 % intervals."""
+    """Every setting that has a row, length by length, with 95 % intervals."""
     lines = []
     for (lora, method, frames), setting in _places().items():
         r = _at(rows, lora, method, frames)
@@ -62,11 +66,11 @@ def lengths(rows: list[Row]) -> Table:
             continue
         cells = [_percent(r, name) for name in (*(f"right_q{q}" for q in (1, 2, 3, 4)), "drift")]
         repetition = f"{r['repetition']} ({r['repetition_low']} to {r['repetition_high']})"
-        training = [r[name] or "-" for name in TRAINING_COLUMNS]
-        lines.append([frames, setting, r["videos"], *cells, repetition, _percent(r, "permanence"), *training])
+        training = ", ".join(r[name] or "-" for name in TRAINING_COLUMNS)
+        lines.append([frames, setting, r["videos"], *cells, repetition, _percent(r, "permanence"), training])
     head = [
         "frames", "setting", "videos", "right in the first quarter, %", "second", "third", "last", "drift, points",
-        "repetition beyond the truth's", "permanence, %", "training steps", "training, s", "peak, GiB",
+        "repetition beyond the truth's", "permanence, %", "training: steps, s, peak GiB",
     ]  # fmt: skip
     return head, lines
 
