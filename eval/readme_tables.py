@@ -30,7 +30,10 @@ from videosparse.generation.stack import together
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
-PAGES = ("README.md", "assets/results/README.md", "assets/results/profile.md", "assets/tiny-wan/README.md")
+PAGES = (
+    "README.md", "pipelines/README.md", "assets/results/README.md", "assets/results/profile.md",
+    "assets/tiny-wan/README.md",
+)  # fmt: skip
 
 Maker = Callable[..., Table | str]
 
