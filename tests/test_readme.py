@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("assets/*/*.md")])
+FOLDERS = ("eval", "lora", "pipelines")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / name / "README.md" for name in FOLDERS), *ROOT.glob("assets/*/*.md")])
 MARK = re.compile(r"<!-- table:(\w+) -->")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
@@ -77,7 +78,7 @@ def test_every_table_stands_on_one_page_that_is_kept_up_to_date():
 @each_page
 def test_links_lead_somewhere(page):
     missing = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", page.read_text())):
+    for link in re.findall(r'(?:\]\(|src=")([^)\s"]+)[)"]', BLOCK.sub("", page.read_text())):
         path, _, anchor = link.partition("#")
         if "://" not in link:
             target = page.parent / path if path else page
@@ -88,7 +89,7 @@ def test_links_lead_somewhere(page):
 
 @each_page
 def test_programs_and_rows_that_are_named_exist(page):
-    folders = "eval|lora|pipelines|assets|tests|videosparse"
+    folders = "|".join((*FOLDERS, "assets", "tests", "videosparse"))
     named = re.findall(rf"\b(?:{folders})/[\w/.-]+\.(?:py|csv|json|png|toml)\b", page.read_text())
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
@@ -137,3 +138,9 @@ def test_the_readme_is_read_in_five_minutes():
     assert len(lines) <= 330, "move details to the pages of the folders"
     wide = [line for line in lines if line.startswith("|") and line.count("|") > 9]
     assert not wide, "tables of more than 8 columns belong to assets/results/README.md"
+
+
+@each_page
+def test_blocks_of_commands_need_no_scrolling(page):
+    blocks = [block for language, block in BLOCK.findall(page.read_text()) if not language]
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 110]
