@@ -95,6 +95,12 @@ def test_programs_and_rows_that_are_named_exist(page):
     assert not missing
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_program_is_named_on_the_page_of_its_folder(folder):
+    text = (ROOT / folder / "README.md").read_text()
+    assert not [path.name for path in (ROOT / folder).glob("*.py") if f"`{path.name}`" not in text]
+
+
 @each_page
 def test_commands_can_be_given(page):
     """Programs and commands that a block shows exist, with the flags that it gives them."""
