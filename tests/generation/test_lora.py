@@ -216,3 +216,41 @@ def test_run_files_name_loras(tmp_path):
     path.write_text('prompt = "a cat"\nlora = [1]\n')
     with pytest.raises(GenerationError, match="lora must be a text"):
         read_run_file(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "fetched"),
+    [
+        ("org/name", ["pytorch_lora_weights.safetensors", "b.safetensors"], "pytorch_lora_weights.safetensors"),
+        ("org/name", ["README.md", "four-steps.safetensors"], "four-steps.safetensors"),
+        ("org/name/sub/b.safetensors", ["a.safetensors", "sub/b.safetensors"], "sub/b.safetensors"),
+        (
+            "org/name",
+            ["a.safetensors", "b.safetensors"],
+            "it has a.safetensors, b.safetensors; name one: org",
+        ),
+        ("org/name", ["README.md"], "it has no .safetensors file"),
+    ],
+)
+def test_loras_of_the_hub(monkeypatch, make_lora, text, files, fetched):
+    """The file with the usual name, else the only one; a client that stands in for the network's."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    weights = make_lora() / "pytorch_lora_weights.safetensors"
+
+    def download(repo, file):
+        assert repo == "org/name"
+        if file not in files:
+            raise EntryNotFoundError("404")
+        calls.append(file)
+        return str(weights)
+
+    calls = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: files)
+    if fetched in files:
+        assert find_lora(text).about == ABOUT
+        assert calls == [fetched]
+    else:
+        with pytest.raises(GenerationError, match=f"^No LoRA at 'org/name', and the hub model org/name .*{fetched}"):
+            find_lora(text)

@@ -12,7 +12,7 @@ import torch
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
 from videosparse.generation.lengths import context, far_logits, seen, trained_length
-from videosparse.generation.lora import LoraFile, check_fits, find_lora
+from videosparse.generation.lora import LoraFile, check_fits, find_lora, trained_for
 from videosparse.generation.methods import (
     Options,
     check_method,
@@ -178,32 +178,17 @@ class GenerationRequest:
 
     def _extended(self, loras: tuple[LoraFile, ...]) -> GenerationRequest:
         """This request with what its LoRAs were trained for, where it does not say otherwise."""
-        lengths = [lora.frames for lora in loras if lora.frames is not None]
-        trained: dict[str, Any] = {}
-        for lora in loras:
-            found = lora.options(self.method, self.shift)
-            # two experts of one run may say different things: what is dense for one of them is dense
-            for name in ("first_steps", "first_layers"):
-                if name in found and name in trained:
-                    found[name] = max(found[name], trained[name])
-            trained |= found
-        options = {**self.options, self.method: {**trained, **self.options.get(self.method, {})}} if trained else None
-        rope = next((lora.about for lora in loras if lora.about.get("rope", "none") != "none"), None)
+        trained = trained_for(loras, self.method, self.shift)
         stretched: dict[str, Any] = {}
-        if rope is not None and self.rope == "none":
-            stretched = {"rope": rope["rope"], "trained_frames": self.trained_frames or rope["trained_frames"]}
-        shifts = {lora.shift for lora in loras if lora.shift is not None}
-        if self.shift is None and len(shifts) > 1:
-            raise GenerationError(
-                f"The LoRAs were trained for noise schedules of several shifts ({sorted(shifts)}); choose one with "
-                "--shift."
-            )
+        if trained.rope != "none" and self.rope == "none":
+            stretched = {"rope": trained.rope, "trained_frames": self.trained_frames or trained.rope_frames}
+        own = {**trained.options, **self.options.get(self.method, {})}
         return replace(
             self,
             **stretched,
-            shift=next(iter(shifts), None) if self.shift is None else self.shift,
-            num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
-            options=self.options if options is None else options,
+            shift=trained.shift,
+            num_frames=trained.frames if self.num_frames is None else self.num_frames,
+            options={**self.options, self.method: own} if trained.options else self.options,
         )
 
     def _trained_frames(self, source: ModelSource) -> int | None:

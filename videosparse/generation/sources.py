@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import math
 import re
 import sysconfig
@@ -15,6 +14,7 @@ from typing import Any
 
 from videosparse.cases import MODELS, ModelSpec
 from videosparse.generation.errors import GenerationError, nearest, one_line
+from videosparse.generation.hub import fetch
 from videosparse.layout import VideoGrid
 from videosparse.models import find_family, model_variant
 
@@ -328,20 +328,10 @@ def _tokenizer_length(location: str) -> float:
 
 
 def _download(repo: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    told = logging.getLogger("huggingface_hub")
-    level = told.level
-    told.setLevel(logging.ERROR)  # it warns of every retry, and the error below says all
     try:
-        return Path(hf_hub_download(repo, file))
-    except Exception as error:  # the hub client raises its own, the network library's and OSError
-        raise GenerationError(
-            f"There is no folder {repo}, and {file} of the hub model {repo} cannot be fetched "
-            f"({type(error).__name__}); check the name, the network (HF_HUB_OFFLINE?) and your access."
-        ) from error
-    finally:
-        told.setLevel(level)
+        return fetch(repo, file)
+    except GenerationError as error:
+        raise GenerationError(f"There is no folder {repo}, and {error}") from error
 
 
 def _experts(index: Mapping[str, Any]) -> int:
