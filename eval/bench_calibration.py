@@ -34,6 +34,7 @@ from videosparse.kernels.order_search import ORDERS, OrderMetric
 from videosparse.layout import TokenLayout
 from videosparse.policies.paro import BLOCK, DENSITY
 from videosparse.policies.paro_plan import PAROPlan, PlanFacts, plain_config
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/paro_calibration.csv"
 CASE = "wan2.1-14b 720x1280x81"
@@ -253,4 +254,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

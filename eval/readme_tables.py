@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from videosparse.metrics.bootstrap import interval
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
@@ -560,4 +561,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

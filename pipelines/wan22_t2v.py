@@ -22,11 +22,11 @@ from videosparse.generation import (
     first_given,
     load_loras,
     lora_notices,
-    refused,
     stream_to,
     trained_for,
     video_place,
 )
+from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -108,8 +108,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        raise refused(error) from None
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them
+    run_program(main, (ValueError, OSError, RuntimeError), "Interrupted; no file is left half-written.")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,23 @@ def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
     image = ["--image", "a.png"] if name == "wan_i2v.py" else []
     monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", "none", *image])
     assert mistake(name, capsys, 130) == "Interrupted; no file is left half-written.\n"
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_no_part_of_a_file(folder, monkeypatch, capsys):
+    """While frames are written; the file that was begun is hidden, and nobody would look for it."""
+    model, out = folder / "to be killed", folder / "killed"
+    wan().save_pretrained(model)
+
+    def killed(self, video):
+        assert [path.name.endswith(".part.mp4") for path in out.iterdir()] == [True]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("videosparse.mp4.Mp4Writer.add", killed)
+    arguments = ["wan", "a cat", "--model", str(model), "--output", f"{out}/a.mp4", *SMALL]
+    monkeypatch.setattr(sys, "argv", arguments)
+    mistake("wan_t2v.py", capsys, 143)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "wan_i2v.py"])

@@ -8,7 +8,7 @@ generate(GenerationRequest("a red circle bounces", method="radial")).save("circl
 """
 
 from videosparse.generation.compiling import compile_blocks
-from videosparse.generation.errors import GenerationError, refused, told
+from videosparse.generation.errors import GenerationError, told
 from videosparse.generation.generating import Comparison, Generation, compare, generate, generate_to, output_place
 from videosparse.generation.linears import quantize_linears
 from videosparse.generation.lora import find_loras, first_given, load_loras, lora_notices, trained_for
@@ -35,7 +35,6 @@ __all__ = [
     "lora_notices",
     "output_place",
     "quantize_linears",
-    "refused",
     "stream_to",
     "told",
     "trained_for",
