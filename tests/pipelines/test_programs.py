@@ -153,15 +153,15 @@ def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_sigterm_leaves_no_part_of_a_file(folder, monkeypatch, capsys):
-    """While frames are written; the file that was begun is hidden, and nobody would look for it."""
+    """Before it gets its name it is hidden, and nobody would look for it."""
     model, out = folder / "to be killed", folder / "killed"
     wan().save_pretrained(model)
 
-    def killed(self, video):
+    def killed(self, parts):
         assert [path.name.endswith(".part.mp4") for path in out.iterdir()] == [True]
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("videosparse.mp4.Mp4Writer.add", killed)
+    monkeypatch.setattr("videosparse.generation.output.Destination.name", killed)
     arguments = ["wan", "a cat", "--model", str(model), "--output", f"{out}/a.mp4", *SMALL]
     monkeypatch.setattr(sys, "argv", arguments)
     mistake("wan_t2v.py", capsys, 143)
