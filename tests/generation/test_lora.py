@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import folders
 import pytest
@@ -254,3 +255,49 @@ def test_loras_of_the_hub(monkeypatch, make_lora, text, files, fetched):
     else:
         with pytest.raises(GenerationError, match=f"^No LoRA at 'org/name', and the hub model org/name .*{fetched}"):
             find_lora(text)
+
+
+def test_a_lora_of_that_length_takes_the_place_of_a_presets_ultravico(ask, make_lora):
+    """What is asked for beside such a LoRA stays refused."""
+    lora = (str(make_lora(10, about={**ABOUT, "frames": [17, 161]})),)
+    preset = {"num_frames": 161, "usual_ultravico": 0.9, "trained_frames": None}
+    alone = ask(**preset).resolve()
+    assert (alone.logit.alpha, alone.notices) == (0.9, ())
+    beside = ask(**preset, loras=lora).resolve()
+    assert beside.logit is None
+    assert beside.notices == (
+        "The preset's UltraViCo is left out: 161 frames at once are no more than the 161 of training, a LoRA's "
+        "included.",
+    )
+    longer = ask(**{**preset, "num_frames": 201}, loras=lora).resolve()
+    assert (longer.logit.trained, longer.notices) == (41, ())
+    assert ask(**{**preset, "ultravico": 0.5}).resolve().logit.alpha == 0.5
+    with pytest.raises(GenerationError, match=r"ultravico is for videos, or windows, longer than the 161 frames"):
+        ask(**{**preset, "ultravico": 0.9}, loras=lora).resolve()
+    assert ask(**{**preset, "trained_frames": 161}).resolve().logit is None
+
+
+def test_a_preset_with_a_lora(make_lora, monkeypatch, model_folder):
+    """By names, as on the command line; the file of the LoRA is for the small model."""
+    from videosparse.generation.runfile import merged_sources, request_from
+
+    lora = str(make_lora(11, about={**ABOUT, "frames": [161]}))
+    small = {"model": str(model_folder), "height": 64, "width": 64, "device": "cpu", "prompt": "a cat"}
+    chosen, preset = {**small, "lora": [lora]}, ["wan2.1-14b-720p-2x"]
+    settings = request_from(merged_sources(chosen, preset, None)[0]).resolve()
+    assert (settings.logit, settings.num_frames) == (None, 161)
+    with pytest.raises(GenerationError, match="ultravico is for videos"):
+        request_from(merged_sources({**chosen, "ultravico": 0.9}, preset, None)[0]).resolve()
+
+
+def test_a_plan_goes_by_the_lora_as_a_run_does(make_lora, model_folder):
+    from videosparse.generation.planning import plan_request
+
+    lora = str(make_lora(12, about={**ABOUT, "shift": 5.0}))
+    request = GenerationRequest("a", model=str(model_folder), loras=(lora,), height=64, width=64, steps=8, device="cpu")
+    plan, settings = plan_request(request), request.resolve()
+    assert plan.grid == settings.grid
+    assert plan.method["decay"] == 0.7
+    assert plan.schedule.dense_steps(8) == (4, 0)
+    other = plan_request(replace(request, shift=12.0))
+    assert other.schedule.dense_steps(8) == (6, 0)
