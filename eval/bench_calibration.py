@@ -32,7 +32,8 @@ from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, cali
 from videosparse.generation.looking import Call, Figures, MapSums, Watch, watching
 from videosparse.kernels.order_search import ORDERS, OrderMetric
 from videosparse.layout import TokenLayout
-from videosparse.policies.paro import BLOCK, DENSITY
+from videosparse.policies.base import BLOCK
+from videosparse.policies.paro import DENSITY
 from videosparse.policies.paro_plan import PAROPlan, PlanFacts, plain_config
 from videosparse.program import run_program
 

@@ -77,22 +77,22 @@ def length_figure(rows: list[Row], path: Path) -> bool:
     for case in cases:
         for row in newest(rows, case, "radial"):
             if row["heads"] == "40":
-                key = row["kernel"] + (" dense" if row["policy"] == "dense" else "")
+                key = f"{row['kernel']} {row['block']}"  # none where attention is dense
                 points.setdefault(key, []).append((int(row["tokens"]), float(row["p50_ms"])))
                 last = row
     if last is None:
         return False
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for key, pairs in points.items():
-        kernel, _, dense = key.partition(" ")
-        label = f"{NAMES[kernel]}, {'dense' if dense else 'Radial Attention'}"
-        style = {"linestyle": "--" if dense else "-", "marker": "o", "color": COLOURS[kernel]}
+        kernel, block = key.split(" ")
+        label = f"{NAMES[kernel]}, {f'Radial {block}' if block else 'dense'}"
+        style = {"linestyle": "-" if block else "--", "marker": "o", "color": COLOURS[kernel]}
         axes.plot(*zip(*sorted(pairs), strict=True), label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms for one attention call")
     lengths = sorted({tokens for pairs in points.values() for tokens, _ in pairs})
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
-    _finish(figure, axes, last, "Wan2.1-14B, 40 heads x 128, defaults of the method")
+    _finish(figure, axes, last, "Wan2.1-14B, 40 heads x 128")
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True

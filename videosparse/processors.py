@@ -24,7 +24,6 @@ from videosparse.logits import FarLogits
 from videosparse.models import ModelFamily, Rotary, model_variant
 from videosparse.policies.adaspa import AdaSpaPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan, Mode, SparsityPolicy
-from videosparse.policies.paro import BLOCK as PARO_BLOCK
 from videosparse.policies.paro import PAROPolicy
 from videosparse.policies.paro_plan import PAROPlan
 from videosparse.policies.radial import RadialPolicy
@@ -366,12 +365,13 @@ class SparseProcessor(Processor):
 class RadialProcessor(SparseProcessor):
     """Radial Attention (arXiv 2506.19852): static block maps that thin out with distance in time.
 
-    Every argument that is None takes the value published for the model it gets bound to, or the nearest there is:
-    see `radial_defaults`. `repr` shows what was taken. Further arguments are those of `SparseProcessor`.
+    Every argument but `block` that is None takes the value published for the model it gets bound to, or the nearest
+    there is: see `radial_defaults`. `repr` shows what was taken. Further arguments are those of `SparseProcessor`.
 
     Args:
         decay: width of the bands, > 0; larger is denser.
-        block: rows of a block, 64 or 128, or (query rows, key rows). Frames of fewer than 512 tokens default to 64.
+        block: rows of a block, 64 or 128, or (query rows, key rows). None takes (128, 64), and 64 where frames have
+            fewer than 512 tokens.
         coverage: "majority" or "any": when a block counts as inside a band.
         sink: whether all read the whole first latent frame.
         first_neighbour: "full" or "half": how much adjacent frames see of each other.
@@ -396,16 +396,16 @@ class RadialProcessor(SparseProcessor):
         self, model: ModelSpec | Mapping[str, Any], *, experts: int = 1, grid: VideoGrid | None = None
     ) -> Resolved:
         """The given arguments, and `radial_defaults` for the others."""
-        defaults = radial_defaults(model, experts=experts, grid=grid)
+        defaults = radial_defaults(model, experts=experts)
         return Resolved(
             model_variant(model, experts=experts),
-            self._policy(defaults),
+            self._policy(defaults, grid),
             self._schedule(defaults.first_steps, defaults.first_layers),
             self._options(),
         )
 
-    def _policy(self, defaults: RadialDefaults) -> RadialPolicy:
-        values = {"decay": defaults.decay, "block": defaults.block, "sink": defaults.sink}
+    def _policy(self, defaults: RadialDefaults, grid: VideoGrid | None = None) -> RadialPolicy:
+        values = {"decay": defaults.decay, "block": block_for(grid), "sink": defaults.sink}
         for name in ("decay", "block", "coverage", "sink", "first_neighbour"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
@@ -475,7 +475,7 @@ class AdaSpaProcessor(SparseProcessor):
     def _policy(self, grid: VideoGrid | None = None) -> AdaSpaPolicy:
         values = {f.name: getattr(self, f.name) for f in fields(AdaSpaPolicy)}
         if self.block is None:
-            values["block"] = block_for(AdaSpaPolicy.block, grid)
+            values["block"] = block_for(grid)
         return AdaSpaPolicy(**values)
 
 
@@ -553,7 +553,7 @@ class PAROProcessor(SparseProcessor):
     def _policy(self, grid: VideoGrid | None = None) -> PAROPolicy:
         block: Any = self.block
         if block is None and self.plan is None:
-            block = block_for(PARO_BLOCK, grid)
+            block = block_for(grid)
         return PAROPolicy(self._plan(), self.density, block, self.alpha, self.online_maps)
 
     def _plan(self) -> PAROPlan | None:

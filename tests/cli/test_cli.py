@@ -310,7 +310,7 @@ def test_plan_needs_no_weights(run, tmp_path):
     for word in (
         "41x45x80",
         "147600 tokens",
-        "1154 x 1154 of 128 x 128",
+        "1154 x 2307 of 128 x 64",
         "12 of 50 steps",
         "PFLOP",
         "attention at most",

@@ -254,7 +254,7 @@ def test_what_repr_shows(pipe_of):
     assert repr(processor) == "RadialProcessor(decay=0.5)"
     sparsify(pipe_of("wan"), processor)
     shown = repr(processor)
-    assert re.search(r"decay=0\.5, .*block=\(128, 128\).*first_steps=0\.24.*first_layers=1", shown)
+    assert re.search(r"decay=0\.5, .*block=\(128, 64\).*first_steps=0\.24.*first_layers=1", shown)
     assert shown.endswith(" on wan2.1 (WanTransformer3DModel, 2 layers)")
     restore(pipe_of("wan"))
     assert repr(processor) == "RadialProcessor(decay=0.5)"

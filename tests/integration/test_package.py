@@ -7,7 +7,6 @@ import pytest
 
 import videosparse
 from videosparse.cases import MODELS
-from videosparse.layout import VideoGrid
 from videosparse.processors import RadialProcessor, model_variant, radial_defaults
 
 
@@ -30,35 +29,28 @@ def test_the_method_is_added_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "variant", "decay", "block", "first", "layers", "sink"),
+    ("name", "variant", "decay", "first", "layers", "sink"),
     [
-        ("wan2.1-14b", "wan2.1", 0.2, (128, 128), 0.24, 1, True),
-        ("wan2.1-1.3b", "wan2.1", 0.2, (128, 128), 0.24, 1, True),
-        ("wan2.2-a14b", "wan2.2-a14b", 0.8, (128, 64), 0.275, 1, True),
-        ("wan2.2-5b", "wan2.2-5b", 0.8, (128, 64), 0.275, 1, True),
-        ("hunyuan-video", "hunyuan-video", 0.95, (128, 128), 0.24, 0, False),
-        ("mochi", "mochi", 0.95, (128, 128), 0.24, 0, False),
-        ("tiny-wan", "wan2.1", 0.2, (128, 128), 0.24, 1, True),
+        ("wan2.1-14b", "wan2.1", 0.2, 0.24, 1, True),
+        ("wan2.1-1.3b", "wan2.1", 0.2, 0.24, 1, True),
+        ("wan2.2-a14b", "wan2.2-a14b", 0.8, 0.275, 1, True),
+        ("wan2.2-5b", "wan2.2-5b", 0.8, 0.275, 1, True),
+        ("hunyuan-video", "hunyuan-video", 0.95, 0.24, 0, False),
+        ("mochi", "mochi", 0.95, 0.24, 0, False),
+        ("tiny-wan", "wan2.1", 0.2, 0.24, 1, True),
     ],
 )
-def test_published_defaults(name, variant, decay, block, first, layers, sink):
+def test_published_defaults(name, variant, decay, first, layers, sink):
     resolved = RadialProcessor().resolve(MODELS[name])
     policy, schedule = resolved.policy, resolved.schedule
     assert model_variant(MODELS[name]) == variant
-    assert (policy.decay, policy.block, policy.sink) == (decay, block, sink)
+    assert (policy.decay, policy.sink) == (decay, sink)
     assert (schedule.first_steps, schedule.first_layers, schedule.last_steps) == (first, layers, 0)
     assert (schedule.dense_steps(8)[0], schedule.dense_steps(4)[0]) == (2, 1)
 
 
 def test_every_model_has_defaults():
     assert all(radial_defaults(spec) for spec in MODELS.values())
-
-
-def test_small_frames_default_to_small_blocks():
-    small, wide = VideoGrid(9, 16, 16), VideoGrid(21, 30, 52)
-    assert RadialProcessor().resolve(MODELS["tiny-wan"], grid=small).policy.block == (64, 64)
-    assert RadialProcessor(block=128).resolve(MODELS["tiny-wan"], grid=small).policy.block == (128, 128)
-    assert RadialProcessor().resolve(MODELS["wan2.1-14b"], grid=wide).policy.block == (128, 128)
 
 
 def test_what_is_given_wins():

@@ -1,13 +1,11 @@
 """The Triton kernels on a GPU: accuracy for every geometry, real grids, 64-bit offsets, no syncs, no recompiles.
 
-On Hopper everything runs with its best kernel, as far as that takes the call, and again with its second one, in plain
-Triton, and with the portable one.
+On Hopper everything runs with its own kernel, as far as that takes the call, and again with the portable one.
 
 Every combination of dtype, head size, block and options compiles anew (about a second), so the matrix is thin where the
 interpreter has seen the geometry already."""
 
 import dataclasses
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -41,24 +39,22 @@ MIDDLE = VideoGrid(5, 13, 17)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def only(*kernels):
-    """Run a test with some of the kernels of `_kernel`: with the others it would do the same again."""
-
-    def mark(test):
-        test.kernels = kernels
-        return test
-
-    return mark
+def once(test):
+    """Run a test with one kernel of `_kernel` only: with the other it would do the same again."""
+    test.once = True
+    return test
 
 
-@pytest.fixture(autouse=True, params=["special", "specialized", "portable"])
+@pytest.fixture(autouse=True, params=["special", "portable"])
 def _kernel(request):
-    if request.param not in getattr(request.function, "kernels", (request.param,)):
+    if request.param == "special":
+        yield
+        return
+    if getattr(request.function, "once", False):
         pytest.skip("is the same with each kernel")
-    if request.param != "special" and not gpu.is_hopper(torch.device("cuda", torch.cuda.current_device())):
+    if not gpu.is_hopper(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this GPU has the portable kernel only")
-    left_out = {"special": nullcontext, "portable": gpu.portable_only}
-    with left_out.get(request.param, lambda: gpu.leave_out("hopper_forward"))():
+    with gpu.portable_only():
         yield
 
 
@@ -105,7 +101,6 @@ def test_dtypes(block, dtype, dim):
     run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=dim))
 
 
-@only("special", "portable")
 @pytest.mark.parametrize("dim", [8, 12, 32, 80, 96])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_head_dims(dim, dtype):
@@ -121,7 +116,6 @@ def test_output_without_lse_is_the_same():
         assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=TRITON))
 
 
-@only("special", "portable")
 @pytest.mark.parametrize("share", MAP_SHARES)
 @pytest.mark.parametrize("view", ["contiguous", "fused", "head-major"])
 def test_shared_maps_and_strides(share, view):
@@ -136,7 +130,6 @@ def test_scale(scale):
     run_and_check(layout, None, *make_qkv(layout, torch.bfloat16, dim=128), scale=scale)
 
 
-@only("special", "portable")
 def test_unaligned_views():
     """Strides and pointers that are no multiple of 16 bytes."""
     layout = make_layout("video", "cuda")
@@ -158,7 +151,6 @@ def test_full_map_is_dense_and_sdpa():
     assert worst_row(out, expected) <= allowed
 
 
-@only("special", "portable")
 def test_disjoint_maps_merged_by_lse_are_one_call():
     layout = make_layout("ragged text", "cuda", MIDDLE).aligned((128, 128))
     q, k, v = make_qkv(layout, torch.float32)
@@ -219,7 +211,6 @@ def test_offsets_beyond_32_bits():
         )
 
 
-@only("special", "portable")
 def test_list_offsets_and_many_samples():
     """More programs than one grid dimension of 65,535 holds."""
     layout = TokenLayout(VideoGrid(1, 10, 13))
@@ -275,12 +266,10 @@ def test_calls_on_two_streams_at_a_time():
 
 
 def test_no_recompiles_over_lengths_densities_and_maps():
-    from videosparse.kernels.specialized_forward import specialized_kernel
     from videosparse.kernels.triton_forward import forward_kernel
 
     def count():
-        kernels = forward_kernel, specialized_kernel
-        return len(compiled.KEPT), *(len(x.device_caches[torch.cuda.current_device()][0]) for x in kernels)
+        return len(compiled.KEPT), len(forward_kernel.device_caches[torch.cuda.current_device()][0])
 
     def call(frames, height, density, share, samples, heads):
         grid = VideoGrid(frames, height, 17)
@@ -308,7 +297,6 @@ def test_no_recompiles_over_lengths_densities_and_maps():
     assert count() == before
 
 
-@only("special", "portable")
 def test_compiles_to_one_graph():
     layout = make_layout("ragged text", "cuda").aligned((128, 128))
     q, k, v = make_qkv(layout, torch.bfloat16)
@@ -320,7 +308,6 @@ def test_compiles_to_one_graph():
     )
 
 
-@only("special", "portable")
 def test_the_op_is_well_formed():
     layout = make_layout("ragged text", "cuda").aligned((64, 64))
     q, k, v = (x.nan_to_num().requires_grad_() for x in make_qkv(layout, torch.bfloat16))
@@ -334,7 +321,6 @@ def test_the_op_is_well_formed():
     )
 
 
-@only("special", "portable")
 def test_gradients_are_as_accurate_as_on_the_cpu():
     layout = make_layout("ragged text", "cuda").aligned((64, 64))
     inputs = make_qkv(layout, torch.float32)
@@ -356,7 +342,6 @@ def test_gradients_are_as_accurate_as_on_the_cpu():
         assert worst_row(found, true) <= max(allowed_error(true, x) for x in plain)
 
 
-@only("special", "portable")
 def test_torch_backend_and_block_sums_on_the_gpu():
     layout = make_layout("ragged text", "cuda").aligned((64, 64))
     q, k, v = make_qkv(layout, torch.bfloat16)
@@ -369,7 +354,6 @@ def test_torch_backend_and_block_sums_on_the_gpu():
     torch.testing.assert_close(sums[:, :, :4], torch.full_like(sums[:, :, :4], 64.0), rtol=4 * unit.item(), atol=0)
 
 
-@only("special", "portable")
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_sums(kind, block):
@@ -388,7 +372,6 @@ def check_sums(q, k, v, layout, block):
     assert_sums_accurate(found, q, k, lse, layout, block)
 
 
-@only("special", "portable")
 def test_block_sums_of_a_sparse_lse():
     """Rows that read no key count nothing."""
     layout = TokenLayout(MIDDLE)
@@ -400,7 +383,6 @@ def test_block_sums_of_a_sparse_lse():
     assert_sums_accurate(sums, q, k, lse, layout, (64, 64))
 
 
-@only("special", "portable")
 def test_block_sums_wait_for_nothing_and_can_be_captured():
     layout = make_layout("ragged text", "cuda").aligned((128, 128))
     q, k, v = make_qkv(layout, torch.bfloat16)
@@ -419,7 +401,7 @@ def test_block_sums_wait_for_nothing_and_can_be_captured():
     assert torch.equal(sums, expected)
 
 
-@only("special")
+@once
 @pytest.mark.parametrize("backend", ["fa4", "flex"])
 @pytest.mark.parametrize("share", MAP_SHARES)
 @pytest.mark.parametrize("block", [(128, 128), (128, 64)])
@@ -447,7 +429,7 @@ def test_libraries(backend, share, block):
         assert torch.equal(out, again)
 
 
-@only("special")
+@once
 def test_auto_takes_triton():
     assert describe_backend("cuda")[0] == "triton"
 
@@ -455,30 +437,13 @@ def test_auto_takes_triton():
 @pytest.mark.skipif(
     "not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)", reason="needs Hopper"
 )
-@only("special")
+@once
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_hopper_takes_its_own_kernel(dtype, dim, monkeypatch):
-    monkeypatch.setattr("videosparse.kernels.specialized_forward.forward", None)
     monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)
     layout = make_layout("ragged text", "cuda").aligned((128, 64))
     block_map = make_map(layout, (128, 64), "per head", device="cuda")
     for view in ("fused", "head-major"):
         run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=dim, view=view))
         run_and_check(layout, None, *make_qkv(layout, dtype, dim=dim, view=view))
-
-
-@pytest.mark.skipif(
-    "not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)", reason="needs Hopper"
-)
-@only("specialized")
-@pytest.mark.parametrize("grid", [MIDDLE, VideoGrid(4, 8, 16)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_hopper_without_gluon(grid, dtype, monkeypatch):
-    """Without text, of which this kernel takes none."""
-    monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)
-    layout = TokenLayout(grid)
-    block_map = make_map(layout, (128, 128), "per head", device="cuda")
-    for view in ("fused", "head-major"):
-        run_and_check(layout, block_map, *make_qkv(layout, dtype, dim=128, view=view))
-        run_and_check(layout, None, *make_qkv(layout, dtype, dim=128, view=view))

@@ -43,7 +43,7 @@ def run_and_check(layout, block_map, q, k, v, **kwargs):
 def kernels(request):
     if request.param == "best":
         yield
-    elif not gpu.special_kernels("gradients of attend", torch.device("cuda", torch.cuda.current_device())):
+    elif not gpu.special_kernel("gradients of attend", torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("this GPU has the portable kernels only")
     else:
         with gpu.portable_only():

@@ -1,6 +1,5 @@
 """The Hopper kernel without a Hopper GPU: its source run on the CPU, compiled for sm_90, and when it is taken."""
 
-import dataclasses
 import logging
 import re
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ from videosparse.kernels.hopper_kernel import forward_kernel  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div  # noqa: E402
 
 GPU = torch.device("cuda", 0)
-GLUON = gpu.OPERATIONS["attend"].hopper["hopper_forward"]
 
 
 def clean_tail(v, lens, first, video, text_start):
@@ -37,10 +35,8 @@ def clean_tail(v, lens, first, video, text_start):
 
 
 def take_the_hopper_kernel(monkeypatch):
-    """As if the current device, whatever it is, were of sm_90, with no other special kernel than the one in Gluon."""
+    """As if the current device, whatever it is, were of sm_90."""
     monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
-    only = dataclasses.replace(gpu.OPERATIONS["attend"], hopper={"hopper_forward": GLUON})
-    monkeypatch.setitem(gpu.OPERATIONS, "attend", only)
 
 
 @pytest.fixture
@@ -279,7 +275,7 @@ def test_gluon_that_cannot_be_imported_is_reported_once(hopper, monkeypatch, cap
     monkeypatch.setitem(__import__("sys").modules, "videosparse.kernels.hopper_forward", None)
     monkeypatch.delattr("videosparse.kernels.hopper_forward")
     for _ in range(3):
-        assert describe_backend(GPU) == ("triton", "sm_90, specialized Hopper kernel")
+        assert describe_backend(GPU) == ("triton", "sm_90")
     assert len(caplog.records) == 1
     assert "attend does without its Hopper kernel in Gluon, and is slower: it cannot be imported: Mod" in caplog.text
     assert "Triton 3.6 to 3.9 are known to work" in caplog.text

@@ -19,7 +19,7 @@ def modules(monkeypatch):
     """Stand-ins for all kernel modules by name, which say who was asked; all on a Hopper GPU."""
     asked, made = [], {}
     for operation in gpu.OPERATIONS.values():
-        for name in (*operation.hopper, operation.portable):
+        for name in (operation.hopper, operation.portable):
             run = lambda *call, name=name: asked.append(name) or name  # noqa: E731
             module = SimpleNamespace(__name__=f"videosparse.kernels.{name}", unsuited=lambda *call: None)
             setattr(module, operation.function, run)
@@ -50,55 +50,52 @@ def fail(*call):
 
 
 @pytest.mark.parametrize("name", gpu.OPERATIONS)
-def test_best_first_and_the_portable_one_last(name, modules):
+def test_the_special_kernel_first_and_the_portable_one_where_it_fails(name, modules):
     operation = gpu.OPERATIONS[name]
-    for special in operation.hopper:
-        assert run(name) == special
-        setattr(modules[special], operation.function, fail)
+    assert run(name) == operation.hopper
+    assert gpu.special_title(Q.device, name) == operation.title
+    setattr(modules[operation.hopper], operation.function, fail)
     assert run(name) == operation.portable
+    assert gpu.special_title(Q.device, name) is None
 
 
 @pytest.mark.parametrize("name", gpu.OPERATIONS)
 def test_what_does_not_compile_is_reported_once_and_not_tried_again(name, modules, caplog):
     operation = gpu.OPERATIONS[name]
-    for special in operation.hopper:
-        setattr(modules[special], operation.function, fail)
+    setattr(modules[operation.hopper], operation.function, fail)
     for _ in range(3):
         assert run(name) == operation.portable
     assert [r.getMessage() for r in caplog.records] == [
-        f"{name} does without its {title}, and is slower: it cannot be compiled: AttributeError: async_load has been "
-        "removed. Triton 3.6 to 3.9 are known to work."
-        for title in operation.hopper.values()
+        f"{name} does without its {operation.title}, and is slower: it cannot be compiled: AttributeError: async_load "
+        "has been removed. Triton 3.6 to 3.9 are known to work."
     ]
     others = [x for x in gpu.OPERATIONS if x != name]
-    assert [run(x) for x in others] == [next(iter(gpu.OPERATIONS[x].hopper)) for x in others]
+    assert [run(x) for x in others] == [gpu.OPERATIONS[x].hopper for x in others]
 
 
 @pytest.mark.parametrize("name", gpu.OPERATIONS)
 def test_each_reason_is_logged_once(name, modules, caplog):
     operation = gpu.OPERATIONS[name]
-    special, title = next(iter(operation.hopper.items()))
     found = []
     with caplog.at_level(logging.INFO, logger="videosparse"):
         for reason in ("too wide", "too long", "too wide", None):
-            modules[special].unsuited = lambda *call, reason=reason: reason
+            modules[operation.hopper].unsuited = lambda *call, reason=reason: reason
             found.append(run(name))
-    assert found[3] == special
-    assert special not in found[:3]
+    assert found == [operation.portable] * 3 + [operation.hopper]
     assert [r.getMessage() for r in caplog.records] == [
-        f"{name} does not take its {title}: {reason}." for reason in ("too wide", "too long")
+        f"{name} does not take its {operation.title}: {reason}." for reason in ("too wide", "too long")
     ]
 
 
 @pytest.mark.parametrize("name", gpu.OPERATIONS)
 def test_special_kernels_can_be_left_out(name, modules):
     operation = gpu.OPERATIONS[name]
-    first = next(iter(operation.hopper))
     with gpu.portable_only():
         assert run(name) == operation.portable
-    with gpu.leave_out(first):
-        assert run(name) != first
-    assert run(name) == first
+        with gpu.portable_only():
+            pass
+        assert run(name) == operation.portable
+    assert run(name) == operation.hopper
 
 
 @pytest.mark.parametrize("name", gpu.OPERATIONS)
@@ -108,7 +105,7 @@ def test_other_errors_are_raised(name, modules):
     def broken(*call):
         raise RuntimeError("out of memory")
 
-    setattr(modules[next(iter(operation.hopper))], operation.function, broken)
+    setattr(modules[operation.hopper], operation.function, broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(name)
     assert not gpu._failed
@@ -116,4 +113,4 @@ def test_other_errors_are_raised(name, modules):
 
 def test_other_devices_have_the_portable_kernels():
     assert not gpu.is_hopper(torch.device("cpu"))
-    assert all(gpu.special_kernels(name, torch.device("cpu")) == [] for name in gpu.OPERATIONS)
+    assert all(gpu.special_kernel(name, torch.device("cpu")) is None for name in gpu.OPERATIONS)

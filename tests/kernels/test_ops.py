@@ -134,7 +134,7 @@ def test_training_compiles():
 
 @pytest.mark.parametrize(
     "module",
-    ["triton_forward", "specialized_forward", "triton_backward", "hopper_backward", "triton_sums", "triton_norm"],
+    ["triton_forward", "triton_backward", "hopper_backward", "triton_sums", "triton_norm"],
 )
 def test_what_is_not_to_be_specialised_exists(module):
     """Triton ignores names that a kernel does not have: a renamed size would silently be compiled for each value."""

@@ -1,6 +1,7 @@
 """Radial maps: equal to a slow literal form of the published rule, golden densities, growth with length."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -100,7 +101,9 @@ def test_equals_the_literal_rule(grid, block, decay, sink, neighbour):
     ],
 )
 def test_golden_densities(size, policy, dropped_full, dropped_padded):
+    """Published of blocks of 128x128."""
     height, width, frames = size
+    policy = replace(policy, block=(128, 128))
     grid = VideoGrid((frames - 1) // 4 + 1, height // 16, width // 16)
     keep = policy.block_map(TokenLayout(grid)).keep[0, 0]
     whole = grid.tokens // 128
@@ -119,7 +122,7 @@ def test_kept_blocks_per_row_grow_no_faster_than_log_of_the_frames(coverage):
     octave = 2 * (2048 // 256) * 4
 
     def blocks_per_row(frames):
-        policy = RadialPolicy(decay=1.0, sink=False, coverage=coverage)
+        policy = RadialPolicy(decay=1.0, block=(128, 128), sink=False, coverage=coverage)
         return policy.block_map(TokenLayout(VideoGrid(frames, 30, 52))).keep.float().sum(-1).mean().item()
 
     lengths = [21, 41, 81, 161, 321]
@@ -145,7 +148,8 @@ def test_the_capacity_on_a_gpu_is_enough_and_modest(size, block, coverage):
 
 
 def test_any_is_symmetric_and_contains_no_hole_on_the_diagonal():
-    keep = RadialPolicy(coverage="any", sink=False).block_map(TokenLayout(VideoGrid(23, 15, 17))).keep[0, 0]
+    policy = RadialPolicy(block=(128, 128), coverage="any", sink=False)
+    keep = policy.block_map(TokenLayout(VideoGrid(23, 15, 17))).keep[0, 0]
     assert torch.equal(keep, keep.t())
     assert keep.diagonal().all()
 

@@ -40,7 +40,7 @@ class Entry:
         kernel: see `CONTENDERS`.
         policy: which blocks are kept: "dense" (no lists), "full" (lists of everything), "uniform" (equally many random
             blocks in each row), "two dense rows", "u^2" (counts of rows in proportion to the square of a random
-            number), or "radial" with the defaults of Wan 2.1.
+            number), or "radial", with the settings that users of the model get but for the block.
         density: kept / all blocks that is asked of random maps.
         block: (query rows, key rows).
     """

@@ -33,7 +33,7 @@ from videosparse.generation.running import Progress, call_arguments, load_pipeli
 from videosparse.generation.shifts import shifted
 from videosparse.kernels.order_search import OrderMetric, choose
 from videosparse.kernels.selection import kernels_for
-from videosparse.policies.paro import BLOCK, DENSITY
+from videosparse.policies.paro import DENSITY
 from videosparse.policies.paro_plan import (
     PAROPlan,
     PlanFacts,
@@ -100,7 +100,7 @@ class CalibrationRequest:
             raise GenerationError("There is no prompt to calibrate with; give one or two, a line each.")
         runs = tuple(self._run(prompt, self.seed + number) for number, prompt in enumerate(self.prompts))
         first = runs[0]
-        block = block_for(BLOCK, first.grid) if self.block is None else self.block
+        block = block_for(first.grid) if self.block is None else self.block
         with refusals():
             check_block(block)
             metric = OrderMetric(alpha=self.alpha)

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from videosparse.kernels.gpu import best_kernel
+from videosparse.kernels.gpu import special_title
 
 logger = logging.getLogger("videosparse")
 
@@ -67,7 +67,7 @@ def _device_name(device: torch.device) -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    kernel = best_kernel(device)
+    kernel = special_title(device)
     return name if kernel is None else f"{name}, {kernel}"
 
 

@@ -136,7 +136,7 @@ def fastest_dense(device: torch.device, dtype: torch.dtype, head_dim: int, lengt
         return None
     name = _fastest(device, dtype, head_dim)
     # its portable stand-in, where Triton could not compile it, is slower than torch's own
-    return None if name == OWN and not gpu.runs_hopper(device) else name
+    return None if name == OWN and gpu.special_kernel("attend", device) is None else name
 
 
 @cache
@@ -160,7 +160,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
 
 def _unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == OWN:  # of our kernels only the one for Hopper is faster than torch's own
-        return None if gpu.runs_hopper(device) else "its kernel for Hopper does not run here"
+        return None if gpu.special_kernel("attend", device) else "its kernel for Hopper does not run here"
     kernel = DENSE_KERNELS[name]
     return kernel.missing(device) if dtype in kernel.dtypes else f"it does not take {dtype}"
 

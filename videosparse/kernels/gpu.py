@@ -1,4 +1,4 @@
-"""Which Triton kernel runs an operation: on Hopper those made for it, where they take the call, else the portable one.
+"""Which Triton kernel runs an operation: on Hopper the one made for it, where it takes the call, else the portable one.
 
 A special kernel is a module of this package with two functions of the same arguments: the operation itself, and
 `unsuited`, which says what of a call it does not take. One that does not import or compile is named once in a warning
@@ -34,45 +34,38 @@ class Operation:
 
     Args:
         function: its name in each of the modules.
-        hopper: modules with special kernels, the best first, and what they are called in messages.
+        hopper: the module with the special kernel for Hopper.
+        title: what that kernel is called in messages.
         portable: the module with the kernel for every GPU, and for Triton's interpreter.
     """
 
     function: str
-    hopper: dict[str, str]
+    hopper: str
+    title: str
     portable: str
 
 
 OPERATIONS = {
-    "attend": Operation(
-        "forward",
-        {"hopper_forward": "Hopper kernel in Gluon", "specialized_forward": "specialized Hopper kernel"},
-        "triton_forward",
-    ),
-    "integer attention": Operation("forward", {"hopper_int8": "Hopper kernel in Gluon"}, "triton_int8"),
-    "gradients of attend": Operation("backward", {"hopper_backward": "Hopper kernels"}, "triton_backward"),
-    "block_sums": Operation("block_sums", {"hopper_sums": "Hopper kernel in Gluon"}, "triton_sums"),
+    "attend": Operation("forward", "hopper_forward", "Hopper kernel in Gluon", "triton_forward"),
+    "integer attention": Operation("forward", "hopper_int8", "Hopper kernel in Gluon", "triton_int8"),
+    "gradients of attend": Operation("backward", "hopper_backward", "Hopper kernels", "triton_backward"),
+    "block_sums": Operation("block_sums", "hopper_sums", "Hopper kernel in Gluon", "triton_sums"),
 }
 
-_left_out: frozenset[str] = frozenset()
+_portable_only = False
 _failed: set[tuple[str, torch.device]] = set()
-"""Modules whose kernel did not compile, and where."""
+"""Operations whose special kernel did not compile, and where."""
 
 
 @contextmanager
-def leave_out(*modules: str) -> Iterator[None]:
-    """Do without some special kernels, for tests and benchmarks of the others."""
-    global _left_out
-    before, _left_out = _left_out, _left_out | set(modules)
+def portable_only() -> Iterator[None]:
+    """Do without the special kernels, for tests and benchmarks of the portable ones."""
+    global _portable_only
+    before, _portable_only = _portable_only, True
     try:
         yield
     finally:
-        _left_out = before
-
-
-def portable_only() -> AbstractContextManager[None]:
-    """Do without all special kernels."""
-    return leave_out(*(name for operation in OPERATIONS.values() for name in operation.hopper))
+        _portable_only = before
 
 
 @cache
@@ -81,36 +74,27 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def special_kernels(name: str, device: torch.device) -> list[tuple[str, ModuleType]]:
-    """(title, module) of each special kernel for an operation that may run on a device, the best first."""
-    if not is_hopper(device):
-        return []
-    usable = []
-    for module, title in OPERATIONS[name].hopper.items():
-        if module not in _left_out and (module, device) not in _failed:
-            found = _import(name, module, title)
-            usable += [] if found is None else [(title, found)]
-    return usable
+def special_kernel(name: str, device: torch.device) -> ModuleType | None:
+    """The module with an operation's special kernel; None where the portable one runs: on other cards, or since this
+    Triton does not import or compile it, as far as was tried."""
+    if _portable_only or not is_hopper(device) or (name, device) in _failed:
+        return None
+    return _import(name)
 
 
 @cache
-def _import(name: str, module: str, title: str) -> ModuleType | None:
+def _import(name: str) -> ModuleType | None:
     """A module, None where it fails: Gluon is an experimental part of Triton. Cached, so that it is said once."""
     try:
-        return importlib.import_module(f"videosparse.kernels.{module}")
+        return importlib.import_module(f"videosparse.kernels.{OPERATIONS[name].hopper}")
     except Exception as error:
-        _warn(name, title, f"cannot be imported: {type(error).__name__}: {error}")
+        _warn(name, f"cannot be imported: {type(error).__name__}: {error}")
         return None
 
 
-def runs_hopper(device: torch.device) -> bool:
-    """Whether the fastest kernel for Hopper runs here: on this card, and with this Triton as far as was tried."""
-    return best_kernel(device) == next(iter(OPERATIONS["attend"].hopper.values()))
-
-
-def best_kernel(device: torch.device, name: str = "attend") -> str | None:
-    """What an operation's best special kernel that runs here is called; None where there is the portable one only."""
-    return next((title for title, _ in special_kernels(name, device)), None)
+def special_title(device: torch.device, name: str = "attend") -> str | None:
+    """What the special kernel of an operation that runs here is called; None where the portable one does."""
+    return None if special_kernel(name, device) is None else OPERATIONS[name].title
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -119,33 +103,38 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def _run(name: str, device_of: torch.Tensor, *arguments: Any) -> Any:
-    """An operation on checked tensors, by the first kernel that takes the call."""
+    """An operation on checked tensors, by the special kernel where it runs and takes the call, else by the portable."""
     operation, device = OPERATIONS[name], device_of.device
     with on_device(device_of):
-        for title, module in special_kernels(name, device):
-            reason = module.unsuited(*arguments)
-            if reason is not None:
-                _tell(name, title, reason)
-                continue
+        special = special_kernel(name, device)
+        if special is not None and _takes(name, special, arguments):
             try:
-                return getattr(module, operation.function)(*arguments)
+                return getattr(special, operation.function)(*arguments)
             except CannotCompile as error:
-                _failed.add((module.__name__.rpartition(".")[2], device))
-                _warn(name, title, f"cannot be compiled: {error}")
+                _failed.add((name, device))
+                _warn(name, f"cannot be compiled: {error}")
         portable = importlib.import_module(f"videosparse.kernels.{operation.portable}")
         return getattr(portable, operation.function)(*arguments)
 
 
+def _takes(name: str, special: ModuleType, arguments: tuple[Any, ...]) -> bool:
+    reason = special.unsuited(*arguments)
+    if reason is not None:
+        _tell(name, reason)
+    return reason is None
+
+
 @cache
-def _tell(name: str, title: str, reason: str) -> None:
+def _tell(name: str, reason: str) -> None:
     """Cached, so that a reason is logged once."""
-    logger.info("%s does not take its %s: %s.", name, title, reason)
+    logger.info("%s does not take its %s: %s.", name, OPERATIONS[name].title, reason)
 
 
-def _warn(name: str, title: str, what: str) -> None:
+def _warn(name: str, what: str) -> None:
     logger.warning(
-        "%s does without its %s, and is slower: it %s. Triton 3.6 to 3.9 are known to work.", name, title, what
-    )
+        "%s does without its %s, and is slower: it %s. Triton 3.6 to 3.9 are known to work.",
+        name, OPERATIONS[name].title, what,
+    )  # fmt: skip
 
 
 def forward(

@@ -80,7 +80,7 @@ def forward(
             f'quant="int8-fp8" needs FP8 tensor cores, compute capability 8.9 or newer (got {q.device}); use '
             '"int8-int8", or "int8", which leaves values as they are.'
         )
-    kernel = gpu.best_kernel(q.device, "integer attention") or "portable Triton kernel"
+    kernel = gpu.special_title(q.device, "integer attention") or "portable Triton kernel"
     _tell(f'attend computes quant="{quant}" on {q.device} by its {kernel}, where that takes the call.')
     return gpu.integer_forward(q, k, v, call, need_lse, values)
 

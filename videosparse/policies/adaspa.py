@@ -19,6 +19,7 @@ from videosparse.kernels.checks import check_sample
 from videosparse.kernels.selection import Selection, expand, select
 from videosparse.layout import TokenLayout, ceil_div
 from videosparse.policies.base import (
+    BLOCK,
     DenseSchedule,
     LayerPlan,
     LayerState,
@@ -70,7 +71,7 @@ class AdaSpaPolicy(SparsityPolicy):
 
     density: float = 0.2
     refresh: tuple[int | float, ...] = (0.6,)
-    block: tuple[int, int] = (128, 64)
+    block: tuple[int, int] = BLOCK
     head_adaptive: bool = True
     recall_threshold: float = 0.8
     sample: int | None = 16

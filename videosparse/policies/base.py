@@ -17,6 +17,10 @@ from videosparse.kernels.selection import Selection
 from videosparse.layout import TokenLayout
 from videosparse.ordering import AnyOrder
 
+BLOCK = (128, 64)
+"""The block (query rows, key rows) of a method that is not told one. Hopper's kernels are made for 128 query rows, and
+with 64 keys they run at the rate of 128, while maps leave more out."""
+
 TRAINING = "training"
 """The context of a `RunStep` that is no step of a run."""
 

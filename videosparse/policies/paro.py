@@ -20,6 +20,7 @@ from videosparse.kernels.selection import Selection, expand, select
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AnyOrder, SearchedOrder
 from videosparse.policies.base import (
+    BLOCK,
     TRAINING,
     DenseSchedule,
     LayerPlan,
@@ -31,7 +32,6 @@ from videosparse.policies.base import (
 from videosparse.policies.paro_plan import PAROPlan, send
 
 DENSITY = 0.2
-BLOCK = (128, 64)
 
 # What looking at one order costs beside a dense forward: one of its two matrix products.
 _LOOK_SHARE = 0.5
