@@ -7,45 +7,11 @@ from dataclasses import replace
 import folders
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from folders import ABOUT
+from safetensors.torch import save_file
 
 from videosparse.generation import GenerationError, GenerationRequest, generate
 from videosparse.generation.lora import find_lora
-
-ABOUT = {
-    "format": "videosparse-lora-1", "base_model": "small", "family": "wan", "layers": 2, "heads": 2,
-    "component": "transformer", "method": "radial", "options": {"decay": 0.7}, "first_steps": 0.5, "first_layers": 1,
-    "frames": [9, 17],
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def make_lora(model_folder, tmp_path_factory):
-    """`make_lora(seed, about)`: the folder of a random LoRA for the small model."""
-    from diffusers import WanPipeline, WanTransformer3DModel
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    def make(seed=0, about=ABOUT):
-        folder = tmp_path_factory.mktemp("lora") / f"lora{seed}"
-        model = WanTransformer3DModel.from_pretrained(model_folder / "transformer")
-        model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=r"blocks\.\d+\.attn1\.to_[qkv]"))
-        torch.manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.5)
-        config = model.peft_config["default"].to_dict()
-        layers = get_peft_model_state_dict(model)
-        WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
-        file = folder / "pytorch_lora_weights.safetensors"
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata()
-        save_file(load_file(file), file, metadata={**header, **({"videosparse": json.dumps(about)} if about else {})})
-        return folder
-
-    return make
 
 
 def test_length_and_schedule_come_from_the_file(ask, make_lora):

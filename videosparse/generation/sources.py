@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.cases import MODELS, ModelSpec
+from videosparse.clock import shift_of
 from videosparse.generation.errors import GenerationError, nearest, one_line
 from videosparse.generation.hub import fetch
 from videosparse.layout import VideoGrid
@@ -249,13 +250,13 @@ def scheduler_shift(source: ModelSource) -> float:
         GenerationError: the folder is incomplete, or its scheduler has no shift, or one that changes with the size.
     """
     config = _read_config(source.location or "", "scheduler/scheduler_config.json")
-    shift = config.get("flow_shift", config.get("shift"))
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
+    shift = shift_of(config)
+    if shift is None:
         raise GenerationError(
             f"The scheduler of {source.name} ({config.get('_class_name')}) has no fixed shift of its noise levels; say "
             "which one videos will be made with: attention.shift."
         )
-    return float(shift)
+    return shift
 
 
 def _locate(name: str | None) -> str:
