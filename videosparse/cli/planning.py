@@ -169,8 +169,15 @@ def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
     time = f"about {found.seconds / 60:.0f} min on one {found.gpu}"
     if result.blocks is not None:
         time += f", {found.dense_seconds / 60:.0f} min dense"
-    needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
-    return [("Time", f"{time} (transformer alone, eager, bfloat16)"), ("Peak", f"{needed}, likewise")]
+    blocks = "compiled" if result.compiled else "eager"
+    how = (
+        f"{blocks}, {'bfloat16' if result.linears == 'none' else 'FP8 linears'}, FlashAttention-3 or -4 for dense steps"
+    )
+    found_rows = [("Time", f"{time} (transformer alone, {how})")]
+    if found.weights is not None and found.activations is not None:
+        needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
+        found_rows.append(("Peak", f"{needed} (transformer alone, bfloat16)"))
+    return found_rows
 
 
 def _state(result: GenerationPlan) -> list[tuple[str, str]]:

@@ -94,9 +94,13 @@ class GenerationPlan:
     @property
     def sparse_flops(self) -> float:
         """The same of one sparse step, its dense layers included."""
-        layers = self.source.spec.layers
-        dense = min(layers, self.schedule.first_layers + self.schedule.last_layers)
+        layers, dense = self.source.spec.layers, self.dense_layers
         return self.dense_flops * (dense + (layers - dense) * self.density) / layers
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers that are dense in every step."""
+        return min(self.source.spec.layers, self.schedule.first_layers + self.schedule.last_layers)
 
     @property
     def dense_run_flops(self) -> float:
