@@ -170,9 +170,8 @@ def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
     if result.blocks is not None:
         time += f", {found.dense_seconds / 60:.0f} min dense"
     blocks = "compiled" if result.compiled else "eager"
-    how = (
-        f"{blocks}, {'bfloat16' if result.linears == 'none' else 'FP8 linears'}, FlashAttention-3 or -4 for dense steps"
-    )
+    linears = "bfloat16" if result.linears == "none" else "FP8 linears"
+    how = f"{blocks}, {linears}, FlashAttention-3 or -4 where dense"
     found_rows = [("Time", f"{time} (transformer alone, {how})")]
     if found.weights is not None and found.activations is not None:
         needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"

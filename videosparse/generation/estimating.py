@@ -38,8 +38,8 @@ RATES = {
     )
 }
 """By card. Those of Wan2.1-14B at 81 frames and of HunyuanVideo at 129, from the times of each part of a layer in
-`assets/results/profile.csv`, and of eager blocks and "int8-fp8" from those of blocks in `models.csv`; runs there, of four
-models and up to 509 frames, are met within 13 % (tests hold them to 20)."""
+`assets/results/profile.csv`, and of eager blocks and "int8-fp8" from those of blocks in `models.csv`; runs there, of
+four models and up to 509 frames, are met within 13 % (tests hold them to 20)."""
 
 
 @dataclass(frozen=True)
