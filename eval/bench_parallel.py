@@ -26,6 +26,7 @@ from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 from videosparse import AdaSpaProcessor, DenseProcessor, RadialProcessor, parallelize, restore, sparsify
 from videosparse.benchmark.rows import WHERE, environment, write_rows
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/multi_gpu.csv"
 # name: (family, heads, feed-forward width, latent frames, rows and columns of latents)
@@ -177,4 +178,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from videosparse.benchmark.rows import read_rows, write_rows
 from videosparse.benchmark.step_tables import DENSE
+from videosparse.program import run_program
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
 COLUMNS = (
@@ -148,4 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

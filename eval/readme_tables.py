@@ -27,6 +27,7 @@ from videosparse.benchmark import (
 from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
 from videosparse.evaluation.method_table import methods
 from videosparse.generation.stack import together
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
@@ -136,4 +137,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

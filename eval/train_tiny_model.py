@@ -66,6 +66,7 @@ from pathlib import Path
 
 import torch
 
+from videosparse.program import run_program
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
@@ -322,4 +323,4 @@ def run_all(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

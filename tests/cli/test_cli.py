@@ -439,6 +439,8 @@ def test_calibrate_then_generate(run, tmp_path):
         (["--output", "plan.bin"], "must end in .safetensors"),
         (["--output", ""], "use plan.safetensors"),
         (["--buckets", "9"], "buckets must be 1 to 2"),
+        (["--lora", "none.safetensors"], "No LoRA at 'none.safetensors'"),
+        (["--ultravico", "0.9"], "calibrate has no --ultravico: maps are made from scores as they are"),
     ],
 )
 def test_bad_calibrations_are_one_line(run, tmp_path, arguments, message):

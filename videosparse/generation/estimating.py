@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from videosparse.cases import ModelSpec
@@ -16,21 +17,29 @@ beside the layers (embeddings, modulation of time), of 14B; both read off `asset
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card reaches in whole models, eager, bfloat16, in FLOP/s.
+    """What a card reaches in whole models, in FLOP/s.
 
     Args:
-        dense: self-attention by our dense kernel.
-        sparse: by maps, on the blocks that are read.
-        rest: all else, counted as its matrix products.
+        dense: self-attention by the fastest dense kernel, FlashAttention-3 or -4 on Hopper.
+        sparse: by maps, on the blocks that are read, by `quant`.
+        rest: all else, counted as its matrix products: by (whether blocks are compiled, `linears`).
     """
 
     dense: float
-    sparse: float
-    rest: float
+    sparse: Mapping[str | None, float]
+    rest: Mapping[tuple[bool, str], float]
 
 
-RATES = {"NVIDIA H200": Rates(600e12, 620e12, 500e12)}
-"""By card; fitted to `assets/results/models.csv`, whose rows they meet within 8 % (tests hold them to 20)."""
+RATES = {
+    "NVIDIA H200": Rates(
+        dense=650e12,
+        sparse={None: 600e12, "int8": 680e12, "int8-fp8": 740e12},
+        rest={(False, "none"): 520e12, (True, "none"): 590e12, (True, "fp8"): 950e12},
+    )
+}
+"""By card. Those of Wan2.1-14B at 81 frames and of HunyuanVideo at 129, from the times of each part of a layer in
+`assets/results/profile.csv`, and of eager blocks and "int8-fp8" from those of blocks in `models.csv`; runs there, of
+four models and up to 509 frames, are met within 13 % (tests hold them to 20)."""
 
 
 @dataclass(frozen=True)
@@ -40,46 +49,56 @@ class Estimate:
     Args:
         gpu: what it is for.
         seconds: all steps; dense_seconds: the same with dense attention.
-        weights: bytes of all experts in bfloat16.
-        activations: bytes beside them at the peak of a forward.
+        dense_forward, sparse_forward: seconds of a forward of a dense and of a sparse step.
+        weights: bytes of all experts in bfloat16; None where that was not measured.
+        activations: bytes beside them at the peak of a forward, likewise.
     """
 
     gpu: str
     seconds: float
     dense_seconds: float
-    weights: float
-    activations: float
+    dense_forward: float
+    sparse_forward: float
+    weights: float | None
+    activations: float | None
 
 
 def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
     """What a run takes on a card that was measured; None where nothing was measured that tells.
 
-    Rates are known of Wan, of maps with blocks of 128 query rows, and of scores as they are.
+    Rates are known of the published models, of maps with blocks of 128 query rows, and of scores as they are; of FP8
+    linears in compiled blocks.
     """
-    spec = plan.source.spec
-    if spec.family != "wan" or not spec.ffn or plan.logit is not None:
+    spec, rates = plan.source.spec, RATES[gpu]
+    quant = plan.method.get("quant")
+    sparse = None if quant is not None and not isinstance(quant, str) else rates.sparse.get(quant)
+    rest = rates.rest.get((plan.compiled, plan.linears))
+    products = _products(spec)
+    if sparse is None or rest is None or products is None or plan.logit is not None:
         return None
     if plan.block is not None and plan.block[0] != BLOCK_ROWS:
         return None
-    rates = RATES[gpu]
-    rest = _rest_flops(spec, plan.layout.length) * plan.forwards * plan.steps / rates.rest
-    dense = plan.dense_run_flops / rates.dense
+    # a dense processor takes integers everywhere, a sparse one in sparse calls
+    dense = rates.dense if plan.block is not None or quant is None else sparse
+    around = 2.0 * plan.layout.length * products * spec.layers / rest
+    attention = plan.dense_flops / plan.forwards
+    first_layers = plan.dense_layers / spec.layers
+    dense_forward = around + attention / dense
+    sparse_forward = around + attention * (first_layers / dense + (1 - first_layers) * plan.density / sparse)
+    calls = plan.steps * plan.forwards
+    share = _dense_share(plan)
+    work = plan.dense_run_flops
+    measured = spec.family == "wan"
     return Estimate(
         gpu=gpu,
-        seconds=rest + _dense_part(plan) / rates.dense + _sparse_part(plan) / rates.sparse,
-        dense_seconds=rest + dense,
-        weights=2 * spec.experts * _parameters(spec),
-        activations=_VECTORS * 2 * spec.heads * spec.head_dim * plan.layout.length,
+        # searches run at the rate of dense attention
+        seconds=calls * around + work * ((share + plan.search) / dense + (plan.average_density - share) / sparse),
+        dense_seconds=calls * (around + attention / rates.dense),
+        dense_forward=dense_forward,
+        sparse_forward=dense_forward if plan.block is None else sparse_forward,
+        weights=2 * spec.experts * _parameters(spec) if measured else None,
+        activations=_VECTORS * 2 * spec.heads * spec.head_dim * plan.layout.length if measured else None,
     )
-
-
-def _dense_part(plan: GenerationPlan) -> float:
-    """FLOPs of the run's dense attention, searches included, which run at its rate."""
-    return plan.dense_run_flops * (_dense_share(plan) + plan.search)
-
-
-def _sparse_part(plan: GenerationPlan) -> float:
-    return plan.dense_run_flops * (plan.average_density - _dense_share(plan))
 
 
 def _dense_share(plan: GenerationPlan) -> float:
@@ -89,11 +108,16 @@ def _dense_share(plan: GenerationPlan) -> float:
     return plan.schedule.average_density(0.0, plan.steps, plan.source.spec.layers)
 
 
-def _rest_flops(spec: ModelSpec, tokens: int) -> float:
-    """Matrix products of a forward beside self-attention: projections, cross-attention, feed-forward layers."""
+def _products(spec: ModelSpec) -> float | None:
+    """Multiply-adds of a token in a layer beside self-attention; None where the widths are not known.
+
+    Projections of self-attention and the feed-forward layers; Wan's cross-attention, too. Layers of HunyuanVideo and
+    Mochi have as many, whether the feed-forward layers are four times as wide, gated, or beside attention.
+    """
     width = spec.heads * spec.head_dim
-    of_token = 6 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width
-    return 2.0 * tokens * of_token * spec.layers
+    if spec.family != "wan":
+        return 12.0 * width**2
+    return 6.0 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width if spec.ffn else None
 
 
 def _parameters(spec: ModelSpec) -> float:
