@@ -39,6 +39,13 @@ def test_a_table_is_split_by_its_first_column():
     ]  # fmt: skip
 
 
+def test_a_column_that_is_empty_for_a_value_is_left_out():
+    parts = split((["size", "rule", "error"], [["a", "any", ""], ["a", "all", ""], ["b", "any", "1"], ["b", "", "2"]]))
+    assert parts == "**a**\n\n| rule |\n| --- |\n| any |\n| all |\n\n**b**\n\n" + markdown(
+        (["rule", "error"], [["any", "1"], ["", "2"]])
+    )
+
+
 def test_a_table_without_lines_was_not_measured():
     assert markdown((["size"], [])) == "Not measured yet."
     assert split((["size"], [])) == ""
