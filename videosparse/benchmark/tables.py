@@ -26,12 +26,17 @@ def markdown(table: Table) -> str:
 
 
 def split(table: Table) -> str:
-    """A table for each value of the first column, in Markdown, below that value instead of beside it."""
+    """A table for each value of the first column, in Markdown, below that value instead of beside it.
+
+    Columns that a value leaves empty are left out of its table.
+    """
     head, lines = table
     parts = []
     for value in dict.fromkeys(line[0] for line in lines):
-        own = [line[1:] for line in lines if line[0] == value]
-        parts.append(f"**{value}**\n\n{markdown((head[1:], own))}")
+        own = [line for line in lines if line[0] == value]
+        used = [column for column in range(1, len(head)) if any(line[column] for line in own)]
+        cells = [[line[column] for column in used] for line in own]
+        parts.append(f"**{value}**\n\n{markdown(([head[column] for column in used], cells))}")
     return "\n\n".join(parts)
 
 
