@@ -1,12 +1,10 @@
-"""Tables made of the rows of `eval/bench_model.py`: heads and lines of cells."""
+"""Tables of whole models: rows of `eval/bench_model.py`, `eval/check_model_goals.py` and `eval/profile_step.py`."""
 
 from __future__ import annotations
 
 from videosparse.benchmark.kernel_names import GAPS, PARTS, UNKNOWN
+from videosparse.benchmark.tables import Row, Table, markdown
 from videosparse.benchmark.whole import STEP_CASES
-
-Row = dict[str, str]
-Table = tuple[list[str], list[list[str]]]
 
 DENSE = ("dense", "dense-eager", "stock", "fa2")
 """Contenders that multiply all blocks in bfloat16; the fastest is what sparse ones are compared with."""
@@ -57,14 +55,14 @@ def overview(rows: list[Row]) -> Table:
         radial = _timed(found, "radial") or _timed(found, "radial-eager")
         stack = fastest(found, STACK) or found.get("stack")
         told = f" ({dense['contender']})" if dense is not None and dense["contender"] in ("stock", "fa2") else ""
+        sparse = [_seconds(row) + (f" ({gain})" if (gain := _gain(dense, row)) else "") for row in (radial, stack)]
         lines.append([
             case, "" if radial is None else f"{float(radial['density']):.2f}", _seconds(stock),
-            _seconds(dense) + told, _seconds(radial), _gain(dense, radial), _seconds(stack), _gain(dense, stack),
-            ", ".join(_minutes(r) for r in (dense, radial, stack)),
+            _seconds(dense) + told, *sparse, ", ".join(_minutes(r) for r in (dense, radial, stack)),
         ])  # fmt: skip
     head = [
-        "model, size", "density", "Diffusers as shipped, s a step", "fastest dense, s", "Radial, s", "gain",
-        "all, s", "gain", "50 steps, min: dense, Radial, all",
+        "model, size", "density", "Diffusers as shipped, s a step", "fastest dense, s", "Radial, s (gain)",
+        "all, s (gain)", "50 steps, min: dense, Radial, all",
     ]  # fmt: skip
     return head, lines
 
@@ -111,6 +109,20 @@ def extrapolation(rows: list[Row]) -> Table:
                     f"{100 * (told / found - 1):+.1f} %",
                 ])  # fmt: skip
     return ["model, size", "contender", "all layers, s a forward", "from few", "layers", "off by"], lines
+
+
+def goals(rows: list[Row]) -> Table:
+    """What was measured of whole models, and all that must be, from `eval/check_model_goals.py`."""
+    head = ["model, size", "a sparse step", "measured", "must", "goal", "", "seconds"]
+    return head, [
+        [r["case"], r["goal"], r["measured"] and f"{r['measured']}x", r["must"], r["wanted"], r["verdict"], r["detail"]]
+        for r in rows if r["measured"] or r["must"]
+    ]  # fmt: skip
+
+
+def profile(rows: list[Row]) -> str:
+    """Where the time of a layer goes, in Markdown: a table for each case, below its name."""
+    return "\n\n".join(f"{case}\n\n{markdown((head, lines))}" for case, head, lines in parts(rows))
 
 
 def parts(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:

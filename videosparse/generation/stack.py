@@ -1,7 +1,7 @@
 """Accelerations beside sparse attention, and which of them go together: `Stack`, `PARTS`, `REFUSED`.
 
-The table of the README is made from `PARTS` and `REFUSED`, requests are refused by them, and the tests run every pair
-that is left.
+The table of `pipelines/README.md` is made from `PARTS` and `REFUSED`, requests are refused by them, and the tests run
+every pair that is left.
 """
 
 from __future__ import annotations
