@@ -140,8 +140,9 @@ def test_examples_in_python_can_be_parsed(page):
 
 
 def test_the_readme_is_read_in_five_minutes():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 330, "move details to the pages of the folders"
+    text = re.sub(r"<details>.*?</details>\n", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = text.splitlines()
+    assert len(lines) <= 330, "move details to the pages of the folders, or fold them"
     wide = [line for line in lines if line.startswith("|") and line.count("|") > 9]
     assert not wide, "tables of more than 8 columns belong to assets/results/README.md"
 
