@@ -196,7 +196,7 @@ def limit_smoke(args: argparse.Namespace) -> None:
     args.vae_steps, args.steps = 4, 12
     args.check_steps = 2
     args.check_seconds = args.save_seconds = 2.0
-    args.vae_minutes = args.minutes = 1.0
+    args.vae_minutes = args.minutes = 8.0  # steps end it; a busy machine may take long
 
 
 def main(argv: list[str] | None = None) -> int:
