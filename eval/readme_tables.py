@@ -86,6 +86,7 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "model_check": (("models",), step_tables.extrapolation),
     "model_goals": (("model_goals",), apart(step_tables.goals)),
     "profile": (("profile",), step_tables.profile, picture("profile.png", "Milliseconds of a layer by part")),
+    "several_gpus": (("multi_gpu",), step_tables.shared),
     "training": (("lora_training",), training_tables.steps),
     "lora_lengths": (
         ("lora_length",), apart(training_tables.lengths), training_tables.missing_lengths,

@@ -165,3 +165,23 @@ def _gain(dense: Row | None, row: Row | None) -> str:
 
 def _minutes(row: Row | None) -> str:
     return f"{float(row['run_s']) / 60:.1f}" if row is not None and row["run_s"] else "-"
+
+
+def shared(rows: list[Row]) -> Table:
+    """A line for each forward that several GPUs shared: seconds, how many times faster than one, and how far apart."""
+    lines = [
+        [
+            row["case"], row["contender"], f"{float(row['density']):.2f}", row["layers"],
+            f"{float(row['alone_s']):.3f}", f"{float(row['shared_s']):.3f} ({float(row['scaling']):.2f}x)",
+            f"{float(row['difference']):.1e}" if float(row["difference"]) else "the same bits",
+            f"{float(row['peak_gb_alone']):.1f}, {float(row['peak_gb_shared']):.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    gpus = next((row["gpus"] for row in rows), "")
+    head = [
+        "model, size", "attention", "density", "layers", "one GPU, s a forward", f"{gpus} GPUs, s",
+        "outputs differ by",
+        "peak, GB: one, each",
+    ]  # fmt: skip
+    return head, lines
