@@ -67,14 +67,15 @@ def test_time_is_within_20_percent_of_what_was_measured(row):
 
 @pytest.mark.parametrize(
     "row",
-    [r for r in measured() if r["contender"].endswith("-eager") and r["model"].startswith("wan")],
-    ids=lambda r: f"{r['case']} {r['contender']}",
+    [r for r in measured() if r["method"] in ("dense", "radial")],
+    ids=lambda r: f"{r['case']} {r['contender']} {r['run'][:10]}",
 )
 def test_memory_is_within_20_percent_of_what_was_measured(row):
     spec, found = MODELS[row["model"]], estimate(planned(row), row["gpu"])
-    rest = spec.layers - int(row["layers_timed"])
-    dropped = 2 * rest * _parameters(spec) / spec.layers  # rows of fewer layers hold fewer weights
-    assert found.weights - dropped + found.activations == pytest.approx(1e9 * float(row["peak_gb"]), rel=0.2)
+    dropped = 1 - int(row["layers_timed"]) / spec.layers  # rows of fewer layers hold fewer weights
+    told = found.weights * (1 - dropped) + found.activations
+    print(f"{row['case']} {row['contender']}: peak {told / 1e9 / float(row['peak_gb']):.2f} of what was measured")
+    assert told == pytest.approx(1e9 * float(row["peak_gb"]), rel=0.2)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("wan2.1-1.3b", 1.42), ("wan2.1-14b", 14.29), ("wan2.2-5b", 5.0)])
@@ -88,7 +89,6 @@ def test_what_was_not_measured_has_no_estimate():
     assert estimate(plan_run(wan, options={"block": (64, 64)})) is None
     assert estimate(plan_run(wan, options={"quant": "int8-int8"})) is None
     assert estimate(replace(plan_run(wan), linears="fp8")) is None, "not compiled"
-    assert estimate(plan_run(find_spec("mochi"))).weights is None
 
 
 def test_searches_and_dense_steps_cost():

@@ -172,11 +172,11 @@ def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
     blocks = "compiled" if result.compiled else "eager"
     linears = "bfloat16" if result.linears == "none" else "FP8 linears"
     how = f"{blocks}, {linears}, FlashAttention-3 or -4 where dense"
-    found_rows = [("Time", f"{time} (transformer alone, {how})")]
-    if found.weights is not None and found.activations is not None:
-        needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
-        found_rows.append(("Peak", f"{needed} (transformer alone, bfloat16)"))
-    return found_rows
+    needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
+    return [
+        ("Time", f"{time} (transformer alone, {how})"),
+        ("Peak", f"{needed} (transformer alone, {blocks}, {linears})"),
+    ]
 
 
 def _state(result: GenerationPlan) -> list[tuple[str, str]]:

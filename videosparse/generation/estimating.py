@@ -10,9 +10,20 @@ from videosparse.generation.planning import GenerationPlan
 
 BLOCK_ROWS = 128
 """Rows of the blocks that the rate of sparse attention was measured with."""
-_TEXT, _VECTORS, _EMBEDDINGS = 512, 11.4, 0.4e9
-"""Of Wan: text tokens of cross-attention, vectors of the model's width that a token needs at the peak, and parameters
-beside the layers (embeddings, modulation of time), of 14B; both read off `assets/results/models.csv`."""
+_TEXT, _EMBEDDINGS = 512, 0.4e9
+"""Of Wan: text tokens of cross-attention, and parameters beside the layers (embeddings, modulation of time), of 14B."""
+
+_PARAMETERS = {"hunyuan_video": 12.82e9, "mochi": 10.03e9}
+"""Of the published transformers."""
+
+_VECTORS: dict[str, dict[tuple[bool, str], tuple[float, float]]] = {
+    "wan": {(False, "none"): (6.6, 1.72), (True, "none"): (5.05, 0.81), (True, "fp8"): (2.4, 1.6)},
+    "hunyuan_video": {(False, "none"): (16.3, 0), (True, "none"): (11.3, 0), (True, "fp8"): (14.4, 0)},
+    "mochi": {(False, "none"): (17.8, 0), (True, "none"): (12.2, 0), (True, "fp8"): (11.6, 0)},
+}
+"""Vectors of the model's width that a token needs at the peak of a forward, and more of them for each time that Wan's
+feed-forward layers are as wide as the model, by (whether blocks are compiled, `linears`): peaks of
+`assets/results/models.csv` less the weights there."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,8 @@ class Estimate:
         gpu: what it is for.
         seconds: all steps; dense_seconds: the same with dense attention.
         dense_forward, sparse_forward: seconds of a forward of a dense and of a sparse step.
-        weights: bytes of all experts in bfloat16; None where that was not measured.
-        activations: bytes beside them at the peak of a forward, likewise.
+        weights: bytes of all experts, in bfloat16, or layers as FP8.
+        activations: bytes beside them at the peak of a forward.
     """
 
     gpu: str
@@ -59,8 +70,8 @@ class Estimate:
     dense_seconds: float
     dense_forward: float
     sparse_forward: float
-    weights: float | None
-    activations: float | None
+    weights: float
+    activations: float
 
 
 def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
@@ -88,7 +99,6 @@ def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
     calls = plan.steps * plan.forwards
     share = _dense_share(plan)
     work = plan.dense_run_flops
-    measured = spec.family == "wan"
     return Estimate(
         gpu=gpu,
         # searches run at the rate of dense attention
@@ -96,8 +106,8 @@ def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
         dense_seconds=calls * (around + attention / rates.dense),
         dense_forward=dense_forward,
         sparse_forward=dense_forward if plan.block is None else sparse_forward,
-        weights=2 * spec.experts * _parameters(spec) if measured else None,
-        activations=_VECTORS * 2 * spec.heads * spec.head_dim * plan.layout.length if measured else None,
+        weights=spec.experts * _weights(spec, plan.linears),
+        activations=2 * spec.heads * spec.head_dim * plan.layout.length * _vectors(plan),
     )
 
 
@@ -122,4 +132,18 @@ def _products(spec: ModelSpec) -> float | None:
 
 def _parameters(spec: ModelSpec) -> float:
     width = spec.heads * spec.head_dim
+    if spec.family != "wan":
+        return _PARAMETERS[spec.family]
     return spec.layers * (8 * width**2 + 2 * width * spec.ffn) + _EMBEDDINGS * (width / 5120) ** 2
+
+
+def _weights(spec: ModelSpec, linears: str) -> float:
+    """Bytes of a transformer."""
+    return _parameters(spec) * (1 if linears == "fp8" else 2)
+
+
+def _vectors(plan: GenerationPlan) -> float:
+    """Vectors of the model's width that a token needs beside the weights."""
+    spec = plan.source.spec
+    fixed, more = _VECTORS[spec.family][plan.compiled, plan.linears]
+    return fixed + more * (spec.ffn or 0) / (spec.heads * spec.head_dim)
