@@ -84,13 +84,11 @@ def many_videos(args: argparse.Namespace, state: PartialState) -> None:
 def main() -> None:
     args = parse()
     state = PartialState(cpu=not torch.cuda.is_available())
-    try:
-        if args.prompts is None:
-            one_video(args, state)
-        else:
-            many_videos(args, state)
-    finally:
-        state.destroy_process_group()
+    if args.prompts is None:
+        one_video(args, state)
+    else:
+        many_videos(args, state)
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

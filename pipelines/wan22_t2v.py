@@ -84,7 +84,7 @@ def main() -> None:
         pipe.to(device)
 
     options = {} if args.plan is None else {"plan": args.plan}
-    processor = PROCESSORS[args.method](**trained.options, **options)
+    processor = PROCESSORS[args.method](**{**trained.options, **options})
     pipe.set_attn_processor(processor)  # both experts; the step is that of the run, whichever is at work
     if args.rope != "none":
         videosparse.extend_rope(pipe, args.rope, trained_frames=81)

@@ -14,6 +14,7 @@ else. `sparsify` and `restore` do the same for a pipeline or a transformer, and 
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -108,7 +109,7 @@ def _extend_pipelines() -> None:
 def _is_command() -> bool:
     """Whether this package is imported to run its command, by its script or as `python -m videosparse`."""
     if sys.argv[:1] == ["-m"]:  # until Python has found the module
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["videosparse"]
+        return any(re.fullmatch(r"(-[A-Za-z]*m)?videosparse", given) for given in sys.orig_argv[1:])
     return Path(sys.argv[0]).stem == "videosparse"
 
 

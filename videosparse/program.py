@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -47,9 +48,10 @@ def run_program(
 def leaving_on_sigterm() -> Iterator[None]:
     """Let SIGTERM leave a block through its clean-up code, as Ctrl-C does, with exit code 143.
 
-    Without it the process is gone at once, and the parts of files that it was writing stay behind.
+    Without it the process is gone at once, and the parts of files that it was writing stay behind. One of several ranks
+    keeps that: it may be waiting in a collective call for one that has ended, where Python hears no signal.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield  # only the main thread hears signals
         return
     before = signal.signal(signal.SIGTERM, _leave)

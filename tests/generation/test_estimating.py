@@ -88,6 +88,7 @@ def test_what_was_not_measured_has_no_estimate():
     assert estimate(plan_run(find_spec("tiny-wan"))) is None
     assert estimate(plan_run(wan, options={"block": (64, 64)})) is None
     assert estimate(plan_run(wan, options={"quant": "int8-int8"})) is None
+    assert estimate(plan_run(wan, options={"backend": "torch"})) is None
     assert estimate(replace(plan_run(wan), linears="fp8")) is None, "not compiled"
 
 

@@ -31,17 +31,14 @@ def newest(rows: list[Row], case: str) -> dict[str, Row]:
 
 
 def fastest(rows: dict[str, Row], names: tuple[str, ...]) -> Row | None:
-    """The fastest of some contenders of a case that timed as many layers as the most thorough of them."""
+    """The fastest of some contenders of a case, of those of the newest commit with most layers."""
     timed = [rows[name] for name in names if name in rows and rows[name]["forward_s"]]
-    most = max((int(r["layers_timed"]) for r in timed), default=0)
-    thorough = [r for r in timed if int(r["layers_timed"]) == most]
-    return min(thorough, key=lambda r: float(r["forward_s"]), default=None)
-
-
-def fastest_dense(rows: dict[str, Row]) -> Row | None:
-    """The fastest dense contender of a case in bfloat16."""
-    timed = [rows[name] for name in DENSE if name in rows and rows[name]["forward_s"]]
-    return min(timed, key=lambda r: float(r["forward_s"]), default=None)
+    if not timed:
+        return None
+    commit = max(timed, key=lambda r: r["run"])["commit"]
+    here = [r for r in timed if r["commit"] == commit]
+    most = max(int(r["layers_timed"]) for r in here)
+    return min((r for r in here if int(r["layers_timed"]) == most), key=lambda r: float(r["forward_s"]))
 
 
 def overview(rows: list[Row]) -> Table:
@@ -51,7 +48,7 @@ def overview(rows: list[Row]) -> Table:
         found = newest(rows, case)
         if not found:
             continue
-        dense, stock = fastest_dense(found), found.get("stock")
+        dense, stock = fastest(found, DENSE), found.get("stock")
         radial = _timed(found, "radial") or _timed(found, "radial-eager")
         stack = fastest(found, STACK) or found.get("stack")
         told = f" ({dense['contender']})" if dense is not None and dense["contender"] in ("stock", "fa2") else ""
@@ -77,16 +74,15 @@ def every_row(rows: list[Row]) -> Table:
     """A line for each contender of each case with rows."""
     lines = []
     for case in STEP_CASES:
-        found = newest(rows, case)
-        dense = fastest_dense(found)
-        for row in found.values():
+        for row in newest(rows, case).values():
             if not row["forward_s"]:
                 lines.append([case, row["contender"], "", "", row["note"], "", "", "", ""])
                 continue
             timed = "all" if row["layers_timed"] == row["layers"] else row["layers_timed"]
+            search = f"{float(row['search_s']):.2f}" if row["search_s"] else ""
             lines.append([
                 case, row["contender"], row["backend"], f"{float(row['density']):.2f}", _seconds(row),
-                f"{float(row['search_s']):.2f}" if row["search_s"] else "", _gain(dense, row), _minutes(row),
+                search, _gain(_beside(rows, row), row), _minutes(row),
                 f"{timed} of {row['layers']}, {float(row['peak_gb'] or 0):.0f} GB",
             ])  # fmt: skip
     head = [
@@ -142,6 +138,13 @@ def parts(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
         ]  # fmt: skip
         tables.append((case, ["ms a layer", *names], lines))
     return tables
+
+
+def _beside(rows: list[Row], row: Row) -> Row | None:
+    """The fastest dense row that compares with another; none with a step that a cache skips."""
+    same = ("case", "gpu", "commit", "layers_timed")
+    here = {r["contender"]: r for r in rows if all(r[name] == row[name] for name in same)}
+    return None if row["contender"] == "cached" else fastest(here, DENSE)
 
 
 def _timed(rows: dict[str, Row], name: str) -> Row | None:

@@ -171,7 +171,7 @@ def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
         time += f", {found.dense_seconds / 60:.0f} min dense"
     blocks = "compiled" if result.compiled else "eager"
     linears = "bfloat16" if result.linears == "none" else "FP8 linears"
-    how = f"{blocks}, {linears}, FlashAttention-3 or -4 where dense"
+    how = f"{blocks}, {linears}, the fastest dense kernel where dense"
     needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
     return [
         ("Time", f"{time} (transformer alone, {how})"),

@@ -77,8 +77,8 @@ class Estimate:
 def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
     """What a run takes on a card that was measured; None where nothing was measured that tells.
 
-    Rates are known of the published models, of maps with blocks of 128 query rows, and of scores as they are; of FP8
-    linears in compiled blocks.
+    Rates are known of the published models, of our kernels, of maps with blocks of 128 query rows, and of scores as
+    they are; of FP8 linears in compiled blocks.
     """
     spec, rates = plan.source.spec, RATES[gpu]
     quant = plan.method.get("quant")
@@ -88,6 +88,8 @@ def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
     if sparse is None or rest is None or products is None or plan.logit is not None:
         return None
     if plan.block is not None and plan.block[0] != BLOCK_ROWS:
+        return None
+    if plan.method.get("backend", "auto") not in ("auto", "triton"):
         return None
     # a dense processor takes integers everywhere, a sparse one in sparse calls
     dense = rates.dense if plan.block is not None or quant is None else sparse

@@ -22,8 +22,11 @@ def fetch(repo: str, file: str) -> Path:
         return Path(hf_hub_download(repo, file))
 
 
-def fetch_only(repo: str, usual: str) -> Path:
-    """The file with the usual name, else the only .safetensors file of a hub model.
+def fetch_only(repo: str, usual: str, but: str) -> tuple[Path, str]:
+    """The file with the usual name, else the only .safetensors file of a hub model, those named `but` left aside.
+
+    Returns:
+        Where it lies now, and its name in the repository.
 
     Raises:
         GenerationError: see `fetch`; or there are several, or none.
@@ -32,17 +35,17 @@ def fetch_only(repo: str, usual: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return fetch(repo, usual)
+        return fetch(repo, usual), usual
     except GenerationError as error:
         cause = error.__cause__
         if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
             raise  # nothing is known of the repository
     with _told(f"the files of the hub model {repo} cannot be listed"):
-        found = [name for name in list_repo_files(repo) if name.endswith(".safetensors")]
+        found = [name for name in list_repo_files(repo) if name.endswith(".safetensors") and Path(name).name != but]
     if len(found) != 1:
         several = f"it has {', '.join(found)}; name one: {repo}/{found[0]}" if found else "it has no .safetensors file"
         raise GenerationError(f"the hub model {repo} has no {usual}: {several}.")
-    return fetch(repo, found[0])
+    return fetch(repo, found[0]), found[0]
 
 
 @contextmanager

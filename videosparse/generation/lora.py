@@ -42,6 +42,7 @@ class LoraFile:
         about: what videosparse wrote when it was trained; empty for other LoRAs.
         norms: trained norms of queries and keys beside it, None where there are none.
         component: which transformer of the pipeline it belongs to.
+        called: what it is called where its path does not tell, as one from the hub.
     """
 
     path: Path
@@ -49,11 +50,12 @@ class LoraFile:
     about: Mapping[str, Any] = field(default_factory=dict)
     norms: Path | None = None
     component: str = COMPONENTS[0]
+    called: str = ""
 
     @property
     def name(self) -> str:
         """For messages and as the adapter's name: the file's, or that of the folder of a file with the usual name."""
-        stem = self.path.parent.name if self.path.name == WEIGHTS_FILE else self.path.stem
+        stem = self.called or (self.path.parent.name if self.path.name == WEIGHTS_FILE else self.path.stem)
         return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem) or "lora"
 
     @property
@@ -211,7 +213,7 @@ def find_lora(text: str, scale: float = 1.0, component: str | None = None) -> Lo
     Raises:
         GenerationError: no such file, a damaged one, a format of a newer version, or one for another expert.
     """
-    path = _weights(text)
+    path, repo, file = _weights(text)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -222,7 +224,9 @@ def find_lora(text: str, scale: float = 1.0, component: str | None = None) -> Lo
         raise GenerationError(
             f"{path} is of format {about.get('format')!r}, expected {FORMAT!r}; update videosparse, or train it again."
         )
-    norms = _beside(path, text) if about.get("norms") else path.parent / NORMS_FILE
+    norms = path.parent / NORMS_FILE
+    if about.get("norms") and repo:
+        norms = fetch(repo, (Path(file).parent / NORMS_FILE).as_posix())
     found = norms if about.get("norms") and norms.is_file() else None
     if about.get("norms") and found is None:
         raise GenerationError(f"{path} was trained with norms, and {NORMS_FILE} is not beside it; copy it there.")
@@ -234,11 +238,12 @@ def find_lora(text: str, scale: float = 1.0, component: str | None = None) -> Lo
         raise GenerationError(
             f"The LoRA {path} was trained for the {trained} (got the {component}); give it as {option}."
         )
-    return LoraFile(path, scale, about, found, trained)
+    called = repo.partition("/")[2] if path.name == WEIGHTS_FILE else ""
+    return LoraFile(path, scale, about, found, trained, called)
 
 
-def _weights(text: str) -> Path:
-    """The file of a LoRA, fetched where it is on the hub.
+def _weights(text: str) -> tuple[Path, str, str]:
+    """The file of a LoRA, fetched where it is on the hub; its repository and its name there, empty where it is not.
 
     Raises:
         GenerationError: there is none.
@@ -247,25 +252,20 @@ def _weights(text: str) -> Path:
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if path.is_file():
-        return path
+        return path, "", ""
     advice = f"give a .safetensors file, or a folder with {WEIGHTS_FILE}"
     on_hub = _ON_HUB.fullmatch(text)
     # a path that was mistyped is not looked for in the network
     if on_hub is None or Path(on_hub[1]).parent.is_dir() or on_hub[1].endswith(".safetensors"):
         raise GenerationError(f"No LoRA at {text!r}; {advice}, or a hub id.")
     try:
-        return fetch_only(on_hub[1], WEIGHTS_FILE) if on_hub[2] is None else fetch(on_hub[1], on_hub[2])
+        if on_hub[2] is None:
+            path, file = fetch_only(on_hub[1], WEIGHTS_FILE, but=NORMS_FILE)
+        else:
+            path, file = fetch(on_hub[1], on_hub[2]), on_hub[2]
+        return path, on_hub[1], file
     except GenerationError as error:
         raise GenerationError(f"No LoRA at {text!r}, and {error}") from error
-
-
-def _beside(path: Path, text: str) -> Path:
-    """Where the trained norms of a LoRA are; on the hub they are another file of the same folder."""
-    on_hub = None if Path(text).expanduser().exists() else _ON_HUB.fullmatch(text)
-    if on_hub is None:
-        return path.parent / NORMS_FILE
-    folder = Path(on_hub[2] or WEIGHTS_FILE).parent
-    return fetch(on_hub[1], (folder / NORMS_FILE).as_posix())
 
 
 def check_fits(lora: LoraFile, source: ModelSource) -> None:
