@@ -116,7 +116,7 @@ def _is_command() -> bool:
 def _interrupted() -> SystemExit:
     """The end of the command on Ctrl-C before it has begun."""
     sys.stderr.write("Interrupted; nothing was written.\n")
-    return SystemExit(130)
+    return SystemExit(130)  # `program.INTERRUPTED`, which would be one more import to be interrupted
 
 
 _extend_pipelines()

@@ -349,7 +349,7 @@ def test_plan_of_videos_beyond_the_trained_length(run):
     [
         (
             ["--model", "wan2.1-14b", "--trained-frames", "81"],
-            "--trained-frames is for --ultravico; drop it, or give both.",
+            "--trained-frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one.",
         ),
         (
             ["--model", "wan2.1-14b", "--frames", "81", "--ultravico", "0.9"],

@@ -172,10 +172,10 @@ def test_a_batch_has_one_set_of_loras(ask, make_lora, tmp_path):
 
 
 def test_run_files_name_loras(tmp_path):
-    from videosparse.generation.runfile import as_toml, read_run_file, request_from
+    from videosparse.generation.runfile import read_run_file, request_from
 
     path = tmp_path / "run.toml"
-    path.write_text(as_toml({"prompt": "a cat", "lora": ["a", "b"], "lora_scale": [1.0, 0.5]}))
+    path.write_text('prompt = "a cat"\nlora = ["a", "b"]\nlora_scale = [1.0, 0.5]\n')
     request = request_from(read_run_file(path).values)
     assert (request.loras, request.lora_scales) == (("a", "b"), (1.0, 0.5))
     path.write_text('prompt = "a cat"\nlora = "a"\n')

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from videosparse.blocks import BlockMap
-from videosparse.generation import GenerationError, methods
-from videosparse.generation.planning import plan_run
+from videosparse.generation import GenerationError, GenerationRequest, methods
+from videosparse.generation.planning import plan_request, plan_run
 from videosparse.generation.sources import find_spec
 from videosparse.kernels import KernelOptions
 from videosparse.policies.base import DenseSchedule, SparsityPolicy
@@ -131,3 +131,18 @@ def test_no_guidance_is_one_branch():
 def test_errors(fields, message):
     with pytest.raises(GenerationError, match=message):
         plan_run(find_spec("wan2.1-1.3b"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"shift": -5.0}, "shift must be"),
+        ({"step_cache": "nonsense"}, "Unknown step cache"),
+        ({"model": "mochi", "rope": "riflex"}, "Mochi learned the frequencies"),
+        ({"model": "mochi", "steps": 1}, "steps must be"),
+        ({"rope": "ntk", "trained_frames": 82}, r"4k\+1"),
+    ],
+)
+def test_what_could_not_be_generated_has_no_plan(asked, told):
+    with pytest.raises(GenerationError, match=told):
+        plan_request(GenerationRequest("a cat", **{"model": "wan2.1-14b", **asked}))

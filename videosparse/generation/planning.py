@@ -18,6 +18,7 @@ from videosparse.generation.methods import Options, refusals, resolve_method, re
 from videosparse.generation.request import GUIDANCES, MOST_STEPS, GenerationRequest, within
 from videosparse.generation.sources import ModelSource, find_spec
 from videosparse.generation.stack import Stack, check_together, parts_of, sped_up
+from videosparse.generation.step_cache import parse_step_cache
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.logits import FarLogits
 from videosparse.policies.base import DenseSchedule, SparsityPolicy
@@ -166,25 +167,19 @@ def plan_request(request: GenerationRequest) -> GenerationPlan:
     """
     request.check_words()
     source = find_spec(request.model)
-    loras = request.found_loras(source)
-    request = request.extended(loras)
-    defaults = source.defaults
-    sizes = ((getattr(request, name), getattr(defaults, name)) for name in ("num_frames", "height", "width"))
-    num_frames, height, width = (default if asked is None else asked for asked, default in sizes)
-    windows = context(source, request.context_frames, request.context_overlap)
-    grid = seen(source.grid(num_frames, height, width), windows)
-    request, aside = request.with_usual_logits(source, grid, loras)
-    request, left_out = sped_up(request, source, None, torch.bfloat16)
+    fitted = request.fitted(source)
+    request, left_out = sped_up(fitted.request, source, None, torch.bfloat16)
+    cached = parse_step_cache("none" if request.step_cache is None else request.step_cache) is not None
     linears = "none" if request.linears is None else request.linears
     check_kind(linears)
     check_together(parts_of(request, Stack(linears=linears, compiled=bool(request.compile)), source.experts))
     for_rope = request.ultravico is None and (request.rope != "none" or request.usual_ultravico is not None)
     plan = plan_run(
         source,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        steps=request.steps,
+        num_frames=fitted.num_frames,
+        height=fitted.height,
+        width=fitted.width,
+        steps=fitted.steps,
         guidance=request.guidance,
         method=request.method,
         options=request.options.get(request.method),
@@ -192,11 +187,10 @@ def plan_request(request: GenerationRequest) -> GenerationPlan:
         trained_frames=None if for_rope else request.trained_frames,
         context_frames=request.context_frames,
         context_overlap=request.context_overlap,
-        beyond=[lora.frames for lora in loras if lora.frames is not None],
+        beyond=[lora.frames for lora in fitted.loras if lora.frames is not None],
     )
-    cached = request.step_cache not in (None, "none")
     what = "What the step cache skips is not counted: that a run decides by itself."
-    notices = (*left_out, *aside, *([what] if cached else []))
+    notices = (*left_out, *fitted.notices, *([what] if cached else []))
     return replace(plan, compiled=bool(request.compile), linears=linears, notices=notices)
 
 

@@ -119,50 +119,59 @@ class GenerationRequest:
             raise GenerationError(
                 "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
             )
-        if self.shift is not None:
-            within("shift", self.shift, self.shift, SHIFTS)
-        loras = self.found_loras(source)
-        request = self.extended(loras)
-        defaults = source.defaults
-        num_frames, height, width = (
-            default if asked is None else asked
-            for asked, default in (
-                (request.num_frames, defaults.num_frames),
-                (self.height, defaults.height),
-                (self.width, defaults.width),
-            )
-        )
+        fitted = self.fitted(source)
+        defaults, grid = source.defaults, fitted.grid
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        windows = context(source, self.context_frames, self.context_overlap)
-        grid = seen(source.grid(num_frames, height, width), windows)
-        request, aside = request.with_usual_logits(source, grid, loras)
-        request, stack, left_out = resolve_stack(request, source, device, DTYPES[dtype])
-        logit = request._logit(source, grid, loras)
-        steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
+        request, stack, left_out = resolve_stack(fitted.request, source, device, DTYPES[dtype])
+        logit = request._logit(source, grid, fitted.loras)
         options = request.options.get(self.method)
-        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype], logit)
+        check_method_fits(source, grid, self.method, options, device, fitted.steps, DTYPES[dtype], logit)
         return Settings(
             request=request,
             source=source,
             grid=grid,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            steps=steps,
+            num_frames=fitted.num_frames,
+            height=fitted.height,
+            width=fitted.width,
+            steps=fitted.steps,
             guidance=within("guidance", self.guidance, defaults.guidance, GUIDANCES),
             guidance_2=defaults.guidance_2 if self.guidance is None else None,
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
             shift=request.shift,
-            trained_frames=request._trained_frames(source),
-            loras=loras,
+            trained_frames=fitted.trained_frames,
+            loras=fitted.loras,
             logit=logit,
-            windows=windows,
+            windows=fitted.windows,
             stack=stack,
-            notices=(*left_out, *aside),
+            notices=(*left_out, *fitted.notices),
         )
+
+    def fitted(self, source: ModelSource) -> Fitted:
+        """This request with what a model and LoRAs bring, wherever it runs.
+
+        Raises:
+            GenerationError: sizes, steps, a shift, a rotary embedding or LoRAs that the model cannot have.
+        """
+        if self.shift is not None:
+            within("shift", self.shift, self.shift, SHIFTS)
+        loras = self.found_loras(source)
+        request = self.extended(loras)
+        defaults = source.defaults
+        sizes = {
+            name: getattr(defaults, name) if getattr(request, name) is None else getattr(request, name)
+            for name in ("num_frames", "height", "width")
+        }
+        windows = context(source, self.context_frames, self.context_overlap)
+        grid = seen(source.grid(**sizes), windows)
+        request, aside = request.with_usual_logits(source, grid, loras)
+        steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
+        return Fitted(
+            request, loras, **sizes, steps=steps, grid=grid, windows=windows,
+            trained_frames=request._trained_frames(source), notices=aside,
+        )  # fmt: skip
 
     def found_loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
         """The LoRAs that were asked for, found to fit.
@@ -252,6 +261,26 @@ class GenerationRequest:
             )
         if not 0 <= self.seed < _SEED_LIMIT:
             raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}); use 0.")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A request beside its model; fields as in `Settings`.
+
+    Args:
+        request: with what LoRAs and presets add.
+    """
+
+    request: GenerationRequest
+    loras: tuple[LoraFile, ...]
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    grid: VideoGrid
+    windows: Windows | None
+    trained_frames: int | None
+    notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)

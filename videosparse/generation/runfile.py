@@ -236,17 +236,6 @@ def preset_as_toml(name: str, values: Mapping[str, object]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_toml(values: Mapping[str, object]) -> str:
-    """Values as the text of a run file."""
-    plain = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, Mapping)]
-    tables = [
-        "\n".join([f"\n[{key}]", *(f"{name} = {_toml(option)}" for name, option in value.items())])
-        for key, value in values.items()
-        if isinstance(value, Mapping)
-    ]
-    return "\n".join([*plain, *tables]) + "\n"
-
-
 def _toml(value: object) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
