@@ -82,8 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     panel(right, fidelities(videos))
     right.set(ylabel="PSNR against dense, dB")
     right.set_title(f"{videos[0]['frames']} frames, whole videos", fontsize=10)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=4, frameon=False)
+    handles = {
+        label: line for axes in (left, right) for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=5, frameon=False
+    )  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     print(args.output)

@@ -78,7 +78,9 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "integers": (("integer_attention",), kernel_tables.integers),
     "published": (("paro_fidelity", "integer_attention", "integer_variants"), paro_tables.published),
     "paro_videos": (("paro_fidelity",), quality_tables.fidelity),
-    "reordering": (("reordering",), paro_tables.reordering),
+    "reordering": (
+        ("reordering",), paro_tables.reordering, picture("reordering.png", "Error of attention and PSNR of videos"),
+    ),
     "reorder_cost": (("reorder",), paro_tables.reorder_cost),
     "calibration": (("paro_calibration",), paro_tables.calibration),
     "models": (("models",), step_tables.overview, step_tables.missing),
