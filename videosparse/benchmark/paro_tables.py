@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from videosparse.benchmark.kernel_tables import fastest_dense_call, integer_calls
-from videosparse.benchmark.tables import Row, Table, mean
+from videosparse.benchmark.tables import Row, Table, mean, usual
 
 PUBLISHED = (
     ("0.5", "", "1.73x", "29.1"), ("0.5, no reordering", "", "", "26.3"), ("0.5", "int8", "1.83x", "29.0"),
@@ -16,12 +16,12 @@ def published(videos: list[Row], calls: list[Row], older_calls: list[Row]) -> Ta
     """The paper's table beside ours: the gain of a call of Wan-14B, and the fidelity of the embedded model.
 
     Args:
-        videos: rows of videos by plans.
+        videos: rows of `eval/compare_methods.py`.
         calls: rows of integer attention.
         older_calls: rows of its variants, whose bf16 rows serve where there are none of `calls`.
     """
     calls = integer_calls(calls or older_calls)
-    dense = fastest_dense_call(calls)
+    dense, videos = fastest_dense_call(calls), usual(videos)
     lines = []
     for density, quant, speed, quality in PUBLISHED:
         share, _, raster = density.partition(", ")
