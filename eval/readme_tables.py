@@ -68,6 +68,7 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "recall": (("attention_recall",), quality_tables.recall),
     "fidelity": (("method_comparison",), method_table.fidelity),
     "methods": (("method_comparison",), method_table.side_by_side, method_table.methods),
+    "gains": (("method_comparison",), method_table.gains),
     "rounding": (("reordering",), quality_tables.rounding),
     "integer_errors": (("integer_errors",), quality_tables.integer_errors),
     "attention": (("attention",), kernel_tables.rates),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from videosparse.evaluation.method_table import fidelity, methods, paro_videos, side_by_side
+from videosparse.evaluation.method_table import PAIRS, fidelity, gains, methods, paro_videos, side_by_side
+from videosparse.evaluation.settings import parse_setting
 
 SETTINGS = {
     # setting: method, quant, density, PSNR
@@ -17,6 +18,25 @@ SETTINGS = {
     "paro 0.5": ("paro", "", "0.5", "36"),
     "paro 0.5, raster order": ("paro-raster", "", "0.5", "33"),
     "paro 0.2, int8": ("paro", "int8", "0.2", "29"),
+}
+
+NAMES = {
+    parse_setting(text).name
+    for text in (
+        *[
+            "radial",
+            "radial+int8",
+            "adaspa@radial",
+            "adaspa@0.2",
+            "adaspa@0.1",
+            "random@radial",
+            "random@0.2",
+            "random@0.1",
+        ],
+        *["adaspa@0.2:head_adaptive=no", "adaspa@0.2:refresh=never", "adaspa@0.2:block=128x64", "paro@radial"],
+        *(f"{method}@{density}" for method in ("paro", "paro-raster") for density in (0.5, 0.3, 0.2)),
+        *["paro@0.5+int8", "paro@0.2+int8", "paro@0.2+int8-fp8"],
+    )
 }
 
 
@@ -91,6 +111,25 @@ def test_pages_of_single_methods_take_their_settings_of_the_usual_size(rows):
     assert {line[1] for line in fidelity(rows)[1]} == {"2"}, "no video of another size"
 
 
+def test_gains_are_differences_prompt_by_prompt(rows):
+    """An interval of no width where every prompt gains the same, though PSNR differs among prompts."""
+    found = {line[0]: line[1:] for line in gains(rows)[1]}
+    zero = "+0 (+0 to +0)"
+    assert found == {
+        "each head its own density": [
+            "adaspa 0.2", "adaspa 0.2, equal heads", "+1.0 (+1.0 to +1.0)", zero, "+0.56",
+        ],
+        "token orders": ["paro 0.5", "paro 0.5, raster order", "+3.0 (+3.0 to +3.0)", zero, "+2.8"],
+        "queries and keys as INT8": ["radial, int8", "radial", "-1.0 (-1.0 to -1.0)", "+50 (+0 to +100)", "-"],
+    }  # fmt: skip
+
+
+def test_the_pairs_are_settings_as_the_program_names_them():
+    for _, *pair, _ in PAIRS:
+        for name in pair:
+            assert name in NAMES, name
+
+
 def test_nothing_was_measured():
     assert side_by_side([]) == methods([]) == ""
-    assert fidelity([])[1] == paro_videos([])[1] == []
+    assert fidelity([])[1] == paro_videos([])[1] == gains([])[1] == []

@@ -17,6 +17,40 @@ DIMENSIONS = (("temporal_flickering", 2, 100), ("motion_smoothness", 2, 100), ("
 OPTIONS = {"head_adaptive=no": "equal heads", "refresh=never": "one search", "block=128x64": "blocks of 128x64"}
 """How options of the published comparison read."""
 
+PAIRS = (
+    ("search instead of Radial's map", "adaspa, density of radial", "radial", ""),
+    ("plan instead of Radial's map", "paro, density of radial", "radial", ""),
+    ("plan instead of search", "paro, density of radial", "adaspa, density of radial", ""),
+    ("plan instead of search", "paro 0.2", "adaspa 0.2", ""),
+    ("Radial's map instead of chance", "radial", "random, density of radial", ""),
+    ("search instead of chance", "adaspa 0.2", "random 0.2", ""),
+    ("search instead of chance", "adaspa 0.1", "random 0.1", ""),
+    ("each head its own density", "adaspa 0.2", "adaspa 0.2, head_adaptive=no", "+0.56"),
+    ("a second search", "adaspa 0.2", "adaspa 0.2, refresh=never", ""),
+    ("blocks twice as high", "adaspa 0.2, block=128x64", "adaspa 0.2", ""),
+    ("token orders", "paro 0.5", "paro 0.5, raster order", "+2.8"),
+    ("token orders", "paro 0.3", "paro 0.3, raster order", ""),
+    ("token orders", "paro 0.2", "paro 0.2, raster order", ""),
+    ("queries and keys as INT8", "radial, int8", "radial", ""),
+    ("queries and keys as INT8", "paro 0.5, int8", "paro 0.5", "-0.1"),
+    ("queries and keys as INT8", "paro 0.2, int8", "paro 0.2", ""),
+    ("values as FP8, too", "paro 0.2, int8-fp8", "paro 0.2, int8", ""),
+)
+"""What two settings differ in, the settings, and the difference in dB that a paper reports: AdaSpa (arXiv 2502.21079) on
+HunyuanVideo, PAROAttention (arXiv 2506.16054) on CogVideoX-5B, whose values are INT8, too."""
+
+
+def gains(rows: list[Row]) -> Table:
+    """What each part of a method is worth: differences prompt by prompt, which are surer than those of two means."""
+    groups = {group.setting: group for size in sizes_of(usual(rows)) for group in size.groups}
+    lines = []
+    for what, setting, other, published in PAIRS:
+        if setting in groups and other in groups:
+            found = [groups[setting].difference(groups[other], name) for name in ("psnr_db", "all_right")]
+            cells = [_sure(found[0], 1, 1, "+"), _sure(found[1], 0, 100, "+"), published or "-"]
+            lines.append([what, readable(setting), readable(other), *cells])
+    return ["", "setting", "against", "PSNR against dense, dB", "all right, points", "paper: PSNR, dB"], lines
+
 
 def fidelity(rows: list[Row]) -> Table:
     """Likeness to dense of AdaSpa, Radial Attention and random blocks in full precision."""
