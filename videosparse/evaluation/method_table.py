@@ -36,8 +36,8 @@ PAIRS = (
     ("queries and keys as INT8", "paro 0.2, int8", "paro 0.2", ""),
     ("values as FP8, too", "paro 0.2, int8-fp8", "paro 0.2, int8", ""),
 )
-"""What two settings differ in, the settings, and the difference in dB that a paper reports: AdaSpa (arXiv 2502.21079) on
-HunyuanVideo, PAROAttention (arXiv 2506.16054) on CogVideoX-5B, whose values are INT8, too."""
+"""What two settings differ in, the settings, and the difference in dB that a paper reports: AdaSpa (arXiv 2502.21079)
+on HunyuanVideo, PAROAttention (arXiv 2506.16054) on CogVideoX-5B, whose values are INT8, too."""
 
 
 def gains(rows: list[Row]) -> Table:
