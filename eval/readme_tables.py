@@ -67,7 +67,10 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "coverage": (("radial_coverage",), apart(quality_tables.coverage)),
     "recall": (("attention_recall",), quality_tables.recall),
     "fidelity": (("method_comparison",), method_table.fidelity),
-    "methods": (("method_comparison",), method_table.side_by_side, method_table.methods),
+    "methods": (
+        ("method_comparison",), method_table.side_by_side,
+        picture("methods.png", "PSNR and right videos by density, PSNR by length"), method_table.methods,
+    ),
     "gains": (("method_comparison",), method_table.gains),
     "rounding": (("reordering",), quality_tables.rounding),
     "integer_errors": (("integer_errors",), quality_tables.integer_errors),

@@ -23,7 +23,14 @@ def results(tmp_path):
         {**judged, "method": "dense", "quant": "int8", "asked_density": "1.0", "density": "1.0", "error": "0.01"},
     ])  # fmt: skip
     size = {"model": "tiny", "frames": "81", "height": "128", "width": "128", "steps": "20", "guidance": "4"}
-    video = {"ssim": "0.95", "latent_l1": "0.1", "video_density": "0.3095", "average_density": "0.45", **size}
+    video = {
+        "ssim": "0.95",
+        "latent_l1": "0.1",
+        "video_density": "0.3095",
+        "average_density": "0.45",
+        "all_right": "1",
+        **size,
+    }
     settings = [
         ("random 0.3", "random", "", "20"), ("paro 0.3", "paro", "", "30"), ("paro 0.3", "paro", "", "34"),
         ("paro 0.3, raster order", "paro-raster", "", "28"), ("paro 0.3, int8", "paro", "int8", "31"),
@@ -100,6 +107,22 @@ def test_what_was_not_measured_is_said(results, monkeypatch):
         assert tables.made(name) == "Not measured yet."
     assert "| 0.3 | int8 | 5.72x | - | - | 31.0 (31.0 to 31.0) |" in tables.made("published")
     assert "| 0.3 | 16 bits | 2.71x | 22.9 | 3.00x | 32.0 (30.0 to 34.0) |" in tables.made("published")
+
+
+def test_the_figure_of_all_methods_is_drawn(results, tmp_path, capsys):
+    """Only with what has rows: a table without ceiling and without longer videos is enough."""
+    pytest.importorskip("matplotlib")
+    plots = load("plot_methods")
+    rows = str(results / "method_comparison.csv")
+    groups = [group for size in plots.sizes_of(plots.read_rows(Path(rows), ())) for group in size.groups]
+    found = plots.by_density(groups, "psnr_db", 1)
+    assert set(found) == {"random", "paro", "paro-raster", "radial"}
+    assert (0.3095, (32.0, 30.0, 34.0)) in found["paro"]
+    assert plots.main(["--rows", rows, "--output", str(tmp_path / "methods.png")]) == 0
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        plots.main(["--rows", str(results / "none.csv")])
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_the_figure_is_drawn(results, tmp_path, capsys):
