@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
     panel(left, errors([r for r in calls if r["frames"] == longest]))
     left.set(ylabel="relative L2 error of attention", yscale="log")
+    for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     left.set_title(f"{longest} frames, every call of the watched steps", fontsize=10)
     panel(right, fidelities(videos))
     right.set(ylabel="PSNR against dense, dB")

@@ -62,13 +62,19 @@ def picture(name: str, shows: str) -> Maker:
 # a table: its files, and the makers of what stands there, one below the other
 TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "figure": (("figure_dense_vs_radial",), quality_tables.figure),
-    "accuracy": (("tiny_wan_ceiling_33", "tiny_wan_dense_33", "tiny_wan_radial_33"), quality_tables.accuracy),
+    "accuracy": (
+        (
+            "tiny_wan_ceiling_33", "tiny_wan_dense_33", "tiny_wan_radial_33", "tiny_wan_heldout_33_50",
+            "tiny_wan_heldout_81_50",
+        ),
+        quality_tables.accuracy,
+    ),
     "densities": (("radial_density",), quality_tables.densities),
     "coverage": (("radial_coverage",), apart(quality_tables.coverage)),
     "recall": (("attention_recall",), quality_tables.recall),
     "fidelity": (("method_comparison",), method_table.fidelity),
     "methods": (
-        ("method_comparison",), method_table.side_by_side,
+        ("method_comparison",), method_table.side_by_side, method_table.missing_sizes,
         picture("methods.png", "PSNR and right videos by density, PSNR by length"), method_table.methods,
     ),
     "gains": (("method_comparison",), method_table.gains),
@@ -79,12 +85,14 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "goals": (("attention_goals",), kernel_tables.goals),
     "norms": (("norm_rotate",), kernel_tables.norms),
     "cpu": (("cpu_attention",), kernel_tables.cpu),
+    "far": (("far_scores",), kernel_tables.far),
     "search": (("search_cost",), kernel_tables.search),
     "integers": (("integer_attention",), kernel_tables.integers),
     "published": (("method_comparison", "integer_attention", "integer_variants"), paro_tables.published),
     "paro_videos": (("method_comparison",), method_table.paro_videos),
     "reordering": (
-        ("reordering",), paro_tables.reordering, picture("reordering.png", "Error of attention and PSNR of videos"),
+        ("reordering",), apart(paro_tables.reordering),
+        picture("reordering.png", "Error of attention and PSNR of videos"),
     ),
     "reorder_cost": (("reorder",), paro_tables.reorder_cost),
     "calibration": (("paro_calibration",), paro_tables.calibration),

@@ -155,7 +155,7 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     write_rows(tmp_path / "lora_length.csv", rows[:-2], score.COLUMNS)
     part = tables.made("lora_lengths").splitlines()
     assert sum("LoRA trained" in line for line in part) == 4 + 1
-    assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames, LoRA trained with Radial at 321 frames."
+    assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames; LoRA trained with Radial at 321 frames."
     (folder / "figures").mkdir()
     (folder / "figures/lora_lengths.png").touch()
     assert tables.made("lora_lengths").splitlines()[-1].endswith("(../figures/lora_lengths.png)")

@@ -2,7 +2,16 @@
 
 import pytest
 
-from videosparse.evaluation.method_table import PAIRS, fidelity, gains, methods, paro_videos, side_by_side
+from videosparse.evaluation.method_table import (
+    PAIRS,
+    SIZES,
+    fidelity,
+    gains,
+    methods,
+    missing_sizes,
+    paro_videos,
+    side_by_side,
+)
 from videosparse.evaluation.settings import parse_setting
 
 SETTINGS = {
@@ -128,6 +137,12 @@ def test_the_pairs_are_settings_as_the_program_names_them():
     for _, *pair, _ in PAIRS:
         for name in pair:
             assert name in NAMES, name
+
+
+def test_sizes_without_rows_are_named(rows):
+    assert missing_sizes(rows) == "Not measured yet: 161x128x128, 321x128x128."
+    every = [{**rows[0], "frames": f, "height": h, "width": w} for f, h, w in (size.split("x") for size in SIZES)]
+    assert missing_sizes(every) == ""
 
 
 def test_nothing_was_measured():

@@ -9,6 +9,8 @@ ACCURACY = (
     "ground truth through the VAE, 33 frames",
     "dense, 33 frames, 20 steps, guidance 4, bf16 on an H200",
     "Radial Attention, the same",
+    "dense, 33 frames, 50 steps, combinations that training never shows",
+    "dense, 81 frames, 50 steps, the same",
 )
 """What the files of `accuracy` hold, in their order."""
 

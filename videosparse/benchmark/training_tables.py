@@ -77,8 +77,12 @@ def lengths(rows: list[Row]) -> Table:
 
 def missing_lengths(rows: list[Row]) -> str:
     """A sentence that names the settings without a row; empty where there are none."""
-    missing = [f"{setting} at {place[2]} frames" for place, setting in _places().items() if _at(rows, *place) is None]
-    return f"Not measured yet: {', '.join(missing)}." if missing else ""
+    missing: dict[str, list[str]] = {}
+    for place, setting in _places().items():
+        if _at(rows, *place) is None:
+            missing.setdefault(setting, []).append(place[2])
+    named = [f"{setting} at {', '.join(lengths)} frames" for setting, lengths in missing.items()]
+    return f"Not measured yet: {'; '.join(named)}." if named else ""
 
 
 def _places() -> dict[tuple[str, str, str], str]:

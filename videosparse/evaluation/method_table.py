@@ -17,6 +17,9 @@ DIMENSIONS = (("temporal_flickering", 2, 100), ("motion_smoothness", 2, 100), ("
 OPTIONS = {"head_adaptive=no": "equal heads", "refresh=never": "one search", "block=128x64": "blocks of 128x64"}
 """How options of the published comparison read."""
 
+SIZES = ("33x120x136", "81x128x128", "161x128x128", "321x128x128")
+"""Frames, height and width that the page is to have."""
+
 PAIRS = (
     ("search instead of Radial's map", "adaspa, density of radial", "radial", ""),
     ("plan instead of Radial's map", "paro, density of radial", "radial", ""),
@@ -83,6 +86,13 @@ def side_by_side(rows: list[Row]) -> str:
             densities = [_density(size.group("radial"), "video_density") for size in sizes]
             parts.append(f"**{title}**\n\n{markdown((head, [['video density of Radial', *densities], *lines]))}")
     return "\n\n".join(parts)
+
+
+def missing_sizes(rows: list[Row]) -> str:
+    """A sentence that names the sizes without a row; empty where there are none."""
+    found = {_title(size) for size in sizes_of(rows)}
+    missing = [size for size in SIZES if size not in found]
+    return f"Not measured yet: {', '.join(missing)}." if missing else ""
 
 
 def methods(rows: list[Row]) -> str:
