@@ -126,10 +126,10 @@ def test_gains_are_differences_prompt_by_prompt(rows):
     zero = "+0 (+0 to +0)"
     assert found == {
         "each head its own density": [
-            "adaspa 0.2", "adaspa 0.2, equal heads", "+1.0 (+1.0 to +1.0)", zero, "+0.56",
+            "adaspa 0.2", "adaspa 0.2, equal heads", "+1.00 (+1.00 to +1.00)", zero, "+0.56",
         ],
-        "token orders": ["paro 0.5", "paro 0.5, raster order", "+3.0 (+3.0 to +3.0)", zero, "+2.8"],
-        "queries and keys as INT8": ["radial, int8", "radial", "-1.0 (-1.0 to -1.0)", "+50 (+0 to +100)", "-"],
+        "token orders": ["paro 0.5", "paro 0.5, raster order", "+3.00 (+3.00 to +3.00)", zero, "+2.8"],
+        "queries and keys as INT8": ["radial, int8", "radial", "-1.00 (-1.00 to -1.00)", "+50 (+0 to +100)", "-"],
     }  # fmt: skip
 
 

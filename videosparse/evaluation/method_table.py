@@ -50,7 +50,7 @@ def gains(rows: list[Row]) -> Table:
     for what, setting, other, published in PAIRS:
         if setting in groups and other in groups:
             found = [groups[setting].difference(groups[other], name) for name in ("psnr_db", "all_right")]
-            cells = [_sure(found[0], 1, 1, "+"), _sure(found[1], 0, 100, "+"), published or "-"]
+            cells = [_sure(found[0], 2, 1, "+"), _sure(found[1], 0, 100, "+"), published or "-"]
             lines.append([what, readable(setting), readable(other), *cells])
     return ["", "setting", "against", "PSNR against dense, dB", "all right, points", "paper: PSNR, dB"], lines
 
