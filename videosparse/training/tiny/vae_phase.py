@@ -98,6 +98,7 @@ def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]
     size, batch = run.plan.vae_batches[-1]
     times: dict[str, float] = {}
     trial: AutoencoderKLWan | None
+    model: ParallelVae | None
     step: VaeStep | None
     update: Update | None
     for name in ("first-fused", "last-fused", "first-eager"):
@@ -105,9 +106,11 @@ def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]
             break
         try:
             trial = copy.deepcopy(vae)
+            # before the update, whose gradients are laid out as the weights are
+            model = vae_variant(run, trial, name)
             # by itself: a variant may fail in one process alone
             update = Update(list(trial.parameters()), [make_vae_optimizer(run, [trial])], Ranks())
-            step = VaeStep(run, vae_variant(run, trial, name), update, pools[size], batch)
+            step = VaeStep(run, model, update, pools[size], batch)
             begin = time.perf_counter()
             for i in range(8):
                 if i == 3:
@@ -119,7 +122,7 @@ def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]
             logger.info(f"vae variant {name}: {1e3 * times[name]:.1f} ms a step, set up in {start - begin:.1f} s")
         except Exception as error:
             logger.info(f"vae variant {name} failed: {type(error).__name__}: {str(error)[:300]}")
-        trial = step = update = None
+        trial = model = step = update = None
         torch.cuda.empty_cache()
     best = min(times, key=times.__getitem__)
     return VAE_VARIANTS[round(run.ranks.of_first(VAE_VARIANTS.index(best)))]
