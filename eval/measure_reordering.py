@@ -175,7 +175,7 @@ def calibrated(watch: Watch, settings: CalibrationSettings) -> Static:
     figures, calls = Figures(watch.layers, heads, settings.metric), []
     for run in settings.runs:
         calls += watch.run(settings.looked_at, figures, call_arguments(run))
-    static = Static(choose(*figures.means, settings.metric.alpha).view(watch.layers, heads).to(torch.uint8))
+    static = Static(figures.codes)
     for bucket in range(settings.request.buckets + 1):
         own = [call for call in calls if call.bucket == bucket]
         for codes, kept in ((static.codes, static.reordered), (torch.zeros_like(static.codes), static.raster)):
