@@ -132,11 +132,13 @@ class CalibrationRequest:
     def _check_by_mass(self) -> None:
         """Raise GenerationError where orders cannot be chosen by mass, or something else chooses them."""
         if self.alpha is not None:
-            raise GenerationError(f"alpha={self.alpha} is of the paper's metric; drop it, or order_by=mass.")
+            raise GenerationError(
+                f"alpha={self.alpha} weighs the paper's metric, and orders are to be chosen by mass; drop one of both."
+            )
         if self.mass is not None:
             raise GenerationError(
-                f"order_by=mass compares orders at one density, and mass={self.mass} gives every head its own; give "
-                "density, or drop order_by."
+                f"order_by=mass compares orders at one density, and mass={self.mass} gives every head its own; drop "
+                "one of both."
             )
         if not self.reorder:
             raise GenerationError("order_by=mass chooses orders, and reorder=False leaves all in raster order.")

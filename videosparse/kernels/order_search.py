@@ -398,7 +398,7 @@ def _take_more(found: Holding, codes: torch.Tensor, most: torch.Tensor, sums: to
     part, share = found.heads, found.share.mean(0)
     more = share > most[part] if found.code else torch.ones_like(share, dtype=torch.bool)
     most[part] = torch.where(more, share, most[part]).nan_to_num(-torch.inf)
-    codes[part] = torch.where(more, found.code, codes[part])
+    codes[part] = codes[part].masked_fill(more, found.code)
     sums[:, part] = torch.where(more[None, :, None, None], found.sums, sums[:, part])
 
 

@@ -107,7 +107,9 @@ class PAROPolicy(SparsityPolicy):
                 raise ValueError(f"density must lie in 0..1, 0 excluded (got {density}).")
         metric = self._metric
         if self.alpha is not None and metric.by == "mass":
-            raise ValueError(f"alpha={self.alpha} is of the paper's metric; drop it, or order_by=mass.")
+            raise ValueError(
+                f"alpha={self.alpha} weighs the paper's metric, and orders are to be chosen by mass; drop one of both."
+            )
         if plan is None:
             return
         for name in ("alpha", "order_by"):
