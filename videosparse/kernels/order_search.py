@@ -164,9 +164,10 @@ def holdings(
     scale: float | None = None,
     options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
 ) -> Iterator[Holding]:
-    """What the `count` largest blocks of every row hold in each of the six orders: one order after another, so that
-    the sums of one are all that is held. Calls `block_sums` and the selection of maps once for each order and group of
-    heads.
+    """What the `count` largest blocks of every row hold in each of the six orders.
+
+    One order comes after another, so that the sums of six never exist at once. Each takes one call of `block_sums` and
+    one of the selection that makes maps, for each group of heads.
 
     Args:
         q, k, lse, grid, scale, options: see `look`; options.logit as in the call that lse comes from.
