@@ -255,10 +255,14 @@ def allocate_shared_memory(dtype, shape, layout):
 
 
 def inline_assembly(code, constraints, arguments, **kwargs):
-    """Weights as FP8, packed and unpacked: four tensors in and out."""
+    """Weights as FP8, packed and unpacked: four tensors in and out; what is done to pairs of fp16; or nothing."""
     if len(arguments) == 4:
         return [x.to(torch.float8_e4m3fn) for x in arguments]
+    if "add.rn.f16x2" in code:
+        return value(arguments[0] + arguments[1])
     (words,) = arguments
+    if "ex2.approx.f16x2" in code:
+        return value(torch.exp2(words.half().float()).half())
     return words
 
 
@@ -272,6 +276,8 @@ def extremum(choose, of_two):
     def pick(a, b):
         if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
             return choose(a, b)
+        if all(isinstance(x, torch.Tensor) and x.dtype == torch.int32 for x in (a, b)):
+            return value(of_two(a, b))
         return value(of_two(*(torch.as_tensor(x, dtype=torch.float32) for x in (a, b))))
 
     return pick
@@ -282,7 +288,8 @@ def nothing(*args, **kwargs):
 
 
 GL = SimpleNamespace(
-    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float32=torch.float32,
+    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float16=torch.float16,
+    float32=torch.float32,
     float8e4nv=torch.float8_e4m3fn,
     BlockedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, SwizzledSharedLayout=nothing,
     NVMMADistributedLayout=nothing, convert_layout=lambda x, layout: x, static_range=range, cdiv=ceil_div,

@@ -66,6 +66,17 @@ def test_lists(on_cpu, quant, kind, dim, block):
 
 
 @pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("variant", hopper_int8.VARIANTS)
+def test_variants(on_cpu, quant, variant, monkeypatch):
+    monkeypatch.setattr(hopper_int8, "VARIANT", hopper_int8.VARIANTS[variant])
+    layout = make_layout("ragged text").aligned((128, 64))
+    q, k, v = make_qkv(layout, torch.bfloat16, heads=2, dim=128)
+    run_and_check(quant, layout, make_map(layout, (128, 64), heads=2), q, quantized.biased(k), v)
+    layout = TokenLayout(VideoGrid(1, 1, 129))
+    run_and_check(quant, layout, None, *make_qkv(layout, torch.bfloat16, batch=1, heads=2, dim=128))
+
+
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("aligned", [False, True])
 def test_dense(on_cpu, quant, kind, aligned):
@@ -111,7 +122,7 @@ def compile_int8(head_dim, keys, fp8, sparse=True, text=True, lse=True, dtype="b
     constants = {
         "KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "FP8": fp8, "NEED_LSE": lse,
     }  # fmt: skip
-    constants |= dict(zip(("OFFSET_FIRST", "TURNS"), hopper_int8.VARIANT, strict=True))
+    constants |= {name.upper(): x for name, x in hopper_int8.VARIANT._asdict().items()}
     values = (f"fp8e4nv[1,1,{head_dim},{keys}]", (keys, 8, 4)) if fp8 else (f"{dtype}[1,1,{keys},64]", (128, 16, 4))
     descriptors = {
         "q_desc": (f"i8[1,1,64,{head_dim}]", (head_dim, 8, 4)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -16,8 +18,38 @@ from videosparse.kernels.tma import describe, is_aligned
 from videosparse.kernels.value_tail import value_tail
 from videosparse.layout import ceil_div
 
-VARIANT = (True, 0)
-"""Whether products start from the offset that makes integers floats, and how consumers take turns."""
+
+class Variant(NamedTuple):
+    """One of the forms of the kernel; all compute the same."""
+
+    offset_first: bool = True
+    """Products start from the offset that makes integers floats; else it is added to them."""
+    turns: int = 0
+    """How consumers take turns at the tensor cores: not at all, or by handing on the turn at one of three places."""
+    whole: bool = False
+    """The maximum is taken of integers; else of floats."""
+    half: bool = False
+    """Exponentials are taken of fp16 pairs, and added as such."""
+    beside: bool = False
+    """The product with values is waited for after the softmax; else where ptxas likes to."""
+    joint: bool = False
+    """Slots of keys are freed with those of values; else as soon as scores are there."""
+
+
+VARIANTS = {
+    "present": Variant(),
+    "whole": Variant(offset_first=False, whole=True),
+    "whole, joint": Variant(offset_first=False, whole=True, joint=True),
+    "whole, beside": Variant(offset_first=False, whole=True, beside=True),
+    "whole, beside, turns 1": Variant(offset_first=False, whole=True, beside=True, turns=1),
+    "whole, beside, turns 2": Variant(offset_first=False, whole=True, beside=True, turns=2),
+    "whole, half": Variant(offset_first=False, whole=True, half=True),
+    "present, beside": Variant(beside=True),
+}
+"""The forms that are worth a measurement."""
+
+VARIANT = VARIANTS["present"]
+"""The form that is launched."""
 
 
 FP8_HEAD_DIMS = (128,)

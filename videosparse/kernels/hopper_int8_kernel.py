@@ -198,15 +198,25 @@ def _scores(q, k, HEAD_DIM: gl.constexpr, OFFSET_FIRST: gl.constexpr):
 
 @gluon.jit
 def _as_float(scores, OFFSET_FIRST: gl.constexpr):
-    """Integer scores as floats, OFFSET too high."""
+    """Integer scores as floats, OFFSET too high; what `_hide` hid is -inf."""
     if not OFFSET_FIRST:
         scores = scores + OFFSET_BITS
     return scores.to(gl.float32, bitcast=True)
 
 
+@gluon.constexpr_function
+def _hidden(offset_first):
+    """The integer that `_as_float` makes -inf."""
+    minus_infinity = -(1 << 23)  # its bits
+    return minus_infinity - (0 if offset_first else OFFSET_BITS)
+
+
 @gluon.jit
-def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
-    """-inf for the scores of a tile that belong to no token."""
+def _hide(
+    scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr, OFFSET_FIRST: gl.constexpr
+):  # fmt: skip
+    """The scores of a tile without those that belong to no token; floats or integers."""
+    none: gl.constexpr = -float("inf") if scores.dtype == gl.float32 else _hidden(OFFSET_FIRST)
     column = gl.arange(0, 128, gl.SliceLayout(0, _sums(128, 8)))
     if TEXT:
         _, video, text_start = layout
@@ -216,7 +226,7 @@ def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl
         token = (position < video) | ((position >= text_start) & (position < end))
     else:
         token = column < masked
-    return gl.where(token[None, :], scores, -float("inf"))
+    return gl.where(token[None, :], scores, none)
 
 
 @gluon.jit
@@ -234,16 +244,75 @@ def _of_halves(left, right, layout: gl.constexpr):
 
 
 @gluon.jit
-def _highest(scores, own, halves):
-    """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are."""
-    tops = gl.max(gl.max(gl.reshape(scores, [64, 2, 8, 4, 2]), 4), 2)
+def _halve(x):
+    """The two halves of the third dimension."""
+    return gl.split(gl.permute(gl.reshape(x, [64, 2, 2, x.shape[2] // 2, 4, 2]), (0, 1, 3, 4, 5, 2)))
+
+
+@gluon.jit
+def _highest_of_pairs(top, cut):
+    """The highest of `top` [64, 2, 4] and one pair of each [64, 2, 1, 4, 2]: one instruction on Hopper."""
+    a, b = gl.split(gl.reshape(cut, [64, 2, 4, 2]))
+    return gl.maximum(gl.maximum(a, b), top)
+
+
+@gluon.jit
+def _highest_of_integers(cut):
+    """The maxima [64, 2, 4] of [64, 2, 8, 4, 2]."""
+    a, b = _halve(cut)
+    a, c = _halve(a)
+    b, d = _halve(b)
+    first, second = _halve(a)
+    x, y = gl.split(gl.reshape(first, [64, 2, 4, 2]))
+    top = _highest_of_pairs(gl.maximum(x, y), second)
+    for pairs in gl.static_range(3):
+        first, second = _halve(b if pairs == 0 else c if pairs == 1 else d)
+        top = _highest_of_pairs(_highest_of_pairs(top, first), second)
+    return top
+
+
+@gluon.jit
+def _highest(scores, own, halves, OFFSET_FIRST: gl.constexpr):
+    """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are.
+
+    Of integers one instruction takes three: it is enough to make their maxima floats.
+    """
+    cut = gl.reshape(scores, [64, 2, 8, 4, 2])
+    if scores.dtype == gl.float32:
+        tops = gl.max(gl.max(cut, 4), 2)
+    else:
+        tops = _as_float(_highest_of_integers(cut), OFFSET_FIRST)
     scale = _of_halves(halves[0], halves[1], gl.SliceLayout(0, gl.SliceLayout(2, tops.type.layout)))
     tops = gl.max(gl.max((tops - OFFSET) * scale[None, :, None], 1), 1)
     return gl.convert_layout(tops, own.type.layout) * own
 
 
 @gluon.jit
-def _weigh(scores, top, own, halves):
+def _exp2_of_pairs(x):
+    """2 ** x in fp16, of x rounded to fp16."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 x; cvt.rn.f16x2.f32 x, $2, $1; ex2.approx.f16x2 $0, x; }",
+        "=r,f,f",
+        [x],
+        dtype=gl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _add_pairs(p):
+    """Adjacent [64, 16, 4, 2] to [64, 4] in fp32: halves first, of which at most 16 come together."""
+    for i in gl.static_range(4):
+        a, b = gl.split(gl.permute(gl.reshape(p, [64, 8 >> i, 2, 4, 2]), (0, 1, 3, 4, 2)))
+        p = gl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return gl.sum(gl.reshape(p, [64, 4, 2]).to(gl.float32), 2)
+
+
+@gluon.jit
+def _weigh(scores, top, own, halves, HALF: gl.constexpr):
     """(weights [64, 128], their sums by lane): 2 ** (scaled score - top).
 
     OFFSET times a scale is rounded to 24 bits: that shifts the scores of a row in a block by less than one step of
@@ -254,13 +323,35 @@ def _weigh(scores, top, own, halves):
     lines: gl.constexpr = gl.SliceLayout(1, pairs)
     scale = gl.convert_layout(own, lines)[:, None] * _of_halves(halves[0], halves[1], gl.SliceLayout(0, pairs))[None, :]
     level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
-    p = gl.exp2(cut * scale[:, :, None] - level[:, :, None])
-    return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+    x = cut * scale[:, :, None] - level[:, :, None]
+    if HALF:
+        p = _exp2_of_pairs(x)
+        return p, _add_pairs(gl.reshape(p, [64, 16, 4, 2]))
+    else:
+        p = gl.exp2(x)
+        return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _after(x):
+    """The same x, but ptxas cannot wait for a product before all that x is made of: it would, and nothing would run
+    beside the product. Sums are never negative."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1; mov.b32 $0, $1; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.constexpr_function
-def _pack_asm():
+def _pack_asm(half):
     """Sixteen floats, four of each of four tensors, to four words of four fp8 each."""
+    if half:
+        words = "cvt.rn.satfinite.e4m3x2.f16x2 l, ${}; cvt.rn.satfinite.e4m3x2.f16x2 h, ${}; mov.b32 ${}, {{l, h}};"
+        return "{ .reg .b16 l, h; " + " ".join(words.format(2 * j + 4, 2 * j + 5, j) for j in range(4)) + " }"
     halves = "cvt.rn.satfinite.e4m3x2.f32 l, ${}, ${}; cvt.rn.satfinite.e4m3x2.f32 h, ${}, ${}; mov.b32 ${}, {{l, h}};"
     parts = [halves.format(4 * j + 5, 4 * j + 4, 4 * j + 7, 4 * j + 6, j) for j in range(4)]
     return "{ .reg .b16 l, h; " + " ".join(parts) + " }"
@@ -280,7 +371,12 @@ def _pack(p, HEAD_DIM: gl.constexpr):
     p0, p1 = gl.split(left)
     p2, p3 = gl.split(right)
     return gl.inline_asm_elementwise(
-        _pack_asm(), "=r,=r,=r,=r" + ",r" * 16, [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=4
+        _pack_asm(p.dtype == gl.float16),
+        "=r,=r,=r,=r" + ",r" * (8 if p.dtype == gl.float16 else 16),
+        [p0, p1, p2, p3],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=4,
     )
 
 
@@ -329,13 +425,18 @@ def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl
 @gluon.jit
 def _open(
     scores, spots, scales, slot, own, masked, end, layout,
-    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
+    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr, WHOLE: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
     """The softmax of a row's first tile: (top, weights, their sums by lane)."""
-    scores = _hide(_as_float(scores, OFFSET_FIRST), spots, slot, masked, end, layout, KEYS, TEXT)
+    if not WHOLE:
+        scores = _as_float(scores, OFFSET_FIRST)
+    scores = _hide(scores, spots, slot, masked, end, layout, KEYS, TEXT, OFFSET_FIRST)
     halves = _key_scales(scales, slot)
-    top = gl.maximum(_highest(scores, own, halves), FLOOR)
-    p, total = _weigh(scores, top - PEAK if FP8 else top, own, halves)
+    top = gl.maximum(_highest(scores, own, halves, OFFSET_FIRST), FLOOR)
+    if WHOLE:
+        scores = _as_float(scores, OFFSET_FIRST)
+    p, total = _weigh(scores, top - PEAK if FP8 else top, own, halves, HALF)
     return top, p, total
 
 
@@ -356,7 +457,7 @@ def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
 def _continue(
     w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr, JOINT: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
@@ -375,19 +476,28 @@ def _continue(
     acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
     _pass_turn(turns, w, TURNS == 1)
     halves = _key_scales(k_scales, k_slot)
-    scores = _as_float(s_run if FP8 else warpgroup_mma_wait(1, [s_run]), OFFSET_FIRST)
+    scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
+    if not WHOLE:
+        scores = _as_float(scores, OFFSET_FIRST)
     _pass_turn(turns, w, TURNS == 2)
     if TEXT and masked:
-        scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
-    mbarrier.arrive(k_empty.index(k_slot))
-    new_top = gl.maximum(top, _highest(scores, own, halves))
+        scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True, OFFSET_FIRST)
+    if not JOINT:
+        mbarrier.arrive(k_empty.index(k_slot))
+    new_top = gl.maximum(top, _highest(scores, own, halves, OFFSET_FIRST))
     new_shrink = gl.exp2(top - new_top)
-    p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves)
+    if WHOLE:
+        scores = _as_float(scores, OFFSET_FIRST)
+    p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves, HALF)
     total = total * _spread(new_shrink, total) + more
+    if BESIDE:
+        total = _after(total)
     product = warpgroup_mma_wait(0, [acc_run])
     _pass_turn(turns, w, TURNS == 3)
     acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
     mbarrier.arrive(v_empty.index(v_slot))
+    if JOINT:
+        mbarrier.arrive(k_empty.index(k_slot))
     # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
     return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc
 
@@ -433,7 +543,8 @@ def _own_scales(scales, slot):
 def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
+    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr,
+    BESIDE: gl.constexpr, JOINT: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries
@@ -444,7 +555,7 @@ def _consume(
     own = _own_scales(q_scales, w)
     mbarrier.wait(k_full.index(0), 0)
     scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM, OFFSET_FIRST)])
-    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8, OFFSET_FIRST)
+    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8, OFFSET_FIRST, WHOLE, HALF)
     mbarrier.arrive(k_empty.index(0))
     operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
     q_slot, q_phase = 0, 0
@@ -456,7 +567,7 @@ def _consume(
         for tile in range(1, tiles):
             operand, top, shrink, total, acc = _continue(
                 w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS,
+                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, JOINT,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -480,7 +591,7 @@ def _consume(
         scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
         _pass_turn(turns, w, TURNS == 2)
         top2, p, total2 = _open(
-            scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST
+            scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST, WHOLE, HALF
         )
         mbarrier.arrive(k_empty.index(k_slot))
         product = warpgroup_mma_wait(0, [acc_run])
@@ -537,6 +648,10 @@ def int8_kernel(
     NEED_LSE: gl.constexpr,
     OFFSET_FIRST: gl.constexpr,
     TURNS: gl.constexpr,
+    WHOLE: gl.constexpr,
+    HALF: gl.constexpr,
+    BESIDE: gl.constexpr,
+    JOINT: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -565,9 +680,11 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
+                        JOINT)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
+                        JOINT)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
         ],
