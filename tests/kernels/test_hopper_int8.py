@@ -21,6 +21,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 from videosparse.blocks import BlockMap  # noqa: E402
 from videosparse.kernels import KernelOptions, attend, backend, gpu, hopper_int8, int8_path  # noqa: E402
 from videosparse.kernels import hopper_int8_kernel as kernel_module  # noqa: E402
+from videosparse.kernels import hopper_int8_softmax as softmax_module  # noqa: E402
 from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid  # noqa: E402
 
@@ -30,7 +31,7 @@ QUANTS = ["int8", "int8-fp8"]
 @pytest.fixture
 def on_cpu(monkeypatch):
     """`attend(backend="triton")` launches the kernel as plain Python, with three programs."""
-    kernel = gluon_on_cpu.Kernel("int8_kernel", kernel_module)
+    kernel = gluon_on_cpu.Kernel("int8_kernel", softmax_module, kernel_module)
     monkeypatch.setattr(hopper_int8, "_tiles", gluon_on_cpu.describe_tiles)
     monkeypatch.setattr(hopper_int8, "describe", gluon_on_cpu.describe)
     monkeypatch.setattr(hopper_int8, "_multiprocessors", lambda device: 3)

@@ -1,0 +1,228 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The softmax of `hopper_int8_kernel`: from int32 scores [64, 128] of a consumer to weights, and weights as factors."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from videosparse.kernels.hopper_kernel import _told, _view
+
+OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
+OFFSET_BITS = gl.constexpr(0x4B400000)
+PEAK = gl.constexpr(8.0)  # fp8 weights are at most 2^8: as far above e4m3's smallest as it goes in powers of two
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.constexpr_function
+def _sums(columns, bits):
+    """Layout of a product of 64 rows by one consumer, of factors of so many bits."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
+
+
+@gluon.jit
+def _as_float(scores, OFFSET_FIRST: gl.constexpr):
+    """Integer scores as floats, OFFSET too high; what `_hide` hid is -inf."""
+    if not OFFSET_FIRST:
+        scores = scores + OFFSET_BITS
+    return scores.to(gl.float32, bitcast=True)
+
+
+@gluon.constexpr_function
+def _hidden(offset_first):
+    """The integer that `_as_float` makes -inf."""
+    minus_infinity = -(1 << 23)  # its bits
+    return minus_infinity - (0 if offset_first else OFFSET_BITS)
+
+
+@gluon.jit
+def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr, OFFSET_FIRST: gl.constexpr):
+    """The scores of a tile without those that belong to no token; floats or integers."""
+    none: gl.constexpr = -float("inf") if scores.dtype == gl.float32 else _hidden(OFFSET_FIRST)
+    column = gl.arange(0, 128, gl.SliceLayout(0, _sums(128, 8)))
+    if TEXT:
+        _, video, text_start = layout
+        position = _told(spots, slot * 2) + column
+        if KEYS == 64:
+            position = gl.where(column < 64, position, _told(spots, slot * 2 + 1) + column - 64)
+        token = (position < video) | ((position >= text_start) & (position < end))
+    else:
+        token = column < masked
+    return gl.where(token[None, :], scores, none)
+
+
+@gluon.jit
+def _key_scales(scales, slot):
+    """The scales of the two halves of a tile; 1 outside the tensor, where copies read 0."""
+    left = _told(_view(scales.index(slot * 2), gl.float32, [32, 1], FLAT), 0)
+    right = _told(_view(scales.index(slot * 2 + 1), gl.float32, [32, 1], FLAT), 0)
+    return gl.where(left == 0.0, 1.0, left), gl.where(right == 0.0, 1.0, right)
+
+
+@gluon.jit
+def _of_halves(left, right, layout: gl.constexpr):
+    """[2]: one number for each half of a tile."""
+    return gl.where(gl.arange(0, 2, layout) == 0, left, right)
+
+
+@gluon.jit
+def _halve(x):
+    """The two halves of the third dimension."""
+    return gl.split(gl.permute(gl.reshape(x, [64, 2, 2, x.shape[2] // 2, 4, 2]), (0, 1, 3, 4, 5, 2)))
+
+
+@gluon.jit
+def _highest_of_pairs(top, cut):
+    """The highest of `top` [64, 2, 4] and one pair of each [64, 2, 1, 4, 2]: one instruction on Hopper."""
+    a, b = gl.split(gl.reshape(cut, [64, 2, 4, 2]))
+    return gl.maximum(gl.maximum(a, b), top)
+
+
+@gluon.jit
+def _highest_of_integers(cut):
+    """The maxima [64, 2, 4] of [64, 2, 8, 4, 2]."""
+    a, b = _halve(cut)
+    a, c = _halve(a)
+    b, d = _halve(b)
+    first, second = _halve(a)
+    x, y = gl.split(gl.reshape(first, [64, 2, 4, 2]))
+    top = _highest_of_pairs(gl.maximum(x, y), second)
+    for pairs in gl.static_range(3):
+        first, second = _halve(b if pairs == 0 else c if pairs == 1 else d)
+        top = _highest_of_pairs(_highest_of_pairs(top, first), second)
+    return top
+
+
+@gluon.jit
+def _highest(scores, own, halves, OFFSET_FIRST: gl.constexpr):
+    """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are.
+
+    Of integers one instruction takes three: it is enough to make their maxima floats.
+    """
+    cut = gl.reshape(scores, [64, 2, 8, 4, 2])
+    if scores.dtype == gl.float32:
+        tops = gl.max(gl.max(cut, 4), 2)
+    else:
+        tops = _as_float(_highest_of_integers(cut), OFFSET_FIRST)
+    scale = _of_halves(halves[0], halves[1], gl.SliceLayout(0, gl.SliceLayout(2, tops.type.layout)))
+    tops = gl.max(gl.max((tops - OFFSET) * scale[None, :, None], 1), 1)
+    return gl.convert_layout(tops, own.type.layout) * own
+
+
+@gluon.jit
+def _exp2_of_pairs(x):
+    """2 ** x in fp16, of x rounded to fp16."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 x; cvt.rn.f16x2.f32 x, $2, $1; ex2.approx.f16x2 $0, x; }",
+        "=r,f,f",
+        [x],
+        dtype=gl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _add_pairs(p):
+    """Adjacent [64, 16, 4, 2] to [64, 4] in fp32: halves first, of which at most 16 come together."""
+    for i in gl.static_range(4):
+        a, b = gl.split(gl.permute(gl.reshape(p, [64, 8 >> i, 2, 4, 2]), (0, 1, 3, 4, 2)))
+        p = gl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return gl.sum(gl.reshape(p, [64, 4, 2]).to(gl.float32), 2)
+
+
+@gluon.jit
+def _weigh(scores, top, own, halves, HALF: gl.constexpr):
+    """(weights [64, 128], their sums by lane): 2 ** (scaled score - top).
+
+    OFFSET times a scale is rounded to 24 bits: that shifts the scores of a row in a block by less than one step of
+    theirs, which rounding queries and keys to integers did a hundred times over.
+    """
+    cut = gl.reshape(scores, [64, 2, 64])
+    pairs: gl.constexpr = gl.SliceLayout(2, cut.type.layout)
+    lines: gl.constexpr = gl.SliceLayout(1, pairs)
+    scale = gl.convert_layout(own, lines)[:, None] * _of_halves(halves[0], halves[1], gl.SliceLayout(0, pairs))[None, :]
+    level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
+    x = cut * scale[:, :, None] - level[:, :, None]
+    if HALF:
+        p = _exp2_of_pairs(x)
+        return p, _add_pairs(gl.reshape(p, [64, 16, 4, 2]))
+    else:
+        p = gl.exp2(x)
+        return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _after(x):
+    """The same sums x, from which a store that never happens is made: no sum is negative.
+
+    ptxas keeps the order of stores and waits. Else it waits for the product at once, and nothing runs beside it.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1;"
+        " mov.b32 $0, $1; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.constexpr_function
+def _pack_asm(half):
+    """Sixteen floats, four of each of four tensors, to four words of four fp8 each."""
+    if half:
+        words = "cvt.rn.satfinite.e4m3x2.f16x2 l, ${}; cvt.rn.satfinite.e4m3x2.f16x2 h, ${}; mov.b32 ${}, {{l, h}};"
+        return "{ .reg .b16 l, h; " + " ".join(words.format(2 * j + 4, 2 * j + 5, j) for j in range(4)) + " }"
+    halves = "cvt.rn.satfinite.e4m3x2.f32 l, ${}, ${}; cvt.rn.satfinite.e4m3x2.f32 h, ${}, ${}; mov.b32 ${}, {{l, h}};"
+    parts = [halves.format(4 * j + 5, 4 * j + 4, 4 * j + 7, 4 * j + 6, j) for j in range(4)]
+    return "{ .reg .b16 l, h; " + " ".join(parts) + " }"
+
+
+@gluon.jit
+def _pack(p, HEAD_DIM: gl.constexpr):
+    """Weights [64, 128] as words of four fp8 each, int32 [64, 32].
+
+    A thread holds columns 0, 1, 8 and 9 of 16 where the product reads 0..3: values come in that order instead. A word
+    holds four columns, not the one of its place: `_unpack` undoes that, and no byte moves. As bytes, a loop would
+    carry each in a register of its own.
+    """
+    p = gl.permute(gl.reshape(p, [64, 8, 2, 4, 2]), (0, 1, 3, 2, 4))
+    p = gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
+    left, right = gl.split(gl.permute(gl.reshape(p, [64, 2, 2, 32]), (0, 3, 2, 1)))
+    p0, p1 = gl.split(left)
+    p2, p3 = gl.split(right)
+    return gl.inline_asm_elementwise(
+        _pack_asm(p.dtype == gl.float16),
+        "=r,=r,=r,=r" + ",r" * (8 if p.dtype == gl.float16 else 16),
+        [p0, p1, p2, p3],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _unpack(words, HEAD_DIM: gl.constexpr):
+    """What `_pack` made, as the left factor of the product with values."""
+    p0, p1, p2, p3 = gl.inline_asm_elementwise(
+        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+        "=r,=r,=r,=r,r,r,r,r",
+        [words],
+        dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
+    p = gl.permute(gl.join(gl.join(p0, p1), gl.join(p2, p3)), (0, 3, 2, 1))
+    return gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
+
+
+@gluon.jit
+def _operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr, FP8: gl.constexpr):
+    """Weights as they wait for the product with values."""
+    if FP8:
+        return _pack(p, HEAD_DIM)
+    else:
+        p = gl.reshape(p, [64, 128]).to(dtype)
+        return gl.convert_layout(p, gl.DotOperandLayout(0, _sums(HEAD_DIM, 16), 2))
