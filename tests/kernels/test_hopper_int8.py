@@ -12,7 +12,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 import gluon_on_cpu  # noqa: E402
 import quantized  # noqa: E402
-from sass import disassemble, spilled_in_loops  # noqa: E402
+from sass import disassemble, multiplying_loops, spilled_in_loops  # noqa: E402
 from test_hopper import clean_tail  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
@@ -173,6 +173,21 @@ def test_compiles_for_hopper(fp8, head_dim, keys, sparse, text, tmp_path):
     spilled = spilled_in_loops(sass, 2)
     assert not any("STL" in x for x in spilled), spilled
     assert len(spilled) <= (40 if text else 0)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_exponentials_run_beside_the_product(fp8, tmp_path, monkeypatch):
+    monkeypatch.setattr(hopper_int8, "VARIANT", hopper_int8.VARIANTS["whole, beside, ahead"])
+    compiled = compile_int8(128, 128, fp8, text=False, lse=False)
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    sass = disassemble("nvdisasm", tmp_path)
+    assert not spilled_in_loops(sass, 2)
+    assert not fp8 or scores_are_alone(sass)
+    for loop in multiplying_loops(sass, 2):
+        begin = max(i for i, x in enumerate(loop) if "IGMMA" in x)
+        end = max(i for i, x in enumerate(loop) if "DEPBAR" in x)
+        assert sum("MUFU.EX2" in x for x in loop[begin:end]) >= 64
+        assert sum("VIMNMX" in x for x in loop) < 40  # 63 without the instruction that takes three
 
 
 def scores_are_alone(sass):

@@ -32,19 +32,22 @@ class Variant(NamedTuple):
     """Exponentials are taken of fp16 pairs, and added as such."""
     beside: bool = False
     """The product with values is waited for after the softmax; else where ptxas likes to."""
-    joint: bool = False
-    """Slots of keys are freed with those of values; else as soon as scores are there."""
+    ahead: bool = False
+    """Entries of lists are read a tile before they are needed."""
 
+
+_WHOLE = Variant(offset_first=False, whole=True)
+_BESIDE = _WHOLE._replace(beside=True)
 
 VARIANTS = {
     "present": Variant(),
-    "whole": Variant(offset_first=False, whole=True),
-    "whole, joint": Variant(offset_first=False, whole=True, joint=True),
-    "whole, beside": Variant(offset_first=False, whole=True, beside=True),
-    "whole, beside, turns 1": Variant(offset_first=False, whole=True, beside=True, turns=1),
-    "whole, beside, turns 2": Variant(offset_first=False, whole=True, beside=True, turns=2),
-    "whole, half": Variant(offset_first=False, whole=True, half=True),
-    "present, beside": Variant(beside=True),
+    "whole": _WHOLE,
+    "whole, turns 3": _WHOLE._replace(turns=3),
+    "whole, half": _WHOLE._replace(half=True),
+    "whole, beside": _BESIDE,
+    "whole, beside, ahead": _BESIDE._replace(ahead=True),
+    "whole, beside, turns 1": _BESIDE._replace(turns=1),
+    "whole, beside, turns 2": _BESIDE._replace(turns=2),
 }
 """The forms that are worth a measurement."""
 

@@ -158,6 +158,7 @@ def _fetch_any_values(
 def _produce(
     q_descs, k_descs, v_descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: runs ahead of the consumers by as many tiles as there are slots."""
     total = work[0]
@@ -173,9 +174,15 @@ def _produce(
     while item < total:
         item = _drawn(ticket) + gl.num_programs(0)
         ticket = _draw(next_ptr)
+        if AHEAD:
+            after, after2 = _starts(gl.maximum(tiles - 2, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
         for i in range(1, tiles):
             value, value2 = key, key2
-            key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
+            if AHEAD:
+                key, key2 = after, after2
+                after, after2 = _starts(gl.maximum(tiles - 2 - i, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
+            else:
+                key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
             _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
             _fetch_any_values(v_descs, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
             n += 1
@@ -252,7 +259,7 @@ def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
 def _continue(
     w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr, JOINT: gl.constexpr,
+    TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
@@ -277,8 +284,7 @@ def _continue(
     _pass_turn(turns, w, TURNS == 2)
     if TEXT and masked:
         scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True, OFFSET_FIRST)
-    if not JOINT:
-        mbarrier.arrive(k_empty.index(k_slot))
+    mbarrier.arrive(k_empty.index(k_slot))
     new_top = gl.maximum(top, _highest(scores, own, halves, OFFSET_FIRST))
     new_shrink = gl.exp2(top - new_top)
     if WHOLE:
@@ -291,8 +297,6 @@ def _continue(
     _pass_turn(turns, w, TURNS == 3)
     acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
     mbarrier.arrive(v_empty.index(v_slot))
-    if JOINT:
-        mbarrier.arrive(k_empty.index(k_slot))
     # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
     return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc
 
@@ -339,7 +343,7 @@ def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
     NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr,
-    BESIDE: gl.constexpr, JOINT: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries
@@ -364,7 +368,7 @@ def _consume(
         for tile in range(1, tiles):
             operand, top, shrink, total, acc = _continue(
                 w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, JOINT,
+                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -448,7 +452,7 @@ def int8_kernel(
     WHOLE: gl.constexpr,
     HALF: gl.constexpr,
     BESIDE: gl.constexpr,
-    JOINT: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -477,13 +481,11 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        JOINT)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        JOINT)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
-                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
+                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8, AHEAD)),
         ],
         [4, 1],
         REGISTERS,
