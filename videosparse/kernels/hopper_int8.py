@@ -32,6 +32,8 @@ class Variant(NamedTuple):
     """Exponentials are taken of fp16 pairs, and added as such."""
     beside: bool = False
     """The product with values is waited for after the softmax; else where ptxas likes to."""
+    late: bool = False
+    """With fp8, products are added to the output beside the next scores; else before they start."""
     ahead: bool = False
     """Entries of lists are read a tile before they are needed."""
 
@@ -46,6 +48,8 @@ VARIANTS = {
     "whole, half": _WHOLE._replace(half=True),
     "whole, beside": _BESIDE,
     "whole, beside, ahead": _BESIDE._replace(ahead=True),
+    "whole, beside, ahead, late": _BESIDE._replace(ahead=True, late=True),
+    "whole, beside, ahead, late, turns 2": _BESIDE._replace(ahead=True, late=True, turns=2),
     "whole, beside, turns 1": _BESIDE._replace(turns=1),
     "whole, beside, turns 2": _BESIDE._replace(turns=2),
 }

@@ -257,13 +257,17 @@ def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
 
 @gluon.jit
 def _continue(
-    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
+    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
+    masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
     TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
     With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
+    With fp8 and LATE it lacks `pending`, too, and is to be shrunk by `before` before that is added, which the next tile
+    does beside its scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -272,6 +276,8 @@ def _continue(
     mbarrier.wait(k_full.index(k_slot), k_phase)
     _take_turn(turns, w, n, TURNS)
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+    if LATE and FP8:
+        acc = acc * _spread(before, acc) + pending
     if FP8:
         s_run = warpgroup_mma_wait(0, [s_run])
     mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -295,10 +301,13 @@ def _continue(
         total = _after(total)
     product = warpgroup_mma_wait(0, [acc_run])
     _pass_turn(turns, w, TURNS == 3)
-    acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
+    if LATE and FP8:
+        pending, before = product, shrink
+    else:
+        acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
     mbarrier.arrive(v_empty.index(v_slot))
     # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
-    return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc
+    return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc, pending, before
 
 
 @gluon.jit
@@ -343,7 +352,7 @@ def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
     NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr,
-    BESIDE: gl.constexpr,
+    BESIDE: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_scales, q_full, q_empty = queries
@@ -365,10 +374,11 @@ def _consume(
         q = q_slots.index(q_slot * 2 + w)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
+        pending, before = acc if LATE and FP8 else 0.0, shrink
         for tile in range(1, tiles):
-            operand, top, shrink, total, acc = _continue(
-                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
+            operand, top, shrink, total, acc, pending, before = _continue(
+                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
+                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, LATE,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -384,6 +394,8 @@ def _consume(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         _take_turn(turns, w, n, TURNS)
         s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+        if LATE and FP8:
+            acc = acc * _spread(before, acc) + pending
         if FP8:
             s_run = warpgroup_mma_wait(0, [s_run])
         mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -452,6 +464,7 @@ def int8_kernel(
     WHOLE: gl.constexpr,
     HALF: gl.constexpr,
     BESIDE: gl.constexpr,
+    LATE: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
@@ -481,11 +494,14 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
+                        LATE)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
+                        LATE)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
-                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8, AHEAD)),
+                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8,
+                        AHEAD)),
         ],
         [4, 1],
         REGISTERS,
