@@ -29,7 +29,7 @@ class Variant(NamedTuple):
     whole: bool = False
     """The maximum is taken of integers; else of floats."""
     half: bool = False
-    """Exponentials are taken of fp16 pairs, and added as such."""
+    """Exponentials are taken of fp16 pairs, and added as such. On sm_90 a pair is two instructions."""
     beside: bool = False
     """The product with values is waited for after the softmax; else where ptxas likes to."""
     late: bool = False
