@@ -73,8 +73,9 @@ def test_variants(on_cpu, quant, variant, monkeypatch):
     layout = make_layout("ragged text").aligned((128, 64))
     q, k, v = make_qkv(layout, torch.bfloat16, heads=2, dim=128)
     run_and_check(quant, layout, make_map(layout, (128, 64), heads=2), q, quantized.biased(k), v)
-    layout = TokenLayout(VideoGrid(1, 1, 129))
-    run_and_check(quant, layout, None, *make_qkv(layout, torch.bfloat16, batch=1, heads=2, dim=128))
+    layout = TokenLayout(VideoGrid(3, 9, 15))
+    for block_map in (None, make_map(layout, (128, 128), heads=2)):
+        run_and_check(quant, layout, block_map, *make_qkv(layout, torch.bfloat16, heads=2, dim=128))
 
 
 @pytest.mark.parametrize("quant", QUANTS)

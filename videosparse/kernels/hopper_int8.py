@@ -33,7 +33,7 @@ class Variant(NamedTuple):
     beside: bool = False
     """The product with values is waited for after the softmax; else where ptxas likes to."""
     late: bool = False
-    """With fp8, products are added to the output beside the next scores; else before they start."""
+    """With fp8 and without text, products are added to the output beside the next scores; else before they start."""
     ahead: bool = False
     """Entries of lists are read a tile before they are needed."""
 

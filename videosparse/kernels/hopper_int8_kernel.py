@@ -266,8 +266,8 @@ def _continue(
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
     With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
-    With fp8 and LATE it lacks `pending`, too, and is to be shrunk by `before` before that is added, which the next tile
-    does beside its scores.
+    With LATE it lacks `pending`, too, and is to be shrunk by `before` before that is added: the next tile does so beside
+    its scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -276,7 +276,7 @@ def _continue(
     mbarrier.wait(k_full.index(k_slot), k_phase)
     _take_turn(turns, w, n, TURNS)
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-    if LATE and FP8:
+    if LATE:
         acc = acc * _spread(before, acc) + pending
     if FP8:
         s_run = warpgroup_mma_wait(0, [s_run])
@@ -301,7 +301,7 @@ def _continue(
         total = _after(total)
     product = warpgroup_mma_wait(0, [acc_run])
     _pass_turn(turns, w, TURNS == 3)
-    if LATE and FP8:
+    if LATE:
         pending, before = product, shrink
     else:
         acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
@@ -355,6 +355,7 @@ def _consume(
     BESIDE: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
+    late: gl.constexpr = LATE and FP8 and not TEXT  # where tiles may be masked, there are no registers left for it
     q_slots, q_scales, q_full, q_empty = queries
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -374,11 +375,11 @@ def _consume(
         q = q_slots.index(q_slot * 2 + w)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
-        pending, before = acc if LATE and FP8 else 0.0, shrink
+        pending, before = acc if late else 0.0, shrink
         for tile in range(1, tiles):
             operand, top, shrink, total, acc, pending, before = _continue(
                 w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
-                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, LATE,
+                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, late,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -394,7 +395,7 @@ def _consume(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         _take_turn(turns, w, n, TURNS)
         s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-        if LATE and FP8:
+        if late:
             acc = acc * _spread(before, acc) + pending
         if FP8:
             s_run = warpgroup_mma_wait(0, [s_run])
