@@ -266,8 +266,8 @@ def _continue(
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
     With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
-    With LATE it lacks `pending`, too, and is to be shrunk by `before` before that is added: the next tile does so beside
-    its scores.
+    With LATE it lacks `pending`, too, and is to be shrunk by `before` before that is added: the next tile does so
+    beside its scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
