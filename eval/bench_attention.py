@@ -52,6 +52,7 @@ from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed
 from videosparse.cases import CASES
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import BLOCK
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/attention.csv"
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
@@ -293,4 +294,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -35,6 +35,7 @@ from videosparse.layout import TokenLayout
 from videosparse.policies.base import BLOCK
 from videosparse.policies.paro import DENSITY
 from videosparse.policies.paro_plan import PAROPlan, PlanFacts, plain_config
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/paro_calibration.csv"
 CASE = "wan2.1-14b 720x1280x81"
@@ -254,4 +255,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -22,6 +22,7 @@ import torch
 from videosparse.cases import CASES
 from videosparse.kernels import attend
 from videosparse.policies import RadialPolicy
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/cpu_attention.csv"
 SIZES = ("tiny-wan 128x128x33", "tiny-wan 128x128x81", "tiny-wan 128x128x321")
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

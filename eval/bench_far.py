@@ -32,6 +32,7 @@ from videosparse.kernels import KernelOptions, attend, gpu
 from videosparse.kernels.accuracy import measure
 from videosparse.logits import FarLogits
 from videosparse.policies.radial import RadialPolicy
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/far_scores.csv"
 TRAINED = {"wan2.1-14b 720x1280x81": 11, "wan2.1-14b 720x1280x161": 21}
@@ -117,4 +118,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

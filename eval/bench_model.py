@@ -54,6 +54,7 @@ from videosparse.cases import MODELS, Case
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.linears import quantize_linears
 from videosparse.policies.base import Mode
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/models.csv"
 COLUMNS = (
@@ -282,4 +283,4 @@ def run_of(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

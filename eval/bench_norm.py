@@ -36,6 +36,7 @@ from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import TokenLayout
 from videosparse.models import FAMILIES
 from videosparse.policies.base import LayerPlan, Mode
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/norm_rotate.csv"
 ROUNDS = 25
@@ -300,4 +301,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -36,6 +36,7 @@ from videosparse.cases import CASES
 from videosparse.kernels import Stream, attend, norm_rotate, reorder
 from videosparse.layout import TokenLayout
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/reorder.csv"
 RUNS = ("wan2.1-14b 720x1280x81", "hunyuan-video 720x1280x129")
@@ -238,4 +239,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

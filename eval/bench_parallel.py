@@ -26,6 +26,7 @@ from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 from videosparse import AdaSpaProcessor, DenseProcessor, RadialProcessor, parallelize, restore, sparsify
 from videosparse.benchmark.rows import WHERE, environment, write_rows
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/multi_gpu.csv"
 # name: (family, heads, feed-forward width, latent frames, rows and columns of latents)
@@ -35,6 +36,7 @@ SHAPES = {
     "hunyuan-video 720x1280x129": ("hunyuan_video", 24, 0, 33, 90, 160),
 }
 TINY = {"wan": ("wan", 4, 64, 4, 16, 16), "hunyuan-video": ("hunyuan_video", 4, 0, 4, 16, 16)}
+FIRST_TIMESTEP = 900.0
 COLUMNS = (
     "case", "layers", "tokens", "contender", "gpus", "alone_s", "shared_s", "scaling", "difference", "yardstick",
     "verdict", "density", "peak_gb_alone", "peak_gb_shared", *WHERE,
@@ -84,6 +86,7 @@ def parse() -> argparse.Namespace:
 def run_case(case: str, shape: tuple, args: argparse.Namespace, state: PartialState) -> list[dict[str, Any]]:
     """All contenders at one shape, alone and then shared."""
     model, inputs = build(shape, args.layers, state.device)
+    inputs["timestep"].fill_(last_timestep(args.rounds))
     with torch.no_grad():
         other = model(**inputs, return_dict=False)[0].float() if shape[0] == "wan" else None
     alone = {name: measure(model, processor, inputs, args.rounds) for name, processor in processors().items()}
@@ -111,6 +114,11 @@ def run_case(case: str, shape: tuple, args: argparse.Namespace, state: PartialSt
             }
         )  # fmt: skip
     return rows
+
+
+def last_timestep(rounds: int) -> float:
+    """Of the output that `measure` returns."""
+    return FIRST_TIMESTEP - rounds
 
 
 def build(shape: tuple, layers: int, device: torch.device) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -158,7 +166,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     times = []
     for number in range(rounds + 1):
-        inputs["timestep"].fill_(900.0 - number)  # a bare transformer tells steps by their timestep
+        inputs["timestep"].fill_(FIRST_TIMESTEP - number)  # a bare transformer tells steps by their timestep
         torch.distributed.barrier()
         if on_gpu:
             torch.cuda.synchronize()
@@ -168,7 +176,6 @@ def measure(
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    inputs["timestep"].fill_(900.0 - rounds)
     density = processor.report().density
     if not keep:
         restore(model)
@@ -177,4 +184,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -56,6 +56,7 @@ from videosparse.kernels.dense import DENSE_KERNELS
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import FAMILIES
 from videosparse.policies.base import LayerPlan, Mode
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/search_cost.csv"
 RUNS = (
@@ -273,4 +274,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

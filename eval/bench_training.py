@@ -41,6 +41,7 @@ from videosparse.benchmark.rows import WHERE, environment, read_rows, write_rows
 from videosparse.cases import MODELS, ModelSpec
 from videosparse.files import write_json
 from videosparse.kernels.dense import DENSE_KERNELS
+from videosparse.program import run_program
 from videosparse.training.adapters import add_adapters, trained
 from videosparse.training.config import LoraConfig
 from videosparse.training.families import TRAINING_FAMILIES
@@ -434,4 +435,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

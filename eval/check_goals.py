@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from videosparse.benchmark.rows import read_rows
+from videosparse.program import run_program
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
 COLUMNS = ("goal", "case", "measured", "unit", "must", "wanted", "verdict", "detail", "gpu", "run", "commit")
@@ -289,4 +290,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

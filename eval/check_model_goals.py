@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from videosparse.benchmark.rows import read_rows, write_rows
-from videosparse.benchmark.step_tables import DENSE
+from videosparse.benchmark.step_tables import DENSE, STACK
+from videosparse.program import run_program
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
 COLUMNS = (
@@ -58,8 +59,6 @@ class Goal:
         names = dict.fromkeys([*self.slower, *self.faster])
         return f'python eval/bench_model.py --case "{self.case}" --only {" ".join(names)}'
 
-
-STACK = ("stack", "stack-fp8")
 
 BOUNDS = {
     "wan2.1-14b 720x1280x81": ((2.0, 2.3), (2.9, 3.5)),
@@ -114,13 +113,16 @@ def _pair(goal: Goal, rows: list[Row]) -> tuple[Row, Row] | None:
         same = [r for r in usable if all(r[name] == newest[name] for name in ("gpu", "commit", "layers_timed"))]
         slower = _fastest(same, goal.slower)
         if slower is not None:
-            return slower, _fastest(same, goal.faster) or newest
+            faster = _fastest(same, goal.faster)
+            assert faster is not None  # `newest` is one
+            return slower, faster
     return None
 
 
 def _fastest(rows: list[Row], names: tuple[str, ...]) -> Row | None:
-    found = [r for r in rows if r["contender"] in names]
-    return min(found, key=lambda r: float(r["forward_s"]), default=None)
+    """Of the newest row of each contender; rows come newest first."""
+    newest = {r["contender"]: r for r in reversed(rows) if r["contender"] in names}
+    return min(newest.values(), key=lambda r: float(r["forward_s"]), default=None)
 
 
 def _bound(value: float | None) -> str:
@@ -148,4 +150,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

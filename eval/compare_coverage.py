@@ -28,6 +28,7 @@ from videosparse import RadialProcessor, restore, sparsify
 from videosparse.benchmark.rows import write_rows
 from videosparse.generation import embedded_model_path
 from videosparse.metrics.bootstrap import interval
+from videosparse.program import run_program
 from videosparse.synthetic.captions import caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import sample_scene
@@ -136,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

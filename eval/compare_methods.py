@@ -51,6 +51,7 @@ from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, cali
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, check_writable, slug
 from videosparse.generation.sources import find_model
+from videosparse.program import run_program
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 METHODS = ("ceiling", "other-noise", "radial", "adaspa", "random", "paro", "paro+int8", "paro+int8-fp8")
@@ -308,4 +309,4 @@ def merge(args: argparse.Namespace, store: RowStore, order: Sequence[tuple[str, 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

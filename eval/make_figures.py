@@ -21,6 +21,7 @@ from videosparse.generation import Comparison, GenerationRequest, compare
 from videosparse.generation.running import load_pipeline
 from videosparse.generation.video import to_uint8
 from videosparse.processors import RadialProcessor
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

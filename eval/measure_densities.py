@@ -20,6 +20,7 @@ import torch
 from videosparse.cases import CASES, Case
 from videosparse.policies import RadialPolicy
 from videosparse.processors import RadialProcessor
+from videosparse.program import run_program
 
 OUTPUT = Path(__file__).parents[1] / "assets/results/radial_density.csv"
 STEPS = 50
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

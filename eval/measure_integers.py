@@ -30,6 +30,7 @@ from videosparse.kernels.options import QUANTS
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import LayerPlan
 from videosparse.processors import DenseProcessor
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/integer_errors.csv"
@@ -143,4 +144,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -46,6 +46,7 @@ from videosparse.metrics.bootstrap import interval
 from videosparse.models import family_of
 from videosparse.policies import AdaSpaPolicy, RadialPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/attention_recall.csv"
@@ -253,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -47,6 +47,7 @@ from videosparse.metrics.attention import attention_recall, output_error
 from videosparse.metrics.bootstrap import interval
 from videosparse.ordering import AXIS_ORDERS, SearchedOrder
 from videosparse.policies.base import LayerPlan
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/reordering.csv"
@@ -285,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.rows import read_rows
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -121,4 +122,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

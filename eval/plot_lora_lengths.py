@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.training_tables import SETTINGS
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 QUARTERS = (1, 2, 3, 4)
@@ -113,4 +114,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.rows import read_rows
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour for the order of tokens, one line for the kind of numbers
@@ -81,8 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     panel(right, fidelities(videos))
     right.set(ylabel="PSNR against dense, dB")
     right.set_title(f"{videos[0]['frames']} frames, whole videos", fontsize=10)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=4, frameon=False)
+    handles = {
+        label: line for axes in (left, right) for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=5, frameon=False
+    )  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     print(args.output)
@@ -90,4 +95,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

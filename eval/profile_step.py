@@ -38,6 +38,7 @@ from videosparse.benchmark.whole import STEP_CASES, case_of
 from videosparse.cases import Case
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.linears import quantize_linears
+from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, FIGURE = ROOT / "assets/results/profile.csv", ROOT / "assets/figures/profile.png"
@@ -170,4 +171,4 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

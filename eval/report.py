@@ -20,6 +20,7 @@ from videosparse.evaluation.page.build import build_page
 from videosparse.evaluation.page.summary import NEEDED, sizes_of
 from videosparse.evaluation.table import read_table
 from videosparse.generation.output import check_writable
+from videosparse.program import run_program
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

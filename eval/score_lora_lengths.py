@@ -40,6 +40,7 @@ from videosparse.generation.shifts import shifted
 from videosparse.logits import FarLogits
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
+from videosparse.program import run_program
 from videosparse.stretching import context_windows, extend_rope
 from videosparse.synthetic.captions import parse_caption
 from videosparse.synthetic.render import render
@@ -248,4 +249,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -69,6 +69,7 @@ from videosparse.metrics.vbench.tables import (
     video_rows,
 )
 from videosparse.metrics.video import find_videos
+from videosparse.program import run_program
 
 FREE = "free"
 SHOWN = 60  # letters of a file's name beside the bar
@@ -270,4 +271,4 @@ def show_fidelity(rows: list[dict[str, Any]], convention: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -52,12 +52,12 @@ from videosparse.evaluation.prompt_lists import balanced, make_list
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
 from videosparse.files import write_text
-from videosparse.generation.errors import refused
 from videosparse.generation.output import WHOLE, check_writable, slug
 from videosparse.generation.sources import find_model
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.world import Score, WorldReport, analyse, score
 from videosparse.mp4 import write_mp4
+from videosparse.program import run_program
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, triples
 
@@ -300,7 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # sizes, names and files
-        raise refused(error) from None
+    run_program(main, (ValueError, OSError))  # sizes, names and files

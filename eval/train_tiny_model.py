@@ -66,6 +66,7 @@ from pathlib import Path
 
 import torch
 
+from videosparse.program import run_program
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
@@ -195,7 +196,7 @@ def limit_smoke(args: argparse.Namespace) -> None:
     args.vae_steps, args.steps = 4, 12
     args.check_steps = 2
     args.check_seconds = args.save_seconds = 2.0
-    args.vae_minutes = args.minutes = 1.0
+    args.vae_minutes = args.minutes = 8.0  # steps end it; a busy machine may take long
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -322,4 +323,4 @@ def run_all(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

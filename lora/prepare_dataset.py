@@ -28,6 +28,7 @@ import sys
 from pathlib import Path
 
 from videosparse.generation.errors import GenerationError
+from videosparse.program import run_program
 from videosparse.training.clips import Size, find_clips, synthetic_clips
 from videosparse.training.config import ConfigError
 from videosparse.training.encoding import prepare
@@ -82,4 +83,4 @@ def show(done: int, skipped: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -28,6 +28,7 @@ import torch
 
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.output import check_writable
+from videosparse.program import run_program
 from videosparse.training.adapters import FORMATS, to_comfy
 from videosparse.training.clips import Size, synthetic_clips
 from videosparse.training.config import Config, describe, load_config
@@ -35,7 +36,7 @@ from videosparse.training.encoding import prepare
 from videosparse.training.run import Diverged, LoraRun, StepResult, make_accelerator, mean_of, quantile_text
 from videosparse.training.validation import Validation
 
-stopping = False
+stopped_by: int | None = None
 
 
 def main() -> int:
@@ -88,7 +89,7 @@ def train(config: Config, args: argparse.Namespace) -> int:
         if asked_to_stop(engine):
             say(f"Stopped after step {run.done}: {run.save()} is written; --resume goes on from there.")
             engine.end_training()
-            return 143
+            return 128 + (stopped_by or signal.SIGTERM)  # of a rank that was told by another
         every, video_every = config.validate.every, config.validate.video_every
         if every and run.done % every == 0 and run.done < config.train.steps:
             validate(run, f"step {run.done}")
@@ -170,15 +171,15 @@ class Clock:
 
 
 def stop(number: int, frame: object) -> None:
-    global stopping
-    stopping = True
+    global stopped_by
+    stopped_by = number
 
 
 def asked_to_stop(engine) -> bool:
     """Whether any process was told to stop."""
     if engine.num_processes == 1:
-        return stopping
-    flag = torch.tensor(float(stopping), device=engine.device)
+        return stopped_by is not None
+    flag = torch.tensor(float(stopped_by is not None), device=engine.device)
     return bool(engine.reduce(flag, "sum") > 0)
 
 
@@ -203,4 +204,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -8,12 +8,23 @@ need a LoRA for their length.
 """
 
 import argparse
+import sys
 
 import torch
 from diffusers import MochiPipeline
 
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, refused, stream_to, video_place
+from videosparse.generation import (
+    find_loras,
+    find_model,
+    first_given,
+    load_loras,
+    lora_notices,
+    stream_to,
+    trained_for,
+    video_place,
+)
+from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -24,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--model", default="genmo/mochi-1-preview", help="folder or hub id")
     parser.add_argument("--method", choices=PROCESSORS, default="radial")
-    parser.add_argument("--frames", type=int, default=163, help="6k+1")
+    parser.add_argument("--frames", type=int, help="6k+1: those of the LoRA, else 163")
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=848)
     parser.add_argument("--steps", type=int, default=64, help="2 or more")
@@ -43,19 +54,24 @@ def main() -> None:
     args = parse()
     # names and sizes are checked before anything is loaded
     place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
-    find_model(args.model).grid(args.frames, args.height, args.width)
+    model = find_model(args.model)
+    loras = find_loras(model, args.lora)
+    trained = trained_for(loras, args.method)  # what is given here wins
+    frames = first_given(args.frames, trained.frames, 163)
+    model.grid(frames, args.height, args.width)
+    for notice in lora_notices(loras, args.method, trained.options, frames):
+        print(f"Note: {notice}", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = MochiPipeline.from_pretrained(args.model, torch_dtype=dtype)
     pipe.vae.enable_tiling()
-    if args.lora is not None:
-        pipe.load_lora_weights(args.lora)
+    load_loras(pipe, loras)
     if args.offload:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
 
-    processor = PROCESSORS[args.method]()
+    processor = PROCESSORS[args.method](**trained.options)
     pipe.set_attn_processor(processor)
     if args.compile:
         for block in pipe.transformer.transformer_blocks:
@@ -65,7 +81,7 @@ def main() -> None:
         pipe(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
-            num_frames=args.frames,
+            num_frames=frames,
             height=args.height,
             width=args.width,
             num_inference_steps=args.steps,
@@ -77,8 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        raise refused(error) from None
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them
+    run_program(main, (ValueError, OSError, RuntimeError), "Interrupted; no file is left half-written.")

@@ -16,9 +16,10 @@ from diffusers import DiffusionPipeline
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, refused, stream_to, video_place
+from videosparse.generation import find_model, stream_to, video_place
 from videosparse.generation.batch import plan_batch, run_batch
 from videosparse.generation.runfile import merge, read_prompts, request_from
+from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -80,16 +81,17 @@ def many_videos(args: argparse.Namespace, state: PartialState) -> None:
         run_batch(batch, lambda number, made, paths: print(paths[".mp4"], flush=True), numbers=own)
 
 
-if __name__ == "__main__":
-    arguments = parse()
+def main() -> None:
+    args = parse()
     state = PartialState(cpu=not torch.cuda.is_available())
-    try:
-        if arguments.prompts is None:
-            one_video(arguments, state)
-        else:
-            many_videos(arguments, state)
-    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        raise refused(error) from None  # on every rank: the first to end takes the others along
-    finally:
-        state.destroy_process_group()
+    if args.prompts is None:
+        one_video(args, state)
+    else:
+        many_videos(args, state)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them; on every rank: the first to end
+    # takes the others along
+    run_program(main, (ValueError, OSError, RuntimeError), "Interrupted; no file is left half-written.")

@@ -14,7 +14,8 @@ from diffusers.utils import load_image
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, refused, stream_to, video_place
+from videosparse.generation import find_model, stream_to, video_place
+from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -91,8 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        raise refused(error) from None
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them
+    run_program(main, (ValueError, OSError, RuntimeError), "Interrupted; no file is left half-written.")

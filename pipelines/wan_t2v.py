@@ -7,13 +7,24 @@ python pipelines/wan_t2v.py "a cat surfing" --frames 161 --lora wan-161.safetens
 """
 
 import argparse
+import sys
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
-from videosparse.generation import find_model, refused, stream_to, video_place
+from videosparse.generation import (
+    find_loras,
+    find_model,
+    first_given,
+    load_loras,
+    lora_notices,
+    stream_to,
+    trained_for,
+    video_place,
+)
+from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 
@@ -24,12 +35,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--model", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder or hub id")
     parser.add_argument("--method", choices=PROCESSORS, default="radial")
-    parser.add_argument("--frames", type=int, default=81, help="4k+1")
+    parser.add_argument("--frames", type=int, help="4k+1: those of the LoRA, else 81")
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--shift", type=float, default=3.0, help="of the noise schedule: 3 at 480p, 5 at 720p")
+    parser.add_argument(
+        "--shift", type=float, help="of the noise schedule: that of the LoRA, else 3, for 480p; 5 suits 720p"
+    )
     parser.add_argument("--rope", choices=("none", "riflex", "ntk", "pi"), default="none", help="beyond 81 frames")
     parser.add_argument("--lora", help="folder, file or hub id")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: minutes once, then faster")
@@ -45,24 +58,32 @@ def main() -> None:
     args = parse()
     # names and sizes are checked before anything is loaded
     place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
-    find_model(args.model).grid(args.frames, args.height, args.width)
+    model = find_model(args.model)
+    loras = find_loras(model, args.lora)
+    trained = trained_for(loras, args.method, args.shift)  # what is given here wins
+    frames = first_given(args.frames, trained.frames, 81)
+    shift = first_given(args.shift, trained.shift, 3.0)
+    model.grid(frames, args.height, args.width)
+    for notice in lora_notices(loras, args.method, trained.options, frames):
+        print(f"Note: {notice}", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
     vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=dtype)
-    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=args.shift)
-    if args.lora is not None:
-        pipe.load_lora_weights(args.lora)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
+    load_loras(pipe, loras)
     if args.offload:
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
 
-    processor = PROCESSORS[args.method]()
+    processor = PROCESSORS[args.method](**trained.options)
     pipe.set_attn_processor(processor)
     if args.rope != "none":
         videosparse.extend_rope(pipe, args.rope, trained_frames=81)
+    else:
+        videosparse.extend_rope(pipe, trained.rope, trained_frames=trained.rope_frames)
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
@@ -70,7 +91,7 @@ def main() -> None:
         pipe(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
-            num_frames=args.frames,
+            num_frames=frames,
             height=args.height,
             width=args.width,
             num_inference_steps=args.steps,
@@ -82,8 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them, and Ctrl-C
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        raise refused(error) from None
+    # sizes, names, files and memory, as Diffusers, torch and videosparse tell them
+    run_program(main, (ValueError, OSError, RuntimeError), "Interrupted; no file is left half-written.")

@@ -251,6 +251,7 @@ class RunTracker:
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
             _warn_if_all_dense(self._resolved, clock.total())
+            _warn_if_unlike(self._resolved, clock.shift())
             runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title(dense, device)
             runs_sparse = _backend(self._resolved, device)
             binding.record = RunRecord(dense.layout, runs_sparse, runs_dense, self._resolved.options.quant)
@@ -374,6 +375,12 @@ def _say_if_left_alone(resolved: Resolved, grid: VideoGrid) -> None:
     logit = resolved.options.logit
     if logit is not None and logit.reach(grid) is None:
         logger.info("%s leaves this video alone: it has %d latent frames.", logit, grid.frames)
+
+
+def _warn_if_unlike(resolved: Resolved, shift: float | None) -> None:
+    """Say so where a method was made ready for other runs than this one."""
+    if resolved.policy is not None and (why := resolved.policy.unlike(shift)):
+        logger.warning("%s", why)
 
 
 def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:

@@ -33,7 +33,7 @@ def check_block(block: tuple[int, int]) -> None:
     if not isinstance(block, tuple):
         raise TypeError(f"block must be a tuple (query rows, key rows) (got {block!r}).")
     if len(block) != 2 or any(b not in BLOCK_SIZES for b in block):
-        raise ValueError(f"block must be (query rows, key rows), each 64 or 128 (got {block}); try (128, 128).")
+        raise ValueError(f"block must be (query rows, key rows), each 64 or 128 (got {block}); try (128, 64).")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+
+def shift_of(config: Mapping[str, Any]) -> float | None:
+    """The shift of the noise levels of a scheduler; None where it has none, or one that changes with the size."""
+    shift = config.get("flow_shift", config.get("shift"))
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
+        return None
+    return float(shift)
 
 
 class Clock:
@@ -67,6 +76,10 @@ class Clock:
         if self._num_steps is not None:
             return self._num_steps
         return self._total
+
+    def shift(self) -> float | None:
+        """Shift of the noise schedule of this run, None when nobody says."""
+        return shift_of(getattr(self._scheduler(), "config", {}))
 
     def part(self, expert: int) -> tuple[int, int] | None:
         """(first, number) of the steps of this run that one of two experts makes; None where one makes all.

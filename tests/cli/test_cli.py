@@ -349,7 +349,7 @@ def test_plan_of_videos_beyond_the_trained_length(run):
     [
         (
             ["--model", "wan2.1-14b", "--trained-frames", "81"],
-            "--trained-frames is for --ultravico; drop it, or give both.",
+            "--trained-frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one.",
         ),
         (
             ["--model", "wan2.1-14b", "--frames", "81", "--ultravico", "0.9"],
@@ -439,6 +439,8 @@ def test_calibrate_then_generate(run, tmp_path):
         (["--output", "plan.bin"], "must end in .safetensors"),
         (["--output", ""], "use plan.safetensors"),
         (["--buckets", "9"], "buckets must be 1 to 2"),
+        (["--lora", "none.safetensors"], "No LoRA at 'none.safetensors'"),
+        (["--ultravico", "0.9"], "calibrate has no --ultravico: maps are made from scores as they are"),
     ],
 )
 def test_bad_calibrations_are_one_line(run, tmp_path, arguments, message):

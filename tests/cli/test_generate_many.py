@@ -35,14 +35,79 @@ def test_presets(run):
                  "offload model", "mochi-480p", "shift of the model"):  # fmt: skip
         assert word in result.stdout
     one = run("presets", "wan2.1-14b-720p")
-    assert 'model = "wan2.1-14b"' in one.stdout
-    assert "[radial]\ndecay = 0.2" in one.stdout
+    assert 'preset = "wan2.1-14b-720p"\n# model = "wan2.1-14b"\n# frames = 81\n' in one.stdout
+    assert "# radial.decay = 0.2\n" in one.stdout
     assert "Unknown preset" in run("presets", "no").stderr
     assert "fast                    the same in integers" in result.stdout
-    assert run("presets", "fast").stdout == (
-        'linears = "fp8"\nstep_cache = "first-block"\ncompile = true\n\n[radial]\nquant = "int8"\n'
+    assert run("presets", "exact").stdout.endswith('.\npreset = "exact"\n# method = "dense"\n# compile = true\n')
+
+
+@pytest.mark.parametrize("name", ["fast", "tiny", "wan2.1-14b-720p-2x"])
+def test_a_preset_as_a_run_file_runs_as_the_preset(run, tmp_path, name):
+    """Where values of the preset step aside, such as on a CPU, or in a shorter video, those of the file do so, too."""
+    (tmp_path / "run.toml").write_text(run("presets", name).stdout)
+    size = ("--model", "small", "--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
+    made = []
+    for number, how in enumerate((("--preset", name), ("--config", "run.toml"))):
+        result = run("generate", "a cat", *how, *size, "-o", f"{number}.mp4")
+        assert result.exit_code == 0, result.output
+        made.append((result.stderr, (tmp_path / f"{number}.mp4").read_bytes()))
+    assert made[0] == made[1]
+
+
+def test_a_line_of_a_printed_preset_can_be_changed(run, tmp_path):
+    text = run("presets", "wan2.1-14b-720p").stdout
+    for line in ("# frames = 81", "# radial.decay = 0.2"):
+        assert line in text
+    text = text.replace("# frames = 81", "frames = 161").replace("# radial.decay = 0.2", "radial.decay = 0.5")
+    (tmp_path / "run.toml").write_text(text)
+    result = run("plan", "--config", "run.toml")
+    assert result.exit_code == 0, result.output
+    assert "grid" not in result.stderr
+    for word in ("wan2.1-14b", "41x45x80", "decay=0.5", "12 of 50 steps"):
+        assert word in result.stdout
+
+
+def test_plan_takes_presets_and_run_files(run, tmp_path):
+    by_hand = run(
+        "plan", "--model", "wan2.1-14b", "--height", 720, "--width", 1280, "--frames", 161, "--ultravico", 0.9
     )
-    assert run("presets", "exact").stdout == 'method = "dense"\ncompile = true\n'
+    preset = run("plan", "--preset", "wan2.1-14b-720p-2x")
+    (tmp_path / "run.toml").write_text(
+        'preset = "wan2.1-14b-720p-2x"\nprompts = "p.txt"\nseed = 3\noffload = "model"\nnegative_prompt = "a"\n'
+    )
+    from_file = run("plan", "--config", "run.toml")
+
+    def told(result):
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        return [line for line in result.stdout.splitlines() if not line.startswith("Built in")]
+
+    assert told(preset) == told(by_hand) == told(from_file)
+    fast = run("plan", "--preset", "wan2.1-14b-720p", "--preset", "fast", "--frames", 161)
+    assert fast.exit_code == 0, fast.output
+    assert fast.stderr == "Note: What the step cache skips is not counted: that a run decides by itself.\n"
+    assert "quant=int8" in fast.stdout
+    short = run("plan", "--preset", "wan2.1-14b-720p-2x", "--frames", 81)
+    assert short.exit_code == 0, short.output
+    assert "The preset's UltraViCo is left out: 81 frames at once are no more than the 81 of training" in short.stderr
+    assert "UltraViCo" not in short.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "no"], "Unknown preset 'no'"),
+        (["--config", "none.toml"], "Cannot read none.toml"),
+        (["--preset", "exact", "--method", "radial"], "--preset exact runs dense attention (got --method radial)"),
+        (["--lora", "none.safetensors"], "No LoRA at 'none.safetensors'"),
+        (["--linears", "fp7"], "Unknown linears 'fp7'"),
+        (["--preset", "tiny", "--ultravico", "0.9"], "ultravico is for videos, or windows, longer than the 81"),
+    ],
+)
+def test_bad_plans_of_presets(run, arguments, message):
+    result = run("plan", *arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert message in result.stderr
 
 
 def test_a_model_and_a_speed(run, tmp_path):

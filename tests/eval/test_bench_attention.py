@@ -272,7 +272,7 @@ def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):
 def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypatch):
     tables = load("readme_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.attention() == tables.goals() == "Not measured yet."
+    assert tables.made("attention") == tables.made("goals") == "Not measured yet."
     where = "forward 12x30720 128x128"
     rows = [
         timed(where, "cudnn", 12.0, tflops="600.4"),
@@ -280,10 +280,10 @@ def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypat
         timed(where, "ours", 1.0, tflops="1.0", policy="uniform", density="0.1000", run="1"),
     ]
     write_rows(tmp_path / "attention.csv", rows, bench.COLUMNS)
-    assert "| videosparse | - | - | - | - | 640 | - |" in tables.attention()
-    assert "| cuDNN | 600 | - |" in tables.attention()
+    assert "| videosparse | - | - | - | - | 640 | - |" in tables.made("attention")
+    assert "| cuDNN | 600 | - |" in tables.made("attention")
     goals.main(["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "attention_goals.csv")])
-    assert "| not measured |" in tables.goals()
+    assert "| not measured |" in tables.made("goals")
 
 
 def test_figures_are_drawn(bench, tmp_path):

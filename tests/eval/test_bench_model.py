@@ -358,9 +358,9 @@ def test_tables_name_what_is_missing():
     failed = [*rows, row(CASE, "dense", "", layers=50, note="out of memory")]
     assert newest(failed, CASE)["dense"]["forward_s"] == "11"
     head, lines = overview(rows)
-    first = dict(zip(head[:7], lines[0], strict=False))
+    first = dict(zip(head, lines[0], strict=True))
     assert first["fastest dense, s"] == "22.00"
-    assert (lines[0][5], lines[0][6], lines[0][7]) == ("2.20x", "out of memory", "")
+    assert (first["Radial, s (gain)"], first["all, s (gain)"]) == ("10.00 (2.20x)", "out of memory")
     assert len(lines) == 1
     assert missing(rows).startswith("Not measured yet: ")
     assert CASE not in missing(rows)

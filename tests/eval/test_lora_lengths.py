@@ -107,23 +107,24 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     folder, tmp_path = tmp_path, tmp_path / "results"
     tmp_path.mkdir()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.lora_lengths() == "Not measured yet."
+    assert tables.made("lora_lengths") == "Not measured yet."
     settings = [(lora, method, frames) for frames in (81, 161, 321) for lora, method in training_tables.SETTINGS]
     rows = [row(score, *setting) for setting in settings]
     write_rows(tmp_path / "lora_length.csv", rows, score.COLUMNS)
-    whole = tables.lora_lengths().splitlines()
-    assert len(whole) == 2 + 24
+    whole = tables.made("lora_lengths").splitlines()
+    assert [line for line in whole if line.startswith("**")] == ["**81**", "**161**", "**321**"]
+    assert sum("LoRA trained" in line for line in whole) == 6
     assert whole[-1] == (
-        "| 321 | LoRA trained with Radial | 48 | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) "
-        "| 12 (5 to 20) | 0.5 (0.5 to 0.5) | 50 (50 to 50) | 240 | 61.5 | 7.25 |"
+        "| LoRA trained with Radial | 48 | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) "
+        "| 12 (5 to 20) | 0.5 (0.5 to 0.5) | 50 (50 to 50) | 240, 61.5, 7.25 |"
     )
     write_rows(tmp_path / "lora_length.csv", rows[:-2], score.COLUMNS)
-    part = tables.lora_lengths().splitlines()
-    assert len(part) == 2 + 22 + 2
+    part = tables.made("lora_lengths").splitlines()
+    assert sum("LoRA trained" in line for line in part) == 4 + 1
     assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames, LoRA trained with Radial at 321 frames."
     (folder / "figures").mkdir()
     (folder / "figures/lora_lengths.png").touch()
-    assert tables.lora_lengths().splitlines()[-1].endswith("(../figures/lora_lengths.png)")
+    assert tables.made("lora_lengths").splitlines()[-1].endswith("(../figures/lora_lengths.png)")
 
 
 def test_the_figure_is_drawn(score, tmp_path, capsys):
@@ -157,8 +158,8 @@ def test_training_rows_with_and_without_a_kernel(tmp_path, monkeypatch):
         ],
         ("case", "frames", "times_length", "tokens", "gpus", "attention", "extrapolated_step_s", *gains, "note"),
     )
-    lines = tables.training().splitlines()[2:]
+    lines = tables.made("training").splitlines()[2:]
     assert lines == [
-        "| a, 161 frames | 2x | 147,600 | 1 | 177 | 267 | not timed | 82 | 2.15x | 3.24x | - |",
-        "| a, 321 frames | 4x | 147,600 | 2 | not timed | not timed | not installed | out of memory | - | - | - |",
+        "| a, 161 frames | 2x | 147,600 | 1 | 82 | 177 (2.15x) | 267 (3.24x) | not timed |",
+        "| a, 321 frames | 4x | 147,600 | 2 | out of memory | not timed | not timed | not installed |",
     ]

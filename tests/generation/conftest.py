@@ -1,11 +1,13 @@
 """Small model folders, saved once."""
 
+import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
@@ -45,5 +47,34 @@ def ask(model_folder):
     def make(prompt=folders.PROMPT, **fields):
         small = {"num_frames": 9, "height": 64, "width": 64, "steps": 2, "device": "cpu", "model": str(model_folder)}
         return GenerationRequest(prompt, **{**small, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_lora(model_folder, tmp_path_factory):
+    """`make_lora(seed, about)`: the folder of a random LoRA for the small model."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    def make(seed=0, about=folders.ABOUT):
+        folder = tmp_path_factory.mktemp("lora") / f"lora{seed}"
+        model = WanTransformer3DModel.from_pretrained(model_folder / "transformer")
+        model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=r"blocks\.\d+\.attn1\.to_[qkv]"))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        config = model.peft_config["default"].to_dict()
+        layers = get_peft_model_state_dict(model)
+        WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
+        file = folder / "pytorch_lora_weights.safetensors"
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        save_file(load_file(file), file, metadata={**header, **({"videosparse": json.dumps(about)} if about else {})})
+        return folder
 
     return make

@@ -9,6 +9,13 @@ import torch
 
 PROMPT = "a red circle bounces"
 
+ABOUT = {
+    "format": "videosparse-lora-1", "base_model": "small", "family": "wan", "layers": 2, "heads": 2,
+    "component": "transformer", "method": "radial", "options": {"decay": 0.7}, "first_steps": 0.5, "first_layers": 1,
+    "frames": [9, 17],
+}  # fmt: skip
+"""What videosparse writes into the header of a LoRA, of the small model."""
+
 
 def save_wan(
     folder: Path, *, heads: int = 2, head_dim: int = 24, layers: int = 2, text_length: int = 48, experts: int = 1

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from folders import ABOUT
 
 from videosparse.blocks import unpack_rows
 from videosparse.generation import GenerationError, GenerationRequest, generate
@@ -256,3 +257,63 @@ def test_a_plan_makes_videos_and_says_so(request_of, pipe, path, model_folder):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(GenerationError, match=r"Bad option of method paro: .*is no whole safetensors file"):
         GenerationRequest(PROMPTS[0], method="paro", options=options, **size).resolve()
+
+
+def test_another_shift_than_in_calibration_is_told(request_of, pipe, path, model_folder, caplog):
+    """The model's own is 3; plans of before do not say."""
+    plan = calibrate(request_of(), path, pipe=pipe).plan
+    assert plan.facts.method["shift"] == 3.0
+    shifted = calibrate(request_of(shift=5.0), path.with_name("five.safetensors"), pipe=pipe).plan
+    assert shifted.facts.method["shift"] == 5.0
+    older = dataclasses.replace(plan, facts=dataclasses.replace(plan.facts, method={"shift": None}))
+    size = {"num_frames": 9, "height": 64, "width": 64, "steps": 4, "device": "cpu", "model": str(model_folder)}
+    for found, shift, told in ((plan, None, 0), (plan, 5.0, 1), (shifted, None, 1), (shifted, 5.0, 0), (older, 5.0, 0)):
+        caplog.clear()
+        request = GenerationRequest(PROMPTS[0], method="paro", options={"paro": {"plan": found}}, shift=shift, **size)
+        generate(request, pipe=pipe)
+        lines = [record.getMessage() for record in caplog.records if "calibrated with shift" in record.getMessage()]
+        assert len(lines) == told
+    assert plan.other_shift(5.0) == (
+        "plan.safetensors was calibrated with shift 3 of the noise schedule, and this run has 5: its maps are for "
+        "other noise levels; use --shift 3, or calibrate with --shift 5."
+    )
+    caplog.clear()
+    options = {"paro": {"plan": plan, "online_maps": True}}
+    generate(GenerationRequest(PROMPTS[0], method="paro", options=options, shift=5.0, **size), pipe=pipe)
+    assert "calibrated with shift" not in caplog.text, "maps are found in the run"
+
+
+def test_a_plan_of_a_model_with_a_lora(request_of, pipe, path, make_lora):
+    """Weights decide maps; length, shift and rotary embedding come from the LoRA, as in `generate`."""
+    about = {**ABOUT, "frames": [13], "shift": 5.0, "rope": "pi", "trained_frames": 5}
+    lora = str(make_lora(21, about=about))
+    request = request_of(loras=(lora,), num_frames=None)
+    run = request.resolve().runs[0]
+    assert (run.num_frames, run.shift, run.request.rope) == (13, 5.0, "pi")
+    with_lora, _ = load_pipeline(run)
+    stretched = calibrate(request, path, pipe=with_lora).plan
+    assert (stretched.facts.video[0], stretched.facts.method["shift"]) == (13, 5.0)
+    assert stretched.facts.method["loras"] == [["lora21", 1.0]]
+    assert not with_lora.transformer._forward_pre_hooks
+    plain = str(make_lora(22, about=None))
+    request = request_of(loras=(plain,))
+    with pytest.raises(GenerationError, match="The pipeline that was given has not loaded the LoRA"):
+        calibrate(request, path, pipe=pipe, overwrite=True)
+    found = {}
+    for scale in (0.0, 1.0):
+        request = request_of(loras=(plain,), lora_scales=(scale,))
+        own, _ = load_pipeline(request.resolve().runs[0])
+        found[scale] = calibrate(request, path, pipe=own, overwrite=True).plan
+    base = calibrate(request_of(), path, pipe=pipe, overwrite=True).plan
+    assert found[0.0].facts.method["recall"] == base.facts.method["recall"]
+    assert found[1.0].facts.method["recall"] != base.facts.method["recall"]
+
+
+def test_a_rotary_embedding_is_stretched_in_calibration(request_of, path, make_lora):
+    lora = {rope: str(make_lora(23, about={**ABOUT, "rope": rope, "trained_frames": 5})) for rope in ("pi", "ntk")}
+    recalls = []
+    for file in lora.values():
+        request = request_of(loras=(file,), num_frames=17)
+        own, _ = load_pipeline(request.resolve().runs[0])
+        recalls.append(calibrate(request, path, pipe=own, overwrite=True).plan.facts.method["recall"])
+    assert recalls[0] != recalls[1]

@@ -2,49 +2,16 @@
 
 import json
 import os
+from dataclasses import replace
 
 import folders
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from folders import ABOUT
+from safetensors.torch import save_file
 
 from videosparse.generation import GenerationError, GenerationRequest, generate
 from videosparse.generation.lora import find_lora
-
-ABOUT = {
-    "format": "videosparse-lora-1", "base_model": "small", "family": "wan", "layers": 2, "heads": 2,
-    "component": "transformer", "method": "radial", "options": {"decay": 0.7}, "first_steps": 0.5, "first_layers": 1,
-    "frames": [9, 17],
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def make_lora(model_folder, tmp_path_factory):
-    """`make_lora(seed, about)`: the folder of a random LoRA for the small model."""
-    from diffusers import WanPipeline, WanTransformer3DModel
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    def make(seed=0, about=ABOUT):
-        folder = tmp_path_factory.mktemp("lora") / f"lora{seed}"
-        model = WanTransformer3DModel.from_pretrained(model_folder / "transformer")
-        model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=r"blocks\.\d+\.attn1\.to_[qkv]"))
-        torch.manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.5)
-        config = model.peft_config["default"].to_dict()
-        layers = get_peft_model_state_dict(model)
-        WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
-        file = folder / "pytorch_lora_weights.safetensors"
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata()
-        save_file(load_file(file), file, metadata={**header, **({"videosparse": json.dumps(about)} if about else {})})
-        return folder
-
-    return make
 
 
 def test_length_and_schedule_come_from_the_file(ask, make_lora):
@@ -205,10 +172,10 @@ def test_a_batch_has_one_set_of_loras(ask, make_lora, tmp_path):
 
 
 def test_run_files_name_loras(tmp_path):
-    from videosparse.generation.runfile import as_toml, read_run_file, request_from
+    from videosparse.generation.runfile import read_run_file, request_from
 
     path = tmp_path / "run.toml"
-    path.write_text(as_toml({"prompt": "a cat", "lora": ["a", "b"], "lora_scale": [1.0, 0.5]}))
+    path.write_text('prompt = "a cat"\nlora = ["a", "b"]\nlora_scale = [1.0, 0.5]\n')
     request = request_from(read_run_file(path).values)
     assert (request.loras, request.lora_scales) == (("a", "b"), (1.0, 0.5))
     path.write_text('prompt = "a cat"\nlora = "a"\n')
@@ -216,3 +183,87 @@ def test_run_files_name_loras(tmp_path):
     path.write_text('prompt = "a cat"\nlora = [1]\n')
     with pytest.raises(GenerationError, match="lora must be a text"):
         read_run_file(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "fetched"),
+    [
+        ("org/name", ["pytorch_lora_weights.safetensors", "b.safetensors"], "pytorch_lora_weights.safetensors"),
+        ("org/name", ["README.md", "four-steps.safetensors"], "four-steps.safetensors"),
+        ("org/name/sub/b.safetensors", ["a.safetensors", "sub/b.safetensors"], "sub/b.safetensors"),
+        (
+            "org/name",
+            ["a.safetensors", "b.safetensors"],
+            "it has a.safetensors, b.safetensors; name one: org",
+        ),
+        ("org/name", ["README.md"], "it has no .safetensors file"),
+    ],
+)
+def test_loras_of_the_hub(monkeypatch, make_lora, text, files, fetched):
+    """The file with the usual name, else the only one; a client that stands in for the network's."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    weights = make_lora() / "pytorch_lora_weights.safetensors"
+
+    def download(repo, file):
+        assert repo == "org/name"
+        if file not in files:
+            raise EntryNotFoundError("404")
+        calls.append(file)
+        return str(weights)
+
+    calls = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: files)
+    if fetched in files:
+        assert find_lora(text).about == ABOUT
+        assert calls == [fetched]
+    else:
+        with pytest.raises(GenerationError, match=f"^No LoRA at 'org/name', and the hub model org/name .*{fetched}"):
+            find_lora(text)
+
+
+def test_a_lora_of_that_length_takes_the_place_of_a_presets_ultravico(ask, make_lora):
+    """What is asked for beside such a LoRA stays refused."""
+    lora = (str(make_lora(10, about={**ABOUT, "frames": [17, 161]})),)
+    preset = {"num_frames": 161, "usual_ultravico": 0.9, "trained_frames": None}
+    alone = ask(**preset).resolve()
+    assert (alone.logit.alpha, alone.notices) == (0.9, ())
+    beside = ask(**preset, loras=lora).resolve()
+    assert beside.logit is None
+    assert beside.notices == (
+        "The preset's UltraViCo is left out: 161 frames at once are no more than the 161 of training, a LoRA's "
+        "included.",
+    )
+    longer = ask(**{**preset, "num_frames": 201}, loras=lora).resolve()
+    assert (longer.logit.trained, longer.notices) == (41, ())
+    assert ask(**{**preset, "ultravico": 0.5}).resolve().logit.alpha == 0.5
+    with pytest.raises(GenerationError, match=r"ultravico is for videos, or windows, longer than the 161 frames"):
+        ask(**{**preset, "ultravico": 0.9}, loras=lora).resolve()
+    assert ask(**{**preset, "trained_frames": 161}).resolve().logit is None
+
+
+def test_a_preset_with_a_lora(make_lora, monkeypatch, model_folder):
+    """By names, as on the command line; the file of the LoRA is for the small model."""
+    from videosparse.generation.runfile import merged_sources, request_from
+
+    lora = str(make_lora(11, about={**ABOUT, "frames": [161]}))
+    small = {"model": str(model_folder), "height": 64, "width": 64, "device": "cpu", "prompt": "a cat"}
+    chosen, preset = {**small, "lora": [lora]}, ["wan2.1-14b-720p-2x"]
+    settings = request_from(merged_sources(chosen, preset, None)[0]).resolve()
+    assert (settings.logit, settings.num_frames) == (None, 161)
+    with pytest.raises(GenerationError, match="ultravico is for videos"):
+        request_from(merged_sources({**chosen, "ultravico": 0.9}, preset, None)[0]).resolve()
+
+
+def test_a_plan_goes_by_the_lora_as_a_run_does(make_lora, model_folder):
+    from videosparse.generation.planning import plan_request
+
+    lora = str(make_lora(12, about={**ABOUT, "shift": 5.0}))
+    request = GenerationRequest("a", model=str(model_folder), loras=(lora,), height=64, width=64, steps=8, device="cpu")
+    plan, settings = plan_request(request), request.resolve()
+    assert plan.grid == settings.grid
+    assert plan.method["decay"] == 0.7
+    assert plan.schedule.dense_steps(8) == (4, 0)
+    other = plan_request(replace(request, shift=12.0))
+    assert other.schedule.dense_steps(8) == (6, 0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from videosparse.blocks import BlockMap
-from videosparse.generation import GenerationError, methods
-from videosparse.generation.planning import plan_run
+from videosparse.generation import GenerationError, GenerationRequest, methods
+from videosparse.generation.planning import plan_request, plan_run
 from videosparse.generation.sources import find_spec
 from videosparse.kernels import KernelOptions
 from videosparse.policies.base import DenseSchedule, SparsityPolicy
@@ -23,7 +23,7 @@ def test_wan_14b_at_720p():
     assert plan.average_density == pytest.approx(expected)
     assert plan.run_flops == pytest.approx(12 * plan.dense_flops + 38 * plan.sparse_flops)
     assert plan.attention_bound == pytest.approx(1 / expected)
-    assert plan.map_bytes == 1154**2
+    assert plan.map_bytes == 1154 * 2307
     assert plan.index_bytes > 4 * plan.density * plan.map_bytes
     assert plan.method["decay"] == 0.2
 
@@ -131,3 +131,18 @@ def test_no_guidance_is_one_branch():
 def test_errors(fields, message):
     with pytest.raises(GenerationError, match=message):
         plan_run(find_spec("wan2.1-1.3b"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"shift": -5.0}, "shift must be"),
+        ({"step_cache": "nonsense"}, "Unknown step cache"),
+        ({"model": "mochi", "rope": "riflex"}, "Mochi learned the frequencies"),
+        ({"model": "mochi", "steps": 1}, "steps must be"),
+        ({"rope": "ntk", "trained_frames": 82}, r"4k\+1"),
+    ],
+)
+def test_what_could_not_be_generated_has_no_plan(asked, told):
+    with pytest.raises(GenerationError, match=told):
+        plan_request(GenerationRequest("a cat", **{"model": "wan2.1-14b", **asked}))

@@ -7,7 +7,16 @@ import pytest
 from videosparse.generation import GenerationError
 from videosparse.generation.planning import plan_run
 from videosparse.generation.presets import PRESETS, split_presets
-from videosparse.generation.runfile import KEYS, LISTS, as_toml, merge, read_prompts, read_run_file, request_from
+from videosparse.generation.runfile import (
+    KEYS,
+    LISTS,
+    OF_PRESETS,
+    merge,
+    preset_as_toml,
+    read_prompts,
+    read_run_file,
+    request_from,
+)
 from videosparse.generation.sources import find_spec
 
 
@@ -34,14 +43,20 @@ def test_the_published_schedule_is_in_force():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_as_a_run_file_says_the_same(tmp_path, name):
     path = tmp_path / "run.toml"
-    path.write_text(as_toml(PRESETS[name].values))
+    path.write_text(preset_as_toml(name, PRESETS[name].values))
+    file = read_run_file(path)
+    assert (file.preset, file.values) == ((name,), {})
+    path.write_text(path.read_text().replace("# ", "").partition("\n")[2])
     values = read_run_file(path).values
     assert request_from({**values, "prompt": "x"}) == request_from({**PRESETS[name].values, "prompt": "x"})
 
 
 def test_toml_of_any_text():
     text = 'a "quoted" \\ backslash'
-    assert tomllib.loads(as_toml({"prompt": text, "seed": 3}))["prompt"] == text
+    lines = preset_as_toml("x", {"prompt": text, "seed": 3}).splitlines()
+    assert tomllib.loads("\n".join(line.removeprefix("# ") for line in lines[1:])) == {
+        "preset": "x", "prompt": text, "seed": 3,
+    }  # fmt: skip
 
 
 def test_unknown_preset():
@@ -149,7 +164,7 @@ def test_every_key_is_a_field():
 
     assert {field for field, _ in {**KEYS, **LISTS}.values()} == {f.name for f in fields(GenerationRequest)} - {
         "options",
-        "speed",  # by way of "preset"
+        *OF_PRESETS,
     }
 
 

@@ -217,7 +217,11 @@ def on_a_gpu(monkeypatch, values, *presets):
     monkeypatch.setattr(stack.int8_path, "unavailable", lambda *_: None)
     merged = merge([preset_values(presets), {"prompt": "a cat", **values}])
     source = find_spec(merged.get("model", "wan2.1-14b"))
-    return stack.resolve_stack(request_from(merged), source, torch.device("cuda"), torch.bfloat16)
+    request = request_from(merged)
+    if request.num_frames is not None:
+        grid = source.grid(request.num_frames, request.height or 128, request.width or 128)
+        request, _ = request.with_usual_logits(source, grid, ())
+    return stack.resolve_stack(request, source, torch.device("cuda"), torch.bfloat16)
 
 
 def test_the_dense_twin_runs_every_step_whole(ask):

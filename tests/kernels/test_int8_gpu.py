@@ -150,3 +150,17 @@ def test_fp8_values_on_hopper_repeat(kind, sparse, request):
         portable, _ = attend(q, k, v, **call, options=options)
     assert (first - portable).float().norm() <= 0.045 * portable.float().norm()
     assert not torch.equal(first, portable), "the other kernel has run"
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_fp8_values_on_hopper_repeat_in_long_videos(sparse, request):
+    if request.node.callspec.params["_kernel"] != "special" or not gpu.is_hopper(torch.device("cuda", 0)):
+        pytest.skip("of the Hopper kernel")
+    layout = make_layout("ragged text", "cuda", VideoGrid(33, 45, 80)).aligned((128, 64))
+    index = make_map(layout, (128, 64), density=0.2, device="cuda").index() if sparse else None
+    q, k, v = make_qkv(layout, torch.bfloat16, heads=2, dim=128, device="cuda")
+    options = KernelOptions(backend="triton", quant="int8-fp8")
+    first = attend(q, k, v, layout=layout, index=index, options=options)
+    assert first[:, : layout.video].isfinite().all()
+    for _ in range(10):
+        assert torch.equal(attend(q, k, v, layout=layout, index=index, options=options), first)

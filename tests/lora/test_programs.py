@@ -111,6 +111,26 @@ def test_a_run_that_diverges_stops_with_a_checkpoint(tmp_path, monkeypatch, caps
     assert saved.name == "step-000002"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
+def test_a_signal_saves_and_its_number_is_the_exit_code(tmp_path, monkeypatch, capsys, number, code):
+    from videosparse.training.run import LoraRun
+
+    train, step = program("train_length_extension"), LoraRun.train_step
+    monkeypatch.setattr(LoraRun, "train_step", lambda self: (signal.raise_signal(number), step(self))[1])
+    monkeypatch.chdir(ROOT)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    more = ["--set", "train.steps=5", "--set", "validate.prompts=[]", "--set", "data.holdout=0"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(tmp_path, *more)])
+    try:
+        assert train.main() == code
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert "Stopped after step 1" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000001"]
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(tmp_path):
     command = [sys.executable, "lora/train_length_extension.py", *arguments(tmp_path, "--set", "train.steps=400")]

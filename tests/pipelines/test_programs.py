@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pipes import hunyuan, image, mochi, wan, wan22, wan_i2v
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from safetensors.torch import save_file
 
 from videosparse.generation.video import read_mp4
 
@@ -59,6 +62,84 @@ def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path, capsys):
     assert re.fullmatch("Error: .*\n", mistake(name, capsys))
 
 
+WITH_LORA = ["wan_t2v.py", "wan22_t2v.py", "hunyuan_video_t2v.py", "mochi_t2v.py"]
+
+
+@pytest.mark.parametrize("text", ["typo", "nobody/typo", "nobody/typo/a.safetensors", "typo.safetensors"])
+@pytest.mark.parametrize("name", WITH_LORA)
+def test_a_lora_that_is_nowhere_is_one_line(name, text, monkeypatch, tmp_path, models, capsys):
+    """As `videosparse generate` tells it, before anything is loaded: the models here have no weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = models[{"wan22": "wan"}.get(name.split("_")[0], name.split("_")[0])]
+    monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(model), "--lora", text, *TINY])
+    assert re.fullmatch(f"Error: No LoRA at '{text}'.*\\n", mistake(name, capsys))
+
+
+def save_lora(folder, model, component, about):
+    """A random LoRA of the self-attentions of one transformer, with what videosparse writes into its header."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    folder.mkdir()
+    transformer = WanTransformer3DModel.from_pretrained(model / component)
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=r"blocks\.\d+\.attn1\.to_[qkv]"))
+    layers = {f"transformer.{name}": x for name, x in get_peft_model_state_dict(transformer).items()}
+    config = transformer.config
+    header = {
+        "format": "videosparse-lora-1", "base_model": "tiny", "family": "wan", "layers": config.num_layers,
+        "heads": config.num_attention_heads, "component": component, "method": "radial", "options": {"decay": 0.7},
+        "first_layers": 0, "frames": [9, 13], "shift": 5.0, **about,
+    }  # fmt: skip
+    file = folder / "pytorch_lora_weights.safetensors"
+    save_file(layers, file, metadata={"format": "pt", "videosparse": json.dumps(header)})
+    return folder
+
+
+@pytest.mark.slow
+def test_length_shift_and_dense_steps_come_from_the_loras(folder, monkeypatch, capsys):
+    """Two experts of Wan 2.2: the larger share of dense steps is that of the run, and what is given wins."""
+    model = folder / "two experts"
+    wan22().save_pretrained(model)
+    high = save_lora(folder / "high", model, "transformer", {"first_steps": 0.25})
+    low = save_lora(folder / "low", model, "transformer_2", {"first_steps": 0.5})
+    shifts = []
+    from_config = UniPCMultistepScheduler.from_config
+
+    def spied(config, **more):
+        if "flow_shift" in more:  # by the program, not by loading
+            shifts.append(more["flow_shift"])
+        return from_config(config, **more)
+
+    monkeypatch.setattr(UniPCMultistepScheduler, "from_config", spied)
+    arguments = ["a cat", "--model", model, "--lora", high, "--lora-2", low, *TINY, "--steps", "4"]
+
+    def made(*more):
+        video = folder / f"{len(shifts)}.mp4"
+        monkeypatch.setattr(sys, "argv", ["wan22", *map(str, [*arguments, *more, "--output", video])])
+        runpy.run_path(str(ROOT / "pipelines" / "wan22_t2v.py"), run_name="__main__")
+        said = capsys.readouterr()
+        calls = [int(re.search(rf"{kind}_calls=(\d+)", said.out)[1]) for kind in ("dense", "sparse")]
+        return len(read_mp4(video)), calls[0] / sum(calls), said.err
+
+    assert made()[:2] == (13, 0.5)
+    frames, dense, told = made("--frames", "17", "--shift", "12")
+    assert (frames, dense) == (17, 0.75), "with a larger shift, more steps lie at the noise that was dense in training"
+    assert "Note: The LoRA high was trained for 13 frames; this video has 17.\n" in told
+    assert shifts == [5.0, 12.0]
+
+
+@pytest.mark.slow
+def test_loras_of_two_experts_that_changed_places(folder, monkeypatch, capsys):
+    model = folder / "two experts of another test"
+    wan22().save_pretrained(model)
+    low = save_lora(folder / "low alone", model, "transformer_2", {"first_steps": 0.5})
+    monkeypatch.setattr(sys, "argv", ["wan22", "a cat", "--model", str(model), "--lora", str(low), *TINY])
+    assert "was trained for the transformer_2 (got the transformer); give it as --lora-2." in mistake(
+        "wan22_t2v.py", capsys
+    )
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
     def interrupted(*_, **__):
@@ -68,6 +149,23 @@ def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
     image = ["--image", "a.png"] if name == "wan_i2v.py" else []
     monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", "none", *image])
     assert mistake(name, capsys, 130) == "Interrupted; no file is left half-written.\n"
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_no_part_of_a_file(folder, monkeypatch, capsys):
+    """Before it gets its name it is hidden, and nobody would look for it."""
+    model, out = folder / "to be killed", folder / "killed"
+    wan().save_pretrained(model)
+
+    def killed(self, parts):
+        assert [path.name.endswith(".part.mp4") for path in out.iterdir()] == [True]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("videosparse.generation.output.Destination.name", killed)
+    arguments = ["wan", "a cat", "--model", str(model), "--output", f"{out}/a.mp4", *SMALL]
+    monkeypatch.setattr(sys, "argv", arguments)
+    mistake("wan_t2v.py", capsys, 143)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "wan_i2v.py"])

@@ -1,12 +1,10 @@
-"""Tables made of the rows of `eval/bench_model.py`: heads and lines of cells."""
+"""Tables of whole models: rows of `eval/bench_model.py`, `eval/check_model_goals.py` and `eval/profile_step.py`."""
 
 from __future__ import annotations
 
 from videosparse.benchmark.kernel_names import GAPS, PARTS, UNKNOWN
+from videosparse.benchmark.tables import Row, Table, markdown
 from videosparse.benchmark.whole import STEP_CASES
-
-Row = dict[str, str]
-Table = tuple[list[str], list[list[str]]]
 
 DENSE = ("dense", "dense-eager", "stock", "fa2")
 """Contenders that multiply all blocks in bfloat16; the fastest is what sparse ones are compared with."""
@@ -33,17 +31,14 @@ def newest(rows: list[Row], case: str) -> dict[str, Row]:
 
 
 def fastest(rows: dict[str, Row], names: tuple[str, ...]) -> Row | None:
-    """The fastest of some contenders of a case that timed as many layers as the most thorough of them."""
+    """The fastest of some contenders of a case, of those of the newest commit with most layers."""
     timed = [rows[name] for name in names if name in rows and rows[name]["forward_s"]]
-    most = max((int(r["layers_timed"]) for r in timed), default=0)
-    thorough = [r for r in timed if int(r["layers_timed"]) == most]
-    return min(thorough, key=lambda r: float(r["forward_s"]), default=None)
-
-
-def fastest_dense(rows: dict[str, Row]) -> Row | None:
-    """The fastest dense contender of a case in bfloat16."""
-    timed = [rows[name] for name in DENSE if name in rows and rows[name]["forward_s"]]
-    return min(timed, key=lambda r: float(r["forward_s"]), default=None)
+    if not timed:
+        return None
+    commit = max(timed, key=lambda r: r["run"])["commit"]
+    here = [r for r in timed if r["commit"] == commit]
+    most = max(int(r["layers_timed"]) for r in here)
+    return min((r for r in here if int(r["layers_timed"]) == most), key=lambda r: float(r["forward_s"]))
 
 
 def overview(rows: list[Row]) -> Table:
@@ -53,18 +48,18 @@ def overview(rows: list[Row]) -> Table:
         found = newest(rows, case)
         if not found:
             continue
-        dense, stock = fastest_dense(found), found.get("stock")
+        dense, stock = fastest(found, DENSE), found.get("stock")
         radial = _timed(found, "radial") or _timed(found, "radial-eager")
         stack = fastest(found, STACK) or found.get("stack")
         told = f" ({dense['contender']})" if dense is not None and dense["contender"] in ("stock", "fa2") else ""
+        sparse = [_seconds(row) + (f" ({gain})" if (gain := _gain(dense, row)) else "") for row in (radial, stack)]
         lines.append([
             case, "" if radial is None else f"{float(radial['density']):.2f}", _seconds(stock),
-            _seconds(dense) + told, _seconds(radial), _gain(dense, radial), _seconds(stack), _gain(dense, stack),
-            ", ".join(_minutes(r) for r in (dense, radial, stack)),
+            _seconds(dense) + told, *sparse, ", ".join(_minutes(r) for r in (dense, radial, stack)),
         ])  # fmt: skip
     head = [
-        "model, size", "density", "Diffusers as shipped, s a step", "fastest dense, s", "Radial, s", "gain",
-        "all, s", "gain", "50 steps, min: dense, Radial, all",
+        "model, size", "density", "Diffusers as shipped, s a step", "fastest dense, s", "Radial, s (gain)",
+        "all, s (gain)", "50 steps, min: dense, Radial, all",
     ]  # fmt: skip
     return head, lines
 
@@ -79,16 +74,15 @@ def every_row(rows: list[Row]) -> Table:
     """A line for each contender of each case with rows."""
     lines = []
     for case in STEP_CASES:
-        found = newest(rows, case)
-        dense = fastest_dense(found)
-        for row in found.values():
+        for row in newest(rows, case).values():
             if not row["forward_s"]:
                 lines.append([case, row["contender"], "", "", row["note"], "", "", "", ""])
                 continue
             timed = "all" if row["layers_timed"] == row["layers"] else row["layers_timed"]
+            search = f"{float(row['search_s']):.2f}" if row["search_s"] else ""
             lines.append([
                 case, row["contender"], row["backend"], f"{float(row['density']):.2f}", _seconds(row),
-                f"{float(row['search_s']):.2f}" if row["search_s"] else "", _gain(dense, row), _minutes(row),
+                search, _gain(_beside(rows, row), row), _minutes(row),
                 f"{timed} of {row['layers']}, {float(row['peak_gb'] or 0):.0f} GB",
             ])  # fmt: skip
     head = [
@@ -113,6 +107,20 @@ def extrapolation(rows: list[Row]) -> Table:
     return ["model, size", "contender", "all layers, s a forward", "from few", "layers", "off by"], lines
 
 
+def goals(rows: list[Row]) -> Table:
+    """What was measured of whole models, and all that must be, from `eval/check_model_goals.py`."""
+    head = ["model, size", "a sparse step", "measured", "must", "goal", "", "seconds"]
+    return head, [
+        [r["case"], r["goal"], r["measured"] and f"{r['measured']}x", r["must"], r["wanted"], r["verdict"], r["detail"]]
+        for r in rows if r["measured"] or r["must"]
+    ]  # fmt: skip
+
+
+def profile(rows: list[Row]) -> str:
+    """Where the time of a layer goes, in Markdown: a table for each case, below its name."""
+    return "\n\n".join(f"{case}\n\n{markdown((head, lines))}" for case, head, lines in parts(rows))
+
+
 def parts(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(case, head, lines) of each case: milliseconds of a layer by part, a column for each contender."""
     tables = []
@@ -130,6 +138,13 @@ def parts(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
         ]  # fmt: skip
         tables.append((case, ["ms a layer", *names], lines))
     return tables
+
+
+def _beside(rows: list[Row], row: Row) -> Row | None:
+    """The fastest dense row that compares with another; none with a step that a cache skips."""
+    same = ("case", "gpu", "commit", "layers_timed")
+    here = {r["contender"]: r for r in rows if all(r[name] == row[name] for name in same)}
+    return None if row["contender"] == "cached" else fastest(here, DENSE)
 
 
 def _timed(rows: dict[str, Row], name: str) -> Row | None:
@@ -153,3 +168,23 @@ def _gain(dense: Row | None, row: Row | None) -> str:
 
 def _minutes(row: Row | None) -> str:
     return f"{float(row['run_s']) / 60:.1f}" if row is not None and row["run_s"] else "-"
+
+
+def shared(rows: list[Row]) -> Table:
+    """A line for each forward that several GPUs shared: seconds, how many times faster than one, and how far apart."""
+    lines = [
+        [
+            row["case"], row["contender"], f"{float(row['density']):.2f}", row["layers"],
+            f"{float(row['alone_s']):.3f}", f"{float(row['shared_s']):.3f} ({float(row['scaling']):.2f}x)",
+            f"{float(row['difference']):.1e}" if float(row["difference"]) else "the same bits",
+            f"{float(row['peak_gb_alone']):.1f}, {float(row['peak_gb_shared']):.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    gpus = next((row["gpus"] for row in rows), "")
+    head = [
+        "model, size", "attention", "density", "layers", "one GPU, s a forward", f"{gpus} GPUs, s",
+        "outputs differ by",
+        "peak, GB: one, each",
+    ]  # fmt: skip
+    return head, lines

@@ -1,10 +1,8 @@
-"""Tables of the rows of `eval/bench_training.py` and `eval/score_lora_lengths.py`: heads, lines, what is missing."""
+"""Tables of the rows of `eval/bench_training.py` and `eval/score_lora_lengths.py`: training steps, and long videos."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-Row = dict[str, str]
+from videosparse.benchmark.tables import Row, Table
 
 SETTINGS = {
     ("truth", "none"): "rendered truth",
@@ -26,22 +24,26 @@ TRAINING_COLUMNS = ("training_steps", "training_s", "training_peak_gib")
 _KERNELS = ("cudnn", "fa2", "fa4")
 
 
-def steps(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """Seconds of a training step by model, length and number of GPUs, dense by every kernel and with Radial."""
+def steps(rows: list[Row]) -> Table:
+    """Seconds of a training step by model, length and number of GPUs, and how many times as long dense takes."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for r in rows:
         cases.setdefault((r["case"], r["frames"], r.get("gpus") or "1"), {})[r["attention"]] = r
     lines = []
     for (case, frames, gpus), found in cases.items():
         first = next(iter(found.values()))
-        seconds = [_step(found.get(name)) for name in (*_KERNELS, "radial")]
         gains = [found.get("radial", {}).get(f"against_{name}") for name in _KERNELS]
-        gained = [f"{float(gain):.2f}x" if gain else "-" for gain in gains]
+        dense = [
+            _step(found.get(name)) + (f" ({float(gain):.2f}x)" if gain else "")
+            for name, gain in zip(_KERNELS, gains, strict=True)
+        ]
         size = f"{case}, {frames} frames"
-        lines.append([size, f"{first['times_length']}x", f"{int(first['tokens']):,}", gpus, *seconds, *gained])
+        lines.append([
+            size, f"{first['times_length']}x", f"{int(first['tokens']):,}", gpus, _step(found.get("radial")), *dense,
+        ])  # fmt: skip
     head = [
-        "model, size", "length", "tokens", "GPUs", "dense by cuDNN, s", "by FlashAttention-2, s",
-        "by FlashAttention-4, s", "Radial, s", "cheaper than cuDNN", "than FlashAttention-2", "than FlashAttention-4",
+        "model, size", "length", "tokens", "GPUs", "Radial, s", "dense by cuDNN, s", "by FlashAttention-2, s",
+        "by FlashAttention-4, s",
     ]  # fmt: skip
     return head, lines
 
@@ -55,25 +57,38 @@ def _step(row: Row | None) -> str:
     return row["note"] if row["note"] == "out of memory" else "not installed"
 
 
-def lengths(rows: Iterable[Row]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Every setting at every length with 95 % intervals, and the settings that have no row."""
-    by_place = {(r["lora"], r["method"], r["frames"]): r for r in rows}
-    lines, missing = [], []
-    for frames in LENGTHS:
-        for (lora, method), setting in SETTINGS.items():
-            r = by_place.get((lora, method, frames))
-            if r is None:
-                missing.append(f"{setting} at {frames} frames")
-                continue
-            cells = [_percent(r, name) for name in (*(f"right_q{q}" for q in (1, 2, 3, 4)), "drift")]
-            repetition = f"{r['repetition']} ({r['repetition_low']} to {r['repetition_high']})"
-            training = [r[name] or "-" for name in TRAINING_COLUMNS]
-            lines.append([frames, setting, r["videos"], *cells, repetition, _percent(r, "permanence"), *training])
+def lengths(rows: list[Row]) -> Table:
+    """Every setting that has a row, length by length, with 95 % intervals."""
+    lines = []
+    for (lora, method, frames), setting in _places().items():
+        r = _at(rows, lora, method, frames)
+        if r is None:
+            continue
+        cells = [_percent(r, name) for name in (*(f"right_q{q}" for q in (1, 2, 3, 4)), "drift")]
+        repetition = f"{r['repetition']} ({r['repetition_low']} to {r['repetition_high']})"
+        training = ", ".join(r[name] or "-" for name in TRAINING_COLUMNS)
+        lines.append([frames, setting, r["videos"], *cells, repetition, _percent(r, "permanence"), training])
     head = [
         "frames", "setting", "videos", "right in the first quarter, %", "second", "third", "last", "drift, points",
-        "repetition beyond the truth's", "permanence, %", "training steps", "training, s", "peak, GiB",
+        "repetition beyond the truth's", "permanence, %", "training: steps, s, peak GiB",
     ]  # fmt: skip
-    return head, lines, missing
+    return head, lines
+
+
+def missing_lengths(rows: list[Row]) -> str:
+    """A sentence that names the settings without a row; empty where there are none."""
+    missing = [f"{setting} at {place[2]} frames" for place, setting in _places().items() if _at(rows, *place) is None]
+    return f"Not measured yet: {', '.join(missing)}." if missing else ""
+
+
+def _places() -> dict[tuple[str, str, str], str]:
+    """Settings by LoRA, method and frames, in the order of the table."""
+    return {(*place, frames): setting for frames in LENGTHS for place, setting in SETTINGS.items()}
+
+
+def _at(rows: list[Row], lora: str, method: str, frames: str) -> Row | None:
+    found = [r for r in rows if (r["lora"], r["method"], r["frames"]) == (lora, method, frames)]
+    return found[-1] if found else None
 
 
 def _percent(row: Row, name: str) -> str:

@@ -6,10 +6,9 @@ Nothing heavy is imported here, so that --help and --version cost no more than t
 from __future__ import annotations
 
 import io
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +18,7 @@ from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
 from videosparse.cli.planning import plan
 from videosparse.cli.presets import presets
+from videosparse.program import leaving_on_sigterm
 
 
 class _OneLine(TyperGroup):
@@ -103,13 +103,8 @@ def _options(
 
 def main() -> None:
     """Entry point of the command."""
-    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
-    app()
-
-
-def _terminated(number: int, frame: object) -> NoReturn:
-    """Leave through the clean-up code, as Ctrl-C does."""
-    sys.exit(128 + number)
+    with leaving_on_sigterm():
+        app()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, bars, guard, memory, rows, seconds
+from videosparse.cli.options import Frames, Guidance, Height, Lora, LoraScale, Shift, Steps, Width
 
 if TYPE_CHECKING:
     from videosparse.generation.calibrating import Calibration
@@ -38,25 +39,26 @@ def calibrate(
         typer.Option(help="Parts of the first half of a run with maps of their own; a run needs twice as many steps."),
     ] = 5,
     alpha: Annotated[float, typer.Option(help="Weight of sparsity against evenness in choosing orders.")] = 0.5,
-    frames: Annotated[
-        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
-    shift: Annotated[float | None, typer.Option(help="Of the noise schedule.", show_default="the model's")] = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same plan.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: keep only the part in use on the GPU.")] = "none",
+    lora: Lora = None,
+    lora_scale: LoraScale = None,
+    ultravico: Annotated[float | None, typer.Option(hidden=True)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
     debug: Debug = False,
 ) -> None:
     """Make a plan for --method paro: token orders and block maps of a model at one size, from a few dense runs.
 
     A run needs at least twice as many steps as buckets, 10 by default. A plan of Wan2.2-A14B holds both experts, and
-    each of them needs as many.
+    each of them needs as many. There is no --ultravico here: maps are of scores as they are.
 
     An interrupted calibration goes on where it was when the same command is given again.
     """
@@ -64,7 +66,13 @@ def calibrate(
     with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map.", own):
         from videosparse.generation.calibrating import CalibrationRequest
         from videosparse.generation.calibrating import calibrate as run
+        from videosparse.generation.errors import GenerationError
 
+        if ultravico is not None:
+            raise GenerationError(
+                "calibrate has no --ultravico: maps are made from scores as they are, and far ones would count less in "
+                "such a run; drop it, or let maps be found in the run: generate --method paro without --plan."
+            )
         request = CalibrationRequest(
             prompts=_prompts(prompts),
             model=model,
@@ -83,6 +91,8 @@ def calibrate(
             device=device,
             dtype=dtype,
             offload=offload,
+            loras=tuple(lora or ()),
+            lora_scales=tuple(lora_scale or ()),
         )
         with bars() as progress:
             result = run(request, output, overwrite=overwrite, progress=progress)

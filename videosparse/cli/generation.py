@@ -8,6 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, bars, guard, memory, rows, seconds
+from videosparse.cli.options import (
+    Compile,
+    ContextFrames,
+    ContextOverlap,
+    Frames,
+    Guidance,
+    Height,
+    Linears,
+    Lora,
+    LoraScale,
+    Method,
+    Plan,
+    Preset,
+    Set,
+    Shift,
+    Steps,
+    TrainedFrames,
+    Ultravico,
+    Width,
+    with_plan,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,74 +48,24 @@ def _demo_default(place: int) -> str:
     return f"{DEMO_ON_CPU[place]}, on a GPU {DEMO_ON_GPU[place]}"
 
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of the method, such as radial.decay=0.5."),
-]
-
-
-Plan = Annotated[
-    str | None, typer.Option(help="For paro: what videosparse calibrate made; short for --set paro.plan=FILE.")
-]
-
-
-Ultravico = Annotated[
-    float | None,
-    typer.Option(
-        metavar="ALPHA",
-        help="Beyond the trained length: factor of positive scores of far tokens, such as 0.9.",
-        show_default=False,
-    ),
-]
-
-TrainedFrames = Annotated[int | None, typer.Option(help="Pixel frames of that length.", show_default="the model's")]
-
-ContextFrames = Annotated[
-    int | None,
-    typer.Option(help="Call the model on windows of so many pixel frames and blend them.", show_default="whole video"),
-]
-
-ContextOverlap = Annotated[
-    int | None, typer.Option(help="Pixel frames that neighbouring windows share.", show_default="16, for Mochi 18")
-]
-
-
-def with_plan(plan: str | None, options: list[str] | None) -> list[str]:
-    """What was --set, and the plan as one of them."""
-    if plan is not None and not plan.strip():
-        from videosparse.generation.errors import GenerationError
-
-        raise GenerationError("--plan must not be empty; give what videosparse calibrate made.")
-    if plan is not None and plan.lower() == "none":
-        plan = f"./{plan}"  # a file: the word alone would be the method's default
-    return [*(() if plan is None else (f"paro.plan={plan}",)), *(options or ())]
-
-
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Diffusers folder, hub id or name (wan2.1-1.3b, ...).", show_default="the embedded model"),
     ] = None,
-    preset: Annotated[
-        list[str] | None,
-        typer.Option(help="By name: settings of a model, a speed (exact, balanced, fast), or both; see presets."),
-    ] = None,
+    preset: Preset = None,
     config: Annotated[str | None, typer.Option(help="A run file (TOML); options given here win.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help="A file with a prompt a line, which may end in --w --h --f --s --seed.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Attention: radial, adaspa, paro or dense.", show_default="radial")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
-    shift: Annotated[float | None, typer.Option(help="Of the noise schedule.", show_default="the model's")] = None,
+    method: Method = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What the video should not show.", show_default=False)
     ] = None,
@@ -123,12 +94,8 @@ def generate(
     magnitudes: Annotated[
         str | None, typer.Option(help="For magcache: a file; one that is not there is measured.", show_default=False)
     ] = None,
-    linears: Annotated[
-        str | None, typer.Option(help="Linear layers of the blocks: none or fp8.", show_default="none")
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks.", show_default="no")
-    ] = None,
+    linears: Linears = None,
+    compile: Compile = None,
     rope: Annotated[
         str | None,
         typer.Option(help="Beyond the trained length: none, riflex, ntk or pi.", show_default="none"),
@@ -138,13 +105,8 @@ def generate(
     context_frames: ContextFrames = None,
     context_overlap: ContextOverlap = None,
     plan: Plan = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(help="A LoRA's file or folder; one of ours sets length and schedule. May be repeated."),
-    ] = None,
-    lora_scale: Annotated[
-        list[float] | None, typer.Option(help="How much of each --lora is added, in their order.", show_default="1")
-    ] = None,
+    lora: Lora = None,
+    lora_scale: LoraScale = None,
     options: Set = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run dense from the same noise: times, PSNR, SSIM, side by side.")
@@ -201,19 +163,9 @@ def _generate(
     """Make one video from values of all sources; many are planned and returned."""
     from videosparse.generation.batch import plan_batch
     from videosparse.generation.errors import GenerationError, calling
-    from videosparse.generation.presets import presets_over
-    from videosparse.generation.runfile import (
-        KEYS,
-        RunFile,
-        merge,
-        preset_values,
-        read_prompts,
-        read_run_file,
-        request_from,
-    )
+    from videosparse.generation.runfile import KEYS, merge, merged_sources, read_prompts, request_from
 
-    file = RunFile() if config is None else read_run_file(config)
-    values = merge([preset_values(presets_over(preset, file.preset)), file.values, chosen])
+    values, file = merged_sources(chosen, preset, config)
     output = file.output if output is None else output
     many = file.prompts if prompts is None and "prompt" not in chosen else prompts
     lines = []

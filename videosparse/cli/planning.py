@@ -7,14 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, flops, guard, memory, rows, seconds
-from videosparse.cli.generation import (
+from videosparse.cli.generation import density_text, method_text
+from videosparse.cli.options import (
+    Compile,
     ContextFrames,
     ContextOverlap,
+    Frames,
+    Guidance,
+    Height,
+    Linears,
+    Lora,
+    Method,
+    Plan,
+    Preset,
     Set,
+    Shift,
+    Steps,
     TrainedFrames,
     Ultravico,
-    density_text,
-    method_text,
+    Width,
     with_plan,
 )
 
@@ -27,50 +38,55 @@ def plan(
         str | None,
         typer.Option(help="Name (wan2.1-14b, ...), Diffusers folder or hub id.", show_default="the embedded model"),
     ] = None,
-    method: Annotated[str, typer.Option(help="Attention: radial, adaspa, paro or dense.")] = "radial",
-    frames: Annotated[
-        int | None, typer.Option(help="Pixel frames: 4k+1, of Mochi 6k+1.", show_default="the model's")
+    preset: Preset = None,
+    config: Annotated[
+        str | None, typer.Option(help="A run file (TOML), without its prompts; options given here win.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the model's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the model's")] = None,
-    plan_file: Annotated[str | None, typer.Option("--plan", help="For paro: what videosparse calibrate made.")] = None,
+    method: Method = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    linears: Linears = None,
+    compile: Compile = None,
     ultravico: Ultravico = None,
     trained_frames: TrainedFrames = None,
     context_frames: ContextFrames = None,
     context_overlap: ContextOverlap = None,
+    plan_file: Plan = None,
+    lora: Lora = None,
     options: Set = None,
     png: Annotated[str | None, typer.Option(help="Also draw the block map to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing picture.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a run will cost, without weights: tokens, densities, attention work, and the block map."""
-    with guard(debug):
-        from videosparse.generation.methods import check_method, check_options_used, parse_overrides
-        from videosparse.generation.output import picture_place
-        from videosparse.generation.planning import plan_run
-        from videosparse.generation.sources import find_spec
+    """Show what a run will cost, without weights: tokens, densities, attention work, and the block map.
 
-        given = parse_overrides(with_plan(plan_file, options))
-        check_method(method)
-        check_options_used(given, method)
+    Takes those options of generate that change the cost; the rest of a preset or run file is left alone.
+    """
+    with guard(debug):
+        from videosparse.generation.methods import parse_overrides
+        from videosparse.generation.output import picture_place
+        from videosparse.generation.planning import plan_request
+        from videosparse.generation.runfile import merged_sources, request_from
+
+        given: dict[str, object] = {
+            "model": model, "method": method, "frames": frames, "height": height, "width": width, "steps": steps,
+            "guidance": guidance, "shift": shift, "linears": linears, "compile": compile, "ultravico": ultravico,
+            "trained_frames": trained_frames, "context_frames": context_frames, "context_overlap": context_overlap,
+            "lora": lora or None,
+        }  # fmt: skip
+        chosen = {key: value for key, value in given.items() if value is not None}
+        chosen |= parse_overrides(with_plan(plan_file, options))
+        values, _ = merged_sources(chosen, preset or (), config)
+        request = request_from({**values, "prompt": "any"})  # what it says costs nothing
         place = None if png is None else picture_place(png, overwrite)
-        result = plan_run(
-            find_spec(model),
-            num_frames=frames,
-            height=height,
-            width=width,
-            steps=steps,
-            guidance=guidance,
-            method=method,
-            options=given.get(method),
-            ultravico=ultravico,
-            trained_frames=trained_frames,
-            context_frames=context_frames,
-            context_overlap=context_overlap,
-        )
-        _show(result, method)
+        result = plan_request(request)
+        for notice in result.notices:
+            typer.echo(f"Note: {notice}", err=True)
+        _show(result, request.method)
         if place is not None:
             written = place.publish({".png": result.save_png})
             rows([("Picture", str(written[".png"]))])
@@ -153,8 +169,14 @@ def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
     time = f"about {found.seconds / 60:.0f} min on one {found.gpu}"
     if result.blocks is not None:
         time += f", {found.dense_seconds / 60:.0f} min dense"
+    blocks = "compiled" if result.compiled else "eager"
+    linears = "bfloat16" if result.linears == "none" else "FP8 linears"
+    how = f"{blocks}, {linears}, the fastest dense kernel where dense"
     needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
-    return [("Time", f"{time} (transformer alone, eager, bfloat16)"), ("Peak", f"{needed}, likewise")]
+    return [
+        ("Time", f"{time} (transformer alone, {how})"),
+        ("Peak", f"{needed} (transformer alone, {blocks}, {linears})"),
+    ]
 
 
 def _state(result: GenerationPlan) -> list[tuple[str, str]]:

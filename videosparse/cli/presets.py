@@ -23,11 +23,11 @@ def presets(
     """List what generate --preset takes, or show one as the run file that generate --config takes."""
     with guard(debug):
         from videosparse.generation.presets import PRESETS, SPEEDS, split_presets
-        from videosparse.generation.runfile import as_toml
+        from videosparse.generation.runfile import preset_as_toml
 
         if name is not None:
             model, speed = split_presets([name])
-            typer.echo(as_toml(model.values if model is not None else _as_values(speed)), nl=False)
+            typer.echo(preset_as_toml(name, _as_values(speed) if model is None else model.values), nl=False)
             return
         typer.echo("Models, at the settings that suit them:")
         for preset in PRESETS.values():

@@ -21,16 +21,19 @@ from typing import Any
 import torch
 
 from videosparse.blocks import check_block
+from videosparse.clock import shift_of
 from videosparse.defaults import block_for
 from videosparse.generation.environment import now, versions
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.looking import Figures, MapSums, Watch, watching
+from videosparse.generation.lora import check_loaded
 from videosparse.generation.methods import refusals
 from videosparse.generation.output import Destination, check_places
 from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
 from videosparse.generation.shifts import shifted
+from videosparse.generation.sidecar import file_state
 from videosparse.kernels.order_search import OrderMetric, choose
 from videosparse.kernels.selection import kernels_for
 from videosparse.policies.paro import DENSITY
@@ -42,6 +45,7 @@ from videosparse.policies.paro_plan import (
     fingerprint,
     plain_config,
 )
+from videosparse.stretching import extend_rope
 
 BUCKETS = 5
 
@@ -58,7 +62,9 @@ class CalibrationRequest:
     Args:
         prompts: one or two that are typical.
         model, num_frames, height, width, steps, guidance, shift, device, dtype, offload: see `GenerationRequest`. The
-            plan is for this model and size. The shift decides how many steps each of two experts makes.
+            plan is for this model and size. The shift decides at which noise the parts of the run lie, and how many
+            steps each of two experts makes; a run with another one is told so.
+        loras, lora_scales: see `GenerationRequest`: a plan knows the attention of the model with them.
         density: share of the video blocks that every row keeps, in (0, 1]; None takes .2, unless `mass` decides.
         mass: share of the attention among video tokens that each head keeps, in (0, 1], with as few blocks a row as
             that takes, but 5 % of them; instead of `density`.
@@ -89,6 +95,8 @@ class CalibrationRequest:
     device: str = "auto"
     dtype: str = "auto"
     offload: str = "none"
+    loras: tuple[str, ...] = ()
+    lora_scales: tuple[float, ...] = ()
 
     def resolve(self) -> CalibrationSettings:
         """Fill the gaps and check everything that can be checked without loading weights.
@@ -118,7 +126,7 @@ class CalibrationRequest:
         return GenerationRequest(
             prompt, model=self.model, method="dense", num_frames=self.num_frames, height=self.height, width=self.width,
             steps=self.steps, guidance=self.guidance, shift=self.shift, seed=seed, device=self.device, dtype=self.dtype,
-            offload=self.offload,
+            offload=self.offload, loras=self.loras, lora_scales=self.lora_scales,
         ).resolve()  # fmt: skip
 
 
@@ -185,6 +193,7 @@ class CalibrationSettings:
             "buckets": request.buckets,
             "alpha": self.metric.alpha,
             "reorder": request.reorder,
+            "loras": [[*file_state(lora.path), lora.scale] for lora in run.loras],
         }
 
 
@@ -256,7 +265,10 @@ def calibrate(
         pipe, load_seconds = load_pipeline(settings.runs[0], progress)
     begin = now(settings.runs[0].device)
     run = settings.runs[0]
+    check_loaded(pipe, run.loras)
     with watching(pipe, run.device) as watch, memory_errors(), shifted(pipe, run.shift):
+        with refusals():  # a LoRA may have been trained so; the watch gives the pipeline its own back
+            extend_rope(pipe, run.request.rope, trained_frames=run.trained_frames)
         _check_experts(watch, settings)
         asked = settings.asked(watch.tracker.config)
         partial, resumed = _begin(Partial.path(path), asked, overwrite)
@@ -449,9 +461,10 @@ def _facts(settings: CalibrationSettings, watch: Watch, partial: Partial) -> Pla
         video=(run.num_frames, run.height, run.width),
         method={
             "alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma, "steps": run.steps,
-            "guidance": run.guidance, "shift": run.shift, "seed": request.seed, "dtype": run.dtype,
+            "guidance": run.guidance, "shift": shift_of(watch.pipe.scheduler.config), "seed": request.seed,
+            "dtype": run.dtype,
             "model": run.source.name, "reorder": request.reorder, "calls": sum(partial.calls_seen),
-            "recall": partial.recall,
+            "recall": partial.recall, "loras": [[lora.name, lora.scale] for lora in run.loras],
         },
         prompts=_hash(request.prompts),
         versions={name: version for name, version in versions().items() if version is not None},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,7 +17,6 @@ __all__ = [
     "memory_errors",
     "nearest",
     "one_line",
-    "refused",
     "renamed",
     "told",
 ]
@@ -79,18 +77,6 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
 def told(error: BaseException, limit: int = 1000) -> str:
     """What a program says of an error: one line, which names options instead of fields."""
     return renamed(one_line(error, limit), OPTION_OF)
-
-
-def refused(error: BaseException) -> SystemExit:
-    """The end of a program that was asked for what cannot be: one line on stderr, and exit code 2, as the command's.
-
-    Ctrl-C ends it likewise, with 130.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("Interrupted; no file is left half-written.\n")
-        return SystemExit(130)
-    sys.stderr.write(f"Error: {told(error)}\n")
-    return SystemExit(2)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from videosparse.cases import ModelSpec
@@ -9,28 +10,47 @@ from videosparse.generation.planning import GenerationPlan
 
 BLOCK_ROWS = 128
 """Rows of the blocks that the rate of sparse attention was measured with."""
-_TEXT, _VECTORS, _EMBEDDINGS = 512, 11.4, 0.4e9
-"""Of Wan: text tokens of cross-attention, vectors of the model's width that a token needs at the peak, and parameters
-beside the layers (embeddings, modulation of time), of 14B; both read off `assets/results/models.csv`."""
+_TEXT, _EMBEDDINGS = 512, 0.4e9
+"""Of Wan: text tokens of cross-attention, and parameters beside the layers (embeddings, modulation of time), of 14B."""
+
+_PARAMETERS = {"hunyuan_video": 12.82e9, "mochi": 10.03e9}
+"""Of the published transformers."""
+
+_VECTORS: dict[str, dict[tuple[bool, str], tuple[float, float]]] = {
+    "wan": {(False, "none"): (6.6, 1.72), (True, "none"): (5.05, 0.81), (True, "fp8"): (2.4, 1.6)},
+    "hunyuan_video": {(False, "none"): (16.3, 0), (True, "none"): (11.3, 0), (True, "fp8"): (14.4, 0)},
+    "mochi": {(False, "none"): (17.8, 0), (True, "none"): (12.2, 0), (True, "fp8"): (11.6, 0)},
+}
+"""Vectors of the model's width that a token needs at the peak of a forward, and more of them for each time that Wan's
+feed-forward layers are as wide as the model, by (whether blocks are compiled, `linears`): peaks of
+`assets/results/models.csv` less the weights there."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card reaches in whole models, eager, bfloat16, in FLOP/s.
+    """What a card reaches in whole models, in FLOP/s.
 
     Args:
-        dense: self-attention by our dense kernel.
-        sparse: by maps, on the blocks that are read.
-        rest: all else, counted as its matrix products.
+        dense: self-attention by the fastest dense kernel, FlashAttention-3 or -4 on Hopper.
+        sparse: by maps, on the blocks that are read, by `quant`.
+        rest: all else, counted as its matrix products: by (whether blocks are compiled, `linears`).
     """
 
     dense: float
-    sparse: float
-    rest: float
+    sparse: Mapping[str | None, float]
+    rest: Mapping[tuple[bool, str], float]
 
 
-RATES = {"NVIDIA H200": Rates(600e12, 620e12, 500e12)}
-"""By card; fitted to `assets/results/models.csv`, whose rows they meet within 8 % (tests hold them to 20)."""
+RATES = {
+    "NVIDIA H200": Rates(
+        dense=650e12,
+        sparse={None: 600e12, "int8": 680e12, "int8-fp8": 740e12},
+        rest={(False, "none"): 520e12, (True, "none"): 590e12, (True, "fp8"): 950e12},
+    )
+}
+"""By card. Those of Wan2.1-14B at 81 frames and of HunyuanVideo at 129, from the times of each part of a layer in
+`assets/results/profile.csv`, and of eager blocks and "int8-fp8" from those of blocks in `models.csv`; runs there, of
+four models and up to 509 frames, are met within 13 % (tests hold them to 20)."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +60,16 @@ class Estimate:
     Args:
         gpu: what it is for.
         seconds: all steps; dense_seconds: the same with dense attention.
-        weights: bytes of all experts in bfloat16.
+        dense_forward, sparse_forward: seconds of a forward of a dense and of a sparse step.
+        weights: bytes of all experts, in bfloat16, or layers as FP8.
         activations: bytes beside them at the peak of a forward.
     """
 
     gpu: str
     seconds: float
     dense_seconds: float
+    dense_forward: float
+    sparse_forward: float
     weights: float
     activations: float
 
@@ -54,32 +77,40 @@ class Estimate:
 def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
     """What a run takes on a card that was measured; None where nothing was measured that tells.
 
-    Rates are known of Wan, of maps with blocks of 128 query rows, and of scores as they are.
+    Rates are known of the published models, of our kernels, of maps with blocks of 128 query rows, and of scores as
+    they are; of FP8 linears in compiled blocks.
     """
-    spec = plan.source.spec
-    if spec.family != "wan" or not spec.ffn or plan.logit is not None:
+    spec, rates = plan.source.spec, RATES[gpu]
+    quant = plan.method.get("quant")
+    sparse = None if quant is not None and not isinstance(quant, str) else rates.sparse.get(quant)
+    rest = rates.rest.get((plan.compiled, plan.linears))
+    products = _products(spec)
+    if sparse is None or rest is None or products is None or plan.logit is not None:
         return None
     if plan.block is not None and plan.block[0] != BLOCK_ROWS:
         return None
-    rates = RATES[gpu]
-    rest = _rest_flops(spec, plan.layout.length) * plan.forwards * plan.steps / rates.rest
-    dense = plan.dense_run_flops / rates.dense
+    if plan.method.get("backend", "auto") not in ("auto", "triton"):
+        return None
+    # a dense processor takes integers everywhere, a sparse one in sparse calls
+    dense = rates.dense if plan.block is not None or quant is None else sparse
+    around = 2.0 * plan.layout.length * products * spec.layers / rest
+    attention = plan.dense_flops / plan.forwards
+    first_layers = plan.dense_layers / spec.layers
+    dense_forward = around + attention / dense
+    sparse_forward = around + attention * (first_layers / dense + (1 - first_layers) * plan.density / sparse)
+    calls = plan.steps * plan.forwards
+    share = _dense_share(plan)
+    work = plan.dense_run_flops
     return Estimate(
         gpu=gpu,
-        seconds=rest + _dense_part(plan) / rates.dense + _sparse_part(plan) / rates.sparse,
-        dense_seconds=rest + dense,
-        weights=2 * spec.experts * _parameters(spec),
-        activations=_VECTORS * 2 * spec.heads * spec.head_dim * plan.layout.length,
+        # searches run at the rate of dense attention
+        seconds=calls * around + work * ((share + plan.search) / dense + (plan.average_density - share) / sparse),
+        dense_seconds=calls * (around + attention / rates.dense),
+        dense_forward=dense_forward,
+        sparse_forward=dense_forward if plan.block is None else sparse_forward,
+        weights=spec.experts * _weights(spec, plan.linears),
+        activations=2 * spec.heads * spec.head_dim * plan.layout.length * _vectors(plan),
     )
-
-
-def _dense_part(plan: GenerationPlan) -> float:
-    """FLOPs of the run's dense attention, searches included, which run at its rate."""
-    return plan.dense_run_flops * (_dense_share(plan) + plan.search)
-
-
-def _sparse_part(plan: GenerationPlan) -> float:
-    return plan.dense_run_flops * (plan.average_density - _dense_share(plan))
 
 
 def _dense_share(plan: GenerationPlan) -> float:
@@ -89,13 +120,32 @@ def _dense_share(plan: GenerationPlan) -> float:
     return plan.schedule.average_density(0.0, plan.steps, plan.source.spec.layers)
 
 
-def _rest_flops(spec: ModelSpec, tokens: int) -> float:
-    """Matrix products of a forward beside self-attention: projections, cross-attention, feed-forward layers."""
+def _products(spec: ModelSpec) -> float | None:
+    """Multiply-adds of a token in a layer beside self-attention; None where the widths are not known.
+
+    Projections of self-attention and the feed-forward layers; Wan's cross-attention, too. Layers of HunyuanVideo and
+    Mochi have as many, whether the feed-forward layers are four times as wide, gated, or beside attention.
+    """
     width = spec.heads * spec.head_dim
-    of_token = 6 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width
-    return 2.0 * tokens * of_token * spec.layers
+    if spec.family != "wan":
+        return 12.0 * width**2
+    return 6.0 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width if spec.ffn else None
 
 
 def _parameters(spec: ModelSpec) -> float:
     width = spec.heads * spec.head_dim
+    if spec.family != "wan":
+        return _PARAMETERS[spec.family]
     return spec.layers * (8 * width**2 + 2 * width * spec.ffn) + _EMBEDDINGS * (width / 5120) ** 2
+
+
+def _weights(spec: ModelSpec, linears: str) -> float:
+    """Bytes of a transformer."""
+    return _parameters(spec) * (1 if linears == "fp8" else 2)
+
+
+def _vectors(plan: GenerationPlan) -> float:
+    """Vectors of the model's width that a token needs beside the weights."""
+    spec = plan.source.spec
+    fixed, more = _VECTORS[spec.family][plan.compiled, plan.linears]
+    return fixed + more * (spec.ffn or 0) / (spec.heads * spec.head_dim)

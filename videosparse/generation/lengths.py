@@ -64,6 +64,22 @@ def far_logits(source: ModelSource, grid: VideoGrid, alpha: float | None, traine
     return logit
 
 
+def usual_logits(source: ModelSource, grid: VideoGrid, alpha: float, trained: int) -> tuple[FarLogits | None, str]:
+    """What a preset does to scores: nothing, and a sentence that says so, where the model needs no help.
+
+    Args:
+        source, grid, alpha, trained: see `far_logits`.
+    """
+    logit = FarLogits(source.spec.latent_frames(trained), alpha)
+    if logit.reach(grid) is not None:
+        return logit, ""
+    got = (grid.frames - 1) * source.spec.stride[0] + 1
+    return None, (
+        f"The preset's UltraViCo is left out: {got} frames at once are no more than the {trained} of training, a "
+        "LoRA's included."
+    )
+
+
 def context(source: ModelSource, frames: int | None, overlap: int | None) -> Windows | None:
     """Windows that the transformer is called on; None for the whole video.
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.lengths import context, far_logits, seen, trained_length
+from videosparse.generation.linears import check_kind
 from videosparse.generation.methods import Options, refusals, resolve_method, resolved_options, static_map
-from videosparse.generation.request import GUIDANCES, MOST_STEPS, within
-from videosparse.generation.sources import ModelSource
+from videosparse.generation.request import GUIDANCES, MOST_STEPS, GenerationRequest, within
+from videosparse.generation.sources import ModelSource, find_spec
+from videosparse.generation.stack import Stack, check_together, parts_of, sped_up
+from videosparse.generation.step_cache import parse_step_cache
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.logits import FarLogits
 from videosparse.policies.base import DenseSchedule, SparsityPolicy
@@ -43,6 +48,9 @@ class GenerationPlan:
         build_seconds: time that map and lists took on this machine's CPU.
         logit: what is done to scores.
         windows: calls of the transformer a step and branch, each on the tokens of `layout`.
+        compiled: whether blocks are compiled.
+        linears: "none" or "fp8".
+        notices: what the user should know before, a sentence each.
     """
 
     source: ModelSource
@@ -64,6 +72,9 @@ class GenerationPlan:
     build_seconds: float = 0.0
     logit: FarLogits | None = None
     windows: int = 1
+    compiled: bool = False
+    linears: str = "none"
+    notices: tuple[str, ...] = ()
 
     @property
     def grid(self) -> VideoGrid:
@@ -84,9 +95,13 @@ class GenerationPlan:
     @property
     def sparse_flops(self) -> float:
         """The same of one sparse step, its dense layers included."""
-        layers = self.source.spec.layers
-        dense = min(layers, self.schedule.first_layers + self.schedule.last_layers)
+        layers, dense = self.source.spec.layers, self.dense_layers
         return self.dense_flops * (dense + (layers - dense) * self.density) / layers
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers that are dense in every step."""
+        return min(self.source.spec.layers, self.schedule.first_layers + self.schedule.last_layers)
 
     @property
     def dense_run_flops(self) -> float:
@@ -142,6 +157,43 @@ class GenerationPlan:
         self.block_map.save_png(path)
 
 
+def plan_request(request: GenerationRequest) -> GenerationPlan:
+    """Work out the run of a request, as `GenerationRequest.resolve` would on a card that can do everything.
+
+    Its prompt, seed, dtype and device do not matter, nor where weights are kept. A step cache is not counted.
+
+    Raises:
+        GenerationError: see `plan_run`; or LoRAs or accelerations that the request could not have.
+    """
+    request.check_words()
+    source = find_spec(request.model)
+    fitted = request.fitted(source)
+    request, left_out = sped_up(fitted.request, source, None, torch.bfloat16)
+    cached = parse_step_cache("none" if request.step_cache is None else request.step_cache) is not None
+    linears = "none" if request.linears is None else request.linears
+    check_kind(linears)
+    check_together(parts_of(request, Stack(linears=linears, compiled=bool(request.compile)), source.experts))
+    for_rope = request.ultravico is None and (request.rope != "none" or request.usual_ultravico is not None)
+    plan = plan_run(
+        source,
+        num_frames=fitted.num_frames,
+        height=fitted.height,
+        width=fitted.width,
+        steps=fitted.steps,
+        guidance=request.guidance,
+        method=request.method,
+        options=request.options.get(request.method),
+        ultravico=request.ultravico,
+        trained_frames=None if for_rope else request.trained_frames,
+        context_frames=request.context_frames,
+        context_overlap=request.context_overlap,
+        beyond=[lora.frames for lora in fitted.loras if lora.frames is not None],
+    )
+    what = "What the step cache skips is not counted: that a run decides by itself."
+    notices = (*left_out, *fitted.notices, *([what] if cached else []))
+    return replace(plan, compiled=bool(request.compile), linears=linears, notices=notices)
+
+
 def plan_run(
     source: ModelSource,
     *,
@@ -156,8 +208,9 @@ def plan_run(
     trained_frames: int | None = None,
     context_frames: int | None = None,
     context_overlap: int | None = None,
+    beyond: Iterable[int] = (),
 ) -> GenerationPlan:
-    """Work out a run; what is None is taken from the model's defaults.
+    """Work out a run; what is None is taken from the model's defaults. `beyond`: lengths that LoRAs were trained for.
 
     Raises:
         GenerationError: sizes that the model cannot take, an unknown method, options that do not fit the model,
@@ -175,14 +228,15 @@ def plan_run(
     )
     windows = context(source, context_frames, context_overlap)
     grid = seen(whole, windows)
-    logit = far_logits(source, grid, ultravico, trained_length(source, trained_frames))
+    logit = far_logits(source, grid, ultravico, trained_length(source, trained_frames, beyond))
     calls = 1 if windows is None else len(windows.starts(whole.frames))
     layout = TokenLayout(grid, source.spec.text)
     guided = guidance > 1 and source.spec.family != "hunyuan_video"
     branches = 2 if guided else 1
     resolved = resolve_method(source, grid, method, options, steps, logit)
     if resolved.policy is None:
-        return GenerationPlan(source, layout, steps, branches, resolved.schedule, {}, logit=logit, windows=calls)
+        quant = resolved_options(resolved)
+        return GenerationPlan(source, layout, steps, branches, resolved.schedule, quant, logit=logit, windows=calls)
     found = _static(resolved.policy, layout) or _searched(resolved, layout, source, steps)
     if found is None:
         raise GenerationError(

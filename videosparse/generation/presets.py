@@ -71,7 +71,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset("wan2.1-14b-480p", "Wan 2.1 14B", {"model": "wan2.1-14b", **_WAN_480P}),
             Preset(
                 "wan2.1-14b-720p",
-                "Wan 2.1 14B, Radial as published",
+                "Wan 2.1 14B, Radial at its defaults",
                 {"model": "wan2.1-14b", **_WAN_720P, "radial": _PUBLISHED_14B},
             ),
             Preset(

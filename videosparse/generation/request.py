@@ -11,8 +11,8 @@ import torch
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
-from videosparse.generation.lengths import context, far_logits, seen, trained_length
-from videosparse.generation.lora import LoraFile, check_fits, find_lora
+from videosparse.generation.lengths import context, far_logits, seen, trained_length, usual_logits
+from videosparse.generation.lora import LoraFile, check_fits, find_lora, trained_for
 from videosparse.generation.methods import (
     Options,
     check_method,
@@ -70,6 +70,8 @@ class GenerationRequest:
         trained_frames: pixel frames of that length, which `ultravico` goes by, too.
         ultravico: factor of positive scores of far tokens in a video beyond the trained length, such as 0.9; see
             `FarLogits`. None leaves them.
+        usual_ultravico: the same of a preset: it is left out, with a notice, where the video is no longer than what the
+            model and its LoRAs were trained for. `ultravico` wins.
         context_frames: pixel frames of overlapping windows that the transformer is called on; None is the whole video.
         context_overlap: pixel frames that neighbouring windows share; None is 16 or the next the model can.
     """
@@ -100,6 +102,7 @@ class GenerationRequest:
     rope: str = "none"
     trained_frames: int | None = None
     ultravico: float | None = None
+    usual_ultravico: float | None = None
     context_frames: int | None = None
     context_overlap: int | None = None
 
@@ -109,59 +112,73 @@ class GenerationRequest:
         Raises:
             GenerationError: the first thing that is wrong.
         """
-        self._check_words()
+        self.check_words()
         source = find_model(self.model)
         check_text_to_video(source)
         if self.negative_prompt and source.spec.family == "hunyuan_video":
             raise GenerationError(
                 "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
             )
-        if self.shift is not None:
-            within("shift", self.shift, self.shift, SHIFTS)
-        loras = self._loras(source)
-        request = self._extended(loras)
-        defaults = source.defaults
-        num_frames, height, width = (
-            default if asked is None else asked
-            for asked, default in (
-                (request.num_frames, defaults.num_frames),
-                (self.height, defaults.height),
-                (self.width, defaults.width),
-            )
-        )
+        fitted = self.fitted(source)
+        defaults, grid = source.defaults, fitted.grid
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        request, stack, left_out = resolve_stack(request, source, device, DTYPES[dtype])
-        windows = context(source, self.context_frames, self.context_overlap)
-        grid = seen(source.grid(num_frames, height, width), windows)
-        logit = request._logit(source, grid, loras)
-        steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
+        request, stack, left_out = resolve_stack(fitted.request, source, device, DTYPES[dtype])
+        logit = request._logit(source, grid, fitted.loras)
         options = request.options.get(self.method)
-        check_method_fits(source, grid, self.method, options, device, steps, DTYPES[dtype], logit)
+        check_method_fits(source, grid, self.method, options, device, fitted.steps, DTYPES[dtype], logit)
         return Settings(
             request=request,
             source=source,
             grid=grid,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            steps=steps,
+            num_frames=fitted.num_frames,
+            height=fitted.height,
+            width=fitted.width,
+            steps=fitted.steps,
             guidance=within("guidance", self.guidance, defaults.guidance, GUIDANCES),
             guidance_2=defaults.guidance_2 if self.guidance is None else None,
             fps=within("fps", self.fps, defaults.fps, (1, 240)),
             device=device,
             dtype=dtype,
             shift=request.shift,
-            trained_frames=request._trained_frames(source),
-            loras=loras,
+            trained_frames=fitted.trained_frames,
+            loras=fitted.loras,
             logit=logit,
-            windows=windows,
+            windows=fitted.windows,
             stack=stack,
-            notices=left_out,
+            notices=(*left_out, *fitted.notices),
         )
 
-    def _loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
-        """The LoRAs that were asked for, found to fit."""
+    def fitted(self, source: ModelSource) -> Fitted:
+        """This request with what a model and LoRAs bring, wherever it runs.
+
+        Raises:
+            GenerationError: sizes, steps, a shift, a rotary embedding or LoRAs that the model cannot have.
+        """
+        if self.shift is not None:
+            within("shift", self.shift, self.shift, SHIFTS)
+        loras = self.found_loras(source)
+        request = self.extended(loras)
+        defaults = source.defaults
+        sizes = {
+            name: getattr(defaults, name) if getattr(request, name) is None else getattr(request, name)
+            for name in ("num_frames", "height", "width")
+        }
+        windows = context(source, self.context_frames, self.context_overlap)
+        grid = seen(source.grid(**sizes), windows)
+        request, aside = request.with_usual_logits(source, grid, loras)
+        steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
+        return Fitted(
+            request, loras, **sizes, steps=steps, grid=grid, windows=windows,
+            trained_frames=request._trained_frames(source), notices=aside,
+        )  # fmt: skip
+
+    def found_loras(self, source: ModelSource) -> tuple[LoraFile, ...]:
+        """The LoRAs that were asked for, found to fit.
+
+        Raises:
+            GenerationError: see `find_lora` and `check_fits`; or scales that are no numbers, or too many.
+        """
         if len(self.lora_scales) > len(self.loras):
             raise GenerationError(
                 f"There are {len(self.lora_scales)} scales of LoRAs and {len(self.loras)} LoRAs; give one --lora for "
@@ -176,40 +193,38 @@ class GenerationRequest:
             check_fits(lora, source)
         return found
 
-    def _extended(self, loras: tuple[LoraFile, ...]) -> GenerationRequest:
-        """This request with what its LoRAs were trained for, where it does not say otherwise."""
-        lengths = [lora.frames for lora in loras if lora.frames is not None]
-        trained: dict[str, Any] = {}
-        for lora in loras:
-            found = lora.options(self.method, self.shift)
-            # two experts of one run may say different things: what is dense for one of them is dense
-            for name in ("first_steps", "first_layers"):
-                if name in found and name in trained:
-                    found[name] = max(found[name], trained[name])
-            trained |= found
-        options = {**self.options, self.method: {**trained, **self.options.get(self.method, {})}} if trained else None
-        rope = next((lora.about for lora in loras if lora.about.get("rope", "none") != "none"), None)
+    def extended(self, loras: tuple[LoraFile, ...]) -> GenerationRequest:
+        """This request with what its LoRAs were trained for, where it does not say otherwise.
+
+        Raises:
+            GenerationError: see `trained_for`.
+        """
+        trained = trained_for(loras, self.method, self.shift)
         stretched: dict[str, Any] = {}
-        if rope is not None and self.rope == "none":
-            stretched = {"rope": rope["rope"], "trained_frames": self.trained_frames or rope["trained_frames"]}
-        shifts = {lora.shift for lora in loras if lora.shift is not None}
-        if self.shift is None and len(shifts) > 1:
-            raise GenerationError(
-                f"The LoRAs were trained for noise schedules of several shifts ({sorted(shifts)}); choose one with "
-                "--shift."
-            )
+        if trained.rope != "none" and self.rope == "none":
+            stretched = {"rope": trained.rope, "trained_frames": self.trained_frames or trained.rope_frames}
+        own = {**trained.options, **self.options.get(self.method, {})}
         return replace(
             self,
             **stretched,
-            shift=next(iter(shifts), None) if self.shift is None else self.shift,
-            num_frames=max(lengths) if self.num_frames is None and lengths else self.num_frames,
-            options=self.options if options is None else options,
+            shift=trained.shift,
+            num_frames=trained.frames if self.num_frames is None else self.num_frames,
+            options={**self.options, self.method: own} if trained.options else self.options,
         )
+
+    def with_usual_logits(
+        self, source: ModelSource, grid: VideoGrid, loras: tuple[LoraFile, ...]
+    ) -> tuple[GenerationRequest, tuple[str, ...]]:
+        """This request with the UltraViCo of its preset, where that is for this length; else why not, a sentence."""
+        if self.usual_ultravico is None or self.ultravico is not None:
+            return self, ()
+        logit, why = usual_logits(source, grid, self.usual_ultravico, self._trained_length(source, loras))
+        return (self, (why,)) if logit is None else (replace(self, ultravico=logit.alpha), ())
 
     def _trained_frames(self, source: ModelSource) -> int | None:
         """The length up to which the rotary embedding is left alone; None where it is always."""
         if self.rope == "none":
-            if self.trained_frames is not None and self.ultravico is None:
+            if self.trained_frames is not None and self.ultravico is None and self.usual_ultravico is None:
                 raise GenerationError(
                     "trained_frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one."
                 )
@@ -221,11 +236,16 @@ class GenerationRequest:
         return trained_length(source, self.trained_frames)
 
     def _logit(self, source: ModelSource, grid: VideoGrid, loras: tuple[LoraFile, ...]) -> FarLogits | None:
-        """What is done to scores; a LoRA that was trained for more frames makes the model's length longer."""
-        lengths = [lora.frames for lora in loras if lora.frames is not None]
-        return far_logits(source, grid, self.ultravico, trained_length(source, self.trained_frames, lengths))
+        """What is done to scores."""
+        return far_logits(source, grid, self.ultravico, self._trained_length(source, loras))
 
-    def _check_words(self) -> None:
+    def _trained_length(self, source: ModelSource, loras: tuple[LoraFile, ...]) -> int:
+        """Pixel frames that the model knows; a LoRA that was trained for more makes them more."""
+        lengths = [lora.frames for lora in loras if lora.frames is not None]
+        return trained_length(source, self.trained_frames, lengths)
+
+    def check_words(self) -> None:
+        """Raise GenerationError for what is wrong whatever the model is: texts, names, options, the seed."""
         if not self.prompt.strip():
             raise GenerationError("The prompt is empty; describe the video in a few words.")
         for what, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
@@ -241,6 +261,26 @@ class GenerationRequest:
             )
         if not 0 <= self.seed < _SEED_LIMIT:
             raise GenerationError(f"seed must be 0 or more and below 2^63 (got {self.seed}); use 0.")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A request beside its model; fields as in `Settings`.
+
+    Args:
+        request: with what LoRAs and presets add.
+    """
+
+    request: GenerationRequest
+    loras: tuple[LoraFile, ...]
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    grid: VideoGrid
+    windows: Windows | None
+    trained_frames: int | None
+    notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)

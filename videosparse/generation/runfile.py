@@ -25,7 +25,7 @@ from typing import Any
 
 from videosparse.generation.errors import GenerationError, nearest, one_line
 from videosparse.generation.methods import METHODS, parse_overrides
-from videosparse.generation.presets import split_presets
+from videosparse.generation.presets import presets_over, split_presets
 from videosparse.generation.request import GenerationRequest
 
 KEYS: dict[str, tuple[str, type]] = {
@@ -61,6 +61,9 @@ LISTS: dict[str, tuple[str, type]] = {"lora": ("loras", str), "lora_scale": ("lo
 
 OUTSIDE = {"preset": str, "prompts": str, "output": str}
 """Further keys, which belong to no request. `preset` is one name or two: of a model, of a speed."""
+
+OF_PRESETS = ("speed", "usual_ultravico")
+"""Fields of a request that only presets set."""
 
 LINE_OPTIONS = {"w": "width", "h": "height", "f": "frames", "s": "steps", "seed": "seed"}
 
@@ -149,7 +152,7 @@ def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
         if "method" in layer:
             meant.clear()
         meant |= layer.keys() & METHODS.keys()
-        if layer.get("rope") == "none" and "ultravico" not in {**merged, **layer}:
+        if layer.get("rope") == "none" and not {"ultravico", "usual_ultravico"} & {**merged, **layer}.keys():
             merged.pop("trained_frames", None)
         for key, value in layer.items():
             before = merged.get(key)
@@ -158,17 +161,36 @@ def merge(layers: Iterable[Mapping[str, object]]) -> dict[str, object]:
     return {key: value for key, value in merged.items() if key not in METHODS or key in meant}
 
 
+def merged_sources(
+    chosen: Mapping[str, object], presets: Iterable[str], config: str | Path | None
+) -> tuple[dict[str, object], RunFile]:
+    """(values of presets, run file and command line, merged; what the run file says).
+
+    Args:
+        chosen: on the command line.
+        presets: named there; one of a kind takes the place of that of the run file.
+        config: the run file, None for none.
+
+    Raises:
+        GenerationError: see `read_run_file` and `preset_values`.
+    """
+    file = RunFile() if config is None else read_run_file(config)
+    return merge([preset_values(presets_over(presets, file.preset)), file.values, chosen]), file
+
+
 def preset_values(names: Iterable[str]) -> dict[str, object]:
     """The values of presets, one of a model and one of a speed at most.
 
     A speed adds its method, where it has one, and `speed`, its name: what of the rest can run is known when the device
-    is, see `resolve_stack`.
+    is, see `resolve_stack`. UltraViCo is what a preset usually takes: `usual_ultravico` of a request.
 
     Raises:
         GenerationError: there is no such preset, or there are two of a kind.
     """
     model, speed = split_presets(names)
-    layers: list[Mapping[str, object]] = [] if model is None else [model.values]
+    layers: list[Mapping[str, object]] = []
+    if model is not None:
+        layers.append({"usual_ultravico" if key == "ultravico" else key: value for key, value in model.values.items()})
     if speed is not None:
         method = {"method": speed.values["method"]} if "method" in speed.values else {}
         layers.append({"speed": speed.name, **method})
@@ -186,22 +208,32 @@ def request_from(values: Mapping[str, object]) -> GenerationRequest:
             "There is no prompt; give it as an argument, in a run file (prompt = ...), or a file of them (--prompts)."
         )
     fields = {KEYS[key][0]: value for key, value in values.items() if key in KEYS}
-    fields |= {"speed": values["speed"]} if "speed" in values else {}
+    fields |= {key: values[key] for key in OF_PRESETS if key in values}
     lists = {field: values[key] for key, (field, _) in LISTS.items() if key in values}
     fields |= {field: tuple(value) if isinstance(value, list) else (value,) for field, value in lists.items()}
     options = {key: value for key, value in values.items() if key in METHODS}
     return GenerationRequest(**fields, options=options)  # type: ignore[arg-type]  # types were checked on the way in
 
 
-def as_toml(values: Mapping[str, object]) -> str:
-    """Values as the text of a run file."""
-    plain = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, Mapping)]
-    tables = [
-        "\n".join([f"\n[{key}]", *(f"{name} = {_toml(option)}" for name, option in value.items())])
-        for key, value in values.items()
-        if isinstance(value, Mapping)
+def preset_as_toml(name: str, values: Mapping[str, object]) -> str:
+    """The text of a run file that takes a preset, and names its values in comments, one to a line.
+
+    Values of the preset stand aside where they have to, such as for a device or a LoRA; those of a run file do not. So
+    only what its user changes is written into it.
+    """
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    options = {
+        f"{method}.{option}": value
+        for method, table in values.items()
+        if isinstance(table, Mapping)
+        for option, value in table.items()
+    }
+    lines = [
+        "# To change a value of the preset, take the # off its line.",
+        f'preset = "{name}"',
+        *(f"# {key} = {_toml(value)}" for key, value in {**plain, **options}.items()),
     ]
-    return "\n".join([*plain, *tables]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _toml(value: object) -> str:

@@ -16,7 +16,7 @@ from videosparse.generation.compiling import compile_errors
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.latents import keeping, prepare_vae
-from videosparse.generation.lora import check_loaded, load_loras
+from videosparse.generation.lora import check_loaded, load_loras, lora_notices
 from videosparse.generation.memory import knobs
 from videosparse.generation.methods import Options, make_processor, refusals, resolved_options
 from videosparse.generation.request import Settings
@@ -221,12 +221,8 @@ def _beyond(settings: Settings) -> Iterator[str]:
     """Which LoRAs were trained for shorter videos, or windows of them, or with another attention."""
     request, windows = settings.request, settings.windows is not None
     frames = (settings.grid.frames - 1) * settings.source.spec.stride[0] + 1
-    for lora in settings.loras:
-        if other := lora.other_attention(request.method, request.options.get(request.method, {})):
-            yield other
-        if lora.frames is not None and frames > lora.frames:
-            here = f"windows have {frames}" if windows else f"this video has {frames}"
-            yield f"The LoRA {lora.name} was trained for {lora.frames} frames; {here}."
+    options = request.options.get(request.method, {})
+    yield from lora_notices(settings.loras, request.method, options, frames, windows=windows)
 
 
 def _windowless(settings: Settings) -> Iterator[str]:

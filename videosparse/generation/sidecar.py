@@ -95,8 +95,8 @@ def fingerprint(settings: Settings) -> str:
         "step_cache": None if cache is None else [cache.kind, cache.threshold, cache.magnitudes],
         "linears": settings.stack.linears,
         "method": [request.method, options],
-        "loras": [[_state(lora.path), lora.scale] for lora in settings.loras],
-        "plan": _state(plan) if isinstance(plan, str | Path) else None,
+        "loras": [[file_state(lora.path), lora.scale] for lora in settings.loras],
+        "plan": file_state(plan) if isinstance(plan, str | Path) else None,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -109,7 +109,7 @@ def _windows(settings: Settings) -> dict[str, Any] | None:
     return None if settings.windows is None else asdict(settings.windows)
 
 
-def _state(path: str | Path) -> list[object]:
+def file_state(path: str | Path) -> list[object]:
     """Where a file is, its size and when it changed; only where, once it is gone."""
     place = Path(path).expanduser().absolute()
     try:

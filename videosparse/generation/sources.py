@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import math
 import re
 import sysconfig
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.cases import MODELS, ModelSpec
+from videosparse.clock import shift_of
 from videosparse.generation.errors import GenerationError, nearest, one_line
+from videosparse.generation.hub import fetch
 from videosparse.layout import VideoGrid
 from videosparse.models import find_family, model_variant
 
@@ -249,13 +250,13 @@ def scheduler_shift(source: ModelSource) -> float:
         GenerationError: the folder is incomplete, or its scheduler has no shift, or one that changes with the size.
     """
     config = _read_config(source.location or "", "scheduler/scheduler_config.json")
-    shift = config.get("flow_shift", config.get("shift"))
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or config.get("use_dynamic_shifting"):
+    shift = shift_of(config)
+    if shift is None:
         raise GenerationError(
             f"The scheduler of {source.name} ({config.get('_class_name')}) has no fixed shift of its noise levels; say "
             "which one videos will be made with: attention.shift."
         )
-    return float(shift)
+    return shift
 
 
 def _locate(name: str | None) -> str:
@@ -328,20 +329,10 @@ def _tokenizer_length(location: str) -> float:
 
 
 def _download(repo: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    told = logging.getLogger("huggingface_hub")
-    level = told.level
-    told.setLevel(logging.ERROR)  # it warns of every retry, and the error below says all
     try:
-        return Path(hf_hub_download(repo, file))
-    except Exception as error:  # the hub client raises its own, the network library's and OSError
-        raise GenerationError(
-            f"There is no folder {repo}, and {file} of the hub model {repo} cannot be fetched "
-            f"({type(error).__name__}); check the name, the network (HF_HUB_OFFLINE?) and your access."
-        ) from error
-    finally:
-        told.setLevel(level)
+        return fetch(repo, file)
+    except GenerationError as error:
+        raise GenerationError(f"There is no folder {repo}, and {error}") from error
 
 
 def _experts(index: Mapping[str, Any]) -> int:

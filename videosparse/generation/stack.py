@@ -1,7 +1,7 @@
 """Accelerations beside sparse attention, and which of them go together: `Stack`, `PARTS`, `REFUSED`.
 
-The table of the README is made from `PARTS` and `REFUSED`, requests are refused by them, and the tests run every pair
-that is left.
+The table of `pipelines/README.md` is made from `PARTS` and `REFUSED`, requests are refused by them, and the tests run
+every pair that is left.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def resolve_stack(
     Raises:
         GenerationError: something unknown, something that cannot run here, or two that do not go together.
     """
-    request, left_out = _sped_up(request, source, device, dtype)
+    request, left_out = sped_up(request, source, device, dtype)
     linears = "none" if request.linears is None else request.linears
     check_kind(linears)
     if linears != "none" and (reason := unavailable(device, dtype)):
@@ -215,10 +215,18 @@ def _step_cache(request: GenerationRequest, source: ModelSource) -> StepCache | 
     return replace(cache, file=file)
 
 
-def _sped_up(
-    request: GenerationRequest, source: ModelSource, device: torch.device, dtype: torch.dtype
+def sped_up(
+    request: GenerationRequest, source: ModelSource, device: torch.device | None, dtype: torch.dtype
 ) -> tuple[GenerationRequest, tuple[str, ...]]:
-    """A request with what its speed preset adds to it, and what that leaves out of this run."""
+    """A request with what its speed preset adds to it, and what that leaves out of this run, a sentence.
+
+    Args:
+        request, source, dtype: of the run.
+        device: None for one that can do everything.
+
+    Raises:
+        GenerationError: another method was asked for than the preset's.
+    """
     if request.speed is None:
         return request, ()
     speed = find_speed(request.speed)
@@ -228,7 +236,8 @@ def _sped_up(
         raise GenerationError(
             f"--preset {speed.name} runs {method} attention (got --method {request.method}); drop one of them."
         )
-    reasons = {**_impossible(wanted, source, device, dtype), **_clashing(wanted, request, source)}
+    impossible = {} if device is None else _impossible(wanted, source, device, dtype)
+    reasons = {**impossible, **_clashing(wanted, request, source)}
     kept = {key: value for key, value in wanted.items() if key not in reasons}
     options = request.options
     if (quant := kept.pop("quant", None)) is not None:

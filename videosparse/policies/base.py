@@ -136,6 +136,14 @@ class SparsityPolicy(ABC):
             samples, heads: of q, k and v, for methods whose maps belong to one of each.
         """
 
+    def unlike(self, shift: float | None) -> str | None:
+        """What makes this policy fit a run badly, in a sentence; None where nothing does.
+
+        Args:
+            shift: of the noise schedule of the run, None where unknown.
+        """
+        return None
+
     def check_run(self, schedule: DenseSchedule, total: int | None) -> None:  # noqa: B027  static maps fit any run
         """Raise ValueError where the steps of this method do not fit a run of `total` steps under `schedule`."""
 

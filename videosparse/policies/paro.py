@@ -227,6 +227,10 @@ class PAROPolicy(SparsityPolicy):
                 "without a pipeline; pass num_steps= to the processor."
             )
 
+    def unlike(self, shift: float | None) -> str | None:
+        """Whether the maps of the plan are for other noise levels than those of the run; see `SparsityPolicy`."""
+        return None if self.searches or self.calibrated is None else self.calibrated.other_shift(shift)
+
     def densities(self, layout: TokenLayout) -> tuple[float, float] | None:
         """(kept / all blocks, the same among video blocks), mean over heads, of a plan over all its maps."""
         aligned = layout.aligned(self.block)

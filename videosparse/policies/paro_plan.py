@@ -53,7 +53,8 @@ class PlanFacts:
         density: asked share of video blocks, None where `mass` decided.
         mass: asked share of the attention among video tokens, None where `density` decided.
         video: (frames, height, width) in pixels.
-        method: further parameters of the calibration, such as alpha, eps, sigma, steps and seed.
+        method: further parameters of the calibration, such as alpha, eps, sigma, steps, seed, and the shift of its
+            noise schedule.
         prompts: SHA-256 of the calibration prompts.
         versions: of what made the plan.
         others: configurations of the further experts, in the order in which they take over; none for one transformer.
@@ -311,6 +312,23 @@ class PAROPlan:
                 f"has grid {grid}; {_AGAIN} --frames ... --height ... --width ..., or keep its token orders and find "
                 "the maps in the run: PAROProcessor(plan, online_maps=True), --set paro.online_maps=yes."
             )
+
+    def other_shift(self, shift: float | None) -> str | None:
+        """That maps are for other noise levels than those of a run, in a sentence; None where they are not, or unknown.
+
+        The parts of a run that have maps are counted in steps, and the shift says at which noise these are made. Such
+        maps still serve, worse.
+
+        Args:
+            shift: of the noise schedule of the run, None where unknown.
+        """
+        own = self.facts.method.get("shift")  # plans of before only have what was asked for
+        if own is None or shift is None or abs(own - shift) <= 1e-6 * abs(own):
+            return None
+        return (
+            f"{self.source} was calibrated with shift {own:g} of the noise schedule, and this run has {shift:g}: its "
+            f"maps are for other noise levels; use --shift {own:g}, or calibrate with --shift {shift:g}."
+        )
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the file: whole, or not at all.

@@ -99,8 +99,9 @@ class RadialPolicy(SparsityPolicy):
     def block_map(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockMap:
         """The map of a layout, bool [1, 1, Mq, Nk] for all samples and heads; text rows and columns are kept.
 
-        Covers `layout.aligned(block)`: ceil(video / block) + ceil(text / block) blocks a side. Built on `device`
-        without any token-by-token tensor, and cached.
+        Covers `layout.aligned(block)`, whose text starts on a fresh block of either kind: between it and the video a
+        row or column of the smaller kind may hold no token and keeps nothing. Built on `device` without any
+        token-by-token tensor, and cached.
 
         Raises:
             ValueError: "majority" would leave a query block without keys (frames much smaller than a block).

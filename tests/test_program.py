@@ -1,0 +1,101 @@
+"""How programs and the command end on Ctrl-C and on SIGTERM, also while libraries are imported."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from videosparse.program import leaving_on_sigterm, run_program
+
+ROOT = Path(__file__).parents[1]
+
+
+def ended(*arguments, path=ROOT):
+    """(exit code, stderr) of Python."""
+    environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder in which Diffusers is interrupted while it is imported, and the script of the command."""
+    (tmp_path / "diffusers.py").write_text("raise KeyboardInterrupt\n")
+    (tmp_path / "videosparse").write_text("from videosparse.__main__ import main\nmain()\n")
+    return tmp_path
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(interrupted):
+    expected = (130, "Interrupted; nothing was written.\n")
+    assert ended("-m", "videosparse", "doctor", path=interrupted) == expected
+    assert ended(str(interrupted / "videosparse"), "doctor", path=interrupted) == expected
+
+
+def test_ctrl_c_while_others_import_the_package_is_theirs(interrupted):
+    code, told = ended("-c", "import videosparse", path=interrupted)
+    assert code != 130
+    assert told.endswith("KeyboardInterrupt\n")
+    (interrupted / "other.py").write_text("import videosparse\n")
+    assert ended("-m", "other", path=interrupted)[1].endswith("KeyboardInterrupt\n")
+
+
+def test_ctrl_c_after_the_package_is_one_line(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    assert ended("-m", "videosparse", path=tmp_path) == (130, "Interrupted; nothing was written.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
+        (ValueError("num_frames must be\n4k+1"), 2, "Error: --frames must be 4k+1\n"),
+        (SystemExit(7), 7, ""),
+    ],
+)
+def test_how_programs_end(error, code, told, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_program(main, (ValueError,))
+    assert (left.value.code, capsys.readouterr().err) == (code, told)
+
+
+def test_other_errors_come_through():
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0, (ValueError,))
+
+
+def test_exit_codes():
+    run_program(lambda: None)
+    run_program(lambda: 0)
+    with pytest.raises(SystemExit) as left:
+        run_program(lambda: 1)
+    assert left.value.code == 1
+
+
+def test_sigterm_runs_the_clean_up_code():
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    with pytest.raises(SystemExit) as left:
+        run_program(main)
+    assert (left.value.code, cleaned, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
+    with leaving_on_sigterm():
+        assert signal.getsignal(signal.SIGTERM) != before
+
+
+@pytest.mark.parametrize("folder", ["eval", "lora", "pipelines"])
+def test_every_program_ends_so(folder):
+    for program in (ROOT / folder).glob("*.py"):
+        assert "    run_program(main" in program.read_text().partition('if __name__ == "__main__":')[2], program.name

@@ -1,0 +1,143 @@
+"""Tables of attention kernels, and of what stands beside them: rates, goals, norms, searches, integers, CPUs."""
+
+from __future__ import annotations
+
+from videosparse.benchmark.tables import Row, Table
+
+KERNELS = {
+    "ours": "videosparse", "portable": "videosparse, kernel for any GPU", "fa4": "FlashAttention-4",
+    "flex": "FlexAttention", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "fa2": "FlashAttention-2",
+}  # fmt: skip
+
+INTEGERS = {"int8": "INT8", "int8-fp8": "INT8, FP8 values", "int8-int8": "INT8, INT8 values"}
+
+SEARCH = {
+    ("dense ours", ""): "dense attention, ours", ("block_sums", ""): "block sums, all rows",
+    ("block_sums", "16"): "block sums, 16 rows of a block", ("select", ""): "selection",
+    ("expand", ""): "lists from bits", ("sparse", ""): "sparse attention at density 0.2",
+}  # fmt: skip
+"""Calls of `eval/bench_search.py` by kernel and sample."""
+
+SHARES = {
+    "share_of_attention": "all attention of 50 steps", "share_of_run_eager": "the run, eager",
+    "share_of_run_compiled": "the run, compiled",
+}  # fmt: skip
+
+
+def rates(rows: list[Row], case: str = "12x30720", label: str = "128x128") -> Table:
+    """Rates of all kernels in the newest run of one set, dense and by density."""
+    rows = [r for r in rows if r["set"] == f"forward {case} {label}" and r["p50_ms"]]
+    rows = [r for r in rows if r["run"] == max(r["run"] for r in rows)]
+    columns = [("dense", ""), ("full", ""), *(("uniform", d) for d in ("0.5", "0.25", "0.1", "0.05"))]
+    lines = [[name, *(_rate(rows, kernel, *column) for column in columns)] for kernel, name in KERNELS.items()]
+    head = ["TFLOP/s", "dense", "full map", "density 0.5", "0.25", "0.1", "0.05"]
+    return head, [line for line in lines if any(cell != "-" for cell in line[1:])]
+
+
+def _rate(rows: list[Row], kernel: str, policy: str, density: str) -> str:
+    """TFLOP/s of one row; "-" where there is none."""
+    for r in rows:
+        near = not density or abs(float(r["density"]) - float(density)) <= 0.01
+        if r["kernel"] == kernel and r["policy"] == policy and near:
+            return f"{float(r['tflops']):.0f}"
+    return "-"
+
+
+def radial_speed(rows: list[Row]) -> Table:
+    """One attention call of real models: torch's dense kernel, ours with every block, and ours with Radial's map.
+
+    Of several runs of a set the newest counts.
+    """
+    rows = [r for r in rows if r["set"].startswith("forward ") and r["set"].endswith(" radial")]
+    newest = {r["set"]: max(x["run"] for x in rows if x["set"] == r["set"]) for r in rows}
+    lines = []
+    for case, run in newest.items():
+        mine = [r for r in rows if (r["set"], r["run"]) == (case, run)]
+        times = {(r["kernel"], r["policy"]): float(r["p50_ms"]) for r in mine if r["p50_ms"]}
+        found = next(r for r in mine if (r["kernel"], r["policy"]) == ("ours", "radial"))
+        stock, full, sparse = times["cudnn", "dense"], times["ours", "dense"], times["ours", "radial"]
+        theirs = times.get(("fa4", "radial"))
+        lines.append([
+            found["case"], f"{int(found['tokens']):,}", f"{found['density']} ({found['block']})",
+            *(f"{time:.1f}" if time else "cannot" for time in (stock, full, theirs, sparse)),
+            f"{min(stock, full) / sparse:.1f}x",
+        ])  # fmt: skip
+    head = [
+        "model, size", "tokens", "density (block)", "cuDNN dense, ms", "ours dense, ms",
+        "FlashAttention-4 with Radial, ms", "ours with Radial, ms", "against the faster dense",
+    ]  # fmt: skip
+    return head, lines
+
+
+def goals(rows: list[Row]) -> Table:
+    """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
+    head = ["figure", "case", "measured", "must", "goal", ""]
+    return head, [
+        [r["goal"], r["case"], r["measured"] and f"{r['measured']} {r['unit']}", r["must"], r["wanted"], r["verdict"]]
+        for r in rows
+    ]
+
+
+def norms(rows: list[Row]) -> Table:
+    """What stands between projections and attention: step by step, compiled, and by one kernel."""
+    head = ["model, size", "steps, ms", "steps compiled, ms", "one kernel, ms", "of the rate of a copy"]
+    lines = []
+    for case in dict.fromkeys((r["case"], r["form"]) for r in rows):
+        found = {r["kernel"]: r for r in rows if (r["case"], r["form"]) == case}
+        times = [f"{float(found[k]['p50_ms']):.2f}" for k in ("steps", "compiled", "fused")]
+        lines.append([" ".join(filter(None, case)), *times, f"{float(found['fused']['percent_of_copy']):.0f} %"])
+    return head, lines
+
+
+def cpu(rows: list[Row]) -> Table:
+    """Attention on two CPU cores: dense and sparse."""
+    head = ["tokens", "density", "dense, ms", "sparse, ms", "speed-up", "relative error"]
+    return head, [
+        [r["tokens"], r["density"], r["dense_ms"], r["sparse_ms"], f"{r['speedup']}x", r["error"]] for r in rows
+    ]
+
+
+def search(rows: list[Row]) -> Table:
+    """What a search costs, call by call, and as a share of a run; a column for each case."""
+    cases = list(dict.fromkeys((r["case"], r["block"]) for r in rows))
+    lines = []
+    for (kernel, sample), name in SEARCH.items():
+        found = {(r["case"], r["block"]): r for r in rows if (r["kernel"], r["sample"]) == (kernel, sample)}
+        lines.append([name, *(f"{float(found[c]['p50_ms']):.1f} ms" if c in found else "-" for c in cases)])
+    for sample, name in (("", "all rows"), ("16", "16 rows of a block")):
+        found = {(r["case"], r["block"]): r for r in rows if (r["kernel"], r["sample"]) == ("share", sample)}
+        for column, of in SHARES.items():
+            cells = [found[c][column] if c in found else "" for c in cases]
+            lines.append([f"two searches, {name}, of {of}", *(f"{float(x):.1f} %" if x else "-" for x in cells)])
+    return ["", *(" ".join(c) for c in cases)], lines if cases else []
+
+
+def integer_calls(rows: list[Row], case: str = "wan2.1-14b 720x1280x81") -> list[Row]:
+    """The timed rows of one call in bf16 and in integers, those of other forms of a kernel (`note`) left out."""
+    return [r for r in rows if r["case"] == case and r["p50_ms"] and not r["note"]]
+
+
+def fastest_dense_call(calls: list[Row]) -> Row | None:
+    """The fastest dense call in 16 bits."""
+    dense = [r for r in calls if r["policy"] == "dense" and not r["kernel"].startswith("int8")]
+    return min(dense, key=lambda r: float(r["p50_ms"]), default=None)
+
+
+def integers(rows: list[Row]) -> Table:
+    """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
+    head = ["numbers", "density", "ms", "against own bf16", "against the fastest dense", "relative error"]
+    calls = integer_calls(rows)
+    fastest = fastest_dense_call(calls)
+    if fastest is None:
+        return head, []
+    name = f"fastest dense, {KERNELS[fastest['kernel']]}"
+    lines = [[name, "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
+    for density in dict.fromkeys(r["density"] for r in calls):
+        found = {r["kernel"]: r for r in calls if r["density"] == density and r["policy"] in ("dense", "uniform")}
+        for kernel, name in {"ours": "bf16", **INTEGERS}.items():
+            if kernel in found:
+                time, own = (float(found[k]["p50_ms"]) for k in (kernel, "ours"))
+                error = found[kernel]["error"] if kernel != "ours" else ""
+                gain = f"{float(fastest['p50_ms']) / time:.2f}x"
+                lines.append([name, density, f"{time:.1f}", f"{own / time:.2f}x", gain, error])
+    return head, lines
