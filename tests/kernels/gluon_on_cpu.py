@@ -84,6 +84,7 @@ class Shared:
         self.memory, self.layout = memory, layout
 
     dtype = property(lambda self: self.memory.dtype)
+    shape = property(lambda self: self.memory.shape)
 
     def index(self, i):
         assert 0 <= i < self.memory.shape[0]
@@ -255,9 +256,11 @@ def allocate_shared_memory(dtype, shape, layout):
 
 
 def inline_assembly(code, constraints, arguments, **kwargs):
-    """Weights as FP8, packed and unpacked: four tensors in and out; what is done to pairs of fp16; or nothing."""
+    """Weights as FP8, packed and unpacked: four tensors in and out; what is done to pairs; or nothing."""
     if len(arguments) == 4:
         return [x.to(torch.float8_e4m3fn) for x in arguments]
+    if "vote" in code:  # some warps do without products by 1
+        return value(arguments[0] * arguments[1])
     if "add.rn.f16x2" in code:
         return value(arguments[0] + arguments[1])
     (words,) = arguments

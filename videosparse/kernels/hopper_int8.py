@@ -33,25 +33,30 @@ class Variant(NamedTuple):
     beside: bool = False
     """The product with values is waited for after the softmax; else where ptxas likes to."""
     late: bool = False
-    """With fp8 and without text, products are added to the output beside the next scores; else before they start."""
+    """The output is shrunk, and with fp8 products added to it, beside the next scores; else before they start. Not with
+    fp8 and text."""
     ahead: bool = False
     """Entries of lists are read a tile before they are needed."""
+    lazy: bool = False
+    """Without fp8, a maximum is kept until scores pass it by far, and warps where all are kept do not shrink."""
+    more: bool = False
+    """Shared memory holds three tiles of 16-bit values; else two."""
 
 
-_WHOLE = Variant(offset_first=False, whole=True)
+_WHOLE = Variant(offset_first=False, whole=True, ahead=True, late=True)
 _BESIDE = _WHOLE._replace(beside=True)
 
 VARIANTS = {
     "present": Variant(),
+    "beside": _BESIDE,
+    "beside, turns 1": _BESIDE._replace(turns=1),
+    "turns 3": _WHOLE._replace(turns=3),
+    "beside, lazy, more": _BESIDE._replace(lazy=True, more=True),
+    "beside, lazy, more, turns 1": _BESIDE._replace(lazy=True, more=True, turns=1),
+    "lazy, more, turns 3": _WHOLE._replace(lazy=True, more=True, turns=3),
+    "beside, lazy": _BESIDE._replace(lazy=True),
+    "beside, not late": _BESIDE._replace(late=False),
     "whole": _WHOLE,
-    "whole, turns 3": _WHOLE._replace(turns=3),
-    "whole, half": _WHOLE._replace(half=True),
-    "whole, beside": _BESIDE,
-    "whole, beside, ahead": _BESIDE._replace(ahead=True),
-    "whole, beside, ahead, late": _BESIDE._replace(ahead=True, late=True),
-    "whole, beside, ahead, late, turns 2": _BESIDE._replace(ahead=True, late=True, turns=2),
-    "whole, beside, turns 1": _BESIDE._replace(turns=1),
-    "whole, beside, turns 2": _BESIDE._replace(turns=2),
 }
 """The forms that are worth a measurement."""
 

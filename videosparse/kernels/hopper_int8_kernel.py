@@ -35,12 +35,14 @@ from videosparse.kernels.hopper_int8_softmax import (
     FLAT,
     OFFSET_BITS,
     PEAK,
+    SLACK,
     _after,
     _as_float,
     _hide,
     _highest,
     _key_scales,
     _operand,
+    _shrink,
     _sums,
     _unpack,
     _weigh,
@@ -77,9 +79,9 @@ def _key_slots(head_dim):
 
 
 @gluon.constexpr_function
-def _value_slots(head_dim, bits):
+def _value_slots(head_dim, bits, more):
     """Tiles of values that fit shared memory beside the keys."""
-    return 4096 // (head_dim * bits)
+    return 4096 // (head_dim * bits) + (128 // head_dim if more and bits == 16 else 0)
 
 
 @gluon.jit
@@ -133,7 +135,7 @@ def _fetch_turned_values(desc, sample, head, key, key2, values, n, KEYS: gl.cons
     """Copy the n-th tile of fp8 values, [HEAD_DIM, keys]."""
     group: gl.constexpr = 128 // KEYS
     slots, full, empty = values
-    slot, phase = _slot(n, _value_slots(HEAD_DIM, 8))
+    slot, phase = _slot(n, slots.shape[0])
     parts = _view(slots.index(slot), desc.dtype, [group, 1, 1, HEAD_DIM, KEYS], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM)
@@ -214,6 +216,17 @@ def _spread(x, acc):
 
 
 @gluon.jit
+def _up_to_date(acc, pending, before, FP8: gl.constexpr, LAZY: gl.constexpr):
+    """acc with what LATE left to do."""
+    if FP8:
+        return acc * _spread(before, acc) + pending
+    elif LAZY:
+        return _shrink(acc, _spread(before, acc))
+    else:
+        return acc * _spread(before, acc)
+
+
+@gluon.jit
 def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl.constexpr):
     """Start the product of weights and a tile of values: fp8 by itself, others on top of acc."""
     if FP8:
@@ -261,23 +274,23 @@ def _continue(
     masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
     TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr,
-    LATE: gl.constexpr,
+    LATE: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
     With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
-    With LATE it lacks `pending`, too, and is to be shrunk by `before` before that is added: the next tile does so
+    With LATE it is to be shrunk by `before`, first of all, and with fp8 lacks `pending`, too: the next tile does so
     beside its scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
-    v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
+    v_slot, v_phase = _slot(n, v_slots.shape[0])
     mbarrier.wait(k_full.index(k_slot), k_phase)
     _take_turn(turns, w, n, TURNS)
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
     if LATE:
-        acc = acc * _spread(before, acc) + pending
+        acc = _up_to_date(acc, pending, before, FP8, LAZY)
     if FP8:
         s_run = warpgroup_mma_wait(0, [s_run])
     mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -291,7 +304,8 @@ def _continue(
     if TEXT and masked:
         scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True, OFFSET_FIRST)
     mbarrier.arrive(k_empty.index(k_slot))
-    new_top = gl.maximum(top, _highest(scores, own, halves, OFFSET_FIRST))
+    highest = _highest(scores, own, halves, OFFSET_FIRST)
+    new_top = gl.where(highest > top + SLACK, highest, top) if LAZY and not FP8 else gl.maximum(top, highest)
     new_shrink = gl.exp2(top - new_top)
     if WHOLE:
         scores = _as_float(scores, OFFSET_FIRST)
@@ -301,10 +315,15 @@ def _continue(
         total = _after(total)
     product = warpgroup_mma_wait(0, [acc_run])
     _pass_turn(turns, w, TURNS == 3)
-    if LATE:
-        pending, before = product, shrink
+    if FP8:
+        if LATE:
+            pending, before = product, shrink
+        else:
+            acc = acc * _spread(shrink, acc) + product
     else:
-        acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
+        acc, before = product, new_shrink
+        if not LATE:
+            acc = _shrink(acc, _spread(before, acc)) if LAZY else acc * _spread(before, acc)
     mbarrier.arrive(v_empty.index(v_slot))
     # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
     return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc, pending, before
@@ -352,10 +371,10 @@ def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
     NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr,
-    BESIDE: gl.constexpr, LATE: gl.constexpr,
+    BESIDE: gl.constexpr, LATE: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
-    late: gl.constexpr = LATE and FP8 and not TEXT  # where tiles may be masked, there are no registers left for it
+    late: gl.constexpr = LATE and not (FP8 and TEXT)  # where tiles may be masked, there are no registers left for it
     q_slots, q_scales, q_full, q_empty = queries
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -375,17 +394,18 @@ def _consume(
         q = q_slots.index(q_slot * 2 + w)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
-        pending, before = acc if late else 0.0, shrink
+        pending, before = acc if late and FP8 else 0.0, shrink
         for tile in range(1, tiles):
             operand, top, shrink, total, acc, pending, before = _continue(
                 w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
                 tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, late,
+                LAZY,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
         mbarrier.arrive(q_empty.index(q_slot))
         k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
-        v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
+        v_slot, v_phase = _slot(n, v_slots.shape[0])
         q_slot, q_phase = _next(q_slot, q_phase, QUERY_SLOTS)
         mbarrier.wait(q_full.index(q_slot), q_phase)
         letter = q_slot * MAIL
@@ -396,7 +416,7 @@ def _consume(
         _take_turn(turns, w, n, TURNS)
         s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
         if late:
-            acc = acc * _spread(before, acc) + pending
+            acc = _up_to_date(acc, pending, before, FP8, LAZY)
         if FP8:
             s_run = warpgroup_mma_wait(0, [s_run])
         mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -467,10 +487,12 @@ def int8_kernel(
     BESIDE: gl.constexpr,
     LATE: gl.constexpr,
     AHEAD: gl.constexpr,
+    LAZY: gl.constexpr,
+    MORE: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
-    v_count: gl.constexpr = _value_slots(HEAD_DIM, 8 if FP8 else 16)
+    v_count: gl.constexpr = _value_slots(HEAD_DIM, 8 if FP8 else 16, MORE)
     v_tile: gl.constexpr = [HEAD_DIM, 128] if FP8 else [128, HEAD_DIM]
     q_full, q_empty = _barriers(QUERY_SLOTS)
     k_full, k_empty = _barriers(k_count)
@@ -496,10 +518,10 @@ def int8_kernel(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
                         mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        LATE)),
+                        LATE, LAZY)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
                         mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        LATE)),
+                        LATE, LAZY)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8,
                         AHEAD)),
