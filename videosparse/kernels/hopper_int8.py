@@ -41,6 +41,8 @@ class Variant(NamedTuple):
     """Without fp8, a maximum is kept until scores pass it by far, and warps where all are kept do not shrink."""
     more: bool = False
     """Shared memory holds three tiles of 16-bit values; else two."""
+    burst: bool = False
+    """With fp8, the product with values and the next scores start together and are waited for together."""
 
 
 _WHOLE = Variant(offset_first=False, whole=True, ahead=True, late=True)
@@ -51,6 +53,9 @@ VARIANTS = {
     "beside": _BESIDE,
     "beside, turns 1": _BESIDE._replace(turns=1),
     "turns 3": _WHOLE._replace(turns=3),
+    "burst, turns 3": _WHOLE._replace(turns=3, burst=True),
+    "burst, turns 1": _WHOLE._replace(turns=1, burst=True),
+    "burst": _WHOLE._replace(burst=True),
     "beside, lazy, more": _BESIDE._replace(lazy=True, more=True),
     "beside, lazy, more, turns 1": _BESIDE._replace(lazy=True, more=True, turns=1),
     "lazy, more, turns 3": _WHOLE._replace(lazy=True, more=True, turns=3),

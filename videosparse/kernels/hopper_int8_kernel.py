@@ -274,7 +274,7 @@ def _continue(
     masked, end, layout,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
     TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr,
-    LATE: gl.constexpr, LAZY: gl.constexpr,
+    LATE: gl.constexpr, LAZY: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
 
@@ -287,17 +287,26 @@ def _continue(
     k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
     v_slot, v_phase = _slot(n, v_slots.shape[0])
     mbarrier.wait(k_full.index(k_slot), k_phase)
-    _take_turn(turns, w, n, TURNS)
-    s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-    if LATE:
-        acc = _up_to_date(acc, pending, before, FP8, LAZY)
-    if FP8:
-        s_run = warpgroup_mma_wait(0, [s_run])
-    mbarrier.wait(v_full.index(v_slot), v_phase)
-    acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+    if BURST and FP8:
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        _take_turn(turns, w, n, TURNS)
+        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+        s_run = warpgroup_mma_wait(0, [_scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)])
+    else:
+        _take_turn(turns, w, n, TURNS)
+        s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+        if LATE:
+            acc = _up_to_date(acc, pending, before, FP8, LAZY)
+        if FP8:
+            s_run = warpgroup_mma_wait(0, [s_run])
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
     _pass_turn(turns, w, TURNS == 1)
     halves = _key_scales(k_scales, k_slot)
     scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
+    if BURST and FP8:
+        acc_run = warpgroup_mma_wait(0, [acc_run])
+        _pass_turn(turns, w, TURNS == 3)
     if not WHOLE:
         scores = _as_float(scores, OFFSET_FIRST)
     _pass_turn(turns, w, TURNS == 2)
@@ -313,8 +322,10 @@ def _continue(
     total = total * _spread(new_shrink, total) + more
     if BESIDE:
         total = _after(total)
-    product = warpgroup_mma_wait(0, [acc_run])
-    _pass_turn(turns, w, TURNS == 3)
+    product = acc_run
+    if not (BURST and FP8):
+        product = warpgroup_mma_wait(0, [acc_run])
+        _pass_turn(turns, w, TURNS == 3)
     if FP8:
         if LATE:
             pending, before = product, shrink
@@ -371,10 +382,12 @@ def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
     NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr,
-    BESIDE: gl.constexpr, LATE: gl.constexpr, LAZY: gl.constexpr,
+    BESIDE: gl.constexpr, LATE: gl.constexpr, LAZY: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
-    late: gl.constexpr = LATE and not (FP8 and TEXT)  # where tiles may be masked, there are no registers left for it
+    late: gl.constexpr = LATE and not (
+        FP8 and (TEXT or BURST)
+    )  # where tiles may be masked, there are no registers left for it
     q_slots, q_scales, q_full, q_empty = queries
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -399,7 +412,7 @@ def _consume(
             operand, top, shrink, total, acc, pending, before = _continue(
                 w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
                 tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, late,
-                LAZY,
+                LAZY, BURST,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -413,23 +426,35 @@ def _consume(
         masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
         own = _own_scales(q_scales, q_slot * 2 + w)
         mbarrier.wait(k_full.index(k_slot), k_phase)
-        _take_turn(turns, w, n, TURNS)
-        s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-        if late:
-            acc = _up_to_date(acc, pending, before, FP8, LAZY)
-        if FP8:
+        if BURST and FP8:
+            mbarrier.wait(v_full.index(v_slot), v_phase)
+            _take_turn(turns, w, n, TURNS)
+            acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+            s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
             s_run = warpgroup_mma_wait(0, [s_run])
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
+        else:
+            _take_turn(turns, w, n, TURNS)
+            s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
+            if late:
+                acc = _up_to_date(acc, pending, before, FP8, LAZY)
+            if FP8:
+                s_run = warpgroup_mma_wait(0, [s_run])
+            mbarrier.wait(v_full.index(v_slot), v_phase)
+            acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
         _pass_turn(turns, w, TURNS == 1)
         scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
         _pass_turn(turns, w, TURNS == 2)
+        product = acc_run
+        if BURST and FP8:
+            product = warpgroup_mma_wait(0, [acc_run])
+            _pass_turn(turns, w, TURNS == 3)
         top2, p, total2 = _open(
             scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST, WHOLE, HALF
         )
         mbarrier.arrive(k_empty.index(k_slot))
-        product = warpgroup_mma_wait(0, [acc_run])
-        _pass_turn(turns, w, TURNS == 3)
+        if not (BURST and FP8):
+            product = warpgroup_mma_wait(0, [acc_run])
+            _pass_turn(turns, w, TURNS == 3)
         mbarrier.arrive(v_empty.index(v_slot))
         operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
         acc = acc * _spread(shrink, acc) + product if FP8 else product
@@ -489,6 +514,7 @@ def int8_kernel(
     AHEAD: gl.constexpr,
     LAZY: gl.constexpr,
     MORE: gl.constexpr,
+    BURST: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -518,10 +544,10 @@ def int8_kernel(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
                         mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        LATE, LAZY)),
+                        LATE, LAZY, BURST)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
                         mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        LATE, LAZY)),
+                        LATE, LAZY, BURST)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8,
                         AHEAD)),
