@@ -256,17 +256,12 @@ def allocate_shared_memory(dtype, shape, layout):
 
 
 def inline_assembly(code, constraints, arguments, **kwargs):
-    """Weights as FP8, packed and unpacked: four tensors in and out; what is done to pairs; or nothing."""
+    """Weights as FP8, packed and unpacked: four tensors in and out; products; or nothing."""
     if len(arguments) == 4:
         return [x.to(torch.float8_e4m3fn) for x in arguments]
     if "vote" in code:  # some warps do without products by 1
         return value(arguments[0] * arguments[1])
-    if "add.rn.f16x2" in code:
-        return value(arguments[0] + arguments[1])
-    (words,) = arguments
-    if "ex2.approx.f16x2" in code:
-        return value(torch.exp2(words.half().float()).half())
-    return words
+    return arguments[0]
 
 
 def where(condition, a, b):
@@ -291,8 +286,7 @@ def nothing(*args, **kwargs):
 
 
 GL = SimpleNamespace(
-    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float16=torch.float16,
-    float32=torch.float32,
+    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float32=torch.float32,
     float8e4nv=torch.float8_e4m3fn,
     BlockedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, SwizzledSharedLayout=nothing,
     NVMMADistributedLayout=nothing, convert_layout=lambda x, layout: x, static_range=range, cdiv=ceil_div,

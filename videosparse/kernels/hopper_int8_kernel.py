@@ -15,8 +15,13 @@ Lists, layout and work are those of `hopper_kernel`, and so are the roles: a pro
 Scores are exact int32 sums. An int32 n below 2^22 becomes the float 1.5 * 2^23 + n by adding the bits of that number
 (SageAttention2, arXiv 2411.10958, does so too), and the offset leaves again in the multiply-add that applies the
 scale. Products with fp8 values keep about 14 bits on Hopper, so each tile gets accumulators of its own, added in fp32.
-A wait counts products in flight, and of an integer one and an fp8 one behind it the second may end first: that is the
-likely cause of outputs that did not repeat. So scores are waited for before the product with fp8 values starts.
+A wait counts products in flight, and of an integer one and an fp8 one behind it the second may end first: scores are
+waited for before the product with fp8 values starts.
+
+The softmax takes longer than the products, so that one consumer's softmax must run beside the other's products. They
+take turns at the tensor cores (FlashAttention-3, arXiv 2407.08608, does so too), each until its products have ended.
+Without fp8 a maximum is kept until scores pass it by 8, base 2, and a warp whose maxima all stay does not shrink its
+output (FlashAttention-4 keeps maxima so, too); fp8 weights have no room for that.
 INT4 is left out: Hopper's wgmma has no 4-bit integers (PTX ISA, wgmma.mma_async: .s8, .u8 and .b1), and Triton's dot,
 3.6 to 3.9, takes none below 8 bits on any card.
 """
@@ -33,10 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from videosparse.kernels.hopper_int8_softmax import (
     FLAT,
-    OFFSET_BITS,
     PEAK,
     SLACK,
-    _after,
     _as_float,
     _hide,
     _highest,
@@ -79,9 +82,9 @@ def _key_slots(head_dim):
 
 
 @gluon.constexpr_function
-def _value_slots(head_dim, bits, more):
+def _value_slots(head_dim, bits):
     """Tiles of values that fit shared memory beside the keys."""
-    return 4096 // (head_dim * bits) + (128 // head_dim if more and bits == 16 else 0)
+    return (4096 if bits == 8 else 6144) // (head_dim * bits)
 
 
 @gluon.jit
@@ -160,9 +163,8 @@ def _fetch_any_values(
 def _produce(
     q_descs, k_descs, v_descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: runs ahead of the consumers by as many tiles as there are slots."""
+    """The producer warp: runs ahead of the consumers by as many tiles as there are slots; reads lists a tile ahead."""
     total = work[0]
     tail = layout[1] // KEYS * KEYS
     ticket = _draw(next_ptr)
@@ -176,15 +178,11 @@ def _produce(
     while item < total:
         item = _drawn(ticket) + gl.num_programs(0)
         ticket = _draw(next_ptr)
-        if AHEAD:
-            after, after2 = _starts(gl.maximum(tiles - 2, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
+        after, after2 = _starts(gl.maximum(tiles - 2, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
         for i in range(1, tiles):
             value, value2 = key, key2
-            if AHEAD:
-                key, key2 = after, after2
-                after, after2 = _starts(gl.maximum(tiles - 2 - i, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
-            else:
-                key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
+            key, key2 = after, after2
+            after, after2 = _starts(gl.maximum(tiles - 2 - i, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
             _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
             _fetch_any_values(v_descs, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
             n += 1
@@ -202,28 +200,17 @@ def _produce(
 
 
 @gluon.jit
-def _scores(q, k, HEAD_DIM: gl.constexpr, OFFSET_FIRST: gl.constexpr):
+def _scores(q, k, HEAD_DIM: gl.constexpr):
     """Start the integer product of 64 queries and a tile of keys."""
-    start = gl.full([64, 128], OFFSET_BITS if OFFSET_FIRST else 0, gl.int32, _sums(128, 8))
+    zero = gl.zeros([64, 128], gl.int32, _sums(128, 8))
     k = k.reshape([128, HEAD_DIM]).permute((1, 0))
-    return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, start, use_acc=OFFSET_FIRST, is_async=True)
+    return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _spread(x, acc):
     """A number for each row, as a column beside acc."""
     return gl.convert_layout(x, gl.SliceLayout(1, acc.type.layout))[:, None]
-
-
-@gluon.jit
-def _up_to_date(acc, pending, before, FP8: gl.constexpr, LAZY: gl.constexpr):
-    """acc with what LATE left to do."""
-    if FP8:
-        return acc * _spread(before, acc) + pending
-    elif LAZY:
-        return _shrink(acc, _spread(before, acc))
-    else:
-        return acc * _spread(before, acc)
 
 
 @gluon.jit
@@ -240,101 +227,76 @@ def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl
 @gluon.jit
 def _open(
     scores, spots, scales, slot, own, masked, end, layout,
-    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr, WHOLE: gl.constexpr,
-    HALF: gl.constexpr,
+    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """The softmax of a row's first tile: (top, weights, their sums by lane)."""
-    if not WHOLE:
-        scores = _as_float(scores, OFFSET_FIRST)
-    scores = _hide(scores, spots, slot, masked, end, layout, KEYS, TEXT, OFFSET_FIRST)
+    scores = _hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
     halves = _key_scales(scales, slot)
-    top = gl.maximum(_highest(scores, own, halves, OFFSET_FIRST), FLOOR)
-    if WHOLE:
-        scores = _as_float(scores, OFFSET_FIRST)
-    p, total = _weigh(scores, top - PEAK if FP8 else top, own, halves, HALF)
+    top = gl.maximum(_highest(scores, own, halves), FLOOR)
+    p, total = _weigh(_as_float(scores), top - PEAK if FP8 else top, own, halves)
     return top, p, total
 
 
 @gluon.jit
-def _take_turn(turns, w: gl.constexpr, n, TURNS: gl.constexpr):
-    """Wait until the other consumer has issued its products: those of its n-th tile, or of the one before."""
-    if TURNS > 0:
-        mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
+def _multiply(
+    w: gl.constexpr, q, k, v_slots, v_slot, v_ready, v_phase, turns, n, operand, acc, pending, before,
+    HEAD_DIM: gl.constexpr, FP8: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    """(scores of a tile, acc, product with the values of the tile before it, the n-th); only fp8's scores have ended.
 
-
-@gluon.jit
-def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
-    if NOW:
-        mbarrier.arrive(turns.index(1 - w))
+    A consumer waits for its turn at the tensor cores, and passes it on once that product has ended. So the products of
+    one run beside the softmax of the other.
+    """
+    mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
+    s_run = _scores(q, k, HEAD_DIM)
+    if LATE:
+        acc = acc * _spread(before, acc) + pending
+    elif not FP8:
+        acc = _shrink(acc, _spread(before, acc))
+    if FP8:
+        s_run = warpgroup_mma_wait(0, [s_run])
+    mbarrier.wait(v_ready, v_phase)
+    return s_run, acc, _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
 
 
 @gluon.jit
 def _continue(
     w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
     masked, end, layout,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr, BESIDE: gl.constexpr,
-    LATE: gl.constexpr, LAZY: gl.constexpr, BURST: gl.constexpr,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
+    """One more tile of a row: scores, softmax, and the product with the values of the tile before it, the n-th.
 
-    With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
-    With LATE it is to be shrunk by `before`, first of all, and with fp8 lacks `pending`, too: the next tile does so
-    beside its scores.
+    `acc` lacks that product. With fp8 it is to be shrunk by `shrink` before that is added. With LATE it lacks `pending`
+    of the tile before, too, and first of all is to be shrunk by `before`, as it is without fp8: both beside the scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
     v_slot, v_phase = _slot(n, v_slots.shape[0])
     mbarrier.wait(k_full.index(k_slot), k_phase)
-    if BURST and FP8:
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        _take_turn(turns, w, n, TURNS)
-        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
-        s_run = warpgroup_mma_wait(0, [_scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)])
-    else:
-        _take_turn(turns, w, n, TURNS)
-        s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-        if LATE:
-            acc = _up_to_date(acc, pending, before, FP8, LAZY)
-        if FP8:
-            s_run = warpgroup_mma_wait(0, [s_run])
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
-    _pass_turn(turns, w, TURNS == 1)
+    s_run, acc, acc_run = _multiply(
+        w, q, k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase, turns, n, operand,
+        acc, pending, before, HEAD_DIM, FP8, LATE,
+    )  # fmt: skip
     halves = _key_scales(k_scales, k_slot)
     scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
-    if BURST and FP8:
-        acc_run = warpgroup_mma_wait(0, [acc_run])
-        _pass_turn(turns, w, TURNS == 3)
-    if not WHOLE:
-        scores = _as_float(scores, OFFSET_FIRST)
-    _pass_turn(turns, w, TURNS == 2)
     if TEXT and masked:
-        scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True, OFFSET_FIRST)
+        scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
     mbarrier.arrive(k_empty.index(k_slot))
-    highest = _highest(scores, own, halves, OFFSET_FIRST)
-    new_top = gl.where(highest > top + SLACK, highest, top) if LAZY and not FP8 else gl.maximum(top, highest)
+    highest = _highest(scores, own, halves)
+    new_top = gl.maximum(top, highest) if FP8 else gl.where(highest > top + SLACK, highest, top)
     new_shrink = gl.exp2(top - new_top)
-    if WHOLE:
-        scores = _as_float(scores, OFFSET_FIRST)
-    p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves, HALF)
+    p, more = _weigh(_as_float(scores), new_top - PEAK if FP8 else new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
-    if BESIDE:
-        total = _after(total)
-    product = acc_run
-    if not (BURST and FP8):
-        product = warpgroup_mma_wait(0, [acc_run])
-        _pass_turn(turns, w, TURNS == 3)
-    if FP8:
-        if LATE:
-            pending, before = product, shrink
-        else:
-            acc = acc * _spread(shrink, acc) + product
+    product = warpgroup_mma_wait(0, [acc_run])
+    mbarrier.arrive(turns.index(1 - w))
+    if LATE:
+        pending, before = product, shrink
+    elif FP8:
+        acc = acc * _spread(shrink, acc) + product
     else:
         acc, before = product, new_shrink
-        if not LATE:
-            acc = _shrink(acc, _spread(before, acc)) if LAZY else acc * _spread(before, acc)
     mbarrier.arrive(v_empty.index(v_slot))
     # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
     return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc, pending, before
@@ -381,13 +343,10 @@ def _own_scales(scales, slot):
 def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr, WHOLE: gl.constexpr, HALF: gl.constexpr,
-    BESIDE: gl.constexpr, LATE: gl.constexpr, LAZY: gl.constexpr, BURST: gl.constexpr,
+    NEED_LSE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
-    late: gl.constexpr = LATE and not (
-        FP8 and (TEXT or BURST)
-    )  # where tiles may be masked, there are no registers left for it
+    late: gl.constexpr = FP8 and not TEXT  # where tiles may be masked, there are no registers left for it
     q_slots, q_scales, q_full, q_empty = queries
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -395,10 +354,8 @@ def _consume(
     where, start, tiles, masked, end = _told(mail, 0), _told(mail, 1), _told(mail, 2), _told(mail, 3), _told(mail, 4)
     own = _own_scales(q_scales, w)
     mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM, OFFSET_FIRST)])
-    top, p, total = _open(
-        scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8, OFFSET_FIRST, WHOLE, HALF
-    )
+    scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM)])
+    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8)
     mbarrier.arrive(k_empty.index(0))
     operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
     q_slot, q_phase = 0, 0
@@ -407,12 +364,11 @@ def _consume(
         q = q_slots.index(q_slot * 2 + w)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
-        pending, before = acc if late and FP8 else 0.0, shrink
+        pending, before = acc if late else 0.0, shrink
         for tile in range(1, tiles):
             operand, top, shrink, total, acc, pending, before = _continue(
                 w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
-                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE, late,
-                LAZY, BURST,
+                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, late,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -426,38 +382,18 @@ def _consume(
         masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
         own = _own_scales(q_scales, q_slot * 2 + w)
         mbarrier.wait(k_full.index(k_slot), k_phase)
-        if BURST and FP8:
-            mbarrier.wait(v_full.index(v_slot), v_phase)
-            _take_turn(turns, w, n, TURNS)
-            acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
-            s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-            s_run = warpgroup_mma_wait(0, [s_run])
-        else:
-            _take_turn(turns, w, n, TURNS)
-            s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-            if late:
-                acc = _up_to_date(acc, pending, before, FP8, LAZY)
-            if FP8:
-                s_run = warpgroup_mma_wait(0, [s_run])
-            mbarrier.wait(v_full.index(v_slot), v_phase)
-            acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
-        _pass_turn(turns, w, TURNS == 1)
+        s_run, acc, acc_run = _multiply(
+            w, q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase,
+            turns, n, operand, acc, pending, before, HEAD_DIM, FP8, late,
+        )  # fmt: skip
         scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
-        _pass_turn(turns, w, TURNS == 2)
-        product = acc_run
-        if BURST and FP8:
-            product = warpgroup_mma_wait(0, [acc_run])
-            _pass_turn(turns, w, TURNS == 3)
-        top2, p, total2 = _open(
-            scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST, WHOLE, HALF
-        )
+        top2, p, total2 = _open(scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8)
         mbarrier.arrive(k_empty.index(k_slot))
-        if not (BURST and FP8):
-            product = warpgroup_mma_wait(0, [acc_run])
-            _pass_turn(turns, w, TURNS == 3)
+        product = warpgroup_mma_wait(0, [acc_run])
+        mbarrier.arrive(turns.index(1 - w))
+        acc = acc * _spread(shrink, acc) + product if FP8 else product
         mbarrier.arrive(v_empty.index(v_slot))
         operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
-        acc = acc * _spread(shrink, acc) + product if FP8 else product
         tma.store_wait(0)  # by now the row before has left its slot
         _finish(
             w, acc, top, total, where, start, end, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout,
@@ -505,20 +441,10 @@ def int8_kernel(
     TEXT: gl.constexpr,
     FP8: gl.constexpr,
     NEED_LSE: gl.constexpr,
-    OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr,
-    WHOLE: gl.constexpr,
-    HALF: gl.constexpr,
-    BESIDE: gl.constexpr,
-    LATE: gl.constexpr,
-    AHEAD: gl.constexpr,
-    LAZY: gl.constexpr,
-    MORE: gl.constexpr,
-    BURST: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
-    v_count: gl.constexpr = _value_slots(HEAD_DIM, 8 if FP8 else 16, MORE)
+    v_count: gl.constexpr = _value_slots(HEAD_DIM, 8 if FP8 else 16)
     v_tile: gl.constexpr = [HEAD_DIM, 128] if FP8 else [128, HEAD_DIM]
     q_full, q_empty = _barriers(QUERY_SLOTS)
     k_full, k_empty = _barriers(k_count)
@@ -543,14 +469,11 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        LATE, LAZY, BURST)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS, WHOLE, HALF, BESIDE,
-                        LATE, LAZY, BURST)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
-                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8,
-                        AHEAD)),
+                        work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
         ],
         [4, 1],
         REGISTERS,

@@ -8,6 +8,7 @@ from videosparse.kernels.hopper_kernel import _told, _view
 
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
 OFFSET_BITS = gl.constexpr(0x4B400000)
+HIDDEN = gl.constexpr(-(1 << 23) - 0x4B400000)  # the integer that `_as_float` makes -inf
 PEAK = gl.constexpr(8.0)  # fp8 weights are at most 2^8: as far above e4m3's smallest as it goes in powers of two
 SLACK = gl.constexpr(8.0)  # by how much scores may pass a maximum that is kept: weights are at most 2^8
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -20,24 +21,14 @@ def _sums(columns, bits):
 
 
 @gluon.jit
-def _as_float(scores, OFFSET_FIRST: gl.constexpr):
+def _as_float(scores):
     """Integer scores as floats, OFFSET too high; what `_hide` hid is -inf."""
-    if not OFFSET_FIRST:
-        scores = scores + OFFSET_BITS
-    return scores.to(gl.float32, bitcast=True)
-
-
-@gluon.constexpr_function
-def _hidden(offset_first):
-    """The integer that `_as_float` makes -inf."""
-    minus_infinity = -(1 << 23)  # its bits
-    return minus_infinity - (0 if offset_first else OFFSET_BITS)
+    return (scores + OFFSET_BITS).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr, OFFSET_FIRST: gl.constexpr):
-    """The scores of a tile without those that belong to no token; floats or integers."""
-    none: gl.constexpr = -float("inf") if scores.dtype == gl.float32 else _hidden(OFFSET_FIRST)
+def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
+    """The integer scores of a tile without those that belong to no token."""
     column = gl.arange(0, 128, gl.SliceLayout(0, _sums(128, 8)))
     if TEXT:
         _, video, text_start = layout
@@ -47,7 +38,7 @@ def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl
         token = (position < video) | ((position >= text_start) & (position < end))
     else:
         token = column < masked
-    return gl.where(token[None, :], scores, none)
+    return gl.where(token[None, :], scores, HIDDEN)
 
 
 @gluon.jit
@@ -93,47 +84,19 @@ def _highest_of_integers(cut):
 
 
 @gluon.jit
-def _highest(scores, own, halves, OFFSET_FIRST: gl.constexpr):
+def _highest(scores, own, halves):
     """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are.
 
-    Of integers one instruction takes three: it is enough to make their maxima floats.
+    Maxima are taken of integers, three by one instruction, and only they are made floats first.
     """
-    cut = gl.reshape(scores, [64, 2, 8, 4, 2])
-    if scores.dtype == gl.float32:
-        tops = gl.max(gl.max(cut, 4), 2)
-    else:
-        tops = _as_float(_highest_of_integers(cut), OFFSET_FIRST)
+    tops = _as_float(_highest_of_integers(gl.reshape(scores, [64, 2, 8, 4, 2])))
     scale = _of_halves(halves[0], halves[1], gl.SliceLayout(0, gl.SliceLayout(2, tops.type.layout)))
     tops = gl.max(gl.max((tops - OFFSET) * scale[None, :, None], 1), 1)
     return gl.convert_layout(tops, own.type.layout) * own
 
 
 @gluon.jit
-def _exp2_of_pairs(x):
-    """2 ** x in fp16, of x rounded to fp16."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 x; cvt.rn.f16x2.f32 x, $2, $1; ex2.approx.f16x2 $0, x; }",
-        "=r,f,f",
-        [x],
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def _add_pairs(p):
-    """Adjacent [64, 16, 4, 2] to [64, 4] in fp32: halves first, of which at most 16 come together."""
-    for i in gl.static_range(4):
-        a, b = gl.split(gl.permute(gl.reshape(p, [64, 8 >> i, 2, 4, 2]), (0, 1, 3, 4, 2)))
-        p = gl.inline_asm_elementwise(
-            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return gl.sum(gl.reshape(p, [64, 4, 2]).to(gl.float32), 2)
-
-
-@gluon.jit
-def _weigh(scores, top, own, halves, HALF: gl.constexpr):
+def _weigh(scores, top, own, halves):
     """(weights [64, 128], their sums by lane): 2 ** (scaled score - top).
 
     OFFSET times a scale is rounded to 24 bits: that shifts the scores of a row in a block by less than one step of
@@ -144,30 +107,8 @@ def _weigh(scores, top, own, halves, HALF: gl.constexpr):
     lines: gl.constexpr = gl.SliceLayout(1, pairs)
     scale = gl.convert_layout(own, lines)[:, None] * _of_halves(halves[0], halves[1], gl.SliceLayout(0, pairs))[None, :]
     level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
-    x = cut * scale[:, :, None] - level[:, :, None]
-    if HALF:
-        p = _exp2_of_pairs(x)
-        return p, _add_pairs(gl.reshape(p, [64, 16, 4, 2]))
-    else:
-        p = gl.exp2(x)
-        return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _after(x):
-    """The same sums x, from which a store that never happens is made: no sum is negative.
-
-    ptxas keeps the order of stores and waits. Else it waits for the product at once, and nothing runs beside it.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1;"
-        " mov.b32 $0, $1; }",
-        "=f,f",
-        [x],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
+    p = gl.exp2(cut * scale[:, :, None] - level[:, :, None])
+    return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
 
 
 @gluon.constexpr_function
@@ -200,11 +141,8 @@ def _shrink(acc, factor):
 
 
 @gluon.constexpr_function
-def _pack_asm(half):
+def _pack_asm():
     """Sixteen floats, four of each of four tensors, to four words of four fp8 each."""
-    if half:
-        words = "cvt.rn.satfinite.e4m3x2.f16x2 l, ${}; cvt.rn.satfinite.e4m3x2.f16x2 h, ${}; mov.b32 ${}, {{l, h}};"
-        return "{ .reg .b16 l, h; " + " ".join(words.format(2 * j + 4, 2 * j + 5, j) for j in range(4)) + " }"
     halves = "cvt.rn.satfinite.e4m3x2.f32 l, ${}, ${}; cvt.rn.satfinite.e4m3x2.f32 h, ${}, ${}; mov.b32 ${}, {{l, h}};"
     parts = [halves.format(4 * j + 5, 4 * j + 4, 4 * j + 7, 4 * j + 6, j) for j in range(4)]
     return "{ .reg .b16 l, h; " + " ".join(parts) + " }"
@@ -224,12 +162,7 @@ def _pack(p, HEAD_DIM: gl.constexpr):
     p0, p1 = gl.split(left)
     p2, p3 = gl.split(right)
     return gl.inline_asm_elementwise(
-        _pack_asm(p.dtype == gl.float16),
-        "=r,=r,=r,=r" + ",r" * (8 if p.dtype == gl.float16 else 16),
-        [p0, p1, p2, p3],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=4,
+        _pack_asm(), "=r,=r,=r,=r" + ",r" * 16, [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=4
     )
 
 
