@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from rich.progress import track
 
 from videosparse import RadialProcessor, restore, sparsify
-from videosparse.benchmark.rows import write_rows
+from videosparse.benchmark.rows import environment, write_rows
 from videosparse.generation import embedded_model_path
 from videosparse.metrics.bootstrap import interval
 from videosparse.program import run_program
@@ -46,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decays", nargs="+", type=float, default=DECAYS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--commit", help="of the code, where there is no git to ask")
     return parser.parse_args()
 
 
@@ -97,19 +96,9 @@ def figures(found: list[torch.Tensor], dense: list[torch.Tensor], inputs: list[S
     return row
 
 
-def machine() -> dict[str, str]:
-    """Where and with what the rows were measured."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "commit": done.stdout.strip(),
-    }
-
-
-def rows_of(pipe: DiffusionPipeline, size: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def rows_of(
+    pipe: DiffusionPipeline, size: str, args: argparse.Namespace, where: dict[str, str]
+) -> Iterator[dict[str, Any]]:
     restore(pipe.transformer)
     inputs = list(samples(pipe, size, args))
     dense = [predict(pipe.transformer, s) for s in track(inputs, f"{size} dense")]
@@ -123,14 +112,15 @@ def rows_of(pipe: DiffusionPipeline, size: str, args: argparse.Namespace) -> Ite
             yield {
                 "size": size, "coverage": coverage, "decay": decay, "block": "64x64", "sink": False,
                 "density": round(processor.report().video_density, 4), **figures(found, dense, inputs),
-                "samples": len(inputs), "sigmas": " ".join(map(str, SIGMAS)), **machine(),
+                "samples": len(inputs), "sigmas": " ".join(map(str, SIGMAS)), **where,
             }  # fmt: skip
 
 
 def main() -> None:
     args = arguments()
+    where = environment(args.commit)
     pipe = DiffusionPipeline.from_pretrained(embedded_model_path(), dtype=torch.float32).to(args.device)
-    rows = [row for size in args.sizes for row in rows_of(pipe, size, args)]
+    rows = [row for size in args.sizes for row in rows_of(pipe, size, args, where)]
     write_rows(args.output, rows)
     for row in rows:
         print({k: row[k] for k in ("size", "coverage", "decay", "density", "relative_l2", "loss_growth")})

@@ -19,6 +19,8 @@ no weights, densities, seconds, environment. A video that has a row is not made 
 same command, and one table can take many sizes. `--prompts` takes a list of the world, or text, a prompt a line; for
 such prompts, and any other model, there are no detectors and no ceiling.
 
+    python eval/compare_methods.py --merge a.csv b.csv --output rows.csv     rows of several machines in one table
+
 Exit code: 0 when every row is there, 1 when a setting failed (the others go on), 2 for what cannot be run at all, 3
 when `--seconds` were up before.
 """
@@ -45,8 +47,8 @@ from videosparse.benchmark.rows import environment
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.running import Batches
 from videosparse.evaluation.settings import BY_PLAN, Conditions, Setting, expand
-from videosparse.evaluation.table import RowStore, number
-from videosparse.evaluation.work import COLUMNS, FIXED, KEY, Comparison, workers
+from videosparse.evaluation.table import RowStore, number, read_table
+from videosparse.evaluation.work import COLUMNS, FIXED, KEY, TIMED, Comparison, workers
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, calibrate
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, check_writable, slug
@@ -80,6 +82,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workers", type=int, default=min(12, (os.cpu_count() or 2) // 2), help="that run detectors")
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="TABLE", help="make nothing: put these into --output")
     args = parser.parse_args(argv)
     for name, least in (("limit", 1), ("seeds", 1), ("batch", 1), ("keep_videos", 0), ("workers", 0)):
         value = getattr(args, name)
@@ -273,6 +276,8 @@ def summarise(rows: Sequence[dict[str, str]], keys: set[tuple[str, ...]], store:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
+    if args.merge:
+        return merge_tables(args)
     quiet_libraries()
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
     try:
@@ -297,6 +302,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("The time was up, or another process failed; the same command goes on.", file=sys.stderr)
             return 3
     return 1 if failed else 0
+
+
+def merge_tables(args: argparse.Namespace) -> int:
+    """Put the rows of other tables into one, or nothing where they are not of one comparison."""
+    try:
+        store = RowStore(args.output, COLUMNS, KEY, fixed=FIXED)
+        kinds = {row["model"]: [row[name] for name in FIXED] for row in store.rows()}
+        for path in args.merge:
+            for row in read_table(path, COLUMNS):
+                kind = [row[name] for name in FIXED]
+                if kinds.setdefault(row["model"], kind) != kind:
+                    before = ", ".join(kinds[row["model"]])
+                    raise ValueError(f"{path} has rows of {row['model']} with {', '.join(kind)}, others with {before}.")
+        store.take(args.merge, TIMED)
+    except ValueError as error:
+        print(f"Error: {one_line(error, 1000)}", file=sys.stderr)
+        return 2
+    rows = store.merge([])
+    summarise(rows, {store.key_of(row) for row in rows}, store)
+    print(f"{args.output}: {len(rows)} rows")
+    return 0
 
 
 def merge(args: argparse.Namespace, store: RowStore, order: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:

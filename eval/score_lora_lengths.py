@@ -9,7 +9,12 @@ prompts, one object), beside the rendered truth; drift is what is right in the f
 repetition that beyond the true video's from half the training length on. Rows (means with 95 % bootstrap intervals) go
 to `assets/results/lora_length.csv`, each as soon as it is there; the LoRAs' training time and memory come from their
 logs. The same command goes on where it was stopped: rows that are there are not made again, but for a LoRA that has
-been trained since. `eval/plot_lora_lengths.py` draws them.
+been trained since. `eval/plot_lora_lengths.py` draws them. Several GPUs share the work by `--only`, each with an
+--output of its own, whose rows are put together afterwards:
+
+    python eval/score_lora_lengths.py --only none truth --output a.csv
+    python eval/score_lora_lengths.py --only riflex ultravico windows --output b.csv
+    python eval/score_lora_lengths.py --merge a.csv b.csv
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -55,8 +60,9 @@ STRETCHED = ("riflex", "ultravico", "windows")
 # the schedule of the long lengths, for the runs without a LoRA
 RADIAL = {"decay": 1.0, "first_steps": 0.1, "first_layers": 1}
 FIGURES = (*(f"right_q{i + 1}" for i in range(QUARTERS)), "drift", "repetition", "permanence", "frozen")
+KEY = ("lora", "method", "frames", "height", "width")
 COLUMNS = (
-    "lora", "method", "frames", "height", "width", "videos", "steps", "guidance",
+    *KEY, "videos", "steps", "guidance",
     *(column for name in FIGURES for column in (name, f"{name}_low", f"{name}_high")),
     "generation_s", "training_steps", "training_s", "training_peak_gib", *WHERE,
 )  # fmt: skip
@@ -64,13 +70,20 @@ COLUMNS = (
 
 def main() -> None:
     args = arguments()
-    pipe = load(args)
-    prompts = json.loads(args.prompts.read_text())["prompts"]
-    prompts = [entry for entry in prompts if len(entry["objects"]) == 1][: args.limit]
     rows: list[dict[str, Any]] = list(read_rows(args.output, COLUMNS)) if args.output.is_file() else []
+    if args.merge:
+        for found in args.merge:
+            rows = merged(rows, found)
+        write_rows(args.output, rows, COLUMNS)
+        print(f"{len(rows)} rows in {args.output}")
+        return
+    pipe = load(args)
+    listed = json.loads(args.prompts.read_text())["prompts"]
+    listed = [entry for entry in listed if len(entry["objects"]) == 1]
     started, left = time.monotonic(), 0
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for frames in args.frames:
+        for frames, limit in zip(args.frames, args.limit, strict=True):
+            prompts = listed[:limit]
             for name, method, folder in settings_of(args):
                 about = identity(name, method, folder, frames, len(prompts), args)
                 if any(same(row, about) for row in rows):
@@ -80,13 +93,17 @@ def main() -> None:
                     continue
                 with switched(pipe, name, method, folder):
                     figures = measure(pipe, prompts, name, frames, pool, args)
-                place = ("lora", "method", "frames", "height", "width")
-                rows = [row for row in rows if any(str(row[k]) != str(about[k]) for k in place)]
-                rows.append({**about, **figures, **environment(args.commit)})
+                rows = merged(rows, [{**about, **figures, **environment(args.commit)}])
                 write_rows(args.output, rows, COLUMNS)
                 shown = ("lora", "method", "frames", *FIGURES, "generation_s")
                 print({k: rows[-1].get(k) for k in shown}, flush=True)
     print(f"{len(rows)} rows in {args.output}" + (f"; {left} are left, call me again" if left else ""), flush=True)
+
+
+def merged(rows: list[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, new ones instead of those of the same setting and size."""
+    mine = {tuple(str(row[name]) for name in KEY) for row in new}
+    return [*(row for row in rows if tuple(str(row[name]) for name in KEY) not in mine), *new]
 
 
 def identity(
@@ -110,7 +127,8 @@ def settings_of(args: argparse.Namespace) -> list[tuple[str, str, Path | None]]:
     loras = [text.partition("=") for text in args.lora]
     methods = dict.fromkeys(["dense", "radial", *(method.split("-")[0] for method, _, _ in loras)])
     found += [*(("none", method, None) for method in methods), *((name, "dense", None) for name in STRETCHED)]
-    return found + [(method, method.split("-")[0], Path(folder)) for method, _, folder in loras]
+    found += [(method, method.split("-")[0], Path(folder)) for method, _, folder in loras]
+    return [setting for setting in found if args.only is None or setting[0] in args.only]
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -228,15 +246,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
     parser.add_argument("--frames", type=int, nargs="+", default=[81, 161, 321])
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--limit", type=int, nargs="+", default=[64], help="prompts; one number, or one a length")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=1e9, help="no new row is begun after these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="truth, none, a stretching, or METHOD of a --lora")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="CSV", help="measure nothing: put these into --output")
     parser.add_argument("--commit", help="of the code; asked of git unless given")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
+    try:
+        args.merge = [read_rows(path, COLUMNS) for path in args.merge or ()]
+    except ValueError as error:
+        parser.error(str(error))
+    if len(args.limit) not in (1, len(args.frames)):
+        parser.error(f"--limit must be one number, or one for each of {len(args.frames)} lengths (got {args.limit}).")
+    args.limit = args.limit * len(args.frames) if len(args.limit) == 1 else args.limit
     for text in args.lora:
         method, _, folder = text.partition("=")
         if not folder or not Path(folder).exists():
@@ -245,6 +272,9 @@ def arguments() -> argparse.Namespace:
             check_method(method.split("-")[0])
         except GenerationError as error:
             parser.error(f"--lora {text}: {error}")
+    known = ["truth", "none", *STRETCHED, *(text.partition("=")[0] for text in args.lora)]
+    if unknown := [name for name in args.only or () if name not in known]:
+        parser.error(f"--only must be of {', '.join(known)} (got {unknown[0]!r}).")
     return args
 
 

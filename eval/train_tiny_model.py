@@ -35,6 +35,15 @@ Where a shell lives for minutes only, but the machine stays, let one process out
         --budget-minutes 24 --work /tmp/tiny --backup /tmp/tiny-backup --resume > /tmp/tiny.log 2>&1 &
     tail -n 5 /tmp/tiny.log; cp /tmp/tiny-backup/* out/backup/
 
+Once the VAE of a round is finished, the DiT learns its latents, and they change no more; but the VAE's decoder can be
+trained on, on a GPU of its own beside the DiT. Copy the round's backup as soon as its state.json says that the VAE is
+finished, start from the copy, and put both together. Stages and pairs must be those of the round:
+
+    PYTHONPATH=. python eval/train_tiny_model.py decoder --restore out/backup-copy --stages mixed --pairs 0.5 \
+        --vae-lr 5e-4 --vae-steps 60000 --minutes 13 --work /tmp/decoder --backup out/decoder
+    PYTHONPATH=. python eval/train_tiny_model.py export --backup out/backup --decoder out/decoder \
+        --out assets/tiny-wan --check
+
 It saves every `--save-seconds`, at the end of a stage and on SIGTERM, each file at once by a
 rename; copy the backup when the log is not just saving. One process wastes nothing: a new call compiles again, which
 takes about 45 s. Do not start a second one on the same folders.
@@ -43,8 +52,9 @@ takes about 45 s. Do not start a second one on the same folders.
 VAE and DiT and the statistics of the latents start anew; with `--keep-vae` only the DiT's. `--from-pipeline` keeps the
 VAE unless `--again` says otherwise. Budgets are of a round.
 
-One phase at a time: `vae`, `encode`, `dit`, with `--minutes`. All paths in seconds, on CPU, or on a GPU with the real
-shapes and the time of a step of each: `all --smoke --work /tmp/tiny-smoke --backup /tmp/tiny-smoke/backup`.
+One phase at a time: `vae`, `encode`, `dit`, `decoder`, with `--minutes`. All paths of a round in seconds, on CPU, or on
+a GPU with the real shapes and the time of a step of each:
+`all --smoke --work /tmp/tiny-smoke --backup /tmp/tiny-smoke/backup`.
 
 A phase ends at `--steps` or at `--minutes`, whichever is first, and its learning rate reaches zero just then. SIGTERM
 writes a checkpoint. The backup is at most 60 MiB: fp32 weights, the moving average in bf16, one state.json, one PNG.
@@ -68,6 +78,7 @@ import torch
 
 from videosparse.program import run_program
 from videosparse.training.tiny.card import update_card
+from videosparse.training.tiny.decoder_phase import take_decoder, train_decoder
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
 from videosparse.training.tiny.objectives import FLOW_SHIFT
@@ -94,7 +105,7 @@ class Elapsed(logging.Formatter):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("all", "vae", "encode", "dit", "export", "card"))
+    parser.add_argument("command", choices=("all", "vae", "encode", "dit", "decoder", "export", "card"))
     parser.add_argument("--work", default="/tmp/tiny", help="local folder: checkpoint, pools of latents")
     parser.add_argument("--backup", default="/tmp/tiny/backup", help="small folder that a later machine can start from")
     parser.add_argument(
@@ -150,6 +161,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
     out = parser.add_argument_group("export")
     out.add_argument("--out", default="assets/tiny-wan")
+    out.add_argument(
+        "--decoder", default="", metavar="FOLDER", help="use the decoder of the VAE in this backup of `decoder`"
+    )
     out.add_argument("--scheduler", choices=("unipc", "euler"), default="unipc")
     out.add_argument("--flow-shift", type=float, default=FLOW_SHIFT, help="of the noise levels of the scheduler")
     out.add_argument("--check", action="store_true", help="load the exported pipeline and generate a clip")
@@ -160,10 +174,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.keep_vae and not args.again:
         parser.error("--keep-vae says what --again keeps; give both, or neither: --from-pipeline keeps the VAE anyway.")
+    check_decoder(parser, args)
     check_numbers(parser, args)
     if args.smoke:
         limit_smoke(args)
     return args
+
+
+def check_decoder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options that mean nothing to the decoder's training, or would harm what it starts from."""
+    if args.decoder and args.command != "export":
+        parser.error(f"--decoder is for export (got {args.command}); to train one, give `decoder --restore FOLDER`.")
+    if args.command != "decoder":
+        return
+    if args.again or args.keep_vae:
+        parser.error("--again and --keep-vae begin a round; leave them out, `decoder` has a schedule of its own.")
+    if args.restore and Path(args.restore).resolve() in (Path(args.backup).resolve(), Path(args.work).resolve()):
+        parser.error(f"--restore must not be the folder that is written (got {args.restore}); give another --backup.")
 
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -177,6 +204,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "lr",
         "matrix_lr",
         "vae_lr",
+        "vae_steps",
         "shift",
         "flow_shift",
         "pool_scale",
@@ -260,7 +288,7 @@ def make_run(args: argparse.Namespace, ranks: Ranks) -> Run:
         pools = (replace(p, count=max(2, round(args.pool_scale * p.count / p.chunk)) * p.chunk) for p in plan.pools)
         plan = replace(plan, pools=tuple(pools))
     run = Run(args, STAGES[args.stages](plan), device, workers, ranks)
-    run.load(resume=args.resume or args.command in ("encode", "dit", "export"))
+    run.load(resume=args.resume or args.command in ("encode", "dit", "decoder", "export"))
     # nobody stores pools before the first has removed those of another round
     ranks.any(False)
     return run
@@ -290,10 +318,14 @@ def run_phase(run: Run) -> bool:
     if args.command == "export":
         if not run.meta.get("dit") or "latents_mean" not in run.meta:
             raise ValueError(f"export needs a trained DiT in {run.work} or {run.backup}; run `all` first.")
+        if args.decoder:
+            take_decoder(run, Path(args.decoder))
         out = export(run)
         if args.check:
             check(run, out)
         return True
+    if args.command == "decoder":
+        return train_decoder(run, args.minutes)
     prepare_tokenizer(run)
     if args.command != "vae" and not run.meta.get("vae", {}).get("finished"):
         raise ValueError(f"{args.command} needs a finished VAE in {run.work} or {run.backup}; run `vae` first.")

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from videosparse.blocks import BlockMap, PackedIndex, pack_rows, unpack_rows, work_order
+from videosparse.blocks import BlockMap, PackedIndex, id_dtype, pack_rows, unpack_rows, work_order
 from videosparse.layout import TokenLayout, VideoGrid
 
 
@@ -100,7 +100,7 @@ def test_key_major_lists_are_those_of_the_transposed_map(spare):
     assert rows_of(turned) == rows_of(expected)
     assert torch.equal(turned.row_ptr, expected.row_ptr)
     assert torch.equal(turned.order, expected.order)
-    assert {turned.row_ptr.dtype, turned.ids.dtype, turned.order.dtype} == {torch.int32}
+    assert (turned.row_ptr.dtype, turned.ids.dtype, turned.order.dtype) == (torch.int32, torch.int16, torch.int32)
     assert (turned.shape, turned.block, turned.q_len, turned.kv_len) == (
         expected.shape, expected.block, expected.q_len, expected.kv_len,
     )  # fmt: skip
@@ -123,6 +123,34 @@ def test_key_major_lists_are_built_once_and_stay_with_their_lists():
     assert index.key_major is turned
     assert index.bytes == size + turned.bytes
     assert replace(index, ids=index.ids.clone()).key_major is None
+
+
+def test_ids_are_int16_below_32768_columns():
+    assert id_dtype(1) == id_dtype(32_767) == torch.int16
+    assert id_dtype(32_768) == torch.int32
+    keep = torch.zeros(1, 1, 1, 32_767, dtype=torch.bool)
+    keep[..., ::1000] = keep[..., -1] = True
+    index = BlockMap(keep, (64, 64), 1, 32_767 * 64).index()
+    assert index.ids.dtype == torch.int16
+    assert rows_of(index) == [[*range(0, 32_767, 1000), 32_766]]
+
+
+@pytest.mark.parametrize(
+    ("fewest", "ids", "turned"),
+    [(5, torch.int32, torch.int32), (6, torch.int32, torch.int16), (9, torch.int32, torch.int16),
+     (10, torch.int16, torch.int16)],
+)  # fmt: skip
+def test_rows_and_columns_decide_on_their_ids_by_themselves(monkeypatch, fewest, ids, turned):
+    block_map = random_map(rows=5, cols=9)
+    expected = rows_of(block_map.index())
+    monkeypatch.setattr("videosparse.blocks.SHORT_IDS", fewest)
+    index = block_map.index()
+    index.prepare_backward()
+    assert (index.ids.dtype, index.key_major.ids.dtype, index.transpose().transpose().ids.dtype) == (ids, turned, ids)
+    assert rows_of(index) == expected
+    assert rows_of(index.key_major) == rows_of(block_map.transpose().index())
+    size = index.ids.numel() * index.ids.element_size() + index.row_ptr.numel() * 8
+    assert index.bytes - index.key_major.bytes == size
 
 
 def test_a_transposed_map_may_not_fit(monkeypatch):

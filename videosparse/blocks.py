@@ -15,7 +15,10 @@ BLOCK_SIZES = (64, 128)
 _SHADES = " ░▒▓█"
 
 INDEX_LIMIT = 2**31 - 1
-"""Most rows, and most entries, of a `BlockIndex`: it is int32."""
+"""Most rows, and most entries, of a `BlockIndex`: places in its lists are int32."""
+
+SHORT_IDS = 2**15
+"""Fewest columns whose numbers need int32 in a `BlockIndex`; see `id_dtype`."""
 
 SELECTION_LIMIT = 16_384
 """Most columns of a map that is searched for: the registers of one program hold a row of masses."""
@@ -26,6 +29,14 @@ _SLAB = 2**22
 # Rows at the end of the work order that go longest first. On an H200, counts that grow as the square of a uniform
 # number cost 14 % more time than even ones with none, and 3 % with this.
 _LAST_ROWS = 1024
+
+
+def id_dtype(columns: int) -> torch.dtype:
+    """What the ids of lists over so many blocks are: int16 where they fit, else int32.
+
+    The shape alone decides, so that nothing waits for a device and a kernel has two binaries at most.
+    """
+    return torch.int16 if columns < SHORT_IDS else torch.int32
 
 
 def check_block(block: tuple[int, int]) -> None:
@@ -167,7 +178,7 @@ class BlockIndex:
 
     Args:
         row_ptr: int32 [samples * heads * rows + 1]; row r owns ids[row_ptr[r] : row_ptr[r + 1]].
-        ids: int32 [capacity]; what lies beyond row_ptr[-1] is undefined.
+        ids: int16 or int32 [capacity], see `id_dtype`; what lies beyond row_ptr[-1] is undefined.
         order: int32 [samples * heads * rows + 1], the rows in the order in which to start them, then how many of them
             are long; see `work_order`. A shared map is worked on once per sample or head that shares it: first the long
             rows of one after another, then the other rows of one after another.
@@ -241,9 +252,9 @@ class BlockIndex:
 class PackedIndex:
     """A map that is found while a video is made, a bit a block: buffers of fixed size, written in place.
 
-    At density .2 lists take six times the memory of bits. So a method that searches keeps this between steps, and each
-    call expands its lists on the device (`kernels.selection`), which costs a hundredth of it. Wan 14B at 720p keeps
-    .28 GB so, not 1.8 GB.
+    At density .2 lists take three times the memory of bits. So a method that searches keeps this between steps, and
+    each call expands its lists on the device (`kernels.selection`), which costs a hundredth of it. Wan 14B at 720p
+    keeps .28 GB so, not .9 GB.
 
     Args:
         bits: uint8 [samples, heads, rows, ceil(columns / 8)], lowest bit first; each row starts on a byte, and the
@@ -344,7 +355,7 @@ def unpack_rows(bits: torch.Tensor, columns: int) -> torch.Tensor:
 def transpose_lists(
     row_ptr: torch.Tensor, ids: torch.Tensor, shape: tuple[int, int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """row_ptr, ids and order of the transposed map, int32; `shape` = (samples, heads, rows, columns) of the map."""
+    """row_ptr, ids and order of the transposed map; `shape` = (samples, heads, rows, columns) of the map."""
     samples, heads, rows, cols = shape
     place = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     row = torch.searchsorted(row_ptr, place, right=True, out_int32=True) - 1
@@ -354,7 +365,8 @@ def transpose_lists(
     column, source = column.sort(stable=True)
     bounds = torch.arange(samples * heads * cols + 1, dtype=torch.int32, device=ids.device)
     turned_ptr = torch.searchsorted(column, bounds, out_int32=True)
-    return turned_ptr, (row % rows)[source], work_order(turned_ptr.diff().long())
+    turned_ids = (row % rows).to(id_dtype(rows))[source]
+    return turned_ptr, turned_ids, work_order(turned_ptr.diff().long())
 
 
 def work_order(counts: torch.Tensor) -> torch.Tensor:
@@ -404,10 +416,10 @@ def _checked_capacity(total: int, capacity: int | None) -> int:
 
 
 def compact_rows(flat: torch.Tensor, row_ptr: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Column numbers of the kept entries of bool [rows, cols], row after row, int32 [capacity]; no device sync."""
+    """Column numbers of the kept entries of bool [rows, cols], row after row: ids [capacity]; no device sync."""
     rows, cols = flat.shape
-    column = torch.arange(cols, dtype=torch.int32, device=flat.device)
-    ids = torch.zeros(capacity + 1, dtype=torch.int32, device=flat.device)
+    column = torch.arange(cols, dtype=id_dtype(cols), device=flat.device)
+    ids = torch.zeros(capacity + 1, dtype=column.dtype, device=flat.device)
     slab = max(1, _SLAB // cols)
     for start in range(0, rows, slab):
         part = flat[start : start + slab]

@@ -14,7 +14,7 @@ pytest.importorskip("scipy")
 
 from videosparse.evaluation import running
 from videosparse.evaluation.running import Batches
-from videosparse.evaluation.table import read_table
+from videosparse.evaluation.table import read_table, write_table
 from videosparse.policies.paro_plan import PAROPlan
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "compare_methods.py"
@@ -174,6 +174,33 @@ def test_prompts_of_any_kind_have_no_detectors_and_no_ceiling(program, tmp_path,
     assert rows[1]["all_right"] == ""
     assert program.main([*command, "--methods", "paro"]) == 2
     assert "paro-online" in capsys.readouterr().err
+
+
+def test_tables_of_several_machines_become_one(program, tmp_path, capsys):
+    """Each has made its own dense videos, which must be the same; nothing is written where they are not."""
+    parts = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for method, part in zip(("random", "radial"), parts, strict=True):
+        assert program.main([*SMALL, "--limit", "1", "--methods", method, "--output", str(part)]) == 0
+    command = ["--output", str(tmp_path / "rows.csv"), "--merge", *map(str, parts)]
+    assert program.main(command) == 0
+    assert [row["setting"] for row in read_table(tmp_path / "rows.csv")] == ["dense", "random 0.5", "radial"]
+    assert not (tmp_path / "rows.csv.parts").exists()
+    assert program.main(command) == 0, "rows that are there already"
+    assert len(read_table(tmp_path / "rows.csv")) == 3
+
+    for column, value, told in (
+        ("permanence", "0.123", r"b.csv says permanence '0.123' of a video"),
+        ("weights", "other", "rows of tiny-wan with other, fp32, others with"),
+    ):
+        rows = read_table(parts[1])
+        rows[0][column] = value
+        write_table(tmp_path / "b.csv", rows, program.COLUMNS)
+        (tmp_path / "rows.csv").unlink(missing_ok=True)
+        capsys.readouterr()
+        assert program.main(command) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "rows.csv").exists()
+        assert not (tmp_path / "rows.csv.parts").exists()
 
 
 def test_time_that_is_up_ends_the_run(program, tmp_path, capsys):

@@ -35,7 +35,7 @@ def test_every_setting_and_column_that_is_asked_for(score, tmp_path):
     steps = [{"step": 1, "seconds": 2.5, "peak_gib": 1.5}, {"step": 1, "held_out/17/0.5": 1.0},
              {"step": 2, "seconds": 2.0, "peak_gib": 1.75}]  # fmt: skip
     (tmp_path / "dense/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    args = type("Args", (), {"lora": [f"{name}={tmp_path / name}" for name in ("dense", "radial")]})
+    args = type("Args", (), {"lora": [f"{name}={tmp_path / name}" for name in ("dense", "radial")], "only": None})
     settings = score.settings_of(args)
     assert [(name, method) for name, method, _ in settings] == list(training_tables.SETTINGS)
     assert [folder is not None for *_, folder in settings] == [False] * 6 + [True] * 2
@@ -100,6 +100,40 @@ def test_it_goes_on_where_it_was_stopped(score, tmp_path, monkeypatch, capsys):
     assert made == [("truth", 17)], "only what is missing"
     run("--steps", "3")
     assert len(made) == 12, "rows of other settings are made again"
+
+
+def test_parts_of_several_machines_become_one_table(score, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def measure(pipe, prompts, name, frames, pool, args):
+        made.append((name, frames, len(prompts)))
+        return {name + end: f"0.{len(made)}" for name in score.FIGURES for end in ("", "_low", "_high")}
+
+    monkeypatch.setattr(score, "measure", measure)
+
+    def run(name, *more):
+        argv = ["score", "--frames", "17", "33", "--size", "32", "--batch", "1", "--workers", "1", "--commit", "x",
+                "--output", str(tmp_path / name), *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", argv)
+        score.main()
+
+    run("a.csv", "--only", "truth", "riflex", "--limit", "2", "1")
+    assert made == [("truth", 17, 2), ("riflex", 17, 2), ("truth", 33, 1), ("riflex", 33, 1)]
+    run("b.csv", "--only", "none", "riflex", "--limit", "3")
+    made.clear()
+    run("all.csv", "--merge", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"))
+    assert made == [], "merging measures nothing"
+    rows = [(r["lora"], r["method"], r["frames"], r["videos"]) for r in score.read_rows(tmp_path / "all.csv", ())]
+    assert len(rows) == len(set(rows)) == 8
+    assert ("truth", "none", "33", "1") in rows
+    assert ("riflex", "dense", "33", "3") in rows, "of two rows of one setting the later file's"
+    wrongs = {
+        "--only rifle": "--only must be of", "--limit 1 2 3": "--limit must", "--merge none.csv": "cannot be read",
+    }  # fmt: skip
+    for wrong, told in wrongs.items():
+        with pytest.raises(SystemExit):
+            run("c.csv", *wrong.split())
+        assert told in capsys.readouterr().err
 
 
 def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """Inputs of the kernel tests: layouts, maps, and tensors whose invalid tokens hold NaN."""
 
 import math
+from dataclasses import replace
 
 import torch
 
-from videosparse.blocks import BlockMap
+from videosparse.blocks import BlockIndex, BlockMap
 from videosparse.kernels import KernelOptions
 from videosparse.kernels.accuracy import allowed_error, measure, worst_row
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
@@ -45,6 +46,31 @@ def make_map(layout, block, share="shared", samples=2, heads=3, density=0.5, dev
     keep[:, :, 1] = False
     keep[:, :, -1] = True
     return BlockMap(keep, block, layout.length, layout.length)
+
+
+def both_ids(block_map, monkeypatch) -> list[BlockIndex]:
+    """The lists of a map with int32 ids as if it had many blocks, with int16 ids, and with such that start amid a word.
+
+    Key-major lists are made with each.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr("videosparse.blocks.SHORT_IDS", 0)
+        long = block_map.index()
+        long.prepare_backward()
+    short = block_map.index()
+    amid = replace(short, ids=torch.cat([short.ids.new_zeros(1), short.ids])[1:])
+    for index in (short, amid):
+        index.prepare_backward()
+    found = [(x.ids.dtype, x.key_major.ids.dtype, x.ids.data_ptr() % 4) for x in (long, short, amid)]
+    assert found == [(torch.int32,) * 2 + (0,), (torch.int16,) * 2 + (0,), (torch.int16,) * 2 + (2,)]
+    return [long, short, amid]
+
+
+def assert_same_of_both_ids(call, block_map, monkeypatch):
+    """`call(index)`, a tensor or several, is bitwise the same whatever the ids of the lists are."""
+    first, *others = (call(index) for index in both_ids(block_map, monkeypatch))
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0, equal_nan=True)
 
 
 def poison(x, layout):

@@ -13,6 +13,7 @@ from inputs import (
     TRITON,
     PoisonedEmpty,
     assert_accurate,
+    assert_same_of_both_ids,
     assert_sums_accurate,
     make_layout,
     make_map,
@@ -97,6 +98,13 @@ def test_order_is_only_an_order():
     out = attend(q, k, v, layout=layout, index=index, options=TRITON)
     index.order[:-1] = index.order[:-1].flip(0)
     assert torch.equal(out, attend(q, k, v, layout=layout, index=index, options=TRITON))
+
+
+def test_ids_of_both_sizes_give_the_same(monkeypatch):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.float16, heads=2, dim=16)
+    call = lambda x: attend(q, k, v, layout=layout, index=x, return_lse=True, options=TRITON)  # noqa: E731
+    assert_same_of_both_ids(call, make_map(layout, (64, 64), "per head", heads=2), monkeypatch)
 
 
 @pytest.mark.parametrize("dimension", ["sample", "token", "head"])

@@ -3,7 +3,18 @@
 import pytest
 import torch
 from gradients import assert_gradients, make_grads
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, make_layout, make_map, make_qkv, poison
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    TRITON,
+    PoisonedEmpty,
+    assert_same_of_both_ids,
+    make_layout,
+    make_map,
+    make_qkv,
+    poison,
+)
 
 from videosparse.kernels import attend, gpu, hopper_backward
 from videosparse.layout import TokenLayout, VideoGrid
@@ -149,6 +160,15 @@ def test_compiled_and_checkpointed(kernels):
     for other in (compiled, lambda *x: torch.utils.checkpoint.checkpoint(call, *x, use_reentrant=False)):
         for first, again in zip(expected, torch.autograd.grad(other(*inputs), inputs, grads), strict=True):
             assert torch.equal(first, again)
+
+
+def test_ids_of_both_sizes_give_the_same(kernels, monkeypatch):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    inputs = [x.requires_grad_() for x in make_qkv(layout, torch.float16, heads=2, dim=16)]
+    grad, _ = make_grads(layout, inputs[0], lse=False)
+    call = lambda x: attend(*inputs, layout=layout, index=x, options=TRITON)  # noqa: E731
+    block_map = make_map(layout, (64, 64), "per head", heads=2)
+    assert_same_of_both_ids(lambda x: torch.autograd.grad(call(x), inputs, grad), block_map, monkeypatch)
 
 
 def test_key_major_lists_are_made_when_the_graph_brings_none():

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import quantized
 import torch
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, PoisonedEmpty, make_layout, make_map, make_qkv
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    PoisonedEmpty,
+    assert_same_of_both_ids,
+    make_layout,
+    make_map,
+    make_qkv,
+)
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -67,6 +76,14 @@ def test_shared_maps_and_strides(quant, share):
     layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
     block_map = make_map(layout, (64, 64), share, heads=2)
     run_and_check(quant, layout, block_map, *make_qkv(layout, torch.float16, heads=2, view="fused"))
+
+
+def test_ids_of_both_sizes_give_the_same(monkeypatch):
+    layout = make_layout("ragged text", grid=SMALL).aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.float16, heads=2)
+    options = KernelOptions(backend="triton", quant="int8")
+    call = lambda x: attend(q, k, v, layout=layout, index=x, options=options)  # noqa: E731
+    assert_same_of_both_ids(call, make_map(layout, (64, 64), "per head", heads=2), monkeypatch)
 
 
 @pytest.mark.parametrize("quant", quantized.QUANTS)

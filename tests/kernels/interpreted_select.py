@@ -103,7 +103,9 @@ def test_rows_too_long_are_refused():
 
 
 @pytest.mark.parametrize("columns", [1, 8, 31, 591])
-def test_lists(columns):
+@pytest.mark.parametrize("fewest", [2**15, 31])
+def test_lists(columns, fewest, monkeypatch):
+    monkeypatch.setattr("videosparse.blocks.SHORT_IDS", fewest)
     keep = torch.rand(2, 2, 3, columns) < 0.4
     keep[0, 1] = False
     keep[1, 0] = True

@@ -5,6 +5,7 @@ import math
 import torch
 from inputs import expected_sums
 
+from videosparse.blocks import id_dtype
 from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.kernels.call import AttentionCall
 from videosparse.layout import ceil_div
@@ -82,7 +83,7 @@ def assert_expands(select, keep, spare=5):
     row_ptr, ids = row_ptr_of(keep), keep.nonzero()[:, 3]
     total = ids.numel()
     found = select.expand(packed(keep), row_ptr, total + spare, keep.shape[3])
-    assert found.dtype == torch.int32
+    assert found.dtype == id_dtype(keep.shape[3])
     assert found.shape == (total + spare,)
     assert torch.equal(found[:total].long(), ids)
     few = total // 2

@@ -3,7 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TORCH, assert_accurate, make_layout, make_map, make_qkv
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    TORCH,
+    assert_accurate,
+    assert_same_of_both_ids,
+    make_layout,
+    make_map,
+    make_qkv,
+)
 
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend, torch_path
@@ -117,8 +127,17 @@ def test_list_capacity_beyond_the_entries_is_not_read():
     q, k, v = make_qkv(layout, torch.float32)
     block_map = make_map(layout, (64, 64))
     index = block_map.index(capacity=block_map.keep.numel())
-    index.ids[int(index.row_ptr[-1]) :] = 10**6
+    index.ids[int(index.row_ptr[-1]) :] = 30_000
     assert_accurate(attend(q, k, v, layout=layout, index=index), None, q, k, v, layout=layout, block_map=block_map)
+
+
+def test_ids_of_both_sizes_give_the_same(monkeypatch):
+    layout = make_layout("ragged text").aligned((128, 64))
+    inputs = [x.requires_grad_() for x in make_qkv(layout, torch.float32)]
+    call = lambda x: attend(*inputs, layout=layout, index=x)  # noqa: E731
+    grad = torch.randn_like(inputs[0])
+    block_map = make_map(layout, (128, 64), "per head")
+    assert_same_of_both_ids(lambda x: (out := call(x), *torch.autograd.grad(out, inputs, grad)), block_map, monkeypatch)
 
 
 def test_scores_are_held_a_few_rows_at_a_time(monkeypatch):

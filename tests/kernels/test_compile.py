@@ -22,7 +22,9 @@ TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=True, lse=True, far=False, order=False):
+def compile_forward(
+    capability, dtype, head_dim, block, *, sparse=True, lens=True, lse=True, far=False, order=False, ids="*i16"
+):
     """The kernel for one card, with all strides and pointers aligned as in a real call."""
     rows = block[0] if sparse else 128
     tiles = choose_tiles(head_dim, DTYPES[dtype], rows, SHARED_KB[capability])
@@ -50,7 +52,8 @@ def compile_forward(capability, dtype, head_dim, block, *, sparse=True, lens=Tru
             signature[name] = "i64"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name in ("scale_log2", "far_alpha") else "*i32" if "ptr" in name else "i32"
+            kind = ids if name == "ids_ptr" else "*i32" if "ptr" in name else "i32"
+            signature[name] = "fp32" if name in ("scale_log2", "far_alpha") else kind
     source = ASTSource(forward_kernel, signature, constants, attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -75,6 +78,15 @@ def test_half_precision_uses_tensor_cores_within_the_card(capability, head_dim, 
     assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_short_ids_are_copied_ahead_as_long_ones_are(capability):
+    """cp.async copies words of four bytes at least: loaded as halves, ids would take the stages of the keys."""
+    short, long = (compile_forward(capability, "bf16", 128, (128, 128), ids=ids) for ids in ("*i16", "*i32"))
+    assert short.metadata.shared == long.metadata.shared
+    count = [len(re.findall(r"cp\.async\.c[ag]\S* ", x.asm["ptx"])) for x in (short, long)]
+    assert count[0] == count[1] > 0
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90])

@@ -33,7 +33,8 @@ def compile_for(capability, kernel, dtype, constants, warps, stages):
             if kernel not in (hopper_backward.query_kernel, hopper_backward.key_kernel):
                 attributes[(i,)] = aligned
         else:
-            signature[name] = "fp32" if name.startswith("scale") else "*i32" if "ptr" in name else "i32"
+            kind = "*i16" if name == "ids_ptr" else "*i32" if "ptr" in name else "i32"
+            signature[name] = "fp32" if name.startswith("scale") else kind
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

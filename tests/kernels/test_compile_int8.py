@@ -34,7 +34,8 @@ def compiled_for(capability, kernel, constants, types, options):
             signature[name] = types.get(name, "i64")
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale_log2" else "*i32" if "ptr" in name else "i32"
+            kind = "*i16" if name == "ids_ptr" else "*i32" if "ptr" in name else "i32"
+            signature[name] = "fp32" if name == "scale_log2" else kind
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

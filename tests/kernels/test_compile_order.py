@@ -15,7 +15,7 @@ from videosparse.kernels.triton_order import choose_warps, next_power, reorder_k
 
 CAPABILITIES = pytest.mark.parametrize("capability", [80, 90, 100])
 FP32 = ("cos_ptr", "sin_ptr", "lse_ptr")
-INT32 = ("table_ptr", "row_ptr", "ids_ptr", "order_ptr", "lens_ptr")
+INT32 = ("table_ptr", "row_ptr", "order_ptr", "lens_ptr")
 
 
 def compile_kernel(kernel, constants, capability, warps, dtype="bf16", stages=3):
@@ -26,9 +26,9 @@ def compile_kernel(kernel, constants, capability, warps, dtype="bf16", stages=3)
             signature[name] = "constexpr"
             continue
         pointer, stride = name.endswith("_ptr"), name.startswith("stride")
-        kind = "*fp32" if name in FP32 else "*i32" if name in INT32 else f"*{dtype}"
+        kind = "*fp32" if name in FP32 else "*i32" if name in INT32 else "*i16" if name == "ids_ptr" else f"*{dtype}"
         signature[name] = kind if pointer else "i64" if stride else "fp32" if name in ("eps", "scale_log2") else "i32"
-        if stride or (pointer and name not in ("sin_ptr", *INT32[1:])):
+        if stride or (pointer and name not in ("sin_ptr", "ids_ptr", *INT32[1:])):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

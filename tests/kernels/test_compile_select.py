@@ -25,7 +25,7 @@ TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcg
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
     "sums_ptr": "*fp32", "lse_ptr": "*fp32", "kept_ptr": "*fp32", "counts_ptr": "*i32", "bits_ptr": "*u8",
-    "row_ptr": "*i32", "ids_ptr": "*i32", "lens_ptr": "*i32",
+    "row_ptr": "*i32", "ids_ptr": "*i16", "lens_ptr": "*i32",
 }  # fmt: skip
 
 

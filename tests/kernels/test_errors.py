@@ -57,12 +57,20 @@ def test_index_of_another_geometry():
         "is for 1 samples and 2 heads": {"shape": (1, 2, 2, 2)},
         r"has 3 x 2 blocks, 96 tokens in blocks of \(64, 64\) need 2 x 2": {"shape": (1, 1, 3, 2)},
         r"BlockIndex.row_ptr must be int32 \[3\] \(got torch.int32 \[2\]\)": {"row_ptr": index.row_ptr[1:]},
-        r"BlockIndex.ids must be int32 \[capacity\] \(got torch.int64": {"ids": index.ids.long()},
+        r"BlockIndex.ids must be int16 or int32 \[capacity\] \(got torch.int64": {"ids": index.ids.long()},
+        r"BlockIndex.order must be int32 \[3\] \(got torch.int16": {"order": index.order.short()},
         "BlockIndex.order must be on cpu like q": {"order": index.order.to("meta")},
     }
     for message, change in refused.items():
         with pytest.raises(ValueError, match=message):
             attend(**tensors(), layout=LAYOUT, index=dataclasses.replace(index, **change))
+
+
+def test_short_ids_of_many_columns(monkeypatch):
+    index = make_map(LAYOUT, (64, 64)).index()
+    monkeypatch.setattr("videosparse.blocks.SHORT_IDS", 2)
+    with pytest.raises(ValueError, match=r"BlockIndex.ids must be int32 \[capacity\] \(got torch.int16"):
+        attend(**tensors(), layout=LAYOUT, index=index)
 
 
 def test_orders_of_other_heads_grids_and_devices():

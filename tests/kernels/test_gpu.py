@@ -18,6 +18,7 @@ from inputs import (
     TRITON,
     PoisonedEmpty,
     assert_accurate,
+    assert_same_of_both_ids,
     assert_sums_accurate,
     make_layout,
     make_map,
@@ -295,6 +296,17 @@ def test_no_recompiles_over_lengths_densities_and_maps():
     ]:
         call(*arguments)
     assert count() == before
+
+
+@pytest.mark.parametrize("kind", ["video", "ragged text"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_ids_of_both_sizes_give_the_same(kind, block, monkeypatch):
+    layout = make_layout(kind, "cuda", MIDDLE).aligned(block)
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128)
+    call = lambda x: attend(q, k, v, layout=layout, index=x, return_lse=True, options=TRITON)  # noqa: E731
+    block_map = make_map(layout, block, "per head", device="cuda")
+    assert_same_of_both_ids(call, block_map, monkeypatch)
+    assert_accurate(*call(block_map.index()), q, k, v, layout=layout, block_map=block_map)
 
 
 def test_compiles_to_one_graph():

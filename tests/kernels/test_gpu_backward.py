@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from gradients import assert_gradients, make_grads
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, TRITON, PoisonedEmpty, make_layout, make_map, make_qkv
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    TRITON,
+    PoisonedEmpty,
+    assert_same_of_both_ids,
+    make_layout,
+    make_map,
+    make_qkv,
+)
 
 from videosparse.kernels import KernelOptions, attend, gpu, hopper_backward, triton_backward
 from videosparse.kernels.backend import unavailable
@@ -56,6 +66,15 @@ def test_sparse_layouts(kind, block, kernels):
     layout = make_layout(kind, "cuda", MIDDLE).aligned(block)
     block_map = make_map(layout, block, device="cuda")
     run_and_check(layout, block_map, *make_qkv(layout, torch.bfloat16, dim=128, device="cuda"))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_ids_of_both_sizes_give_the_same(block, kernels, monkeypatch):
+    layout = make_layout("ragged text", "cuda", MIDDLE).aligned(block)
+    inputs = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
+    grads = make_grads(layout, inputs[0])
+    call = lambda x: gradients(call_of(layout, x), inputs, grads)  # noqa: E731
+    assert_same_of_both_ids(call, make_map(layout, block, "per head", device="cuda"), monkeypatch)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

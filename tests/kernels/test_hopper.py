@@ -6,7 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from inputs import LAYOUTS, MAP_SHARES, PoisonedEmpty, assert_accurate, make_layout, make_map, make_qkv
+from inputs import (
+    LAYOUTS,
+    MAP_SHARES,
+    PoisonedEmpty,
+    assert_accurate,
+    assert_same_of_both_ids,
+    make_layout,
+    make_map,
+    make_qkv,
+)
 from orders import check_attend
 
 triton = pytest.importorskip("triton")
@@ -66,6 +75,14 @@ def run_and_check(layout, block_map, q, k, v, lse=True):
 def test_lists(on_cpu, kind, dim, block):
     layout = make_layout(kind).aligned(block)
     run_and_check(layout, make_map(layout, block, heads=2), *make_qkv(layout, torch.bfloat16, heads=2, dim=dim))
+
+
+@pytest.mark.parametrize("kind", ["video", "ragged text"])
+def test_ids_of_both_sizes_give_the_same(on_cpu, monkeypatch, kind):
+    layout = make_layout(kind).aligned((128, 64))
+    q, k, v = make_qkv(layout, torch.bfloat16, heads=2)
+    call = lambda x: attend(q, k, v, layout=layout, index=x, options=KernelOptions(backend="triton"))  # noqa: E731
+    assert_same_of_both_ids(call, make_map(layout, (128, 64), "per head", heads=2), monkeypatch)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -154,7 +171,7 @@ def test_more_tokens_than_the_kernel_divides_are_copied(on_cpu, monkeypatch):
     check_attend(layout, None, *make_qkv(layout, torch.bfloat16), KernelOptions(backend="triton"))
 
 
-def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True, order=False):
+def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True, order=False, ids="*i16"):
     """The kernel as its launcher compiles it."""
     constants = {"KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "NEED_LSE": lse, "ORDER": order}
     constants |= {} if order else {"out_ptr": None, "table_ptr": None, "ordered": None}
@@ -170,7 +187,7 @@ def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True, ord
             signature[name] = f"*{dtype}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
+            signature[name] = {"lse_ptr": "*fp32", "ids_ptr": ids}.get(name, "*i32")
         else:
             signature[name] = "fp32" if name == "scale_log2" else "i32"
     source = GluonASTSource(forward_kernel, signature, constants, attributes)
@@ -216,6 +233,20 @@ def test_offsets_are_64_bit():
     assert re.search(r"arith\.muli .* : i64", ir)
     assert "tt.addptr" in ir
     assert all(kind in ("i32", "i64") for kind in re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (\w+)", ir))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_short_ids_cost_no_registers(text, tmp_path):
+    """Ids of both sizes are widened as they are loaded: the same products and copies, by as many registers."""
+    facts = []
+    for ids, load in (("*i16", "LDG.E.U16 "), ("*i32", "LDG.E ")):
+        compiled = compile_forward("bf16", 128, 64, True, text, lse=text, ids=ids)
+        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        used, sass = disassemble("cuobjdump", "-res-usage", tmp_path), disassemble("nvdisasm", tmp_path)
+        assert load in sass
+        assert spilled_in_loops(sass, 2) == []
+        facts.append((re.findall(r"(?:REG|STACK|SHARED):\d+", used), sass.count("HGMMA"), sass.count("UTMALDG")))
+    assert facts[0] == facts[1]
 
 
 def call(lists=None, seq_lens=None, video=256, text_start=256, scale=0.1):

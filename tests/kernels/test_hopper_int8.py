@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from inputs import LAYOUTS, MAP_SHARES, PoisonedEmpty, make_layout, make_map, make_qkv
+from inputs import LAYOUTS, MAP_SHARES, PoisonedEmpty, assert_same_of_both_ids, make_layout, make_map, make_qkv
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -75,6 +75,14 @@ def test_dense(on_cpu, quant, kind, aligned):
     run_and_check(quant, layout, None, *make_qkv(layout, torch.float16, heads=2, dim=64))
 
 
+def test_ids_of_both_sizes_give_the_same(on_cpu, monkeypatch):
+    layout = make_layout("ragged text").aligned((128, 64))
+    q, k, v = make_qkv(layout, torch.bfloat16, heads=2)
+    options = KernelOptions(backend="triton", quant="int8")
+    call = lambda x: attend(q, k, v, layout=layout, index=x, options=options)  # noqa: E731
+    assert_same_of_both_ids(call, make_map(layout, (128, 64), "per head", heads=2), monkeypatch)
+
+
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("share", MAP_SHARES)
 def test_shared_maps_and_strides(on_cpu, quant, share):
@@ -138,7 +146,8 @@ def compile_int8(head_dim, keys, fp8, sparse=True, text=True, lse=True, dtype="b
             tile, layout = descriptors[name]
             signature[name] = f"tensordesc<{tile},{NVMMASharedLayout(*layout)!r}>"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in ("lse_ptr", "v_scale_ptr") else "*i32"
+            kind = "*i16" if name == "ids_ptr" else "*i32"
+            signature[name] = "*fp32" if name in ("lse_ptr", "v_scale_ptr") else kind
         else:
             signature[name] = "i32"
     source = GluonASTSource(kernel_module.int8_kernel, signature, constants, {})

@@ -9,7 +9,16 @@ import sys
 import pytest
 import quantized
 import torch
-from inputs import BLOCKS, LAYOUTS, MAP_SHARES, PoisonedEmpty, make_layout, make_map, make_qkv
+from inputs import (
+    BLOCKS,
+    LAYOUTS,
+    MAP_SHARES,
+    PoisonedEmpty,
+    assert_same_of_both_ids,
+    make_layout,
+    make_map,
+    make_qkv,
+)
 from orders import CODES
 
 from videosparse.blocks import BlockMap
@@ -84,6 +93,15 @@ def test_shared_maps(quant, share):
     layout = make_layout("video", "cuda", MIDDLE)
     q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda", view="head-major")
     run_and_check(quant, layout, make_map(layout, (128, 128), share, device="cuda"), q, k, v)
+
+
+@pytest.mark.parametrize("block", [(128, 64), (64, 128)])
+def test_ids_of_both_sizes_give_the_same(quant, block, monkeypatch):
+    layout = make_layout("ragged text", "cuda", MIDDLE).aligned(block)
+    q, k, v = make_qkv(layout, torch.bfloat16, device="cuda")
+    options = KernelOptions(backend="triton", quant=quant)
+    call = lambda x: attend(q, k, v, layout=layout, index=x, options=options)  # noqa: E731
+    assert_same_of_both_ids(call, make_map(layout, block, "per head", device="cuda"), monkeypatch)
 
 
 def test_token_orders(quant):

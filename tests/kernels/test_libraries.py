@@ -29,8 +29,10 @@ def kept(counts, ids):
 
 
 @pytest.mark.parametrize("share", MAP_SHARES)
-def test_tables_hold_the_map(share, monkeypatch):
+@pytest.mark.parametrize("fewest", [2**15, 0])
+def test_tables_hold_the_map(share, fewest, monkeypatch):
     monkeypatch.setattr("videosparse.kernels.padded._SLAB", 40)  # several slabs
+    monkeypatch.setattr("videosparse.blocks.SHORT_IDS", fewest)  # int16 ids or int32, tables are int32
     layout = make_layout("ragged text").aligned(BLOCK)
     block_map = make_map(layout, BLOCK, share)
     lists = call_of(layout, block_map).lists

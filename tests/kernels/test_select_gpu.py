@@ -72,7 +72,7 @@ def test_lists_of_the_largest_capacity():
     bits = torch.full((1, 1, rows, columns // 8), 255, dtype=torch.uint8, device="cuda")
     row_ptr = (torch.arange(rows + 1, device="cuda") * columns).clamp(max=most).int()
     ids = triton_select.expand(bits, row_ptr, most, columns)
-    whole = torch.arange(columns, dtype=torch.int32, device="cuda")
+    whole = torch.arange(columns, dtype=torch.int16, device="cuda")
     assert torch.equal(ids[134_000 * columns : 134_001 * columns], whole)
     assert torch.equal(ids[most // columns * columns :], whole[: most % columns])
 

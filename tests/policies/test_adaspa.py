@@ -223,7 +223,7 @@ def test_the_capacity_bounds_every_outcome(kind, density):
 
 
 def test_memory_of_wan_14b():
-    """A branch of 40 layers: 461 MiB of fp32 lse and 133 MiB of bits; lists would take six times that."""
+    """A branch of 40 layers: 461 MiB of fp32 lse and 133 MiB of bits; lists would take three times that."""
     layout = CASES["wan2.1-14b 720x1280x81"].layout()
     kept = AdaSpaPolicy().state_bytes(layout, 1, 40)
     assert kept["lse"] * 40 == 75_600 * 40 * 4 * 40

@@ -77,9 +77,26 @@ def test_rounds_add_up():
     assert len(all_rounds(meta)) == 1, "a round without a step is none"
     meta |= {"dit": state()["dit"] | {"step": 7}, "spent_before": 2.5, "device": "GPU"}
     total = summary(all_rounds(meta))
-    assert (total["minutes"], total["steps"], total["device"]) == (5.5, {"vae": 10, "dit": 12}, "CPU and GPU")
+    assert (total["minutes"], total["device"]) == (5.5, "CPU and GPU")
+    assert total["steps"] == {"vae": 10, "dit": 12, "decoder": 0}
     assert total["rounds"][0]["what"].startswith("VAE: 10 steps in 1.0 minutes, rate 0.0002; DiT: 5 steps at 64x64")
     assert total["rounds"][1]["what"] == "DiT: 5 steps at 64x64 with 33 frames in 1.5 minutes, AdamW at 0.0006"
+
+
+def test_a_decoder_trained_beside_a_round_adds_steps_and_no_minutes():
+    decoder = {"step": 1200, "elapsed": 90.0, "minutes": 2.0, "device": "GPU", "lr": 5e-4, "how": "81 frames"}
+    (both,) = all_rounds(state() | {"decoder": decoder})
+    words = "1,200 steps in 1.5 minutes, rate 0.0005, 81 frames"
+    assert both["what"].endswith(f"; the VAE's decoder alone: beside the DiT, on another GPU, {words}")
+    assert (both["steps"], both["minutes"]) == ({"vae": 10, "dit": 5, "decoder": 1200}, 3.0)
+    assert summary([both, *all_rounds(state())])["steps"] == {"vae": 20, "dit": 10, "decoder": 1200}
+    (alone,) = all_rounds({"decoder": decoder, "spent_before": 0.0})
+    assert alone == {
+        "what": f"the VAE's decoder alone: {words}",
+        "steps": {"vae": 0, "dit": 0, "decoder": 1200},
+        "minutes": 2.0,
+        "device": "GPU",
+    }
 
 
 def test_a_round_of_both_forgets_the_latents():

@@ -116,6 +116,29 @@ class RowStore:
             os.fsync(file.fileno())
         self._done |= {self.key_of(row): self._fixed_of(row) for row in listed}
 
+    def take(self, paths: Iterable[Path], may_differ: Sequence[str] = ()) -> None:
+        """Add the rows of other tables, as of other machines; a video that several have must be the same in all.
+
+        Args:
+            paths: of the other tables, with the same columns.
+            may_differ: columns in which two rows of one video need not agree; the first one stays.
+
+        Raises:
+            ValueError: one cannot be read, lacks a column, or says otherwise of a video; then none is added.
+        """
+        known = {self.key_of(row): row for row in self.rows()}
+        before, compared = set(known), [name for name in self.columns if name not in may_differ]
+        for path in paths:
+            for row in read_table(path, self.columns):
+                key = self.key_of(row)
+                first = known.setdefault(key, row)
+                if differs := [name for name in compared if first.get(name, "") != row[name]]:
+                    raise ValueError(
+                        f"{path} says {differs[0]} {row[differs[0]]!r} of a video of which another table says "
+                        f"{first.get(differs[0], '')!r} ({', '.join(key)}); merge rows of one comparison only."
+                    )
+        self.add(row for key, row in known.items() if key not in before)
+
     def rows(self) -> list[Row]:
         """All rows so far, of all processes: one for each key, the newest."""
         found: dict[tuple[str, ...], Row] = {}

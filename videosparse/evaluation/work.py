@@ -41,6 +41,9 @@ KEY = (
 FIXED = ("weights", "dtype")
 """Columns of which a table has one value for each model."""
 
+TIMED = ("seconds", "denoise_seconds", "batch", "video", "map", "map_shows", *WHERE)
+"""Columns in which two runs of one comparison differ."""
+
 COLUMNS = (
     *KEY, "method", "asked_density", "quant", "tokens", "video_density", "average_density", "seconds",
     "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "drift", "convention", *FIXED, "video", "map",

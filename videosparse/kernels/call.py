@@ -21,7 +21,7 @@ class Lists:
 
     Args:
         row_ptr: int32 [samples * heads * rows + 1].
-        ids: int32 [capacity], ascending within a row.
+        ids: int16 or int32 [capacity], ascending within a row.
         order: int32 [samples * heads * rows + 1], the order in which to start rows, then how many are long.
         block: (query rows, key rows) of a block.
         samples, heads: of the map, 1 where it is shared.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from videosparse.blocks import BlockIndex
+from videosparse.blocks import BlockIndex, id_dtype
 from videosparse.kernels.backend import TRITON_DTYPES
 from videosparse.layout import TokenLayout, ceil_div
 
@@ -77,15 +77,18 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
             f"{ceil_div(length, index.block[0])} x {ceil_div(length, index.block[1])}; build it with BlockMap.index()."
         )
     count = samples * map_heads * rows
+    short = id_dtype(cols)  # int32 is right at any size
     sizes = {"row_ptr": count + 1, "ids": None, "order": count + 1}
     for name, size in sizes.items():
         x = getattr(index, name)
         wrong_size = x.dim() != 1 or (size is not None and x.shape[0] != size)
-        if x.dtype != torch.int32 or wrong_size or not x.is_contiguous():
+        is_short = name == "ids" and x.dtype == short
+        if (x.dtype != torch.int32 and not is_short) or wrong_size or not x.is_contiguous():
+            kind = "int16 or int32" if name == "ids" and short == torch.int16 else "int32"
             expected = "capacity" if size is None else size
             spread = "" if x.is_contiguous() else ", not contiguous"
             raise ValueError(
-                f"BlockIndex.{name} must be int32 [{expected}] (got {x.dtype} {list(x.shape)}{spread}); "
+                f"BlockIndex.{name} must be {kind} [{expected}] (got {x.dtype} {list(x.shape)}{spread}); "
                 "build it with BlockMap.index()."
             )
         if x.device != q.device:

@@ -33,7 +33,7 @@ from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.kernels.compiled import compiled
 from videosparse.kernels.tma import ALIGNMENT, is_aligned, with_room_for_descriptors
 from videosparse.kernels.triton_backward import SIZES, Gradients, _end_of_text, _place, arguments, prepared
-from videosparse.kernels.triton_forward import LISTS, Tiles
+from videosparse.kernels.triton_forward import LISTS, Tiles, _listed
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _walk(row_ptr, row, first, extent, BLOCK: tl.constexpr, TILE: tl.constexpr, 
 def _start_of_tile(tile, ids_ptr, entry, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr):
     """First position of the tile-th tile that a program walks."""
     if SPARSE:
-        return tl.load(ids_ptr + entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
+        return _listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
     else:
         return tile * TILE
 
@@ -336,7 +336,8 @@ def _launch(kernel: Any, outs: tuple[torch.Tensor, ...], x: Gradients, tiles: Ho
     """
     programs, positional, constants = arguments(outs, x, tiles)
     constants |= {"HEAD_PAD": 64 if x.q.shape[3] <= 64 else 128, "SPECIALIZE": tiles.specialize, **options}
-    key = (x.q.device, x.q.dtype, *constants.values())
+    lists = x.call.lists if kernel is query_kernel else x.by_key
+    key = (x.q.device, x.q.dtype, None if lists is None else lists.ids.dtype, *constants.values())
     with_room_for_descriptors(x.q.device, partial(_start, kernel, key, programs, positional, constants))
 
 

@@ -113,7 +113,7 @@ def forward(
         call.scale * LOG2_E,
     )
     constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None)
-    key = (device, q.dtype, constants)
+    key = (device, q.dtype, ids.dtype, constants)
     kernel = compiled(forward_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)
     return out, lse

@@ -128,7 +128,7 @@ def attend_quantized(
         text_start,
     )
     constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0)
-    key = (device, dtype, data.v.dtype, constants)
+    key = (device, dtype, data.v.dtype, ids.dtype, constants)
     kernel = compiled(int8_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)
     return out, data.lse

@@ -6,7 +6,7 @@ Shapes
     out           [B, L, H, D] contiguous
     lse           fp32 [B, H, L], natural log
     row_ptr       int32 [map_rows + 1], map_rows = samples * heads * rows of the map
-    ids, order    int32 [capacity], int32 [map_rows + 1], see `BlockIndex`
+    ids, order    int16 or int32 [capacity], int32 [map_rows + 1], see `BlockIndex`
     lens          int32 [B], where each sample's text ends
     tail          [B, L - T, H, D], the values from position T = video // KEYS * KEYS on, see `value_tail`
     table         int32 [H, 8], see `ordering.axis_table`
@@ -129,7 +129,7 @@ def _entries(row, end, lists, layout, KEYS: gl.constexpr, SPARSE: gl.constexpr, 
         if TEXT:
             stop = gl.where(end > text_start, gl.maximum(end, video), video)
             place = count - 1 - gl.arange(0, TAIL_BLOCKS, gl.BlockedLayout([TAIL_BLOCKS // 32], [32], [1], [0]))
-            ids = gl.load(ids_ptr + first + place, mask=place >= 0, other=-1)
+            ids = gl.load(ids_ptr + first + place, mask=place >= 0, other=-1).to(gl.int32)
             found = gl.sum((ids >= tail_block).to(gl.int32) + ((ids * KEYS >= stop).to(gl.int32) << 16), 0)
             tail = (found & 0xFFFF) - (found >> 16)
             count -= found >> 16
@@ -148,13 +148,12 @@ def _entries(row, end, lists, layout, KEYS: gl.constexpr, SPARSE: gl.constexpr, 
 def _block(place, first, count, lists, layout, KEYS: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr):
     """The key block of an entry of a row, `FAR` past its last."""
     if SPARSE:
-        block = gl.load(lists[1] + first + place, mask=place < count, other=FAR)
+        block = gl.cast(gl.load(lists[1] + first + place, mask=place < count, other=0), gl.int32)
     else:
         block = place
         if TEXT:
             block += gl.where(place < gl.cdiv(layout[1], KEYS), 0, first)
-        block = gl.where(place < count, block, FAR)
-    return block
+    return gl.where(place < count, block, FAR)
 
 
 @gluon.jit

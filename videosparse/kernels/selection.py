@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from videosparse.blocks import BlockIndex, PackedIndex, work_order
+from videosparse.blocks import BlockIndex, PackedIndex, id_dtype, work_order
 from videosparse.kernels import torch_select
 from videosparse.kernels.backend import choose_own
 
@@ -152,7 +152,7 @@ def _select_blocks_fake(
     schema="(Tensor bits, Tensor row_ptr, SymInt capacity, SymInt columns, str backend) -> Tensor",
 )
 def expand_blocks(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: int, backend: str) -> torch.Tensor:
-    """The lists of a map of bits, int32 [capacity]; see `torch_select.expand`."""
+    """The lists of a map of bits, ids [capacity]; see `torch_select.expand`."""
     ids: torch.Tensor = kernels_for(backend, bits).expand(bits, row_ptr, capacity, columns)
     return ids
 
@@ -161,7 +161,7 @@ def expand_blocks(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, colu
 def _expand_blocks_fake(
     bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: int, backend: str
 ) -> torch.Tensor:
-    return bits.new_empty((capacity,), dtype=torch.int32)
+    return bits.new_empty((capacity,), dtype=id_dtype(columns))
 
 
 def write_places(

@@ -62,6 +62,6 @@ def expand(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: in
         columns: of the map.
 
     Returns:
-        int32 [capacity], ascending within a row; what lies beyond row_ptr[-1] is undefined.
+        ids [capacity], see `id_dtype`: ascending within a row; what lies beyond row_ptr[-1] is undefined.
     """
     return compact_rows(unpack_rows(bits, columns).flatten(0, 2), row_ptr.long(), capacity)

@@ -32,6 +32,7 @@ from videosparse.kernels.triton_forward import (
     LISTS,
     Tiles,
     _is_token,
+    _listed,
     _load_rows,
     _row_of_program,
     _shared_kb,
@@ -116,7 +117,7 @@ def _start_of_tile(
 ):
     """First position of the tile-th tile that a program walks: of listed blocks, or of the video and then the text."""
     if SPARSE:
-        start = tl.load(ids_ptr + entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
+        start = _listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
     else:
         start = tl.where(tile < video_tiles, tile * TILE, text_start + (tile - video_tiles) * TILE)
     return start

@@ -6,7 +6,7 @@ Shapes
     out           [B, L, H, D] contiguous
     lse           fp32 [B, H, L], natural log
     row_ptr       int32 [samples * heads * rows + 1], over the samples and heads of the map
-    ids, order    int32 [capacity], int32 [samples * heads * rows + 1], see `BlockIndex`
+    ids, order    int16 or int32 [capacity], int32 [samples * heads * rows + 1], see `BlockIndex`
     lens          int32 [B], where each sample's text ends
     table         int32 [H, 8], see `ordering.axis_table`
 Positions [0, video) are video, [text_start, lens[b]) are text, all others are never read. With a token order, out and
@@ -65,6 +65,21 @@ def _load_rows(ptr, positions, stride, valid, HEAD_DIM: tl.constexpr, HEAD_PAD: 
     if HEAD_DIM == HEAD_PAD:
         return tl.load(pointers, mask=valid[:, None], other=0.0)
     return tl.load(pointers, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _listed(ids_ptr, place):
+    """The block that an entry of the lists names, int32.
+
+    An int16 id is taken from the aligned word that it is half of: words are copied ahead of their use, as keys are,
+    by an instruction that takes no less, and loads of halves would make every tile wait for its entry.
+    """
+    if ids_ptr.dtype.element_ty == tl.int16:
+        address = (ids_ptr + place).to(tl.int64)
+        word = tl.load((address & -4).to(tl.pointer_type(tl.int32)))
+        return (word >> ((address & 2) * 8).to(tl.int32)) & 0xFFFF
+    else:
+        return tl.load(ids_ptr + place)
 
 
 LISTS = ["row_ptr", "ids_ptr", "order_ptr", "lens_ptr"]
@@ -167,7 +182,7 @@ def forward_kernel(
     acc = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         if SPARSE:
-            block = tl.load(ids_ptr + entry + tile // (BLOCK_COLS // TILE_N))
+            block = _listed(ids_ptr, entry + tile // (BLOCK_COLS // TILE_N))
             start = block * BLOCK_COLS + tile % (BLOCK_COLS // TILE_N) * TILE_N
         else:
             start = tl.where(tile < video_tiles, tile * TILE_N, text_start + (tile - video_tiles) * TILE_N)

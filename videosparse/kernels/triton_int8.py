@@ -25,6 +25,7 @@ from videosparse.kernels.triton_forward import (
     LN_2,
     Tiles,
     _is_token,
+    _listed,
     _load_rows,
     _row_of_program,
     _shared_kb,
@@ -126,7 +127,7 @@ def int8_kernel(
     acc = tl.zeros([BLOCK_ROWS, HEAD_DIM], tl.float32)
     for i in tl.range(0, tiles, num_stages=STAGES):
         if SPARSE:
-            block = tl.load(ids_ptr + entry + i // (BLOCK_COLS // TILE_N))
+            block = _listed(ids_ptr, entry + i // (BLOCK_COLS // TILE_N))
             tile = block * (BLOCK_COLS // TILE_N) + i % (BLOCK_COLS // TILE_N)
         else:
             tile = tl.where(i < video_tiles, i, text_tile + i - video_tiles)

@@ -6,7 +6,7 @@ Shapes
     counts        int32 [B, H], how many video columns each row of a head keeps
     bits          uint8 [B, H, M, ceil(N / 8)], lowest bit first; a row starts on a byte
     kept          fp32 [B, H, M], mass of the kept blocks of a row
-    row_ptr, ids  int32 [B * H * M + 1] and int32 [capacity], see `BlockIndex`
+    row_ptr, ids  int32 [B * H * M + 1] and int16 or int32 [capacity], see `BlockIndex`
 Rows before `video_rows` and columns before `video_cols` are video, the others are text, which is always kept.
 
 One program owns one row and holds it in registers, as a tile of [bytes, 8 bits]. Positive floats are ordered like their
@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.blocks import SELECTION_LIMIT
+from videosparse.blocks import SELECTION_LIMIT, id_dtype
 from videosparse.kernels.gpu import on_device
 
 
@@ -113,7 +113,7 @@ def expand_kernel(bits_ptr, row_ptr, ids_ptr, capacity, columns, PAD: tl.constex
     column = byte[:, None] * 8 + bit[None, :]
     place = first[:, None] + _ones(packed[:, None] & ((1 << bit) - 1)[None, :])
     keep = (((packed[:, None] >> bit[None, :]) & 1) != 0) & (column < columns) & (place < room)
-    tl.store(ids_ptr + start.to(tl.int64) + place, column, mask=keep)
+    tl.store(ids_ptr + start.to(tl.int64) + place, column.to(ids_ptr.dtype.element_ty), mask=keep)
 
 
 def _pad(columns: int) -> int:
@@ -174,12 +174,12 @@ def expand(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: in
         columns: of the map, at most 16,384.
 
     Returns:
-        int32 [capacity], ascending within a row; what lies beyond row_ptr[-1] is undefined.
+        ids [capacity], see `id_dtype`: ascending within a row; what lies beyond row_ptr[-1] is undefined.
 
     Raises:
         ValueError: rows are too long.
     """
-    ids = torch.empty(capacity, dtype=torch.int32, device=bits.device)
+    ids = torch.empty(capacity, dtype=id_dtype(columns), device=bits.device)
     rows = row_ptr.shape[0] - 1
     if rows == 0 or capacity == 0:
         return ids

@@ -48,24 +48,29 @@ def vae_loss(
     object_weight: float = 8.0,
     square_weight: float = 1.0,
 ) -> Tensor:
-    """L1 + 0.1 (1 - SSIM) + 0.5 temporal-difference L1 + squares + KL. video in [-1, 1]; noise like the latents.
+    """`decoder_loss` of a sample of the posterior, and KL. video in [-1, 1]; noise like the latents."""
+    mean, logvar = model.encode(video)
+    mean, logvar = mean.float(), logvar.float()
+    decoded = model.decode(mean + noise * torch.exp(0.5 * logvar))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return decoder_loss(decoded, video, object_weight, square_weight) + kl_weight * kl
+
+
+def decoder_loss(decoded: Tensor, video: Tensor, object_weight: float = 8.0, square_weight: float = 1.0) -> Tensor:
+    """L1 + 0.1 (1 - SSIM) + 0.5 temporal-difference L1 + squares, of videos in [-1, 1].
 
     Objects cover a few percent of the world, so their pixels weigh `1 + object_weight` times as much: otherwise the
     patterns behind an object get all the capacity, and what moves is blurred beyond recognition. The squared error is
     there for the start: the L1 of a small bright object is lowest for a while where the object is missing.
     """
-    mean, logvar = model.encode(video)
-    mean, logvar = mean.float(), logvar.float()
-    decoded = model.decode(mean + noise * torch.exp(0.5 * logvar)).float()
-    target = video.float()
+    decoded, target = decoded.float(), video.float()
     weight = 1 + object_weight * object_mask(target)
     error = decoded - target
     l1 = (error.abs() * weight).mean()
     motion = ((error[:, :, 1:] - error[:, :, :-1]).abs() * weight[:, :, 1:]).mean()
     similarity = ssim((decoded + 1) / 2, (target + 1) / 2)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     square = (error.square() * weight).mean()
-    return l1 + 0.1 * (1 - similarity) + 0.5 * motion + square_weight * square + kl_weight * kl
+    return l1 + 0.1 * (1 - similarity) + 0.5 * motion + square_weight * square
 
 
 def psnr(decoded: Tensor, video: Tensor, weight: Tensor | None = None) -> Tensor:

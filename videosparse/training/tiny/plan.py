@@ -41,6 +41,9 @@ class Plan:
     vae_frames: int = 17
     vae_batches: tuple[tuple[int, int], ...] = ((64, 16), (128, 8))
     vae_check: int = 32
+    # of the last pool's kind, for the decoder alone
+    decoder_clips: int = 4096
+    decoder_batch: int = 2
     pools: tuple[Clip, ...] = (
         Clip("64x33", 64, 33, 30720, 256),
         Clip("128x33", 128, 33, 20480, 64),
@@ -62,14 +65,16 @@ def smoke_plan(cuda: bool) -> Plan:
     full = Plan()
     if cuda:
         pools = tuple(replace(pool, count=max(2 * HELD_OUT, 2 * pool.chunk)) for pool in full.pools)
-        return replace(full, vae_clips=256, pools=pools, captions=2000)
+        return replace(full, vae_clips=256, decoder_clips=64, pools=pools, captions=2000)
     pools = (Clip("64x33", 16, 9, 12, 4), Clip("128x33", 32, 9, 12, 4), Clip("128x81", 32, 13, 12, 4))
     stages = (
         (0.30, (Shape("64x33", 3, 4, 0.8), Shape("64x33", 1, 4, 0.2))),
         (0.85, (Shape("128x33", 3, 2, 0.75), Shape("128x33", 2, 2, 0.13), Shape("128x33", 1, 2, 0.12))),
         (1.00, (Shape("128x81", 4, 2, 0.6), Shape("128x33", 3, 2, 0.4))),
     )
-    return Plan(SMOKE_SIZES, 8, 9, ((16, 2), (32, 2)), 4, pools, stages, captions=300, sample_steps=2, eval_batch=4)
+    return Plan(
+        SMOKE_SIZES, 8, 9, ((16, 2), (32, 2)), 4, 8, 2, pools, stages, captions=300, sample_steps=2, eval_batch=4
+    )
 
 
 def large(plan: Plan) -> Plan:

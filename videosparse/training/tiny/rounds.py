@@ -39,14 +39,21 @@ def present_round(meta: dict[str, Any]) -> dict[str, Any] | None:
         what.append(f"VAE: {vae['step']:,} steps in {vae['elapsed'] / 60:.1f} minutes, rate {vae['lr']:g}{how}")
     if dit.get("step"):
         what.append(f"DiT: {dit['what']} in {dit['elapsed'] / 60:.1f} minutes, {dit['how']}")
-    if not what:
-        return None
-    return {
-        "what": "; ".join(what),
-        "steps": {"vae": vae.get("step", 0), "dit": dit.get("step", 0)},
-        "minutes": round(meta["spent_before"], 2),
-        "device": meta["device"],
-    }
+    steps = {"vae": vae.get("step", 0), "dit": dit.get("step", 0)}
+    clock = {"minutes": round(meta["spent_before"], 2), "device": meta["device"]} if what else None
+    if decoder := meta.get("decoder"):
+        steps["decoder"] = decoder["step"]
+        what.append(describe_decoder(decoder, beside=bool(what)))
+        # beside the rest it adds no minutes
+        clock = clock or {"minutes": round(decoder["minutes"], 2), "device": decoder["device"]}
+    return {"what": "; ".join(what), "steps": steps} | clock if clock else None
+
+
+def describe_decoder(decoder: dict[str, Any], beside: bool) -> str:
+    """What was done to the decoder alone; `beside` the rest of a round it had a device of its own."""
+    where = f"beside the DiT, on another {decoder['device']}, " if beside else ""
+    trained = f"{decoder['step']:,} steps in {decoder['elapsed'] / 60:.1f} minutes"
+    return f"the VAE's decoder alone: {where}{trained}, rate {decoder['lr']:g}, {decoder['how']}"
 
 
 def all_rounds(meta: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,7 +67,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "minutes": round(sum(entry["minutes"] for entry in rounds), 2),
-        "steps": {name: sum(entry["steps"][name] for entry in rounds) for name in ("vae", "dit")},
+        "steps": {name: sum(entry["steps"].get(name, 0) for entry in rounds) for name in ("vae", "dit", "decoder")},
         "device": listing(list(dict.fromkeys(entry["device"] for entry in rounds))) if rounds else "none",
     }
 

@@ -148,6 +148,10 @@ class Run:
             if not self._load_other():
                 logger.info("nothing to start from: starting from the beginning")
                 return
+        if "decoder" in self.meta and args.command != "decoder":
+            raise ValueError(f"{args.command} cannot start from a backup of `decoder`: it holds no more than a VAE.")
+        if own and args.command == "decoder" and "decoder" not in self.meta:
+            raise ValueError(f"{self.work} or {self.backup} holds a round; give folders of its own to `decoder`.")
         self.meta["spent_before"] = self.meta.pop("spent", 0.0)
         self.plan = replace(self.plan, sizes=TinySizes(**self.meta["sizes"]))
         if args.again and args.command != "export" and not (own and self._unfinished()):

@@ -6,7 +6,7 @@ import copy
 import logging
 import random
 import time
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -38,8 +38,7 @@ def train_vae(run: Run, minutes: float) -> bool:
     run.ranks.reunite(list(run.vae.parameters()))
     sizes = [size for size, _ in plan.vae_batches]
     run.drop_stored_pools()
-    # other scenes in every round, and in every process
-    seed = 11 + 10 * run.ranks.rank + 1000 * len(run.meta.get("rounds", []))
+    seed = vae_seed(run)
     futures = {size: submit(run, seed + i, plan.vae_clips + plan.vae_check) for i, size in enumerate(sizes)}
     submit_pools(run)
     pools, held = {}, {}
@@ -49,15 +48,15 @@ def train_vae(run: Run, minutes: float) -> bool:
     logger.info(f"vae: {plan.vae_clips} clips of each of {sizes} pixels rendered")
     variant = choose_vae_variant(run, run.vae, pools)
     model = vae_variant(run, run.vae, variant)
-    optimizer = make_vae_optimizer(run, run.vae)
+    optimizer = make_vae_optimizer(run, [run.vae])
     update = Update(list(run.vae.parameters()), [optimizer], run.ranks)
     progress = Progress(args.vae_steps, minutes, done.get("step", 0), done.get("elapsed", 0.0), warmup=100)
-    steps = {size: VaeStep(run, model, update, size, batch) for size, batch in plan.vae_batches}
-    vae_warm_up(run, steps, pools, optimizer)
+    steps = {size: VaeStep(run, model, update, pools[size], batch) for size, batch in plan.vae_batches}
+    vae_warm_up(run, steps, optimizer)
     if args.smoke:
-        time_vae(run, steps, pools)
+        time_vae(run, steps)
     run.meta["vae"] = describe_vae(run, variant)
-    vae_loop(run, model, optimizer, progress, steps, pools, held)
+    vae_loop(run, optimizer, progress, steps, lambda: vae_psnr(run, model, held), keep_vae)
     apart = run.ranks.reunite(update.parameters)
     logger.info(f"vae: weights of {run.ranks.size} processes were {apart:.1e} apart")
     finished = progress.fraction >= 1.0
@@ -69,6 +68,11 @@ def train_vae(run: Run, minutes: float) -> bool:
         finish_vae(run)
     run.save()
     return finished
+
+
+def vae_seed(run: Run) -> int:
+    """Where the seeds of the VAE's scenes begin: others in every round, and in every process."""
+    return 11 + 10 * run.ranks.rank + 1000 * len(run.meta.get("rounds", []))
 
 
 def describe_vae(run: Run, variant: str) -> dict[str, object]:
@@ -94,6 +98,7 @@ def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]
     size, batch = run.plan.vae_batches[-1]
     times: dict[str, float] = {}
     trial: AutoencoderKLWan | None
+    model: ParallelVae | None
     step: VaeStep | None
     update: Update | None
     for name in ("first-fused", "last-fused", "first-eager"):
@@ -101,21 +106,23 @@ def choose_vae_variant(run: Run, vae: AutoencoderKLWan, pools: dict[int, Tensor]
             break
         try:
             trial = copy.deepcopy(vae)
+            # before the update, whose gradients are laid out as the weights are
+            model = vae_variant(run, trial, name)
             # by itself: a variant may fail in one process alone
-            update = Update(list(trial.parameters()), [make_vae_optimizer(run, trial)], Ranks())
-            step = VaeStep(run, vae_variant(run, trial, name), update, size, batch)
+            update = Update(list(trial.parameters()), [make_vae_optimizer(run, [trial])], Ranks())
+            step = VaeStep(run, model, update, pools[size], batch)
             begin = time.perf_counter()
             for i in range(8):
                 if i == 3:
                     torch.cuda.synchronize()
                     start = time.perf_counter()
-                step(pools[size])
+                step()
             torch.cuda.synchronize()
             times[name] = (time.perf_counter() - start) / 5
             logger.info(f"vae variant {name}: {1e3 * times[name]:.1f} ms a step, set up in {start - begin:.1f} s")
         except Exception as error:
             logger.info(f"vae variant {name} failed: {type(error).__name__}: {str(error)[:300]}")
-        trial = step = update = None
+        trial = model = step = update = None
         torch.cuda.empty_cache()
     best = min(times, key=times.__getitem__)
     return VAE_VARIANTS[round(run.ranks.of_first(VAE_VARIANTS.index(best)))]
@@ -131,38 +138,40 @@ def vae_variant(run: Run, vae: AutoencoderKLWan, name: str) -> ParallelVae:
     return ParallelVae(vae, fused=cuda and name.endswith("fused"))
 
 
-def make_vae_optimizer(run: Run, vae: AutoencoderKLWan) -> torch.optim.AdamW:
+def make_vae_optimizer(run: Run, modules: Sequence[torch.nn.Module]) -> torch.optim.AdamW:
     """AdamW whose rate is a tensor on a GPU, so that a captured graph reads it."""
     cuda = run.device.type == "cuda"
     lr = torch.tensor(run.args.vae_lr, device=run.device) if cuda else run.args.vae_lr
-    return adamw([vae], lr, capturable=cuda)
+    return adamw(modules, lr, capturable=cuda)
 
 
-class VaeStep:
-    """One optimiser step on one batch shape: eager at first, its gradients from a CUDA graph after `capture`.
+class ClipStep:
+    """One optimiser step on random clips of a pool: eager at first, its gradients from a CUDA graph after `capture`.
 
-    The batch and the posterior noise are static inputs, so no random numbers are drawn inside the graph.
+    What a step reads are static inputs, so nothing is drawn inside the graph.
     """
 
-    def __init__(self, run: Run, model: ParallelVae, update: Update, size: int, batch: int) -> None:
-        plan, device = run.plan, run.device
-        self.run, self.model, self.update = run, model, update
-        self.clips = torch.zeros(batch, 3, plan.vae_frames, size, size, dtype=torch.uint8, device=device)
-        frames = 1 + (plan.vae_frames - 1) // 4
-        self.noise = torch.zeros(batch, plan.sizes.z_dim, frames, size // 4, size // 4, device=device)
+    def __init__(self, run: Run, model: ParallelVae, update: Update, pool: Tensor, batch: int) -> None:
+        """`pool` is uint8 [N, 3, F, S, S] on the device."""
+        self.run, self.model, self.update, self.pool = run, model, update, pool
+        self.clips = torch.zeros_like(pool[:batch])
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    def _draw(self, index: Tensor) -> None:
+        """Set the static inputs to the clips of this index, and what belongs to them."""
+        self.clips.copy_(self.pool[index])
+
+    def _loss(self) -> Tensor:
+        raise NotImplementedError
+
     def _backward(self) -> None:
-        args = self.run.args
         with self.run.autocast(cache=False):
-            loss = vae_loss(self.model, to_video(self.clips), self.noise, args.kl, args.vae_object_weight)
+            loss = self._loss()
         self.update.backward(loss)
 
-    def __call__(self, pool: Tensor) -> Tensor:
+    def __call__(self) -> Tensor:
         """One step on random clips of the pool; returns the loss, the mean of all processes, on the device."""
-        index = torch.randint(len(pool), (len(self.clips),), device=pool.device)
-        self.clips.copy_(pool[index])
-        self.noise.normal_()
+        self._draw(torch.randint(len(self.pool), (len(self.clips),), device=self.pool.device))
         if self.graph is None:
             self._backward()
         else:
@@ -175,9 +184,25 @@ class VaeStep:
         self.graph = record(self._backward, stream, None)
 
 
-def vae_warm_up(
-    run: Run, steps: dict[int, VaeStep], pools: dict[int, Tensor], optimizer: torch.optim.Optimizer
-) -> None:
+class VaeStep(ClipStep):
+    """A step of the whole VAE, on clips and the noise of their posteriors."""
+
+    def __init__(self, run: Run, model: ParallelVae, update: Update, pool: Tensor, batch: int) -> None:
+        super().__init__(run, model, update, pool, batch)
+        _, _, frames, height, width = pool.shape
+        shape = (batch, run.plan.sizes.z_dim, 1 + (frames - 1) // 4, height // 4, width // 4)
+        self.noise = torch.zeros(shape, device=pool.device)
+
+    def _draw(self, index: Tensor) -> None:
+        super()._draw(index)
+        self.noise.normal_()
+
+    def _loss(self) -> Tensor:
+        args = self.run.args
+        return vae_loss(self.model, to_video(self.clips), self.noise, args.kl, args.vae_object_weight)
+
+
+def vae_warm_up(run: Run, steps: Mapping[int, ClipStep], optimizer: torch.optim.Optimizer) -> None:
     """A few real steps, then graphs; a single process goes on without graphs if capture fails."""
     set_lr(optimizer, run.args.vae_lr / 20)
     if run.device.type != "cuda" or run.args.no_graph:
@@ -186,16 +211,16 @@ def vae_warm_up(
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(4):
-            for size, step in steps.items():
-                step(pools[size])
+            for step in steps.values():
+                step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     try:
         for step in steps.values():
             step.capture(stream)
         step.update.capture(stream, None)
-        for size, step in steps.items():
-            step(pools[size])
+        for step in steps.values():
+            step()
         torch.cuda.synchronize()
         logger.info("vae: CUDA graphs captured")
     except Exception as error:
@@ -208,25 +233,28 @@ def vae_warm_up(
         torch.cuda.synchronize()
 
 
-def time_vae(run: Run, steps: dict[int, VaeStep], pools: dict[int, Tensor]) -> None:
+def time_vae(run: Run, steps: Mapping[int, ClipStep], name: str = "vae") -> None:
     """Log the time of a step of every batch shape."""
     for size, step in steps.items():
-        seconds = timed(run.device, partial(step, pools[size]), 10)
+        seconds = timed(run.device, step, 10)
         mode = "graph" if step.graph is not None else "eager"
-        logger.info(f"TIMING vae {size}x{size} batch {len(step.clips)} {mode}: {1e3 * seconds:.1f} ms a step")
+        logger.info(f"TIMING {name} {size}x{size} batch {len(step.clips)} {mode}: {1e3 * seconds:.1f} ms a step")
 
 
 def vae_loop(
     run: Run,
-    model: ParallelVae,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    steps: dict[int, VaeStep],
-    pools: dict[int, Tensor],
-    held: dict[int, Tensor],
+    steps: Mapping[int, ClipStep],
+    look: Callable[[], dict[str, float]],
+    keep: Callable[[Run, Progress, bool], None],
+    name: str = "vae",
 ) -> None:
-    """Step until the phase or the call ends; the first process looks at held-out clips and saves now and then."""
-    tick = Ticker("vae", progress)
+    """Step until the phase or the call ends; the first process looks at held-out clips and saves now and then.
+
+    `look` gives their PSNR, `keep` copies weights and step (and whether that is the end) to what the next save writes.
+    """
+    tick = Ticker(name, progress)
     rng = random.Random(progress.step)
     checked = saved = time.monotonic()
     sizes = list(steps)
@@ -235,7 +263,7 @@ def vae_loop(
         set_lr(optimizer, lr)
         # Small frames are cheaper, large ones are what the model is used at.
         size = rng.choices(sizes, sizes)[0]
-        loss = steps[size](pools[size])
+        loss = steps[size]()
         progress.advance()
         if progress.step % REUNITE_STEPS == 0:
             run.ranks.reunite(list(run.vae.parameters()))
@@ -244,12 +272,12 @@ def vae_loop(
         if progress.step % 20 == 0 and run.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         if run.ranks.first and time.monotonic() - checked > run.args.check_seconds:
-            logger.info(f"vae step {progress.step} PSNR {vae_psnr(run, model, held)} dB")
+            logger.info(f"{name} step {progress.step} PSNR {look()} dB")
             checked = time.monotonic()
             if not torch.isfinite(loss):
                 raise FloatingPointError("the VAE's loss is not finite; lower --vae-lr.")
         if run.ranks.first and time.monotonic() - saved > run.args.save_seconds:
-            keep_vae(run, progress, finished=False)
+            keep(run, progress, False)
             run.save()
             saved = time.monotonic()
 
