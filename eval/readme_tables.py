@@ -4,7 +4,8 @@
     python eval/readme_tables.py --check    exit with 1 if a table is out of date (the test suite does this)
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. `TABLES` says from which files each is made, and by
-what: makers are in `videosparse/benchmark/*_tables.py`, and take the rows of the files in their order.
+what: makers are in `videosparse/benchmark/*_tables.py` and `videosparse/evaluation/method_table.py`, and take the rows
+of the files in their order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from videosparse.benchmark import (
     training_tables,
 )
 from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
-from videosparse.evaluation.method_table import methods
+from videosparse.evaluation import method_table
 from videosparse.generation.stack import together
 from videosparse.program import run_program
 
@@ -61,12 +62,22 @@ def picture(name: str, shows: str) -> Maker:
 # a table: its files, and the makers of what stands there, one below the other
 TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "figure": (("figure_dense_vs_radial",), quality_tables.figure),
-    "accuracy": (("tiny_wan_ceiling_33", "tiny_wan_dense_33", "tiny_wan_radial_33"), quality_tables.accuracy),
+    "accuracy": (
+        (
+            "tiny_wan_ceiling_33", "tiny_wan_dense_33", "tiny_wan_radial_33", "tiny_wan_heldout_33_50",
+            "tiny_wan_heldout_81_50",
+        ),
+        quality_tables.accuracy,
+    ),
     "densities": (("radial_density",), quality_tables.densities),
     "coverage": (("radial_coverage",), apart(quality_tables.coverage)),
     "recall": (("attention_recall",), quality_tables.recall),
-    "fidelity": (("video_fidelity",), quality_tables.fidelity),
-    "methods": (("method_comparison",), apart(methods)),
+    "fidelity": (("method_comparison",), method_table.fidelity),
+    "methods": (
+        ("method_comparison",), method_table.side_by_side, method_table.missing_sizes,
+        picture("methods.png", "PSNR and right videos by density, PSNR by length"), method_table.methods,
+    ),
+    "gains": (("method_comparison",), method_table.gains),
     "rounding": (("reordering",), quality_tables.rounding),
     "integer_errors": (("integer_errors",), quality_tables.integer_errors),
     "attention": (("attention",), kernel_tables.rates),
@@ -74,12 +85,14 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "goals": (("attention_goals",), kernel_tables.goals),
     "norms": (("norm_rotate",), kernel_tables.norms),
     "cpu": (("cpu_attention",), kernel_tables.cpu),
+    "far": (("far_scores",), kernel_tables.far),
     "search": (("search_cost",), kernel_tables.search),
     "integers": (("integer_attention",), kernel_tables.integers),
-    "published": (("paro_fidelity", "integer_attention", "integer_variants"), paro_tables.published),
-    "paro_videos": (("paro_fidelity",), quality_tables.fidelity),
+    "published": (("method_comparison", "integer_attention", "integer_variants"), paro_tables.published),
+    "paro_videos": (("method_comparison",), method_table.paro_videos),
     "reordering": (
-        ("reordering",), paro_tables.reordering, picture("reordering.png", "Error of attention and PSNR of videos"),
+        ("reordering",), apart(paro_tables.reordering),
+        picture("reordering.png", "Error of attention and PSNR of videos"),
     ),
     "reorder_cost": (("reorder",), paro_tables.reorder_cost),
     "calibration": (("paro_calibration",), paro_tables.calibration),

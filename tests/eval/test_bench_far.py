@@ -41,3 +41,14 @@ def test_wrong_scores_are_not_timed(bench, monkeypatch):
     rows = {row["scores"]: row for row in module.run("small", "dense", None, 3, torch.device("cpu"))}
     assert "p50_ms" not in rows["far"]
     assert "above allowed" in rows["far"]["note"]
+
+
+def test_the_table_sets_calls_side_by_side():
+    from videosparse.benchmark.kernel_tables import far
+
+    times = {"best": ("10", "1.000"), "portable": ("19", "1.900"), "far": ("24.04", "2.404")}
+    rows = [
+        {"case": "a", "attention": "dense", "density": "1.0000", "scores": scores, "p50_ms": ms, "over_best": ratio}
+        for scores, (ms, ratio) in times.items()
+    ]
+    assert far(rows)[1] == [["a", "dense", "1.00", "10.0 ms", "19.0 ms (1.90x)", "24.0 ms (2.40x)"]]

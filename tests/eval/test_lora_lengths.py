@@ -146,16 +146,16 @@ def test_the_table_says_what_is_missing(score, tmp_path, monkeypatch):
     rows = [row(score, *setting) for setting in settings]
     write_rows(tmp_path / "lora_length.csv", rows, score.COLUMNS)
     whole = tables.made("lora_lengths").splitlines()
-    assert [line for line in whole if line.startswith("**")] == ["**81**", "**161**", "**321**"]
+    assert [line for line in whole if line.startswith("**")] == ["**81 frames**", "**161 frames**", "**321 frames**"]
     assert sum("LoRA trained" in line for line in whole) == 6
     assert whole[-1] == (
         "| LoRA trained with Radial | 48 | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) | 50 (50 to 50) "
-        "| 12 (5 to 20) | 0.5 (0.5 to 0.5) | 50 (50 to 50) | 240, 61.5, 7.25 |"
+        "| 12 (5 to 20) | 0.50 (0.50 to 0.50) | 50 (50 to 50) | 240, 61.5, 7.25 |"
     )
     write_rows(tmp_path / "lora_length.csv", rows[:-2], score.COLUMNS)
     part = tables.made("lora_lengths").splitlines()
     assert sum("LoRA trained" in line for line in part) == 4 + 1
-    assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames, LoRA trained with Radial at 321 frames."
+    assert part[-1] == "Not measured yet: LoRA trained dense at 321 frames; LoRA trained with Radial at 321 frames."
     (folder / "figures").mkdir()
     (folder / "figures/lora_lengths.png").touch()
     assert tables.made("lora_lengths").splitlines()[-1].endswith("(../figures/lora_lengths.png)")

@@ -22,14 +22,25 @@ def results(tmp_path):
         {**judged, "method": "reordered, static", "quant": "int8", "error": "0.06"},
         {**judged, "method": "dense", "quant": "int8", "asked_density": "1.0", "density": "1.0", "error": "0.01"},
     ])  # fmt: skip
-    video = {"ssim": "0.95", "video_density": "0.3095", "average_density": "0.45", "frames": "81"}
-    write_rows(tmp_path / "paro_fidelity.csv", [
-        {"setting": setting, "psnr_db": psnr, **video}
-        for setting, psnr in (
-            ("random 0.3", "20"), ("paro 0.3", "30"), ("paro 0.3", "34"), ("paro 0.3, raster order", "28"),
-            ("paro 0.3, int8", "31"),
-        )
-    ])  # fmt: skip
+    size = {"model": "tiny", "frames": "81", "height": "128", "width": "128", "steps": "20", "guidance": "4"}
+    video = {
+        "ssim": "0.95",
+        "latent_l1": "0.1",
+        "video_density": "0.3095",
+        "average_density": "0.45",
+        "all_right": "1",
+        **size,
+    }
+    settings = [
+        ("random 0.3", "random", "", "20"), ("paro 0.3", "paro", "", "30"), ("paro 0.3", "paro", "", "34"),
+        ("paro 0.3, raster order", "paro-raster", "", "28"), ("paro 0.3, int8", "paro", "int8", "31"),
+    ]  # fmt: skip
+    rows = [
+        {**video, "setting": setting, "method": method, "quant": quant, "psnr_db": psnr, "block": "64x64"}
+        for setting, method, quant, psnr in settings
+    ]
+    others = [{**rows[1], "frames": "33", "psnr_db": "90"}, {**rows[1], "setting": "radial", "method": "radial"}]
+    write_rows(tmp_path / "method_comparison.csv", [*rows, *others])
     calls = [
         ("cudnn", "dense", "1.0000", "200", ""), ("ours", "dense", "1.0000", "180", "1e-3"),
         ("int8", "dense", "1.0000", "160", "0.012"), ("ours", "uniform", "0.3000", "60", "1e-3"),
@@ -67,7 +78,10 @@ def test_tables(results, monkeypatch):
     assert "| reordered, static | int8 | 0.8, 0.06 |" in tables.made("reordering")
     assert "dense" not in tables.made("reordering")
     assert "| int8 | 81 | 96 | 0.01 (0.09 to 0.11) | 0.9995 |" in tables.made("rounding")
-    assert "| paro 0.3 | 0.3095 | 0.45 | 32.0 (30.0 to 34.0) |" in tables.made("paro_videos")
+    videos = tables.made("paro_videos")
+    assert "| paro 0.3 | 2 | 0.3095 | 0.4500 | 32.0 (30.0 to 34.0) |" in videos
+    assert "radial" not in videos
+    assert "90" not in videos
     lines = tables.made("integers").splitlines()
     assert "| fastest dense, videosparse | 1.000 | 180.0 |  |  |  |" in lines
     assert "| INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 |" in lines
@@ -95,10 +109,26 @@ def test_what_was_not_measured_is_said(results, monkeypatch):
     assert "| 0.3 | 16 bits | 2.71x | 22.9 | 3.00x | 32.0 (30.0 to 34.0) |" in tables.made("published")
 
 
+def test_the_figure_of_all_methods_is_drawn(results, tmp_path, capsys):
+    """Only with what has rows: a table without ceiling and without longer videos is enough."""
+    pytest.importorskip("matplotlib")
+    plots = load("plot_methods")
+    rows = str(results / "method_comparison.csv")
+    groups = [group for size in plots.sizes_of(plots.read_rows(Path(rows), ())) for group in size.groups]
+    found = plots.by_density(groups, "psnr_db", 1)
+    assert set(found) == {"random", "paro", "paro-raster", "radial"}
+    assert (0.3095, (32.0, 30.0, 34.0)) in found["paro"]
+    assert plots.main(["--rows", rows, "--output", str(tmp_path / "methods.png")]) == 0
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        plots.main(["--rows", str(results / "none.csv")])
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_the_figure_is_drawn(results, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plots = load("plot_reordering")
-    files = ["--errors", str(results / "reordering.csv"), "--videos", str(results / "paro_fidelity.csv")]
+    files = ["--errors", str(results / "reordering.csv"), "--videos", str(results / "method_comparison.csv")]
     assert plots.main([*files, "--output", str(tmp_path / "reordering.png")]) == 0
     assert (tmp_path / "reordering.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):

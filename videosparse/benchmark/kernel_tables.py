@@ -24,6 +24,19 @@ SHARES = {
 }  # fmt: skip
 
 
+def far(rows: list[Row]) -> Table:
+    """What smaller scores of far tokens cost a call, beside the kernel of choice and the one that can have them."""
+    lines = []
+    for case, attention in dict.fromkeys((r["case"], r["attention"]) for r in rows):
+        found = {r["scores"]: r for r in rows if (r["case"], r["attention"]) == (case, attention)}
+        timed = [found[scores] for scores in ("portable", "far")]
+        ratios = [f"{float(r['p50_ms']):.1f} ms ({float(r['over_best']):.2f}x)" if r["p50_ms"] else "-" for r in timed]
+        best = found["best"]
+        lines.append([case, attention, f"{float(best['density']):.2f}", f"{float(best['p50_ms']):.1f} ms", *ratios])
+    head = ["model, size", "attention", "density", "kernel of choice", "kernel for any GPU", "the same with far scores"]
+    return head, lines
+
+
 def rates(rows: list[Row], case: str = "12x30720", label: str = "128x128") -> Table:
     """Rates of all kernels in the newest run of one set, dense and by density."""
     rows = [r for r in rows if r["set"] == f"forward {case} {label}" and r["p50_ms"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from videosparse.benchmark.kernel_tables import fastest_dense_call, integer_calls
-from videosparse.benchmark.tables import Row, Table, mean
+from videosparse.benchmark.tables import Row, Table, mean, usual
 
 PUBLISHED = (
     ("0.5", "", "1.73x", "29.1"), ("0.5, no reordering", "", "", "26.3"), ("0.5", "int8", "1.83x", "29.0"),
@@ -16,12 +16,12 @@ def published(videos: list[Row], calls: list[Row], older_calls: list[Row]) -> Ta
     """The paper's table beside ours: the gain of a call of Wan-14B, and the fidelity of the embedded model.
 
     Args:
-        videos: rows of videos by plans.
+        videos: rows of `eval/compare_methods.py`.
         calls: rows of integer attention.
         older_calls: rows of its variants, whose bf16 rows serve where there are none of `calls`.
     """
     calls = integer_calls(calls or older_calls)
-    dense = fastest_dense_call(calls)
+    dense, videos = fastest_dense_call(calls), usual(videos)
     lines = []
     for density, quant, speed, quality in PUBLISHED:
         share, _, raster = density.partition(", ")
@@ -44,16 +44,16 @@ def published(videos: list[Row], calls: list[Row], older_calls: list[Row]) -> Ta
 
 
 def reordering(rows: list[Row]) -> Table:
-    """Recall and output error of maps by how orders and maps were chosen, at the longest videos with rows."""
-    columns = list(dict.fromkeys((r["frames"], r["asked_density"]) for r in rows if r["method"] != "dense"))
-    columns = [(frames, density) for frames, density in columns if frames == max((c[0] for c in columns), key=int)]
+    """Recall and output error of maps by how orders and maps were chosen, shorter videos first."""
+    rows = sorted((r for r in rows if r["method"] != "dense"), key=lambda r: int(r["frames"]))
+    densities = list(dict.fromkeys(r["asked_density"] for r in rows))
     lines = []
-    for method, quant in dict.fromkeys((r["method"], r["quant"]) for r in rows):
-        found = {(r["frames"], r["asked_density"]): r for r in rows if (r["method"], r["quant"]) == (method, quant)}
-        cells = [f"{found[c]['recall']}, {found[c]['error']}" if c in found else "-" for c in columns]
-        if method != "dense":
-            lines.append([method, quant or "bf16", *cells])
-    return ["recall, error", "numbers", *(f"{n} frames at {density}" for n, density in columns)], lines
+    for key in dict.fromkeys((r["frames"], r["method"], r["quant"]) for r in rows):
+        found = {r["asked_density"]: r for r in rows if (r["frames"], r["method"], r["quant"]) == key}
+        cells = [f"{found[d]['recall']}, {found[d]['error']}" if d in found else "-" for d in densities]
+        frames, method, quant = key
+        lines.append([f"{frames} frames", method, quant or "bf16", *cells])
+    return ["", "recall, error", "numbers", *(f"density {density}" for density in densities)], lines
 
 
 def reorder_cost(rows: list[Row]) -> Table:

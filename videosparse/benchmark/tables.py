@@ -16,6 +16,9 @@ Table = tuple[list[str], list[list[str]]]
 
 UNMEASURED = "Not measured yet."
 
+COMPARED_AT = ("81", "128", "128")
+"""Frames, height and width at which `eval/compare_methods.py` was run with every setting; other sizes have fewer."""
+
 
 def markdown(table: Table) -> str:
     """A table in Markdown; says so where it has no lines."""
@@ -38,6 +41,11 @@ def split(table: Table) -> str:
         cells = [[line[column] for column in used] for line in own]
         parts.append(f"**{value}**\n\n{markdown(([head[column] for column in used], cells))}")
     return "\n\n".join(parts)
+
+
+def usual(rows: Sequence[Row]) -> list[Row]:
+    """The rows of `eval/compare_methods.py` at the size with every setting."""
+    return [row for row in rows if (row["frames"], row["height"], row["width"]) == COMPARED_AT]
 
 
 def ranged(row: Row, name: str) -> str:

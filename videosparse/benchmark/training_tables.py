@@ -65,9 +65,11 @@ def lengths(rows: list[Row]) -> Table:
         if r is None:
             continue
         cells = [_percent(r, name) for name in (*(f"right_q{q}" for q in (1, 2, 3, 4)), "drift")]
-        repetition = f"{r['repetition']} ({r['repetition_low']} to {r['repetition_high']})"
-        training = ", ".join(r[name] or "-" for name in TRAINING_COLUMNS)
-        lines.append([frames, setting, r["videos"], *cells, repetition, _percent(r, "permanence"), training])
+        repetition = "{:.2f} ({:.2f} to {:.2f})".format(*_ranged(r, "repetition"))
+        training = ", ".join(filter(None, (r[name] for name in TRAINING_COLUMNS))) or "-"
+        lines.append(
+            [f"{frames} frames", setting, r["videos"], *cells, repetition, _percent(r, "permanence"), training]
+        )
     head = [
         "frames", "setting", "videos", "right in the first quarter, %", "second", "third", "last", "drift, points",
         "repetition beyond the truth's", "permanence, %", "training: steps, s, peak GiB",
@@ -77,8 +79,12 @@ def lengths(rows: list[Row]) -> Table:
 
 def missing_lengths(rows: list[Row]) -> str:
     """A sentence that names the settings without a row; empty where there are none."""
-    missing = [f"{setting} at {place[2]} frames" for place, setting in _places().items() if _at(rows, *place) is None]
-    return f"Not measured yet: {', '.join(missing)}." if missing else ""
+    missing: dict[str, list[str]] = {}
+    for place, setting in _places().items():
+        if _at(rows, *place) is None:
+            missing.setdefault(setting, []).append(place[2])
+    named = [f"{setting} at {', '.join(lengths)} frames" for setting, lengths in missing.items()]
+    return f"Not measured yet: {'; '.join(named)}." if named else ""
 
 
 def _places() -> dict[tuple[str, str, str], str]:
@@ -92,4 +98,9 @@ def _at(rows: list[Row], lora: str, method: str, frames: str) -> Row | None:
 
 
 def _percent(row: Row, name: str) -> str:
-    return "{:.0f} ({:.0f} to {:.0f})".format(*(100 * float(row[name + end]) for end in ("", "_low", "_high")))
+    return "{} ({} to {})".format(*(round(100 * value) for value in _ranged(row, name)))
+
+
+def _ranged(row: Row, name: str) -> list[float]:
+    """A mean and the ends of its interval."""
+    return [float(row[name + end]) for end in ("", "_low", "_high")]
