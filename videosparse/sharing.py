@@ -92,7 +92,8 @@ class Exchange:
 class _Arrived(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: funcol.AsyncCollectiveTensor) -> torch.Tensor:
-        return x.trigger_wait().detach()
+        here: torch.Tensor = x.trigger_wait()  # type: ignore[no-untyped-call]
+        return here.detach()
 
     @staticmethod
     def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:

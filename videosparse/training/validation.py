@@ -17,6 +17,7 @@ from videosparse.training.clips import check_size
 from videosparse.training.encoding import load_parts
 from videosparse.training.families import Text
 from videosparse.training.run import LoraRun
+from videosparse.training.shards import is_sharded
 
 FOLDER = "videos"
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -56,7 +57,7 @@ class Validation:
     def make(self) -> list[Path]:
         """Write the videos as the LoRA is now; all processes must call where the model is sharded."""
         run = self.run
-        sharded = run.config.train.sequence_parallel > 1 or _is_sharded(run)
+        sharded = run.config.train.sequence_parallel > 1 or is_sharded(run.transformer)
         paths: list[Path] = []
         if run.accelerator.is_main_process or sharded:
             with run.averaged():
@@ -110,7 +111,3 @@ class Validation:
         write_mp4(part, video, self.run.fps)
         part.replace(path)
         return path
-
-
-def _is_sharded(run: LoraRun) -> bool:
-    return any(hasattr(parameter, "placements") for parameter in run.transformer.parameters())
