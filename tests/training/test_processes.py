@@ -169,10 +169,11 @@ def test_sharded_weights_equal_whole_ones(wan_folder, wan_data, tmp_path):
     checked = {"ema": 0.9, "checkpointing": True, "clip": 0.01}
     videos = {"prompts": ["a cat"], "frames": 17, "height": 32, "width": 32, "steps": 2}
     thirds = {"lora": {"norms": True, "rank": 3}, "validate": videos}
+    root = {"frames": [17], "ema": 0.9}
     half = {"frames": [17, 33], "precision": "bf16", "checkpointing": True}
     jobs = [
         {**wan, "launch": named, "train": {"frames": [17, 33], **checked}, **thirds},
-        {**wan, "launch": {**FSDP, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "train": {"frames": [17], "ema": 0.9}},
+        {**wan, "launch": {**FSDP, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "train": root, "validate": videos},
         {**wan, "launch": FSDP, "train": {"frames": [17, 33], "sequence_parallel": 2}},
         {**wan, "launch": FSDP, "train": half},
         {**of_family("hunyuan", tmp_path), "launch": FSDP, "train": {"frames": [17, 33], "accumulate": 2}},

@@ -331,8 +331,8 @@ class LoraRun:
                 f"A step had {samples} samples in {found[-1]} and has {self.sampler.in_step} now; start as many "
                 "processes as before, or choose another output.folder."
             )
-        load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
         drop_gathered(self.transformer)
+        load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
         checkpoint.load_optimizer(self.optimizer, self.parameters, tensors.get(checkpoint.OPTIMIZER, {}))
         if self.average is not None:
             for name, value in tensors[checkpoint.EMA].items():

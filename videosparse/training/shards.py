@@ -71,13 +71,8 @@ def choose_blocks(plugin: Any, transformer: nn.Module) -> None:
             )
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether processes hold a part of the weights each, so that all of them must take part in a forward."""
-    return any(hasattr(parameter, "placements") for parameter in module.parameters())
-
-
 def drop_gathered(module: nn.Module) -> None:
-    """Forget gathered weights, after shards were changed: FSDP2 keeps those of the root between two forwards."""
+    """Forget gathered weights, where shards are changed: FSDP2 keeps those of the root between two forwards."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():

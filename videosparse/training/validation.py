@@ -17,7 +17,6 @@ from videosparse.training.clips import check_size
 from videosparse.training.encoding import load_parts
 from videosparse.training.families import Text
 from videosparse.training.run import LoraRun
-from videosparse.training.shards import is_sharded
 
 FOLDER = "videos"
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -57,7 +56,7 @@ class Validation:
     def make(self) -> list[Path]:
         """Write the videos as the LoRA is now; all processes must call where the model is sharded."""
         run = self.run
-        sharded = run.config.train.sequence_parallel > 1 or is_sharded(run.transformer)
+        sharded = run.config.train.sequence_parallel > 1 or run.accelerator.is_fsdp2
         paths: list[Path] = []
         if run.accelerator.is_main_process or sharded:
             with run.averaged():
