@@ -305,6 +305,12 @@ def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+def test_committed_goals_are_those_of_the_committed_rows(goals, tmp_path):
+    assert goals.main(["--output", str(tmp_path / "goals.csv")]) == 0
+    committed = (ROOT / "assets/results/attention_goals.csv").read_text()
+    assert (tmp_path / "goals.csv").read_text() == committed, "run python eval/check_goals.py"
+
+
 def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypatch):
     tables = load("readme_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
