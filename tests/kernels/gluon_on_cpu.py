@@ -84,6 +84,7 @@ class Shared:
         self.memory, self.layout = memory, layout
 
     dtype = property(lambda self: self.memory.dtype)
+    shape = property(lambda self: self.memory.shape)
 
     def index(self, i):
         assert 0 <= i < self.memory.shape[0]
@@ -255,11 +256,12 @@ def allocate_shared_memory(dtype, shape, layout):
 
 
 def inline_assembly(code, constraints, arguments, **kwargs):
-    """Weights as FP8, packed and unpacked: four tensors in and out."""
+    """Weights as FP8, packed and unpacked: four tensors in and out; products; or nothing."""
     if len(arguments) == 4:
         return [x.to(torch.float8_e4m3fn) for x in arguments]
-    (words,) = arguments
-    return words
+    if "vote" in code:  # some warps do without products by 1
+        return value(arguments[0] * arguments[1])
+    return arguments[0]
 
 
 def where(condition, a, b):
@@ -272,6 +274,8 @@ def extremum(choose, of_two):
     def pick(a, b):
         if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
             return choose(a, b)
+        if all(isinstance(x, torch.Tensor) and x.dtype == torch.int32 for x in (a, b)):
+            return value(of_two(a, b))
         return value(of_two(*(torch.as_tensor(x, dtype=torch.float32) for x in (a, b))))
 
     return pick

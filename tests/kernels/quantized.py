@@ -74,3 +74,9 @@ def biased(k, share=0.1, size=20.0):
     """Keys with large biases in some channels, as those of real models have."""
     bias = torch.randn(k.shape[2:], device=k.device)
     return k + (bias * torch.where(torch.rand_like(bias) < share, size, 0.5)).to(k.dtype)
+
+
+def growing(k, most=8.0, least=0.5):
+    """Keys whose scores grow towards the start, where the Hopper kernel ends: so do maxima, by much and unevenly."""
+    size = torch.linspace(most, least, k.shape[1], device=k.device)
+    return (k * size[:, None, None]).to(k.dtype)

@@ -16,8 +16,8 @@ def disassemble(tool, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def spilled_in_loops(sass, consumers):
-    """Loads and stores of spilled registers inside the shortest loop of each consumer that multiplies."""
+def multiplying_loops(sass, consumers):
+    """The instructions of the shortest loop of each consumer that multiplies."""
     labels, lines, loops = {}, [], []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -31,4 +31,9 @@ def spilled_in_loops(sass, consumers):
             loops.append((start, end))
     assert len(loops) >= consumers, loops
     shortest = sorted(loops, key=lambda loop: loop[1] - loop[0])[:consumers]
-    return [x for start, end in shortest for x in lines[start:end] if re.search(r"\b(LDL|STL)\b", x)]
+    return [lines[start:end] for start, end in shortest]
+
+
+def spilled_in_loops(sass, consumers):
+    """Loads and stores of spilled registers inside these loops."""
+    return [x for loop in multiplying_loops(sass, consumers) for x in loop if re.search(r"\b(LDL|STL)\b", x)]

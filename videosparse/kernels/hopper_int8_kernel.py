@@ -15,8 +15,13 @@ Lists, layout and work are those of `hopper_kernel`, and so are the roles: a pro
 Scores are exact int32 sums. An int32 n below 2^22 becomes the float 1.5 * 2^23 + n by adding the bits of that number
 (SageAttention2, arXiv 2411.10958, does so too), and the offset leaves again in the multiply-add that applies the
 scale. Products with fp8 values keep about 14 bits on Hopper, so each tile gets accumulators of its own, added in fp32.
-A wait counts products in flight, and of an integer one and an fp8 one behind it the second may end first: that is the
-likely cause of outputs that did not repeat. So scores are waited for before the product with fp8 values starts.
+A wait counts products in flight, and of an integer one and an fp8 one behind it the second may end first: scores are
+waited for before the product with fp8 values starts.
+
+The softmax takes longer than the products, so that one consumer's softmax must run beside the other's products. They
+take turns at the tensor cores (FlashAttention-3, arXiv 2407.08608, does so too), each until its products have ended.
+Without fp8 a maximum is kept until scores pass it by 8, base 2, and a warp whose maxima all stay does not shrink its
+output (FlashAttention-4 keeps maxima so, too); fp8 weights have no room for that.
 INT4 is left out: Hopper's wgmma has no 4-bit integers (PTX ISA, wgmma.mma_async: .s8, .u8 and .b1), and Triton's dot,
 3.6 to 3.9, takes none below 8 bits on any card.
 """
@@ -31,6 +36,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from videosparse.kernels.hopper_int8_softmax import (
+    FLAT,
+    PEAK,
+    SLACK,
+    _as_float,
+    _hide,
+    _highest,
+    _key_scales,
+    _operand,
+    _shrink,
+    _sums,
+    _unpack,
+    _weigh,
+)
 from videosparse.kernels.hopper_kernel import (
     FLOOR,
     LN_2,
@@ -54,16 +73,6 @@ from videosparse.kernels.hopper_kernel import (
 
 QUERY_SLOTS = gl.constexpr(2)  # the row at work and the one ahead
 REGISTERS = gl.constexpr([240, 24])  # a thread of the second consumer, and of the producer; the first takes the rest
-OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
-OFFSET_BITS = gl.constexpr(0x4B400000)
-PEAK = gl.constexpr(8.0)  # fp8 weights are at most 2^8: as far above e4m3's smallest as it goes in powers of two
-FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.constexpr_function
-def _sums(columns, bits):
-    """Layout of a product of 64 rows by one consumer, of factors of so many bits."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
 
 
 @gluon.constexpr_function
@@ -75,7 +84,7 @@ def _key_slots(head_dim):
 @gluon.constexpr_function
 def _value_slots(head_dim, bits):
     """Tiles of values that fit shared memory beside the keys."""
-    return 4096 // (head_dim * bits)
+    return (4096 if bits == 8 else 6144) // (head_dim * bits)
 
 
 @gluon.jit
@@ -129,7 +138,7 @@ def _fetch_turned_values(desc, sample, head, key, key2, values, n, KEYS: gl.cons
     """Copy the n-th tile of fp8 values, [HEAD_DIM, keys]."""
     group: gl.constexpr = 128 // KEYS
     slots, full, empty = values
-    slot, phase = _slot(n, _value_slots(HEAD_DIM, 8))
+    slot, phase = _slot(n, slots.shape[0])
     parts = _view(slots.index(slot), desc.dtype, [group, 1, 1, HEAD_DIM, KEYS], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM)
@@ -155,7 +164,7 @@ def _produce(
     q_descs, k_descs, v_descs, lists, lens_ptr, next_ptr, work, layout, queries, keys, values, mail, spots,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: runs ahead of the consumers by as many tiles as there are slots."""
+    """The producer warp: runs ahead of the consumers by as many tiles as there are slots; reads lists a tile ahead."""
     total = work[0]
     tail = layout[1] // KEYS * KEYS
     ticket = _draw(next_ptr)
@@ -169,9 +178,11 @@ def _produce(
     while item < total:
         item = _drawn(ticket) + gl.num_programs(0)
         ticket = _draw(next_ptr)
+        after, after2 = _starts(gl.maximum(tiles - 2, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
         for i in range(1, tiles):
             value, value2 = key, key2
-            key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
+            key, key2 = after, after2
+            after, after2 = _starts(gl.maximum(tiles - 2 - i, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
             _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
             _fetch_any_values(v_descs, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
             n += 1
@@ -189,124 +200,11 @@ def _produce(
 
 
 @gluon.jit
-def _scores(q, k, HEAD_DIM: gl.constexpr, OFFSET_FIRST: gl.constexpr):
+def _scores(q, k, HEAD_DIM: gl.constexpr):
     """Start the integer product of 64 queries and a tile of keys."""
-    start = gl.full([64, 128], OFFSET_BITS if OFFSET_FIRST else 0, gl.int32, _sums(128, 8))
+    zero = gl.zeros([64, 128], gl.int32, _sums(128, 8))
     k = k.reshape([128, HEAD_DIM]).permute((1, 0))
-    return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, start, use_acc=OFFSET_FIRST, is_async=True)
-
-
-@gluon.jit
-def _as_float(scores, OFFSET_FIRST: gl.constexpr):
-    """Integer scores as floats, OFFSET too high."""
-    if not OFFSET_FIRST:
-        scores = scores + OFFSET_BITS
-    return scores.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
-    """-inf for the scores of a tile that belong to no token."""
-    column = gl.arange(0, 128, gl.SliceLayout(0, _sums(128, 8)))
-    if TEXT:
-        _, video, text_start = layout
-        position = _told(spots, slot * 2) + column
-        if KEYS == 64:
-            position = gl.where(column < 64, position, _told(spots, slot * 2 + 1) + column - 64)
-        token = (position < video) | ((position >= text_start) & (position < end))
-    else:
-        token = column < masked
-    return gl.where(token[None, :], scores, -float("inf"))
-
-
-@gluon.jit
-def _key_scales(scales, slot):
-    """The scales of the two halves of a tile; 1 outside the tensor, where copies read 0."""
-    left = _told(_view(scales.index(slot * 2), gl.float32, [32, 1], FLAT), 0)
-    right = _told(_view(scales.index(slot * 2 + 1), gl.float32, [32, 1], FLAT), 0)
-    return gl.where(left == 0.0, 1.0, left), gl.where(right == 0.0, 1.0, right)
-
-
-@gluon.jit
-def _of_halves(left, right, layout: gl.constexpr):
-    """[2]: one number for each half of a tile."""
-    return gl.where(gl.arange(0, 2, layout) == 0, left, right)
-
-
-@gluon.jit
-def _highest(scores, own, halves):
-    """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are."""
-    tops = gl.max(gl.max(gl.reshape(scores, [64, 2, 8, 4, 2]), 4), 2)
-    scale = _of_halves(halves[0], halves[1], gl.SliceLayout(0, gl.SliceLayout(2, tops.type.layout)))
-    tops = gl.max(gl.max((tops - OFFSET) * scale[None, :, None], 1), 1)
-    return gl.convert_layout(tops, own.type.layout) * own
-
-
-@gluon.jit
-def _weigh(scores, top, own, halves):
-    """(weights [64, 128], their sums by lane): 2 ** (scaled score - top).
-
-    OFFSET times a scale is rounded to 24 bits: that shifts the scores of a row in a block by less than one step of
-    theirs, which rounding queries and keys to integers did a hundred times over.
-    """
-    cut = gl.reshape(scores, [64, 2, 64])
-    pairs: gl.constexpr = gl.SliceLayout(2, cut.type.layout)
-    lines: gl.constexpr = gl.SliceLayout(1, pairs)
-    scale = gl.convert_layout(own, lines)[:, None] * _of_halves(halves[0], halves[1], gl.SliceLayout(0, pairs))[None, :]
-    level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
-    p = gl.exp2(cut * scale[:, :, None] - level[:, :, None])
-    return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
-
-
-@gluon.constexpr_function
-def _pack_asm():
-    """Sixteen floats, four of each of four tensors, to four words of four fp8 each."""
-    halves = "cvt.rn.satfinite.e4m3x2.f32 l, ${}, ${}; cvt.rn.satfinite.e4m3x2.f32 h, ${}, ${}; mov.b32 ${}, {{l, h}};"
-    parts = [halves.format(4 * j + 5, 4 * j + 4, 4 * j + 7, 4 * j + 6, j) for j in range(4)]
-    return "{ .reg .b16 l, h; " + " ".join(parts) + " }"
-
-
-@gluon.jit
-def _pack(p, HEAD_DIM: gl.constexpr):
-    """Weights [64, 128] as words of four fp8 each, int32 [64, 32].
-
-    A thread holds columns 0, 1, 8 and 9 of 16 where the product reads 0..3: values come in that order instead. A word
-    holds four columns, not the one of its place: `_unpack` undoes that, and no byte moves. As bytes, a loop would
-    carry each in a register of its own.
-    """
-    p = gl.permute(gl.reshape(p, [64, 8, 2, 4, 2]), (0, 1, 3, 2, 4))
-    p = gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
-    left, right = gl.split(gl.permute(gl.reshape(p, [64, 2, 2, 32]), (0, 3, 2, 1)))
-    p0, p1 = gl.split(left)
-    p2, p3 = gl.split(right)
-    return gl.inline_asm_elementwise(
-        _pack_asm(), "=r,=r,=r,=r" + ",r" * 16, [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=4
-    )
-
-
-@gluon.jit
-def _unpack(words, HEAD_DIM: gl.constexpr):
-    """What `_pack` made, as the left factor of the product with values."""
-    p0, p1, p2, p3 = gl.inline_asm_elementwise(
-        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
-        "=r,=r,=r,=r,r,r,r,r",
-        [words],
-        dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
-        is_pure=True,
-        pack=4,
-    )
-    p = gl.permute(gl.join(gl.join(p0, p1), gl.join(p2, p3)), (0, 3, 2, 1))
-    return gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
-
-
-@gluon.jit
-def _operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr, FP8: gl.constexpr):
-    """Weights as they wait for the product with values."""
-    if FP8:
-        return _pack(p, HEAD_DIM)
-    else:
-        p = gl.reshape(p, [64, 128]).to(dtype)
-        return gl.convert_layout(p, gl.DotOperandLayout(0, _sums(HEAD_DIM, 16), 2))
+    return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -329,67 +227,79 @@ def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl
 @gluon.jit
 def _open(
     scores, spots, scales, slot, own, masked, end, layout,
-    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
+    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """The softmax of a row's first tile: (top, weights, their sums by lane)."""
-    scores = _hide(_as_float(scores, OFFSET_FIRST), spots, slot, masked, end, layout, KEYS, TEXT)
+    scores = _hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
     halves = _key_scales(scales, slot)
     top = gl.maximum(_highest(scores, own, halves), FLOOR)
-    p, total = _weigh(scores, top - PEAK if FP8 else top, own, halves)
+    p, total = _weigh(_as_float(scores), top - PEAK if FP8 else top, own, halves)
     return top, p, total
 
 
 @gluon.jit
-def _take_turn(turns, w: gl.constexpr, n, TURNS: gl.constexpr):
-    """Wait until the other consumer has issued its products: those of its n-th tile, or of the one before."""
-    if TURNS > 0:
-        mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
+def _multiply(
+    w: gl.constexpr, q, k, v_slots, v_slot, v_ready, v_phase, turns, n, operand, acc, pending, before,
+    HEAD_DIM: gl.constexpr, FP8: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    """(scores of a tile, acc, product with the values of the tile before it, the n-th); only fp8's scores have ended.
 
-
-@gluon.jit
-def _pass_turn(turns, w: gl.constexpr, NOW: gl.constexpr):
-    if NOW:
-        mbarrier.arrive(turns.index(1 - w))
+    A consumer waits for its turn at the tensor cores, and passes it on once that product has ended. So the products of
+    one run beside the softmax of the other.
+    """
+    mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
+    s_run = _scores(q, k, HEAD_DIM)
+    if LATE:
+        acc = acc * _spread(before, acc) + pending
+    elif not FP8:
+        acc = _shrink(acc, _spread(before, acc))
+    if FP8:
+        s_run = warpgroup_mma_wait(0, [s_run])
+    mbarrier.wait(v_ready, v_phase)
+    return s_run, acc, _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
 
 
 @gluon.jit
 def _continue(
-    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr,
+    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
+    masked, end, layout,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th.
+    """One more tile of a row: scores, softmax, and the product with the values of the tile before it, the n-th.
 
-    With fp8 `acc` lacks that product and is to be shrunk by `shrink` before it is added, else it has been shrunk.
+    `acc` lacks that product. With fp8 it is to be shrunk by `shrink` before that is added. With LATE it lacks `pending`
+    of the tile before, too, and first of all is to be shrunk by `before`, as it is without fp8: both beside the scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
-    v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
+    v_slot, v_phase = _slot(n, v_slots.shape[0])
     mbarrier.wait(k_full.index(k_slot), k_phase)
-    _take_turn(turns, w, n, TURNS)
-    s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-    if FP8:
-        s_run = warpgroup_mma_wait(0, [s_run])
-    mbarrier.wait(v_full.index(v_slot), v_phase)
-    acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
-    _pass_turn(turns, w, TURNS == 1)
+    s_run, acc, acc_run = _multiply(
+        w, q, k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase, turns, n, operand,
+        acc, pending, before, HEAD_DIM, FP8, LATE,
+    )  # fmt: skip
     halves = _key_scales(k_scales, k_slot)
-    scores = _as_float(s_run if FP8 else warpgroup_mma_wait(1, [s_run]), OFFSET_FIRST)
-    _pass_turn(turns, w, TURNS == 2)
+    scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
     if TEXT and masked:
         scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
     mbarrier.arrive(k_empty.index(k_slot))
-    new_top = gl.maximum(top, _highest(scores, own, halves))
+    highest = _highest(scores, own, halves)
+    new_top = gl.maximum(top, highest) if FP8 else gl.where(highest > top + SLACK, highest, top)
     new_shrink = gl.exp2(top - new_top)
-    p, more = _weigh(scores, new_top - PEAK if FP8 else new_top, own, halves)
+    p, more = _weigh(_as_float(scores), new_top - PEAK if FP8 else new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
     product = warpgroup_mma_wait(0, [acc_run])
-    _pass_turn(turns, w, TURNS == 3)
-    acc = acc * _spread(shrink, acc) + product if FP8 else product * _spread(new_shrink, acc)
+    mbarrier.arrive(turns.index(1 - w))
+    if LATE:
+        pending, before = product, shrink
+    elif FP8:
+        acc = acc * _spread(shrink, acc) + product
+    else:
+        acc, before = product, new_shrink
     mbarrier.arrive(v_empty.index(v_slot))
     # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
-    return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc
+    return _operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc, pending, before
 
 
 @gluon.jit
@@ -433,9 +343,10 @@ def _own_scales(scales, slot):
 def _consume(
     w: gl.constexpr, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
     mail, spots, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-    NEED_LSE: gl.constexpr, OFFSET_FIRST: gl.constexpr, TURNS: gl.constexpr,
+    NEED_LSE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
+    late: gl.constexpr = FP8 and not TEXT  # where tiles may be masked, there are no registers left for it
     q_slots, q_scales, q_full, q_empty = queries
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -443,8 +354,8 @@ def _consume(
     where, start, tiles, masked, end = _told(mail, 0), _told(mail, 1), _told(mail, 2), _told(mail, 3), _told(mail, 4)
     own = _own_scales(q_scales, w)
     mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM, OFFSET_FIRST)])
-    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8, OFFSET_FIRST)
+    scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM)])
+    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8)
     mbarrier.arrive(k_empty.index(0))
     operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
     q_slot, q_phase = 0, 0
@@ -453,16 +364,17 @@ def _consume(
         q = q_slots.index(q_slot * 2 + w)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
+        pending, before = acc if late else 0.0, shrink
         for tile in range(1, tiles):
-            operand, top, shrink, total, acc = _continue(
-                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8, OFFSET_FIRST, TURNS,
+            operand, top, shrink, total, acc, pending, before = _continue(
+                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
+                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, late,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
         mbarrier.arrive(q_empty.index(q_slot))
         k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
-        v_slot, v_phase = _slot(n, _value_slots(HEAD_DIM, 8 if FP8 else 16))
+        v_slot, v_phase = _slot(n, v_slots.shape[0])
         q_slot, q_phase = _next(q_slot, q_phase, QUERY_SLOTS)
         mbarrier.wait(q_full.index(q_slot), q_phase)
         letter = q_slot * MAIL
@@ -470,24 +382,18 @@ def _consume(
         masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
         own = _own_scales(q_scales, q_slot * 2 + w)
         mbarrier.wait(k_full.index(k_slot), k_phase)
-        _take_turn(turns, w, n, TURNS)
-        s_run = _scores(q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), HEAD_DIM, OFFSET_FIRST)
-        if FP8:
-            s_run = warpgroup_mma_wait(0, [s_run])
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        acc_run = _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
-        _pass_turn(turns, w, TURNS == 1)
+        s_run, acc, acc_run = _multiply(
+            w, q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase,
+            turns, n, operand, acc, pending, before, HEAD_DIM, FP8, late,
+        )  # fmt: skip
         scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
-        _pass_turn(turns, w, TURNS == 2)
-        top2, p, total2 = _open(
-            scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8, OFFSET_FIRST
-        )
+        top2, p, total2 = _open(scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8)
         mbarrier.arrive(k_empty.index(k_slot))
         product = warpgroup_mma_wait(0, [acc_run])
-        _pass_turn(turns, w, TURNS == 3)
+        mbarrier.arrive(turns.index(1 - w))
+        acc = acc * _spread(shrink, acc) + product if FP8 else product
         mbarrier.arrive(v_empty.index(v_slot))
         operand = _operand(p, v_slots.dtype, HEAD_DIM, FP8)
-        acc = acc * _spread(shrink, acc) + product if FP8 else product
         tma.store_wait(0)  # by now the row before has left its slot
         _finish(
             w, acc, top, total, where, start, end, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout,
@@ -535,8 +441,6 @@ def int8_kernel(
     TEXT: gl.constexpr,
     FP8: gl.constexpr,
     NEED_LSE: gl.constexpr,
-    OFFSET_FIRST: gl.constexpr,
-    TURNS: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
@@ -565,9 +469,9 @@ def int8_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE)),
             (_consume, (1, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout, queries, keys, values, turns,
-                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE, OFFSET_FIRST, TURNS)),
+                        mail, spots, KEYS, HEAD_DIM, TEXT, FP8, NEED_LSE)),
             (_produce, ((q_desc, q_scale_desc), (k_desc, k_scale_desc), (v_desc, tail_desc), lists, lens_ptr, next_ptr,
                         work, layout, queries, keys, values, mail, spots, KEYS, HEAD_DIM, SPARSE, TEXT, FP8)),
         ],

@@ -62,8 +62,11 @@ def _slots(head_dim):
 
 @gluon.jit
 def _slot(n, SLOTS: gl.constexpr):
-    """(slot, phase of its barriers) of the n-th tile; SLOTS is a power of two."""
-    return n & (SLOTS - 1), (n & SLOTS) // SLOTS
+    """(slot, phase of its barriers) of the n-th tile."""
+    if SLOTS & (SLOTS - 1):
+        return n % SLOTS, (n // SLOTS) & 1
+    else:
+        return n & (SLOTS - 1), (n & SLOTS) // SLOTS
 
 
 @gluon.jit
@@ -249,7 +252,7 @@ def _fetch_values(
     """Copy the n-th tile of values; with TEXT, those from position `tail` on from their clean copy."""
     group: gl.constexpr = 128 // KEYS
     slots, full, empty = values
-    slot, phase = _slot(n, _slots(HEAD_DIM))
+    slot, phase = _slot(n, slots.shape[0])
     parts = _view(slots.index(slot), desc.dtype, [group * (HEAD_DIM // 64), 1, 1, KEYS, 64], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM * 2)

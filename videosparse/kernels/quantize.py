@@ -34,7 +34,7 @@ from videosparse.layout import ceil_div
 
 LN_2 = tl.constexpr(0.6931471805599453)
 KEY_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-"""Which of 16 keys a place of turned values holds, for the Hopper kernel: `hopper_int8_kernel._pack` says why."""
+"""Which of 16 keys a place of turned values holds, for the Hopper kernel: `hopper_int8_softmax._pack` says why."""
 
 PAD = 128
 SCALED_KEYS = 64
