@@ -10,8 +10,8 @@ sparse after it. A setting is method[@density][+quant][:option=value]..., such a
 `paro@radial+int8`; a method that takes a density and names none runs at all `--densities`, of which "radial" is that of
 Radial Attention's map on the same grid. The anchors: `ceiling` is the rendered truth through the VAE, `dense` comes by
 itself, `other-noise` is dense with another seed, `random` keeps random blocks. `paro` goes by a plan, which is
-calibrated first, on two prompts that are not in the list, `paro-raster` by one that reorders nothing; `paro-online`
-finds orders and maps in the run.
+calibrated first, on two prompts that are not in the list, `paro-raster` by one that reorders nothing, `paro-mass` by
+one whose orders are those in which its maps keep most of the attention; `paro-online` finds orders and maps in the run.
 
 One row per video, as CSV, or as Parquet where the name ends so (`pip install videosparse[parquet]`): fidelity to the
 dense video (PSNR, SSIM, relative L1 of latents, by quarter), the detectors of the synthetic world, dimensions that need
@@ -138,8 +138,8 @@ class Plans:
     def __init__(self, args: argparse.Namespace, batches: Batches, folder: Path, state: Any, of_world: bool) -> None:
         self.args, self.batches, self.folder, self.state, self.of_world = args, batches, folder, state, of_world
 
-    def __call__(self, density: float, reorder: bool = True) -> Path:
-        """The file of the plan for a density, with token orders or without."""
+    def __call__(self, density: float, orders: str = "metric") -> Path:
+        """The file of the plan for a density and a way of choosing token orders, a value of `BY_PLAN`."""
         run, size = self.batches.settings, "x".join(map(str, self.args.block))
         about = [
             run.source.name,
@@ -149,21 +149,21 @@ class Plans:
             run.guidance,
             size,
         ]
-        about += [] if reorder else ["raster"]
+        about += [] if orders == "metric" else [orders]
         path = self.folder / f"plan-{slug('-'.join(map(str, about)), WHOLE)}-{density:.4f}.safetensors"
         if not path.exists():
-            self._calibrate(path, density, reorder)
+            self._calibrate(path, density, orders)
         return path
 
     def prepare(self, settings: Sequence[Setting], conditions: Conditions) -> None:
         """Make the plans that settings need, while the other processes wait."""
         needed = [s for s in settings if s.method in BY_PLAN and not any(o.startswith("plan=") for o in s.options)]
-        wanted = {(density, s.method == "paro") for s in needed if (density := conditions.density(s)) is not None}
+        wanted = {(density, BY_PLAN[s.method]) for s in needed if (density := conditions.density(s)) is not None}
         with self.state.main_process_first():
-            for density, reorder in sorted(wanted):
-                self(density, reorder)
+            for density, orders in sorted(wanted):
+                self(density, orders)
 
-    def _calibrate(self, path: Path, density: float, reorder: bool) -> None:
+    def _calibrate(self, path: Path, density: float, orders: str) -> None:
         if not self.of_world:
             raise GenerationError(
                 "Plans are calibrated with prompts of the synthetic world; for other prompts make one with "
@@ -175,9 +175,9 @@ class Plans:
             [p.prompt for p in others], model=run.request.model, density=density, block=self.args.block,
             buckets=max(1, min(BUCKETS, run.steps // 2)), num_frames=run.num_frames, height=run.height,
             width=run.width, steps=run.steps, guidance=run.guidance, seed=others[0].seed, device=str(run.device),
-            dtype=run.dtype, reorder=reorder,
+            dtype=run.dtype, reorder=orders != "raster", order_by="mass" if orders == "mass" else "metric",
         )  # fmt: skip
-        how = "" if reorder else " in raster order"
+        how = {"raster": " in raster order", "mass": ", orders by mass"}.get(orders, "")
         print(f"Calibrating PAROAttention at density {density:.4f}{how}", file=sys.stderr)
         try:
             calibrate(request, path, pipe=self.batches.pipe)

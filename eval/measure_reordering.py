@@ -11,6 +11,8 @@ relative L2 distance of the sparse output from the dense one. Every row of block
 
     raster, static          no reordering; maps from calibration, one per part of the run
     reordered, static       the plan: the order that the paper's metric chooses in calibration, and maps in it
+    by mass, static         the plan with `--order-by mass`: the order whose blocks of this density hold most in
+                            calibration, and maps in it
     raster, this call       no reordering; the best blocks of this very call
     reordered, this call    the order that the metric chooses in this call, and the best blocks in it (online mode)
     best order, this call   the order in which the best blocks of this call hold most: what choosing can gain at most
@@ -38,7 +40,7 @@ from videosparse.benchmark.rows import WHERE, environment, write_rows
 from videosparse.blocks import BlockMap, unpack_rows
 from videosparse.generation import GenerationRequest, Settings
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, CalibrationSettings, keep_blocks
-from videosparse.generation.looking import Figures, MapSums, Watch, watching
+from videosparse.generation.looking import Figures, MapSums, Shares, Watch, watching
 from videosparse.generation.running import call_arguments, load_pipeline
 from videosparse.kernels import KernelOptions, attend, reorder
 from videosparse.kernels.order_search import Look, OrderMetric, choose, look
@@ -64,11 +66,16 @@ COLUMNS = (
 
 @dataclass(eq=False)
 class Static:
-    """What calibration has found: orders, and the mass of blocks in these and in raster order, by part of the run."""
+    """What calibration has found: orders, and the mass of blocks in these and in raster order, by part of the run.
+
+    Orders by mass, and so the mass of blocks in them, are of one density each.
+    """
 
     codes: torch.Tensor
+    by_mass: dict[float, torch.Tensor]
     reordered: list[torch.Tensor] = field(default_factory=list)
     raster: list[torch.Tensor] = field(default_factory=list)
+    most: dict[float, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,8 @@ class Judge:
         best = sums.topk(count, 3).values.sum((2, 3)).argmax(0)
         yield "raster, static", raster, self.static.raster[self.bucket][number]
         yield "reordered, static", own, self.static.reordered[self.bucket][number]
+        by_mass = self.static.by_mass[density][number].to(chosen)
+        yield "by mass, static", by_mass, self.static.most[density][self.bucket][number]
         for method, codes in (("raster", raster), ("reordered", chosen), ("best order", best)):
             yield f"{method}, this call", codes, _of_codes(sums, codes)
 
@@ -169,16 +178,22 @@ def _joined(parts: tuple[Look, ...]) -> Look:
     return replace(parts[0], **{n: torch.cat([getattr(part, n) for part in parts], 1) for n in names})
 
 
-def calibrated(watch: Watch, settings: CalibrationSettings) -> Static:
+def calibrated(watch: Watch, settings: CalibrationSettings, densities: list[float]) -> Static:
     """Orders and block masses from dense runs."""
     heads = int(watch.tracker.config["num_attention_heads"])
     figures, calls = Figures(watch.layers, heads, settings.metric), []
     for run in settings.runs:
         calls += watch.run(settings.looked_at, figures, call_arguments(run))
-    static = Static(choose(*figures.means, settings.metric.alpha).view(watch.layers, heads).to(torch.uint8))
+    shares = {density: Shares(watch.layers, heads, BLOCK, density) for density in densities}
+    for found in shares.values():
+        watch.replay(calls, found)
+        found.calls = figures.calls
+    static = Static(figures.codes, {density: found.codes for density, found in shares.items()})
     for bucket in range(settings.request.buckets + 1):
         own = [call for call in calls if call.bucket == bucket]
-        for codes, kept in ((static.codes, static.reordered), (torch.zeros_like(static.codes), static.raster)):
+        wanted = [(static.codes, static.reordered), (torch.zeros_like(static.codes), static.raster)]
+        wanted += [(codes, static.most[density]) for density, codes in static.by_mass.items()]
+        for codes, kept in wanted:
             sums = MapSums(codes, settings.runs[0].grid, BLOCK)
             watch.replay(own, sums)
             kept.append(sums.sums)
@@ -270,7 +285,7 @@ def main() -> None:
             pipe, _ = load_pipeline(runs[0])
         with watching(pipe, runs[0].device) as watch, Progress() as progress, torch.inference_mode():
             bar = progress.add_task(f"{frames} frames", total=args.steps * len(runs))
-            judge = Judge(calibrated(watch, settings), list(args.densities))
+            judge = Judge(calibrated(watch, settings, list(args.densities)), list(args.densities))
             orders = torch.bincount(judge.static.codes.flatten().long(), minlength=6).tolist()
             done = list(rows)
             for run in judged(watch, judge, settings.looked_at, runs, partial(_advance, progress, bar)):

@@ -29,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # one colour a method in every panel, readable without colour vision
 STYLES = {
     "radial": ("#D55E00", "s", "-"), "adaspa": ("#0072B2", "o", "-"), "paro": ("#009E73", "^", "-"),
-    "paro-raster": ("#009E73", "^", ":"), "paro-online": ("#56B4E9", "v", "-"), "random": ("#999999", "x", ":"),
+    "paro-mass": ("#009E73", "D", "--"), "paro-raster": ("#009E73", "^", ":"), "paro-online": ("#56B4E9", "v", "-"),
+    "random": ("#999999", "x", ":"),
 }  # fmt: skip
 LABELS = {
-    "radial": "Radial", "adaspa": "AdaSpa", "paro": "PARO, plan", "paro-raster": "PARO, plan without token orders",
+    "radial": "Radial", "adaspa": "AdaSpa", "paro": "PARO, plan", "paro-mass": "PARO, plan with orders by mass",
+    "paro-raster": "PARO, plan without token orders",
     "paro-online": "PARO, in the run", "random": "random blocks",
 }  # fmt: skip
 NEEDED = ("setting", "method", "quant", "frames", "height", "width", "video_density", "psnr_db", "all_right")

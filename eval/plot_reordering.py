@@ -24,8 +24,8 @@ from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour for the order of tokens, one line for the kind of numbers
-COLOURS = {"reordered": "#0072B2", "raster": "#D55E00", "random": "#999999"}
-ORDERS = {"paro": "reordered", "paro-raster": "raster", "random": "random"}
+COLOURS = {"reordered": "#0072B2", "by mass": "#009E73", "raster": "#D55E00", "random": "#999999"}
+ORDERS = {"paro": "reordered", "paro-mass": "by mass", "paro-raster": "raster", "random": "random"}
 LINES = {"": "-", "int8": "--", "int8-fp8": ":", "int8-int8": "-."}
 
 Row = dict[str, str]

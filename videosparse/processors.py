@@ -501,6 +501,8 @@ class PAROProcessor(SparseProcessor):
             where frames have fewer than 512 tokens.
         alpha: online, the weight of sparsity in the choice of an order, 0..1; None takes .5.
         online_maps: find maps in the run, in the orders of the plan.
+        order_by: online, how a head's order is chosen: "metric" is the paper's, "mass" takes the order in which the
+            blocks that its map keeps hold most of the attention; None takes "metric".
 
     Raises:
         TypeError, ValueError: see `SparseProcessor`; a plan that is missing or damaged; at binding, one for another
@@ -514,6 +516,7 @@ class PAROProcessor(SparseProcessor):
     block: int | tuple[int, int] | None = None
     alpha: float | None = None
     online_maps: bool = False
+    order_by: str | None = None
     _loaded: list[PAROPlan] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -554,7 +557,7 @@ class PAROProcessor(SparseProcessor):
         block: Any = self.block
         if block is None and self.plan is None:
             block = block_for(grid)
-        return PAROPolicy(self._plan(), self.density, block, self.alpha, self.online_maps)
+        return PAROPolicy(self._plan(), self.density, block, self.alpha, self.online_maps, self.order_by)
 
     def _plan(self) -> PAROPlan | None:
         """The plan, read once."""

@@ -406,7 +406,15 @@ def test_calibrate_then_generate(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("# typical\na red circle bounces\n\na blue square\n")
     result = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors", "--density", 0.4)
     assert result.exit_code == 0, result.output
-    for word in ("grid 3x8x8", "2, 12 calls looked at", "Orders", "in blocks of 64x64", "Recall", "plan.safetensors ("):
+    for word in (
+        "grid 3x8x8",
+        "2, 12 calls looked at",
+        "Orders",
+        "by the paper's metric",
+        "in blocks of 64x64",
+        "Recall",
+        "plan.safetensors (",
+    ):
         assert word in result.stdout
     again = run(*CALIBRATE, *PLANNED, "-o", "plan.safetensors")
     assert (again.exit_code, again.stderr.count("\n")) == (2, 1)
@@ -420,8 +428,11 @@ def test_calibrate_then_generate(run, tmp_path):
     )
     assert planned.exit_code == 0, planned.output
     online = run("generate", "a red circle", "--model", "small", *PLANNED, "--steps", 4, "--method", "paro",
-                 "--set", "paro.density=0.4", "-o", "b.mp4")  # fmt: skip
+                 "--set", "paro.density=0.4", "--set", "paro.order_by=mass", "-o", "b.mp4")  # fmt: skip
     assert online.exit_code == 0, online.output
+    by_mass = run(*CALIBRATE, *PLANNED, "-o", "mass.safetensors", "--density", 0.4, "--order-by", "mass")
+    assert by_mass.exit_code == 0, by_mass.output
+    assert "by the attention that the map keeps" in " ".join(by_mass.stdout.split())
     other = run("generate", "a", "--model", "small", "--frames", 13, *PLANNED[2:], "--method", "paro",
                 "--plan", "plan.safetensors")  # fmt: skip
     assert (other.exit_code, other.stderr.count("\n")) == (2, 1)
@@ -436,6 +447,8 @@ def test_calibrate_then_generate(run, tmp_path):
         (["--block", "x"], "block must be one size or two"),
         (["--block", "32"], "block must be"),
         (["--mass", "2"], "mass must lie in"),
+        (["--order-by", "rank"], "Error: --order-by must be metric or mass (got 'rank')"),
+        (["--order-by", "mass", "--mass", "0.9"], "--order-by mass compares orders at one density"),
         (["--output", "plan.bin"], "must end in .safetensors"),
         (["--output", ""], "use plan.safetensors"),
         (["--buckets", "9"], "buckets must be 1 to 2"),

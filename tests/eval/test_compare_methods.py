@@ -147,20 +147,30 @@ def test_a_grid_that_divides_by_nothing(program, tmp_path, capsys):
 def test_plans_are_calibrated_once_and_integers_run(program, tmp_path):
     """What stands between `paro 0.5` and its twin in raster order is the orders alone."""
     command = [*SMALL, "--dtype", "bf16", "--limit", "1", "--output", str(tmp_path / "rows.csv")]
-    assert program.main([*command, "--methods", "paro", "paro+int8", "paro-raster", "dense+int8"]) == 0
+    assert program.main([*command, "--methods", "paro", "paro+int8", "paro-mass", "paro-raster", "dense+int8"]) == 0
     rows = {row["setting"]: row for row in read_table(tmp_path / "rows.csv")}
-    assert set(rows) == {"dense", "dense, int8", "paro 0.5", "paro 0.5, int8", "paro 0.5, raster order"}
+    assert set(rows) == {
+        "dense",
+        "dense, int8",
+        "paro 0.5",
+        "paro 0.5, int8",
+        "paro 0.5, orders by mass",
+        "paro 0.5, raster order",
+    }
     assert rows["paro 0.5, int8"]["quant"] == "int8"
-    assert len({row["psnr_db"] for row in rows.values()}) == 5, "none for dense, and every other one its own"
+    assert len({row["psnr_db"] for row in rows.values()}) >= 5, "none for dense, and every other one its own"
     assert len({row["video_density"] for name, row in rows.items() if name.startswith("paro")}) == 1
-    plans = {path.stem.rpartition("-")[0].endswith("raster"): path for path in (tmp_path / "rows-plans").iterdir()}
-    raster, reordered = (PAROPlan.load(plans[kind]) for kind in (True, False))
+    plans = {path.stem.rpartition("-")[0].rpartition("-")[2]: path for path in (tmp_path / "rows-plans").iterdir()}
+    kinds = [kind for kind in plans if kind not in ("raster", "mass")] + ["mass", "raster"]
+    assert len(plans) == 3
+    reordered, by_mass, raster = (PAROPlan.load(plans[kind]) for kind in kinds)
+    assert [plan.facts.method["order_by"] for plan in (reordered, by_mass)] == ["metric", "mass"]
     assert (raster.codes == 0).all()
     assert (reordered.codes != 0).any()
     assert torch.equal(reordered.counts, raster.counts)
-    made = plans[False].stat().st_mtime_ns
+    made = plans[kinds[0]].stat().st_mtime_ns
     assert program.main([*command, "--methods", "paro", "--seeds", "2"]) == 0
-    assert plans[False].stat().st_mtime_ns == made
+    assert plans[kinds[0]].stat().st_mtime_ns == made
 
 
 def test_prompts_of_any_kind_have_no_detectors_and_no_ceiling(program, tmp_path, capsys):

@@ -27,7 +27,8 @@ def test_rows(tmp_path, monkeypatch, capsys):
     }
     methods = {method for method, _ in rows}
     assert methods == {
-        "raster, static", "reordered, static", "raster, this call", "reordered, this call", "best order, this call",
+        "raster, static", "reordered, static", "by mass, static", "raster, this call", "reordered, this call",
+        "best order, this call",
     }  # fmt: skip
     for row in rows.values():
         assert (row["frames"], row["tokens"], row["calls"]) == ("9", "192", "16"), "8 layers, two parts of the run"
@@ -38,7 +39,7 @@ def test_rows(tmp_path, monkeypatch, capsys):
         assert float(sparse["density"]) == pytest.approx(1 / 3, abs=1e-4)
         assert 0 < float(sparse["recall_low"]) <= float(sparse["recall"]) <= float(sparse["recall_high"]) < 1
     rounded = [row for row in every if row["quant"]]
-    assert len(rounded) == 3 * (2 * 2 + 1), "three kinds of integers, two densities of two static methods, and dense"
+    assert len(rounded) == 3 * (2 * 3 + 1), "three kinds of integers, two densities of three static methods, and dense"
     for row in rounded:
         if row["asked_density"] == "1.0":
             assert 0 < float(row["error"]) <= 0.03, row["quant"]

@@ -43,7 +43,7 @@ NAMES = {
             "random@0.1",
         ],
         *["adaspa@0.2:head_adaptive=no", "adaspa@0.2:refresh=never", "adaspa@0.2:block=128x64", "paro@radial"],
-        *(f"{method}@{density}" for method in ("paro", "paro-raster") for density in (0.5, 0.3, 0.2)),
+        *(f"{method}@{density}" for method in ("paro", "paro-mass", "paro-raster") for density in (0.5, 0.3, 0.2)),
         *["paro@0.5+int8", "paro@0.2+int8", "paro@0.2+int8-fp8"],
     )
 }

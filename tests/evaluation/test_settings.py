@@ -33,6 +33,7 @@ def conditions(plan=None):
         ("adaspa@0.2", Setting("adaspa", 0.2), "adaspa 0.2"),
         ("paro-online@0.2", Setting("paro-online", 0.2), "paro-online 0.2"),
         ("paro-raster@0.5+int8", Setting("paro-raster", 0.5, "int8"), "paro 0.5, raster order, int8"),
+        ("paro-mass@0.3", Setting("paro-mass", 0.3), "paro 0.3, orders by mass"),
         ("paro@radial+int8-fp8", Setting("paro", "radial", "int8-fp8"), "paro, density of radial, int8-fp8"),
         (
             "adaspa@0.1:head_adaptive=no:block=128x64",
@@ -96,20 +97,22 @@ def test_options_and_integers_reach_the_kernels():
     assert options.options.quant == "int8"
     for text in ("random@0.2+int8", "radial+int8", "dense+int8"):
         assert found.processor(parse_setting(text)).resolve(WAN, grid=GRID).options.quant == "int8", text
+    by_mass = found.processor(parse_setting("paro-online@0.2:order_by=mass")).resolve(WAN, grid=GRID).policy
+    assert by_mass.order_by == "mass"
     assert found.processor(parse_setting("paro-online@0.2+int8-fp8")).resolve(WAN).options.quant == "int8-fp8"
 
 
 def test_paro_asks_for_the_plan_of_its_density():
     asked = []
 
-    def plan(density, reorder):
-        asked.append((density, reorder))
+    def plan(density, orders):
+        asked.append((density, orders))
         return Path("no-such-plan.safetensors")
 
-    for text in ("paro@0.25", "paro-raster@0.25"):
+    for text in ("paro@0.25", "paro-mass@0.25", "paro-raster@0.25"):
         with pytest.raises(GenerationError, match="no-such-plan"):
             conditions(plan).processor(parse_setting(text))
-    assert asked == [(0.25, True), (0.25, False)]
+    assert asked == [(0.25, "metric"), (0.25, "mass"), (0.25, "raster")]
 
 
 def test_random_maps_differ_by_layer_and_not_by_step():

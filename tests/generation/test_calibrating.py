@@ -15,10 +15,10 @@ from videosparse.generation.calibrating import (
     calibrate,
     keep_blocks,
 )
-from videosparse.generation.looking import Watch
+from videosparse.generation.looking import MapSums, Shares, Watch, watching
 from videosparse.generation.methods import resolve_method
 from videosparse.generation.partial import Partial
-from videosparse.generation.running import load_pipeline
+from videosparse.generation.running import call_arguments, load_pipeline
 from videosparse.generation.sources import find_spec
 from videosparse.layout import VideoGrid
 from videosparse.policies.paro_plan import PAROPlan
@@ -66,7 +66,7 @@ def test_what_a_plan_holds(request_of, pipe, path):
     assert (facts.model_class, facts.layers, facts.heads) == ("WanTransformer3DModel", 2, 2)
     assert (facts.grid, facts.video, facts.block, facts.buckets) == ((3, 8, 8), (9, 64, 64), (64, 64), 2)
     assert (facts.density, facts.mass, facts.text) == (0.4, None, 0)
-    assert facts.method["alpha"] == 0.5
+    assert (facts.method["order_by"], facts.method["alpha"]) == ("metric", 0.5)
     assert facts.method["calls"] == 3 * 2 * 2, "three steps, two branches, two prompts"
     assert len(facts.method["recall"]) == 3
     assert (plan.counts == 1).all(), ".4 of 3 columns"
@@ -87,9 +87,9 @@ def test_the_same_seed_gives_the_same_bytes(request_of, pipe, path, tmp_path):
     assert path.read_bytes() != (tmp_path / "other.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("after", ["a prompt", "a map"])
-def test_an_interrupted_calibration_goes_on(request_of, pipe, path, tmp_path, monkeypatch, after):
-    calibrate(request_of(), tmp_path / "whole.safetensors", pipe=pipe)
+@pytest.mark.parametrize(("after", "by"), [("a prompt", "metric"), ("a map", "metric"), ("a prompt", "mass")])
+def test_an_interrupted_calibration_goes_on(request_of, pipe, path, tmp_path, monkeypatch, after, by):
+    calibrate(request_of(order_by=by), tmp_path / "whole.safetensors", pipe=pipe)
     runs, replays, run, replay = [], [], Watch.run, Watch.replay
 
     def interrupted_run(self, *args):
@@ -107,12 +107,12 @@ def test_an_interrupted_calibration_goes_on(request_of, pipe, path, tmp_path, mo
     monkeypatch.setattr(Watch, "run", interrupted_run)
     monkeypatch.setattr(Watch, "replay", interrupted_replay)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(request_of(), path, pipe=pipe)
+        calibrate(request_of(order_by=by), path, pipe=pipe)
     assert sorted(os.listdir(tmp_path)) == ["plan.safetensors.partial", "whole.safetensors"]
     done = len(runs), len(replays)
     monkeypatch.setattr(Watch, "run", lambda self, *args: runs.append(1) or run(self, *args))
     monkeypatch.setattr(Watch, "replay", lambda self, *args: replays.append(1) or replay(self, *args))
-    assert calibrate(request_of(), path, pipe=pipe).resumed
+    assert calibrate(request_of(order_by=by), path, pipe=pipe).resumed
     assert done == ((1, 0) if after == "a prompt" else (2, 1))
     assert (len(runs), len(replays)) == (2, 3), "nothing is done twice"
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
@@ -133,6 +133,8 @@ def test_statistics_of_something_else_are_refused(request_of, pipe, path, monkey
     )
     with pytest.raises(GenerationError, match=message):
         calibrate(request_of(seed=7), path, pipe=pipe)
+    with pytest.raises(GenerationError, match=r"with another order_by \(metric there, mass now\)"):
+        calibrate(request_of(order_by="mass"), path, pipe=pipe)
     assert not path.exists()
     calibrate(request_of(seed=7), path, pipe=pipe, overwrite=True)
     path.unlink()
@@ -180,6 +182,28 @@ def test_a_full_disk_is_one_line(request_of, pipe, path, monkeypatch, after):
     assert os.listdir(path.parent) == ["plan.safetensors.partial"][:after]
 
 
+def test_orders_by_mass_hold_no_less_than_raster_order(request_of, pipe, path):
+    """In the calls that were looked at, head by head; the sums are those that maps are made of."""
+    settings = request_of(order_by="mass", block=(128, 64)).resolve()
+    shares, grid = Shares(2, 2, settings.block, settings.density), settings.runs[0].grid
+    kept = {"mass": torch.zeros(2, 2), "raster": torch.zeros(2, 2)}
+    with watching(pipe, CPU) as watch:
+        calls = watch.run(settings.looked_at, shares, call_arguments(settings.runs[0]))
+        for call in calls:
+            for name, codes in (("mass", shares.codes), ("raster", torch.zeros_like(shares.codes))):
+                sums = MapSums(codes, grid, settings.block)
+                watch.replay([call], sums)
+                kept[name] += torch.stack([keep_blocks(x, settings.density, None, CPU)[2] for x in sums.sums])
+    assert (kept["mass"] >= kept["raster"] - 1e-5).all()
+    assert (kept["mass"] > kept["raster"] + 1e-3).any()
+    expected = shares.totals["kept"].gather(2, shares.codes.long()[..., None])[..., 0]
+    torch.testing.assert_close(kept["mass"].double(), expected, rtol=1e-5, atol=0)
+    plan = calibrate(request_of(order_by="mass", block=(128, 64), prompts=PROMPTS[:1]), path, pipe=pipe).plan
+    assert torch.equal(plan.codes, shares.codes)
+    assert plan.facts.method["order_by"] == "mass"
+    assert "alpha" not in plan.facts.method
+
+
 def test_mass_decides_how_many_blocks_a_head_keeps(request_of, pipe, path):
     plan = calibrate(request_of(density=None, mass=0.95), path, pipe=pipe).plan
     assert plan.facts.density is None
@@ -211,6 +235,13 @@ def test_the_fewest_blocks_that_keep_a_mass():
         ({"mass": 0.9}, "density and mass both say how many blocks are kept"),
         ({"block": (32, 64)}, "block must be"),
         ({"alpha": -1}, "alpha must lie in 0..1"),
+        ({"order_by": "rank"}, "order_by must be metric or mass"),
+        (
+            {"order_by": "mass", "alpha": 0.5},
+            "alpha=0.5 weighs the paper's metric, and orders are to be chosen by mass",
+        ),
+        ({"order_by": "mass", "density": None, "mass": 0.9}, "mass=0.9 gives every head its own; drop one"),
+        ({"order_by": "mass", "reorder": False}, "reorder=False leaves all in raster order"),
         ({"buckets": 3}, "buckets must be 1 to 2, half of the 4 steps"),
         (
             {"buckets": 5, "steps": 9},

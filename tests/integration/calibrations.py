@@ -8,7 +8,7 @@ import torch
 
 from videosparse.generation.calibrating import keep_blocks
 from videosparse.generation.looking import Figures, MapSums, watching
-from videosparse.kernels.order_search import OrderMetric, choose
+from videosparse.kernels.order_search import OrderMetric
 from videosparse.policies.paro_plan import PAROPlan, PlanFacts, plain_config
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def calibrated(pipe: Any, arguments: dict[str, Any], *, density: float = 0.3, bl
         figures = Figures(watch.layers, heads, OrderMetric())
         pipe.set_progress_bar_config(disable=True)
         calls = watch.run({0: 0, 2: 1, 4: 2}, figures, {**arguments, "num_inference_steps": 6})
-        codes = choose(*figures.means, 0.5).view(watch.layers, heads).to(torch.uint8)
+        codes = figures.codes
         grid, counts, bits = watch.layout.grid, [], []
         for bucket in range(buckets + 1):
             sums = MapSums(codes, grid, block)

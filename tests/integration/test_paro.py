@@ -11,6 +11,8 @@ from calibrations import calibrated
 from test_host_features import branches, compile_counting
 
 from videosparse import PAROProcessor, restore, sparsify
+from videosparse.blocks import unpack_rows
+from videosparse.ordering import AXIS_ORDERS
 from videosparse.policies import PAROPolicy
 from videosparse.policies.base import Mode
 
@@ -114,6 +116,43 @@ def test_a_plan_of_full_maps_equals_stock(name, pipe_of, plan_of):
     plan._orders.clear()
     pipe.set_attn_processor(PAROProcessor(plan, first_steps=0))
     torch.testing.assert_close(run(name, pipe), stock, rtol=0, atol=2e-5)
+
+
+def test_a_plan_is_stock_attention_behind_the_masks_that_its_names_and_bits_mean(pipe_of, plan_of, monkeypatch):
+    """Orders are read by sorting places by the axes of their names, nothing of ours; masks are token by token."""
+    pipe, kind = pipe_of("wan"), PIPES["wan"]
+    plan = plan_of("wan", pipe, density=0.35, buckets=2)
+    grid, (rows, columns) = plan.grid, plan.facts.block
+    plan.codes.copy_(torch.randint(1, 6, plan.codes.shape, generator=torch.Generator().manual_seed(2)))
+    plan._orders.clear()
+    places = [(f, h, w) for f in range(grid.frames) for h in range(grid.height) for w in range(grid.width)]
+
+    def mask(layer, bucket):
+        found = torch.zeros(1, plan.facts.heads, grid.tokens, grid.tokens, dtype=torch.bool)
+        for head, code in enumerate(plan.codes[layer].tolist()):
+            axes = ["FHW".index(axis) for axis in AXIS_ORDERS[code]]
+            read = sorted(range(grid.tokens), key=lambda t: [places[t][axis] for axis in axes])
+            at = torch.tensor(read).argsort()  # where each raster token is read
+            keep = unpack_rows(plan.bits[layer, bucket, head], plan.blocks[1])
+            found[0, head] = keep[at // rows][:, at // columns]
+        return found
+
+    masks = [[mask(layer, bucket) for bucket in range(3)] for layer in range(plan.facts.layers)]
+    stock, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def masked(query, key, value, attn_mask=None, **more):
+        if query.shape[2] == key.shape[2] == grid.tokens:
+            layer, step = len(calls) % plan.facts.layers, len(calls) // (plan.facts.layers * kind.calls)
+            calls.append(step)
+            attn_mask = masks[layer][[0, 0, 1, 2, 2, 2][step]]
+        return stock(query, key, value, attn_mask=attn_mask, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
+        expected = run("wan", pipe)
+    assert len(calls) == 6 * kind.calls * plan.facts.layers
+    pipe.set_attn_processor(PAROProcessor(plan, first_steps=0))
+    torch.testing.assert_close(run("wan", pipe), expected, rtol=0, atol=2e-5)
 
 
 @ONE_OF_A_FAMILY

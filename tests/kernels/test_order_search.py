@@ -14,6 +14,7 @@ from videosparse.kernels.order_search import (
     choose,
     coarser,
     figures,
+    holdings,
     in_order,
     look,
     search_orders,
@@ -82,9 +83,13 @@ def test_choice_of_equals_is_raster_order_and_nan_is_worst():
     assert (choose(torch.zeros(6, 2), uneven, 0.0) >= 0).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [("alpha", 1.1), ("eps", 0), ("sigma", -1), ("alpha", "x"), ("eps", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("alpha", 1.1), ("eps", 0), ("sigma", -1), ("alpha", "x"), ("eps", True), ("by", "rank")]
+)
 def test_metric_refuses(name, value):
-    with pytest.raises((TypeError, ValueError), match=f"{name} must"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"{name} must" if name != "by" else "order_by must be metric or mass"
+    ):
         OrderMetric(**{name: value})
 
 
@@ -113,7 +118,67 @@ def test_looks_cover_all_heads_in_groups(monkeypatch):
         assert not whole[0][code].sums.isnan().any(), "text and padding are never read"
 
 
-def searched(q, k, lse, layout, density=0.5, choose=True, codes=None, block=BLOCK):
+def read_by_name(grid, name):
+    """int64 [tokens], raster tokens in an order of the axes, by sorting: nothing of ours."""
+    places = [(f, h, w) for f in range(grid.frames) for h in range(grid.height) for w in range(grid.width)]
+    wanted = sorted(range(len(places)), key=lambda t: [places[t]["FHW".index(axis)] for axis in name])
+    return torch.tensor(wanted)
+
+
+def shares_by_definition(q, k, lse, layout, block, count):
+    """fp64 [6, B, H]: what the `count` largest blocks of every row hold, from all probabilities at once."""
+    video, shares = layout.video, []
+    for name in AXIS_ORDERS:
+        read = read_by_name(layout.grid, name)
+        moved_q, moved_k = (x[:, read].double().transpose(1, 2) for x in (q, k))
+        p = (moved_q @ moved_k.mT * q.shape[3] ** -0.5 - lse[:, :, read, None].double()).exp()
+        p = torch.nn.functional.pad(p, (0, -video % block[1], 0, -video % block[0]))
+        rows, columns = (ceil_div(video, b) for b in block)
+        sums = p.view(*p.shape[:2], rows, block[0], columns, block[1]).sum((3, 5))
+        shares.append(sums.topk(count, 3).values.sum((2, 3)) / sums.sum((2, 3)))
+    return torch.stack(shares)
+
+
+@pytest.mark.parametrize("kind", ["video", "ragged text"])
+@pytest.mark.parametrize("block", [(64, 64), (128, 64)])
+def test_what_a_map_holds_in_an_order_is_what_its_definition_says(monkeypatch, kind, block):
+    layout = make_layout(kind).aligned(block)
+    q, k, v = make_qkv(layout, torch.float32, dim=16)
+    q = q * 3
+    _, lse = attend(q, k, v, layout=layout, return_lse=True)
+    expected = shares_by_definition(q, k, lse, layout, block, 2)
+    for limit in (None, 60):  # all heads at once, and one after another
+        if limit:
+            monkeypatch.setattr("videosparse.kernels.order_search._GROUP_BLOCKS", limit)
+        found = list(holdings(q, k, lse, layout.grid, block, 2))
+        assert len(found) == 6 * (3 if limit else 1)
+        for one in found:
+            torch.testing.assert_close(one.share.double(), expected[one.code][:, one.heads], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["video", "ragged text"])
+def test_by_mass_every_head_has_the_order_that_holds_most(kind):
+    layout = make_layout(kind).aligned(BLOCK)
+    q, k, v = make_qkv(layout, torch.float32, dim=16)
+    q = q * 3
+    _, lse = attend(q, k, v, layout=layout, return_lse=True)
+    _, codes = searched(q, k, lse, layout, density=0.5, by="mass")
+    columns = ceil_div(layout.video, BLOCK[1])
+    shares = shares_by_definition(q, k, lse, layout, BLOCK, max(1, round(0.5 * columns))).mean(1)
+    assert codes.tolist() == shares.argmax(0).tolist()
+
+
+def test_by_mass_a_head_without_numbers_stays_in_raster_order():
+    layout = TokenLayout(GRID)
+    q, k, v = make_qkv(layout, torch.float32, dim=16)
+    _, lse = attend(q, k, v, layout=layout, return_lse=True)
+    _, codes = searched(q, k, lse, layout, by="mass")
+    lse[:, 1] = torch.nan
+    _, broken = searched(q, k, lse, layout, by="mass")
+    assert broken.tolist() == [int(codes[0]), 0, int(codes[2])]
+
+
+def searched(q, k, lse, layout, density=0.5, choose=True, codes=None, block=BLOCK, by="metric"):
     samples, heads = q.shape[0], q.shape[2]
     rows, columns = (ceil_div(layout.video, b) for b in block)
     base = max(1, round(density * columns))
@@ -121,16 +186,17 @@ def searched(q, k, lse, layout, density=0.5, choose=True, codes=None, block=BLOC
     shape = (samples, heads, *(ceil_div(layout.length, b) for b in block))
     index = PackedIndex.allocate(layout, block, samples, heads, counts.capacity(shape))
     codes = torch.full((heads,), 99, dtype=torch.int32) if codes is None else codes
-    search_orders(q, k, lse, index, codes, OrderSelection(layout.grid, counts, OrderMetric(), choose))
+    search_orders(q, k, lse, index, codes, OrderSelection(layout.grid, counts, OrderMetric(by=by), choose))
     return index, codes
 
 
-def test_heads_that_look_through_time_read_frames_fastest():
+@pytest.mark.parametrize("by", ["metric", "mass"])
+def test_heads_that_look_through_time_read_frames_fastest(by):
     grid = VideoGrid(32, 4, 4)  # a block holds two places; with two rows, those of a column in any order
     layout = TokenLayout(grid)
     q, k, v = columns_of_time(grid)
     dense, lse = attend(q, k, v, layout=layout, return_lse=True)
-    _, codes = searched(q, k, lse, layout, density=0.5)
+    _, codes = searched(q, k, lse, layout, density=0.5, by=by)
     assert all(AXIS_ORDERS[c].endswith("F") for c in codes.tolist())
     errors = []
     for chosen in (codes, codes * 0):
@@ -143,13 +209,14 @@ def test_heads_that_look_through_time_read_frames_fastest():
 
 
 @pytest.mark.parametrize("kind", ["video", "text", "ragged text"])
-@pytest.mark.parametrize("pick", [True, False])
+@pytest.mark.parametrize("pick", ["metric", "mass", None])
 def test_map_keeps_the_largest_blocks_of_every_row_in_the_order(kind, pick):
     layout = make_layout(kind).aligned(BLOCK)
     q, k, v = make_qkv(layout, torch.float32, dim=16)
     _, lse = attend(q, k, v, layout=layout, return_lse=True)
     given = torch.tensor([5, 0, 3], dtype=torch.int32)
-    index, codes = searched(q, k, lse, layout, choose=pick, codes=None if pick else given.clone())
+    how = {"by": pick} if pick else {"choose": False, "codes": given.clone()}
+    index, codes = searched(q, k, lse, layout, **how)
     if not pick:
         assert torch.equal(codes, given)
     order = TokenOrder(layout.grid, tuple(codes.tolist()))
@@ -166,12 +233,13 @@ def test_map_keeps_the_largest_blocks_of_every_row_in_the_order(kind, pick):
     torch.testing.assert_close((sums[:, :, :rows, :columns] * kept).sum(3), best)
 
 
-def test_a_search_is_one_node_and_repeats_to_the_bit():
+@pytest.mark.parametrize("by", ["metric", "mass"])
+def test_a_search_is_one_node_and_repeats_to_the_bit(by):
     layout = make_layout("text").aligned(BLOCK)
     q, k, v = make_qkv(layout, torch.float32, dim=16)
     _, lse = attend(q, k, v, layout=layout, return_lse=True)
     index, codes = searched(q, k, lse, layout)
-    wanted = OrderSelection(layout.grid, Selection(3, 5, 2, 2, 2, 1.0), OrderMetric())
+    wanted = OrderSelection(layout.grid, Selection(3, 5, 2, 2, 2, 1.0), OrderMetric(by=by))
     eager = torch.zeros_like(codes)
     search_orders(q, k, lse, index, eager, wanted)
     bits, traced = index.bits.clone(), torch.zeros_like(codes)

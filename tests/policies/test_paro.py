@@ -93,6 +93,20 @@ def test_online_searches_once_then_keeps_order_and_map():
     assert ask(policy, RunStep("cond", 5, 8), 1, state).order is later.order
 
 
+def test_orders_are_chosen_as_asked():
+    for policy, by, alpha in (
+        (PAROPolicy(), "metric", 0.5),
+        (PAROPolicy(alpha=0.1), "metric", 0.1),
+        (PAROPolicy(order_by="mass"), "mass", None),
+    ):
+        assert (policy.order_by, policy.alpha) == (by, alpha)
+        metric = policy.selection(LAYOUT.aligned(policy.block)).metric
+        assert metric.by == by
+        assert alpha is None or metric.alpha == alpha
+    assert PAROPolicy(make_plan()).order_by is None
+    assert dataclasses.replace(PAROPolicy(order_by="mass"), density=0.3).order_by == "mass"
+
+
 def test_online_maps_keep_the_orders_of_a_plan_on_any_grid():
     plan, state = make_plan(), {}
     policy = PAROPolicy(plan, online_maps=True)
@@ -139,6 +153,12 @@ def test_figures_of_a_run():
         ({"online_maps": 1}, "online_maps must be True or False"),
         ({"online_maps": True}, "online_maps=True keeps the orders of a plan"),
         ({"calibrated": 0, "alpha": 0.5}, "the plan has chosen them"),
+        ({"calibrated": 0, "order_by": "mass"}, "order_by=mass chooses orders, and the plan has chosen them"),
+        ({"order_by": "rank"}, "order_by must be metric or mass"),
+        (
+            {"order_by": "mass", "alpha": 0.5},
+            "alpha=0.5 weighs the paper's metric, and orders are to be chosen by mass",
+        ),
         ({"calibrated": 0, "density": 0.5}, "density=0.5 is not for a plan"),
         ({"calibrated": 0, "block": (64, 64)}, r"the plan has blocks of \(128, 64\)"),
     ],

@@ -38,7 +38,16 @@ def calibrate(
         int,
         typer.Option(help="Parts of the first half of a run with maps of their own; a run needs twice as many steps."),
     ] = 5,
-    alpha: Annotated[float, typer.Option(help="Weight of sparsity against evenness in choosing orders.")] = 0.5,
+    order_by: Annotated[
+        str,
+        typer.Option(
+            help="How each head's order is chosen: metric is the paper's; mass, by the attention that its map keeps."
+        ),
+    ] = "metric",
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Weight of sparsity against evenness in the paper's metric.", show_default="0.5"),
+    ] = None,
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
@@ -62,7 +71,7 @@ def calibrate(
 
     An interrupted calibration goes on where it was when the same command is given again.
     """
-    own = ("density", "mass", "block", "buckets", "alpha")
+    own = ("density", "mass", "block", "buckets", "order_by", "alpha")
     with guard(debug, "Interrupted; the same command goes on after the last finished prompt or map.", own):
         from videosparse.generation.calibrating import CalibrationRequest
         from videosparse.generation.calibrating import calibrate as run
@@ -80,6 +89,7 @@ def calibrate(
             mass=mass,
             block=None if block is None else _block(block),
             buckets=buckets,
+            order_by=order_by,
             alpha=alpha,
             num_frames=frames,
             height=height,
@@ -122,6 +132,9 @@ def _block(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+_CHOSEN_BY = {"metric": "the paper's metric", "mass": "the attention that the map keeps"}
+
+
 def _show(result: Calibration) -> None:
     from videosparse.ordering import AXIS_ORDERS
 
@@ -137,7 +150,7 @@ def _show(result: Calibration) -> None:
             ("Model", f"{run.source.name}, {run.dtype} on {run.device}; {layers} of {facts.heads} heads"),
             ("Size", f"{run.num_frames} frames of {run.height}x{run.width}, grid {plan.grid}; {run.steps} steps"),
             ("Prompts", f"{len(result.settings.runs)}, {facts.method['calls']} calls looked at"),
-            ("Orders", f"{chosen} (heads of {len(codes)})"),
+            ("Orders", f"{chosen} (heads of {len(codes)}); by {_CHOSEN_BY[facts.method['order_by']]}"),
             ("Density", f"{plan.density:.3f} video-video, in blocks of {facts.block[0]}x{facts.block[1]}"),
             (
                 "Recall",

@@ -52,13 +52,18 @@ def guard(
     except GenerationError as error:
         if debug:
             raise
-        _fail(f"Error: {renamed(told(error), {name: f'--{name}' for name in options})}", 2)
+        _fail(f"Error: {renamed(told(error), {name: _option(name) for name in options})}", 2)
     except (typer.Exit, SystemExit, BrokenPipeError):  # who reads our output may leave early: `plan | head`
         raise
     except Exception as error:
         if debug:
             raise
         _fail(f"Unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)", 1)
+
+
+def _option(name: str) -> str:
+    """What a field is called on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -34,6 +34,9 @@ PAIRS = (
     ("token orders", "paro 0.5", "paro 0.5, raster order", "+2.8"),
     ("token orders", "paro 0.3", "paro 0.3, raster order", ""),
     ("token orders", "paro 0.2", "paro 0.2, raster order", ""),
+    ("token orders by mass", "paro 0.5, orders by mass", "paro 0.5, raster order", ""),
+    ("token orders by mass", "paro 0.3, orders by mass", "paro 0.3, raster order", ""),
+    ("token orders by mass", "paro 0.2, orders by mass", "paro 0.2, raster order", ""),
     ("queries and keys as INT8", "radial, int8", "radial", ""),
     ("queries and keys as INT8", "paro 0.5, int8", "paro 0.5", "-0.1"),
     ("queries and keys as INT8", "paro 0.2, int8", "paro 0.2", ""),
@@ -63,7 +66,7 @@ def fidelity(rows: list[Row]) -> Table:
 
 def paro_videos(rows: list[Row]) -> Table:
     """Likeness to dense of PAROAttention by plans, with orders, without, and in integers."""
-    return _likeness(_groups(usual(rows), ("random", "paro", "paro-raster")))
+    return _likeness(_groups(usual(rows), ("random", "paro", "paro-mass", "paro-raster")))
 
 
 def side_by_side(rows: list[Row]) -> str:

@@ -6,6 +6,7 @@ grid. Methods: those of `videosparse generate`, and
     ceiling        the rendered truth of the prompt through the model's VAE: no model that uses this VAE does better
     other-noise    dense again, another seed: how far videos are apart that have only the prompt in common
     paro-online    PAROAttention without a plan; `paro` goes by one
+    paro-mass      by a plan whose orders are those in which its maps keep most of the attention, not by the metric
     paro-raster    by a plan that reorders nothing: what token orders are worth
     random         equally many random blocks in every row: what a density is worth without looking
 """
@@ -28,7 +29,9 @@ from videosparse.policies.radial import RadialPolicy
 from videosparse.processors import DenseProcessor, Processor, RadialProcessor
 
 ANCHORS = ("ceiling", "dense", "other-noise")
-BY_PLAN = ("paro", "paro-raster")
+BY_PLAN = {"paro": "metric", "paro-mass": "mass", "paro-raster": "raster"}
+"""Methods that go by a plan, and how its token orders are chosen: see `CalibrationRequest.order_by`, or not at all."""
+
 BY_DENSITY = ("adaspa", *BY_PLAN, "paro-online", "random")
 METHODS = (*ANCHORS, "radial", *BY_DENSITY)
 
@@ -64,7 +67,7 @@ class Setting:
         name = {"noise": "other noise", "online": self.method}.get(kind, method)
         if self.density is not None:
             name += ", density of radial" if self.density == OWN_DENSITY else f" {self.density}"
-        orders = ["raster order"] if kind == "raster" else []
+        orders = {"raster": ["raster order"], "mass": ["orders by mass"]}.get(kind, [])
         return ", ".join([name, *orders, *filter(None, [self.quant]), *self.options])
 
     @property
@@ -148,7 +151,7 @@ class Conditions:
         text: text tokens of a sequence.
         block: (query rows, key rows), unless a setting has its own.
         first_steps: dense denoising steps of every sparse method.
-        plan: gives the file of PAROAttention's plan for a density, with token orders or without.
+        plan: gives the file of PAROAttention's plan for a density and a way of choosing orders, a value of `BY_PLAN`.
         experts: transformers of the model; Radial Attention's defaults depend on it.
     """
 
@@ -157,7 +160,7 @@ class Conditions:
     text: int
     block: tuple[int, int]
     first_steps: int | float
-    plan: Callable[[float, bool], Path]
+    plan: Callable[[float, str], Path]
     experts: int = 1
 
     @property
@@ -189,7 +192,7 @@ class Conditions:
         options |= _given(setting)
         if setting.method in BY_PLAN and density is not None:
             if "plan" not in options:
-                options["plan"] = str(self.plan(density, setting.method == "paro"))
+                options["plan"] = str(self.plan(density, BY_PLAN[setting.method]))
         else:
             options.setdefault("block", self.block)
             options |= {} if density is None else {"density": density}

@@ -25,7 +25,7 @@ from videosparse.clock import shift_of
 from videosparse.defaults import block_for
 from videosparse.generation.environment import now, versions
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
-from videosparse.generation.looking import Figures, MapSums, Watch, watching
+from videosparse.generation.looking import Figures, MapSums, Shares, Watch, watching
 from videosparse.generation.lora import check_loaded
 from videosparse.generation.methods import refusals
 from videosparse.generation.output import Destination, check_places
@@ -34,8 +34,8 @@ from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
 from videosparse.generation.shifts import shifted
 from videosparse.generation.sidecar import file_state
-from videosparse.kernels.order_search import OrderMetric, choose
-from videosparse.kernels.selection import kernels_for
+from videosparse.kernels.order_search import OrderMetric
+from videosparse.kernels.selection import columns_of, kernels_for
 from videosparse.policies.paro import DENSITY
 from videosparse.policies.paro_plan import (
     PAROPlan,
@@ -72,7 +72,11 @@ class CalibrationRequest:
             fewer than 512 tokens.
         buckets: parts of the first half of a run with maps of their own. Each needs a step, so the default of 5 needs
             runs of at least 10; where experts share a run, at least 10 of each.
-        alpha: weight of sparsity against evenness in the choice of orders, 0..1; not published.
+        alpha: weight of sparsity against evenness in the choice of orders, 0..1; None takes .5, which is ours. Not
+            with order_by="mass".
+        order_by: how a head's order is chosen: "metric" is the paper's; "mass", ours, takes the one in which the
+            largest blocks of every row, as many as `density` says, hold most of the attention, mean over the calls that
+            are looked at.
         reorder: whether heads get token orders at all; False leaves all in raster order, for comparisons.
         seed: of the noise of the first prompt; each further one takes the next.
     """
@@ -83,7 +87,8 @@ class CalibrationRequest:
     mass: float | None = None
     block: tuple[int, int] | None = None
     buckets: int = BUCKETS
-    alpha: float = 0.5
+    alpha: float | None = None
+    order_by: str = "metric"
     reorder: bool = True
     num_frames: int | None = None
     height: int | None = None
@@ -111,16 +116,32 @@ class CalibrationRequest:
         block = block_for(first.grid) if self.block is None else self.block
         with refusals():
             check_block(block)
-            metric = OrderMetric(alpha=self.alpha)
+            metric = OrderMetric(OrderMetric.alpha if self.alpha is None else self.alpha, by=self.order_by)
         for name, limits in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not limits[0] < value <= limits[1]:
                 raise GenerationError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
         if self.density is not None and self.mass is not None:
             raise GenerationError("density and mass both say how many blocks are kept; give one of them.")
+        if metric.by == "mass":
+            self._check_by_mass()
         _check_buckets(self.buckets, first.steps)
         density = DENSITY if self.density is None and self.mass is None else self.density
         return CalibrationSettings(self, runs, metric, density, block)
+
+    def _check_by_mass(self) -> None:
+        """Raise GenerationError where orders cannot be chosen by mass, or something else chooses them."""
+        if self.alpha is not None:
+            raise GenerationError(
+                f"alpha={self.alpha} weighs the paper's metric, and orders are to be chosen by mass; drop one of both."
+            )
+        if self.mass is not None:
+            raise GenerationError(
+                f"order_by=mass compares orders at one density, and mass={self.mass} gives every head its own; drop "
+                "one of both."
+            )
+        if not self.reorder:
+            raise GenerationError("order_by=mass chooses orders, and reorder=False leaves all in raster order.")
 
     def _run(self, prompt: str, seed: int) -> Settings:
         return GenerationRequest(
@@ -191,6 +212,7 @@ class CalibrationSettings:
             "mass": request.mass,
             "block": list(self.block),
             "buckets": request.buckets,
+            "order_by": self.metric.by,
             "alpha": self.metric.alpha,
             "reorder": request.reorder,
             "loras": [[*file_state(lora.path), lora.scale] for lora in run.loras],
@@ -356,7 +378,7 @@ def _look_at_prompts(
 
         arguments = {**call_arguments(run), "callback_on_step_end": step_ends}
         partial.calls.append(watch.run(settings.looked_at_of, figures, arguments))
-        partial.sparse, partial.uneven, partial.calls_seen = figures.sparse, figures.uneven, figures.calls
+        partial.figures, partial.calls_seen = figures.totals, figures.calls
         assert watch.layout is not None
         partial.text = watch.layout.text
         partial.save(path)
@@ -364,20 +386,21 @@ def _look_at_prompts(
 
 def _figures(watch: Watch, settings: CalibrationSettings, partial: Partial) -> Figures:
     """What is known of the orders so far."""
-    heads = int(watch.tracker.config["num_attention_heads"])
-    figures = Figures(watch.layers, heads, settings.metric, len(watch.trackers))
-    if partial.sparse is not None and partial.uneven is not None:
-        figures.sparse, figures.uneven, figures.calls = partial.sparse, partial.uneven, partial.calls_seen
+    sizes = watch.layers, int(watch.tracker.config["num_attention_heads"])
+    if settings.metric.by == "mass":
+        assert settings.density is not None
+        figures: Figures = Shares(*sizes, settings.block, settings.density, len(watch.trackers))
+    else:
+        figures = Figures(*sizes, settings.metric, len(watch.trackers))
+    if partial.figures:
+        figures.totals, figures.calls = partial.figures, partial.calls_seen
     return figures
 
 
 def _codes(watch: Watch, settings: CalibrationSettings, partial: Partial) -> torch.Tensor:
     """The order of every head, uint8 [attentions, heads]."""
     figures = _figures(watch, settings, partial)
-    shape = figures.sparse.shape[:2]
-    if not settings.request.reorder:
-        return torch.zeros(shape, dtype=torch.uint8)
-    return choose(*figures.means, settings.metric.alpha).view(shape).to(torch.uint8)
+    return figures.codes if settings.request.reorder else torch.zeros_like(figures.codes)
 
 
 def _find_maps(
@@ -421,7 +444,7 @@ def keep_blocks(
     heads, rows, columns = sums.shape
     sums = sums.to(device)
     if density is not None:
-        base = min(columns, max(1, int(density * columns + 0.5)))
+        base = columns_of(density, columns)
         counts = torch.full((heads,), base, dtype=torch.int32, device=device)
     else:
         assert mass is not None
@@ -460,9 +483,8 @@ def _facts(settings: CalibrationSettings, watch: Watch, partial: Partial) -> Pla
         mass=request.mass,
         video=(run.num_frames, run.height, run.width),
         method={
-            "alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma, "steps": run.steps,
-            "guidance": run.guidance, "shift": shift_of(watch.pipe.scheduler.config), "seed": request.seed,
-            "dtype": run.dtype,
+            **_judged_by(metric), "steps": run.steps, "guidance": run.guidance,
+            "shift": shift_of(watch.pipe.scheduler.config), "seed": request.seed, "dtype": run.dtype,
             "model": run.source.name, "reorder": request.reorder, "calls": sum(partial.calls_seen),
             "recall": partial.recall, "loras": [[lora.name, lora.scale] for lora in run.loras],
         },
@@ -471,6 +493,12 @@ def _facts(settings: CalibrationSettings, watch: Watch, partial: Partial) -> Pla
         others=tuple(others),
         weights=tuple(fingerprint(transformer) for transformer in watch.transformers) if others else (),
     )  # fmt: skip
+
+
+def _judged_by(metric: OrderMetric) -> dict[str, Any]:
+    """How orders were chosen, for a plan's metadata; plans of before have no order_by, and chose by the metric."""
+    own = {"alpha": metric.alpha, "eps": metric.eps, "sigma": metric.sigma}
+    return {"order_by": metric.by, **({} if metric.by == "mass" else own)}
 
 
 def _hash(prompts: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,8 @@ from videosparse.attach import RunTracker, restore, sparsify, tracker_of
 from videosparse.components import targets
 from videosparse.generation.errors import GenerationError
 from videosparse.kernels import attend, block_sums
-from videosparse.kernels.order_search import ORDERS, OrderMetric, in_order, look
+from videosparse.kernels.order_search import ORDERS, OrderMetric, choose, holdings, in_order, look
+from videosparse.kernels.selection import columns_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import LayerPlan
 from videosparse.processors import DenseProcessor
@@ -48,7 +49,7 @@ class Call:
 
 
 class Figures:
-    """How the orders do in every layer and head, added up over calls.
+    """How the orders do in every layer and head by the paper's metric, added up over calls.
 
     Args:
         layers, heads: of the model; layers of all experts.
@@ -56,23 +57,35 @@ class Figures:
         experts: that layers are of, as many of each.
 
     Attributes:
-        sparse, uneven: fp64 [layers, heads, 6], sums of M_sparse and M_quant.
+        totals: fp64 [layers, heads, 6] for each name, sums of M_sparse ("sparse") and M_quant ("uneven").
         calls: of each expert, how many were added up, per layer.
     """
 
+    names: ClassVar[tuple[str, ...]] = ("sparse", "uneven")
+
     def __init__(self, layers: int, heads: int, metric: OrderMetric, experts: int = 1) -> None:
         self.metric = metric
-        self.sparse = torch.zeros(layers, heads, len(ORDERS), dtype=torch.float64)
-        self.uneven = torch.zeros_like(self.sparse)
+        self.totals = {name: torch.zeros(layers, heads, len(ORDERS), dtype=torch.float64) for name in self.names}
         self.calls = [0] * experts
 
     @property
-    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self) -> tuple[torch.Tensor, ...]:
         """M_sparse and M_quant, fp64 [6, layers x heads], means over calls: what `choose` takes."""
-        layers, heads, _ = self.sparse.shape
+        layers, heads, _ = self.totals[self.names[0]].shape
         calls = torch.tensor(self.calls, dtype=torch.float64).repeat_interleave(layers // len(self.calls))
-        sparse, uneven = (x.movedim(2, 0) / calls[:, None] for x in (self.sparse, self.uneven))
-        return sparse.reshape(-1, layers * heads), uneven.reshape(-1, layers * heads)
+        means = (self.totals[name].movedim(2, 0) / calls[:, None] for name in self.names)
+        return tuple(x.reshape(-1, layers * heads) for x in means)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The best order of every head, uint8 [layers, heads]."""
+        layers, heads, _ = self.totals[self.names[0]].shape
+        return self._best().view(layers, heads).to(torch.uint8)
+
+    def _best(self) -> torch.Tensor:
+        """int64 [layers x heads]."""
+        sparse, uneven = self.means
+        return choose(sparse, uneven, self.metric.alpha)
 
     def __call__(self, number: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, layout: TokenLayout) -> None:
         """Add a call of a layer; a `Look`.
@@ -81,10 +94,49 @@ class Figures:
             GenerationError: the figures are no numbers.
         """
         for looks in look(q, k, lse, layout.grid, (64, 64), metric=self.metric):
-            for total, name in ((self.sparse, "sparse"), (self.uneven, "uneven")):
+            for name, total in self.totals.items():
                 found = torch.stack([getattr(one, name).mean(0) for one in looks], 1).double().cpu()
                 _check_numbers(found, number)
                 total[number, looks[0].heads] += found
+
+
+class Shares(Figures):
+    """How much of the attention the blocks of a map would hold in every order, layer and head, added up over calls.
+
+    In each call the map is that call's own best, while the maps of a plan serve all calls of their part of a run.
+
+    Args:
+        layers, heads, experts: see `Figures`.
+        block: (query rows, key rows) of the maps.
+        density: share of the video blocks that every row keeps.
+
+    Attributes:
+        totals: fp64 [layers, heads, 6], sums of the share held ("kept").
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("kept",)
+
+    def __init__(self, layers: int, heads: int, block: tuple[int, int], density: float, experts: int = 1) -> None:
+        super().__init__(layers, heads, OrderMetric(by="mass"), experts)
+        self.block, self.density = block, density
+
+    def _best(self) -> torch.Tensor:
+        """int64 [layers x heads]; of equal ones the first, raster order before all others."""
+        return self.means[0].argmax(0)
+
+    def __call__(self, number: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, layout: TokenLayout) -> None:
+        """Add a call of a layer; a `Look`.
+
+        Raises:
+            GenerationError: the shares are no numbers.
+        """
+        count = columns_of(self.density, -(-layout.grid.tokens // self.block[1]))
+        found = torch.empty(q.shape[2], len(ORDERS), dtype=torch.float32, device=q.device)
+        for one in holdings(q, k, lse, layout.grid, self.block, count):
+            found[one.heads, one.code] = one.share.mean(0)
+        shares = found.double().cpu()
+        _check_numbers(shares, number)
+        self.totals["kept"][number] += shares
 
 
 class MapSums:

@@ -14,7 +14,7 @@ from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.looking import Call
 from videosparse.policies.paro_plan import write_whole
 
-FORMAT = "videosparse-calibration-2"
+FORMAT = "videosparse-calibration-3"
 _METADATA = "videosparse_calibration"
 
 
@@ -24,7 +24,7 @@ class Partial:
 
     Args:
         asked: what is being calibrated, as plain values: statistics of anything else are refused.
-        sparse, uneven: fp64 [layers, heads, 6], see `looking.Figures`; None before the first prompt.
+        figures: fp64 [layers, heads, 6] for each name, the totals of `looking.Figures`; none before the first prompt.
         calls_seen: how many calls they are of, for each expert.
         calls: of each prompt that is done.
         counts, bits: of each map that is done, int32 [layers, heads] and uint8 [layers, heads, rows, bytes]; all maps
@@ -34,8 +34,7 @@ class Partial:
     """
 
     asked: dict[str, Any]
-    sparse: torch.Tensor | None = None
-    uneven: torch.Tensor | None = None
+    figures: dict[str, torch.Tensor] = field(default_factory=dict)
     calls_seen: list[int] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
@@ -58,14 +57,12 @@ class Partial:
 
         tensors: dict[str, torch.Tensor] = {}
         calls = [[self._described(call, tensors) for call in prompt] for prompt in self.calls]
-        for name in ("sparse", "uneven"):
-            if (value := getattr(self, name)) is not None:
-                tensors[name] = value
+        tensors |= {f"figure {name}": x for name, x in self.figures.items()}
         tensors |= {f"counts {i}": x for i, x in enumerate(self.counts)}
         tensors |= {f"bits {i}": x for i, x in enumerate(self.bits)}
         about = {
             "format": FORMAT, "asked": self.asked, "calls_seen": self.calls_seen, "calls": calls,
-            "maps": len(self.bits), "recall": self.recall, "text": self.text,
+            "figures": list(self.figures), "maps": len(self.bits), "recall": self.recall, "text": self.text,
         }  # fmt: skip
         try:
             write_whole(path, save(tensors, {_METADATA: json.dumps(about)}), overwrite=True)
@@ -125,8 +122,7 @@ class Partial:
         maps = range(about["maps"])
         return cls(
             asked=about["asked"],
-            sparse=tensors.get("sparse"),
-            uneven=tensors.get("uneven"),
+            figures={name: tensors[f"figure {name}"] for name in about["figures"]},
             calls_seen=about["calls_seen"],
             calls=calls,
             counts=[tensors[f"counts {i}"] for i in maps],

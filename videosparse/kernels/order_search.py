@@ -1,8 +1,10 @@
 """Choosing token orders and maps by what attention looks like in every order (PAROAttention, arXiv 2506.16054).
 
-An order is good where many blocks hold next to nothing, and where the entries of a block are alike. `look` measures
-both in each of the six orders of the axes, `choose` weighs them, and the op behind `search_orders` writes the choice
-and the map that goes with it on the device, for methods that search while a video is made.
+By the paper, an order is good where many blocks hold next to nothing, and where the entries of a block are alike.
+`look` measures both in each of the six orders of the axes, and `choose` weighs them. The other way, ours, asks for what
+a map is to do: `holdings` measures how much of the attention lies in the blocks that it would keep in each order. The
+op behind `search_orders` writes the choice and the map that goes with it on the device, for methods that search while a
+video is made.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from videosparse.ordering import AXIS_ORDERS, SearchedOrder, TokenOrder
 
 ORDERS = tuple(range(len(AXIS_ORDERS)))
 
+ORDER_BY = ("metric", "mass")
+"""Ways of choosing an order: by the paper's metric, or by the attention mass that a map of the asked density keeps."""
+
 UNIT = (64, 64)
 """Blocks in which orders are judged, as published; sums of larger blocks are added up from them."""
 
@@ -34,12 +39,13 @@ _GROUP_BLOCKS = 2**24
 
 @dataclass(frozen=True)
 class OrderMetric:
-    """How a token order is judged; the paper's M_sparse and M_quant.
+    """How a token order is judged: by the paper's M_sparse and M_quant, or by mass.
 
     Args:
         alpha: weight of sparsity against evenness, 0..1. Not published; .5 is ours.
         eps: probabilities below it count as nothing. Published: 1e-3.
         sigma: share of such entries from which on a block counts as empty. Published: .9.
+        by: one of `ORDER_BY`; "mass" reads none of the others.
 
     Raises:
         TypeError, ValueError: a value of another type, or out of range.
@@ -48,8 +54,11 @@ class OrderMetric:
     alpha: float = 0.5
     eps: float = 1e-3
     sigma: float = 0.9
+    by: str = "metric"
 
     def __post_init__(self) -> None:
+        if self.by not in ORDER_BY:
+            raise ValueError(f"order_by must be {' or '.join(ORDER_BY)} (got {self.by!r}).")
         for name in ("alpha", "eps", "sigma"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -98,6 +107,23 @@ class Look:
     sums: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What a map would hold of some heads' attention in one order.
+
+    Args:
+        heads: which ones.
+        code: of the order.
+        share: fp32 [B, h], mass of the largest blocks of every row over that of all video blocks; NaN where all is 0.
+        sums: fp32 [B, h, Mq, Nk], the mass of every block.
+    """
+
+    heads: slice
+    code: int
+    share: torch.Tensor
+    sums: torch.Tensor
+
+
 def look(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -123,13 +149,74 @@ def look(
     Yields:
         For each group of heads one `Look` per order.
     """
+    for part, own in _groups(q, k, lse, grid):
+        yield [_look(*own, grid, block, part, code, metric, scale, options) for code in orders]
+
+
+def holdings(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    grid: VideoGrid,
+    block: tuple[int, int],
+    count: int,
+    *,
+    scale: float | None = None,
+    options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
+) -> Iterator[Holding]:
+    """What the `count` largest blocks of every row hold in each of the six orders.
+
+    One order comes after another, so that the sums of six never exist at once. Each takes one call of `block_sums` and
+    one of the selection that makes maps, for each group of heads.
+
+    Args:
+        q, k, lse, grid, scale, options: see `look`; options.logit as in the call that lse comes from.
+        block: (query rows, key rows) of the map.
+        count: video columns that each of its rows keeps.
+
+    Yields:
+        For each group of heads all orders, raster order first.
+    """
+    for part, own in _groups(q, k, lse, grid):
+        for code in ORDERS:
+            sums = _sums_of(*own, grid, code, block, scale, options)
+            counts = torch.full(sums.shape[:2], count, dtype=torch.int32, device=sums.device)
+            rows, columns = sums.shape[2:]
+            bits = torch.empty(*sums.shape[:3], -(-columns // 8), dtype=torch.uint8, device=sums.device)
+            kept = selection.kernels_for(options.backend, sums).keep_largest(sums, counts, bits, rows, columns)
+            yield Holding(part, code, kept.sum(2) / sums.sum((2, 3)), sums)
+
+
+def _groups(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, grid: VideoGrid
+) -> Iterator[tuple[slice, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """(heads, the video of q, k and lse of these) of each group of heads that is looked at together."""
     video, heads = grid.tokens, q.shape[2]
     blocks = q.shape[0] * (-(-video // UNIT[0])) * (-(-video // UNIT[1]))
     size = max(1, min(heads, _GROUP_BLOCKS // blocks))
     for start in range(0, heads, size):
         part = slice(start, min(heads, start + size))
-        own = q[:, :video, part], k[:, :video, part], lse[:, part, :video]
-        yield [_look(*own, grid, block, part, code, metric, scale, options) for code in orders]
+        yield part, (q[:, :video, part], k[:, :video, part], lse[:, part, :video])
+
+
+def _sums_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    grid: VideoGrid,
+    code: int,
+    block: tuple[int, int],
+    scale: float | None,
+    options: KernelOptions,
+) -> torch.Tensor:
+    """Mass of the blocks of a video in one order, fp32 [B, h, Mq, Nk]."""
+    q, k, lse = in_order(q, grid, code, 1), in_order(k, grid, code, 1), in_order(lse, grid, code, 2)
+    table = None if options.logit is None else TokenOrder(grid, (code,) * q.shape[2]).table(q.device)
+    sums: torch.Tensor = block_sums(
+        q, k, lse, None, grid.tokens, grid.tokens, *block, q.shape[3] ** -0.5 if scale is None else scale,
+        options.backend, 0, table, *arguments(None if options.logit is None else options.logit.reach(grid)),
+    )  # fmt: skip
+    return sums
 
 
 def _look(
@@ -206,7 +293,8 @@ def search_orders(
 ) -> None:
     """Write the order of every head into `codes`, and the map that keeps its largest blocks into `index`.
 
-    Orders are shared by the samples of a batch, whose figures are averaged; maps are not. Nothing waits for the device.
+    Orders are chosen as `wanted.metric` says; by mass, at the density of this very map. They are shared by the samples
+    of a batch, whose figures are averaged; maps are not. Nothing waits for the device.
 
     Args:
         q, k: [B, L, H, D] in raster order.
@@ -221,7 +309,7 @@ def search_orders(
     search_orders_op(
         q, k, lse, index.bits, index.row_ptr, index.order, codes, grid.frames, grid.height, grid.width, *index.block,
         counts.video_rows, counts.video_cols, counts.base, q.shape[3] ** -0.5, float(metric.alpha), float(metric.eps),
-        float(metric.sigma), wanted.choose, options.backend, *_numbers(options.logit),
+        float(metric.sigma), metric.by, wanted.choose, options.backend, *_numbers(options.logit),
     )  # fmt: skip
 
 
@@ -236,8 +324,8 @@ def _numbers(logit: FarLogits | None) -> tuple[float | None, int]:
     schema=(
         "(Tensor q, Tensor k, Tensor lse, Tensor(a!) bits, Tensor(b!) row_ptr, Tensor(c!) order, Tensor(d!) codes, "
         "SymInt frames, SymInt height, SymInt width, int block_rows, int block_cols, SymInt video_rows, "
-        "SymInt video_cols, SymInt base, float scale, float alpha, float eps, float sigma, bool choose, str backend, "
-        "float? far_alpha, int far_trained) -> ()"
+        "SymInt video_cols, SymInt base, float scale, float alpha, float eps, float sigma, str by, bool choose, "
+        "str backend, float? far_alpha, int far_trained) -> ()"
     ),
 )
 def search_orders_op(
@@ -260,6 +348,7 @@ def search_orders_op(
     alpha: float,
     eps: float,
     sigma: float,
+    by: str,
     choose: bool,
     backend: str,
     far_alpha: float | None,
@@ -267,13 +356,18 @@ def search_orders_op(
 ) -> None:
     """See `search_orders`."""
     grid, block = VideoGrid(frames, height, width), (block_rows, block_cols)
-    metric, logit = OrderMetric(alpha, eps, sigma), None if far_alpha is None else FarLogits(far_trained, far_alpha)
+    metric = OrderMetric(alpha, eps, sigma, by)
+    logit = None if far_alpha is None else FarLogits(far_trained, far_alpha)
     options = KernelOptions(backend=selection.own(backend), logit=logit)
     batch, length, heads, _ = q.shape
     rows, columns = bits.shape[2], -(-length // block_cols)
     sums = torch.zeros(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     video = sums[:, :, :video_rows, :video_cols]
-    if choose:
+    most = torch.full((heads,), -torch.inf, dtype=torch.float32, device=q.device)
+    if choose and by == "mass":
+        for holding in holdings(q, k, lse, grid, block, base, scale=scale, options=options):
+            _take_more(holding, codes, most, video)
+    elif choose:
         for looks in look(q, k, lse, grid, block, metric=metric, scale=scale, options=options):
             _take_best(looks, codes, video, alpha)
     else:
@@ -291,6 +385,22 @@ def _take_best(looks: list[Look], codes: torch.Tensor, sums: torch.Tensor, alpha
     found = torch.stack([one.sums for one in looks], 2)  # [B, h, orders, Mq, Nk]
     own = codes[part].long()[None, :, None, None, None].expand(found.shape[0], -1, 1, *found.shape[3:])
     sums[:, part] = found.gather(2, own)[:, :, 0]
+
+
+def _take_more(found: Holding, codes: torch.Tensor, most: torch.Tensor, sums: torch.Tensor) -> None:
+    """Write the code and sums of an order where heads hold more in it than in those before; NaN is never more.
+
+    Args:
+        found: in one order; the first one is raster order.
+        codes: [H], written.
+        most: fp32 [H], -inf at first, what each head holds in the order of its code; written.
+        sums: fp32 [B, H, Mq, Nk], written.
+    """
+    part, share = found.heads, found.share.mean(0)
+    more = share > most[part] if found.code else torch.ones_like(share, dtype=torch.bool)
+    most[part] = torch.where(more, share, most[part]).nan_to_num(-torch.inf)
+    codes[part] = codes[part].masked_fill(more, found.code)
+    sums[:, part] = torch.where(more[None, :, None, None], found.sums, sums[:, part])
 
 
 def _sums_in_order(
@@ -338,6 +448,7 @@ def _search_orders_fake(
     alpha: float,
     eps: float,
     sigma: float,
+    by: str,
     choose: bool,
     backend: str,
     far_alpha: float | None,

@@ -54,6 +54,11 @@ class Selection:
         return self.video_rows * (self.base + text_cols) + (rows - self.video_rows) * columns
 
 
+def columns_of(density: float, columns: int) -> int:
+    """How many of its columns a row keeps at a density: its share of them, rounded, at least one."""
+    return min(columns, max(1, int(density * columns + 0.5)))
+
+
 def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend: str = "auto") -> None:
     """Write the map that keeps the largest blocks of every row into `index`; see `Selection`.
 

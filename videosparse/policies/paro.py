@@ -16,7 +16,7 @@ import torch
 
 from videosparse.blocks import BlockIndex, PackedIndex, check_block
 from videosparse.kernels.order_search import ORDERS, OrderMetric, OrderSelection
-from videosparse.kernels.selection import Selection, expand, select
+from videosparse.kernels.selection import Selection, columns_of, expand, select
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AnyOrder, SearchedOrder
 from videosparse.policies.base import (
@@ -46,9 +46,9 @@ class PAROPolicy(SparsityPolicy):
     share a run, each has orders and maps of its own, and its own steps are what has parts.
 
     Online (no plan; our extension, not in the paper): the last of the dense first steps measures all six orders, each
-    head takes the one that the paper's metric likes best, and the map that keeps the largest blocks of every row in
-    that order; both stay for the run. Every branch of guidance searches for itself; samples of a batch share orders,
-    not maps.
+    head takes the one that the paper's metric likes best, or the one whose map holds most, and the map that keeps the
+    largest blocks of every row in that order; both stay for the run. Every branch of guidance searches for itself;
+    samples of a batch share orders, not maps.
 
     `online_maps`: what transfers to another resolution or length are the orders, since they name axes; maps do not. So
     a plan for another grid is refused unless its maps are replaced by those of the run's last dense step.
@@ -59,9 +59,11 @@ class PAROPolicy(SparsityPolicy):
         block: (query rows, key rows), each 64 or 128; None takes the plan's, else (128, 64).
         alpha: weight of sparsity in the choice of an order, 0..1; None takes .5. Not with a plan, which has chosen.
         online_maps: find the maps in the run, in the orders of the plan.
+        order_by: how orders are chosen, one of `ORDER_BY`; None takes "metric". Not with a plan, which has chosen.
 
     Raises:
-        TypeError, ValueError: a value of another type or out of range, or one that the plan has decided.
+        TypeError, ValueError: a value of another type or out of range, or one that the plan, or another one, has
+            decided.
 
     Source: sections 3 and 4 of the paper. Differs from it: the sign and weight of its metric (see `OrderMetric` and
     `choose`); blocks of 128x64 unless asked, while orders are judged in blocks of 64x64; text rows and columns are
@@ -73,6 +75,7 @@ class PAROPolicy(SparsityPolicy):
     block: tuple[int, int] = None  # type: ignore[assignment]  # filled below
     alpha: float | None = None
     online_maps: bool = False
+    order_by: str | None = None
 
     name: ClassVar[str] = "paro"
 
@@ -90,8 +93,9 @@ class PAROPolicy(SparsityPolicy):
         check_block(self.block)
         if self.searches and self.density is None:
             object.__setattr__(self, "density", DENSITY if plan is None else plan.density)
-        if plan is None and self.alpha is None:
-            object.__setattr__(self, "alpha", OrderMetric().alpha)
+        if plan is None:
+            object.__setattr__(self, "order_by", self._metric.by)
+            object.__setattr__(self, "alpha", None if self.order_by == "mass" else self._metric.alpha)
 
     def _check_given(self) -> None:
         """Raise where a value is out of range, or not open any more."""
@@ -101,12 +105,16 @@ class PAROPolicy(SparsityPolicy):
                 raise TypeError(f"density must be a number (got {density!r}).")
             if not 0 < density <= 1:
                 raise ValueError(f"density must lie in 0..1, 0 excluded (got {density}).")
-        if self.alpha is not None:
-            OrderMetric(alpha=self.alpha)
+        metric = self._metric
+        if self.alpha is not None and metric.by == "mass":
+            raise ValueError(
+                f"alpha={self.alpha} weighs the paper's metric, and orders are to be chosen by mass; drop one of both."
+            )
         if plan is None:
             return
-        if self.alpha is not None:
-            raise ValueError(f"alpha={self.alpha} chooses orders, and {plan.source} has chosen them; drop one of both.")
+        for name in ("alpha", "order_by"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value} chooses orders, and {plan.source} has chosen them; drop one of both.")
         if self.online_maps:
             return
         own = plan.facts.block
@@ -117,6 +125,12 @@ class PAROPolicy(SparsityPolicy):
                 f"density={density} is not for a plan, whose maps have density {plan.density:.3f}; drop it, calibrate "
                 "with --density, or pass online_maps=True."
             )
+
+    @property
+    def _metric(self) -> OrderMetric:
+        """How orders are judged online."""
+        given = {"alpha": self.alpha, "by": self.order_by}
+        return OrderMetric(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     @property
     def pure(self) -> bool:  # type: ignore[override]  # depends on where maps come from
@@ -202,9 +216,8 @@ class PAROPolicy(SparsityPolicy):
 
     def selection(self, layout: TokenLayout) -> OrderSelection:
         """What an online search writes: density x video columns a row, rounded, at least 1."""
-        metric = OrderMetric() if self.alpha is None else OrderMetric(alpha=self.alpha)
         density = DENSITY if self.density is None else self.density
-        return _selection(layout.grid, self.block, density, metric, self.calibrated is None)
+        return _selection(layout.grid, self.block, density, self._metric, self.calibrated is None)
 
     def select(self, sums: torch.Tensor, layout: TokenLayout) -> BlockIndex:
         """The lists that keep the largest blocks of every row, from their mass in whatever order.
@@ -301,5 +314,5 @@ def _selection(
     grid: VideoGrid, block: tuple[int, int], density: float, metric: OrderMetric, choose: bool
 ) -> OrderSelection:
     rows, columns = (ceil_div(grid.tokens, b) for b in block)
-    base = min(columns, max(1, int(density * columns + 0.5)))
+    base = columns_of(density, columns)
     return OrderSelection(grid, Selection(rows, columns, base, base, base, 1.0), metric, choose)
