@@ -18,7 +18,7 @@ INDEX_LIMIT = 2**31 - 1
 """Most rows, and most entries, of a `BlockIndex`: places in its lists are int32."""
 
 SHORT_IDS = 2**15
-"""Fewest columns whose numbers need int32 in a `BlockIndex`; see `id_dtype`."""
+"""From so many columns on the ids of a `BlockIndex` are int32; see `id_dtype`."""
 
 SELECTION_LIMIT = 16_384
 """Most columns of a map that is searched for: the registers of one program hold a row of masses."""
