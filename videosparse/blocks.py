@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from videosparse.layout import TokenLayout, ceil_div
+from videosparse.layout import TokenLayout, ceil_div, check_whole
 
 BLOCK_SIZES = (64, 128)
 _SHADES = " ░▒▓█"
@@ -43,7 +43,7 @@ def check_block(block: tuple[int, int]) -> None:
     """Raise TypeError or ValueError unless `block` is (query rows, key rows), each 64 or 128."""
     if not isinstance(block, tuple):
         raise TypeError(f"block must be a tuple (query rows, key rows) (got {block!r}).")
-    if len(block) != 2 or any(b not in BLOCK_SIZES for b in block):
+    if len(block) != 2 or any(not isinstance(b, int) or b not in BLOCK_SIZES for b in block):
         raise ValueError(f"block must be (query rows, key rows), each 64 or 128 (got {block}); try (128, 64).")
 
 
@@ -54,11 +54,12 @@ class BlockMap:
     Args:
         keep: bool [B or 1, H or 1, Mq, Nk]; True where query block p reads key block q. A 1 is shared, never expanded.
         block: (query rows, key rows) of a block.
-        q_len, kv_len: tokens covered; the last block of each side may be partial.
+        q_len, kv_len: tokens covered, at least 1; the last block of each side may be partial.
 
     Raises:
-        TypeError: keep is not bool.
-        ValueError: keep does not cover ceil(q_len / block[0]) x ceil(kv_len / block[1]) blocks.
+        TypeError: keep is no bool tensor, block no tuple, or a length no int.
+        ValueError: keep does not cover ceil(q_len / block[0]) x ceil(kv_len / block[1]) blocks, or is for no sample or
+            head; a length below 1; a block size that there is not.
     """
 
     keep: torch.Tensor
@@ -68,6 +69,10 @@ class BlockMap:
 
     def __post_init__(self) -> None:
         check_block(self.block)
+        for name in ("q_len", "kv_len"):
+            check_whole(f"BlockMap.{name}", getattr(self, name))
+        if not isinstance(self.keep, torch.Tensor):
+            raise TypeError(f"BlockMap.keep must be a bool tensor [B, H, Mq, Nk] (got {type(self.keep).__name__}).")
         if self.keep.dtype != torch.bool:
             raise TypeError(f"BlockMap.keep must be bool (got {self.keep.dtype}).")
         expected = (ceil_div(self.q_len, self.block[0]), ceil_div(self.kv_len, self.block[1]))
@@ -75,6 +80,10 @@ class BlockMap:
             raise ValueError(
                 f"BlockMap.keep must be [B, H, {expected[0]}, {expected[1]}] for {self.q_len} x {self.kv_len} tokens "
                 f"in blocks of {self.block} (got {list(self.keep.shape)})."
+            )
+        if not self.keep.shape[0] or not self.keep.shape[1]:
+            raise ValueError(
+                f"BlockMap.keep must be for at least 1 sample and 1 head (got {list(self.keep.shape)}); 1 serves all."
             )
 
     @classmethod

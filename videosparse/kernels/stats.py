@@ -68,6 +68,7 @@ def block_stats(
             another grid, or an eps that is not positive.
         RuntimeError: options.backend is "triton", which cannot run here.
     """
+    checks.check_options(options)
     check_block(block)
     if not eps > 0:
         raise ValueError(f"eps must be positive (got {eps}); the published value is 1e-3.")
@@ -81,7 +82,7 @@ def block_stats(
         layout.video,
         layout.text_start if layout.text else layout.video,
         *block,
-        q.shape[3] ** -0.5 if scale is None else float(scale),
+        checks.scale_of(q, scale),
         float(eps),
         options.backend,
         None if order is None else steps_of(order, q.shape[2], layout.grid, q.device).table,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -271,13 +272,34 @@ def _tasks(q: torch.Tensor, call: AttentionCall) -> Iterator[Iterator[_Task]]:
     """The tasks of each sample."""
     batch, length = q.shape[:2]
     lists = call.lists
-    host = None if lists is None else (lists.row_ptr.tolist(), lists.ids.cpu())
+    host = None if lists is None else _on_host(lists, ceil_div(length, lists.block[1]))
     for sample, end in enumerate(_ends(call, batch, length)):
         spans = _spans(call, end, length)
         if lists is None or host is None:
             yield iter([_Task(slice(None), spans, _join(spans, q.device))])
         else:
             yield _sparse_tasks(lists, host[0], host[1], sample, spans, length)
+
+
+def _on_host(lists: Lists, columns: int) -> tuple[list[int], torch.Tensor]:
+    """row_ptr and ids on the CPU.
+
+    Raises:
+        ValueError: rows that end beyond the ids, or ids of blocks that there are not. Kernels cannot afford to look.
+    """
+    row_ptr, ids = lists.row_ptr.tolist(), lists.ids.cpu()
+    if row_ptr[0] != 0 or any(stop < start for start, stop in pairwise(row_ptr)) or row_ptr[-1] > ids.numel():
+        raise ValueError(
+            f"BlockIndex.row_ptr must rise from 0 to at most {ids.numel()}, the number of its ids (got {row_ptr[0]} to "
+            f"{row_ptr[-1]}); build it with BlockMap.index()."
+        )
+    used = ids[: row_ptr[-1]]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < columns:
+        raise ValueError(
+            f"BlockIndex.ids must be numbers of blocks, 0..{columns - 1} (got {int(used.min())} to {int(used.max())}); "
+            "build it with BlockMap.index()."
+        )
+    return row_ptr, ids
 
 
 def _sparse_tasks(
