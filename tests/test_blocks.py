@@ -160,16 +160,6 @@ def test_a_transposed_map_may_not_fit(monkeypatch):
         index.transpose()
 
 
-def test_bits_round_trip():
-    block_map = random_map()
-    bits = block_map.packed()
-    assert bits.numel() == -(-270 // 8)
-    again = BlockMap.unpack(bits, (2, 3), block_map.block, block_map.q_len, block_map.kv_len)
-    assert torch.equal(again.keep, block_map.keep)
-    with pytest.raises(ValueError, match="34 bytes"):
-        BlockMap.unpack(bits[:-1], (2, 3), block_map.block, block_map.q_len, block_map.kv_len)
-
-
 def test_densities():
     layout = TokenLayout(VideoGrid(2, 8, 16), text=64)
     keep = torch.ones(1, 1, 5, 5, dtype=torch.bool)

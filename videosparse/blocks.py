@@ -125,30 +125,6 @@ class BlockMap:
         rows = self.keep.repeat_interleave(self.block[0], 2)[:, :, : self.q_len]
         return rows.repeat_interleave(self.block[1], 3)[..., : self.kv_len]
 
-    def packed(self) -> torch.Tensor:
-        """uint8 [ceil(keep.numel() / 8)], eight blocks a byte, first block in the lowest bit; see `unpack`."""
-        flat = self.keep.flatten()
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
-        weight = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
-        return (flat * weight).sum(1, dtype=torch.uint8)
-
-    @classmethod
-    def unpack(
-        cls, bits: torch.Tensor, like: tuple[int, int], block: tuple[int, int], q_len: int, kv_len: int
-    ) -> BlockMap:
-        """The map whose `packed()` is `bits`; `like` = (B or 1, H or 1)."""
-        check_block(block)
-        shape = (*like, ceil_div(q_len, block[0]), ceil_div(kv_len, block[1]))
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        if bits.dtype != torch.uint8 or bits.numel() != ceil_div(count, 8):
-            raise ValueError(
-                f"Packed map must be uint8 with {ceil_div(count, 8)} bytes for {list(shape)} blocks "
-                f"(got {bits.dtype} with {bits.numel()})."
-            )
-        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        keep = (bits[:, None] >> shifts & 1).flatten()[:count].view(shape).bool()
-        return cls(keep, block, q_len, kv_len)
-
     def picture(self, width: int = 64) -> str:
         """The map of the first sample and head as text, at most `width` characters wide; darker is denser."""
         rows, cols = self.keep.shape[2:]

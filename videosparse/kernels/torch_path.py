@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.call import AttentionCall, Lists, wide
 from videosparse.kernels.torch_order import raster_tokens
 from videosparse.layout import ceil_div
 from videosparse.logits import Reach
@@ -113,10 +113,10 @@ def backward(
     Returns:
         Gradients of q, k and v, [B, L, H, D] contiguous in their dtype. Sums are kept in fp32 (fp64 for fp64).
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    dtype = wide(q.dtype)
+    grads = tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for sample, tasks in enumerate(_tasks(q, call)):
-        qs, ks, vs, gs = (x[sample].transpose(0, 1).to(wide) for x in (q, k, v, grad_out))
+        qs, ks, vs, gs = (x[sample].transpose(0, 1).to(dtype) for x in (q, k, v, grad_out))
         dq, dk, dv = (x[sample].transpose(0, 1) for x in grads)
         for task in tasks:
             key, value = _take(ks, task), _take(vs, task)
@@ -189,10 +189,9 @@ def _far(call: AttentionCall, q: torch.Tensor) -> _Far | None:
 
 
 def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, length, heads, _ = q.shape
     shape = (batch, heads, length) if need_lse else (0,)
-    return torch.full(shape, -torch.inf, dtype=dtype, device=q.device)
+    return torch.full(shape, -torch.inf, dtype=wide(q.dtype), device=q.device)
 
 
 def _attend_with_lse(
