@@ -105,7 +105,7 @@ class Bench:
         self.model.train()
         if self.ranks > 1:
             sparsify(self.model, DenseProcessor())
-            share_clips(self.model, self.ranks)
+            share_clips(self.model, self.ranks, self.device)
         self.inputs, self.target = self.make_inputs(torch.float32 if smoke else torch.bfloat16)
 
     def make_inputs(self, dtype: torch.dtype) -> tuple[dict[str, Any], torch.Tensor]:

@@ -81,6 +81,7 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "rounding": (("reordering",), quality_tables.rounding),
     "integer_errors": (("integer_errors",), quality_tables.integer_errors),
     "attention": (("attention",), kernel_tables.rates),
+    "backward": (("attention",), kernel_tables.backward),
     "radial_speed": (("attention",), kernel_tables.radial_speed),
     "goals": (("attention_goals",), kernel_tables.goals),
     "norms": (("norm_rotate",), kernel_tables.norms),

@@ -95,6 +95,16 @@ def test_programs_and_rows_that_are_named_exist(page):
     assert not missing
 
 
+@each_page
+def test_tests_that_are_named_exist(page):
+    named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+    there = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    there |= {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    assert named <= there
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_program_is_named_on_the_page_of_its_folder(folder):
     text = (ROOT / folder / "README.md").read_text()

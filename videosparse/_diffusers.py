@@ -131,19 +131,30 @@ def enable_ulysses(transformer: Any, ranks: int, plan: Mapping[str, Any] | None,
 def _enable_on_cpu(transformer: Any, config: ContextParallelConfig, plan: Mapping[str, Any] | None) -> None:
     ranks = config.ulysses_degree
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, ranks), mesh_dim_names=("ring", "ulysses"))
-    _enable_on(mesh, transformer, config, plan)
+    _enable_on(mesh, transformer, config, plan, transformer.device)
 
 
-def enable_ulysses_in_groups(transformer: Any, degree: int, plan: Mapping[str, Any] | None) -> None:
-    """As `enable_ulysses`, but every `degree` neighbouring processes share, beside other such groups."""
-    device = next(transformer.parameters()).device.type
+def enable_ulysses_in_groups(
+    transformer: Any, degree: int, plan: Mapping[str, Any] | None, device: torch.device
+) -> None:
+    """As `enable_ulysses`, but every `degree` neighbouring processes share, beside other such groups.
+
+    Args:
+        transformer: of which a part may be elsewhere than on its device, as long as weights are not sharded.
+        degree: processes that share.
+        plan: as in `enable_ulysses`.
+        device: of this rank.
+    """
     shape = (torch.distributed.get_world_size() // degree, 1, degree)
-    mesh = torch.distributed.device_mesh.init_device_mesh(device, shape, mesh_dim_names=("groups", "ring", "ulysses"))
-    _enable_on(mesh["ring", "ulysses"], transformer, ContextParallelConfig(ulysses_degree=degree), plan)
+    mesh = torch.distributed.device_mesh.init_device_mesh(
+        device.type, shape, mesh_dim_names=("groups", "ring", "ulysses")
+    )
+    _enable_on(mesh["ring", "ulysses"], transformer, ContextParallelConfig(ulysses_degree=degree), plan, device)
 
 
-def _enable_on(mesh: Any, transformer: Any, config: ContextParallelConfig, plan: Mapping[str, Any] | None) -> None:
-    device = next(transformer.parameters()).device
+def _enable_on(
+    mesh: Any, transformer: Any, config: ContextParallelConfig, plan: Mapping[str, Any] | None, device: torch.device
+) -> None:
     config.setup(mesh["ulysses"].get_local_rank(), config.ulysses_degree, device, mesh)
     parallel = ParallelConfig(context_parallel_config=config)
     for module in transformer.modules():

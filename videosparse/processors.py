@@ -29,7 +29,7 @@ from videosparse.policies.paro_plan import PAROPlan
 from videosparse.policies.radial import RadialPolicy
 from videosparse.report import RunRecord, RunReport
 from videosparse.searching import brought, refresh, search, take_back
-from videosparse.sharing import Shard
+from videosparse.sharing import Shard, arrived
 
 _NOTED = "_videosparse_plans"  # attribute of a rotary embedding: the plans of its forward, by layer
 
@@ -94,7 +94,7 @@ class LayerProcessor(HostProcessor):
         if shard is None:
             out = self.core(q, k, v, plan)
         else:
-            q, k, v = (shard.whole(x, plan) for x in (q, k, v))
+            q, k, v = map(arrived, [shard.whole(x, plan) for x in (q, k, v)])  # all are sent before one is waited for
             out = shard.part(self.core(q, k, v, plan), plan)
         return self.family.finish(attn, out.to(q.dtype), local)
 

@@ -89,6 +89,29 @@ class Exchange:
         return out
 
 
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: funcol.AsyncCollectiveTensor) -> torch.Tensor:
+        here: torch.Tensor = x.trigger_wait()  # type: ignore[no-untyped-call]
+        return here.detach()
+
+    @staticmethod
+    def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def arrived(x: torch.Tensor) -> torch.Tensor:
+    """An exchanged tensor as a plain one, without a copy; the stream waits until it is here.
+
+    What PyTorch gives before that is a wrapper, which its own operations wait for. A kernel of another library that is
+    handed one (FlashAttention-4 is) reads its pointer, which is null.
+    """
+    if not isinstance(x, funcol.AsyncCollectiveTensor):
+        return x
+    out: torch.Tensor = _Arrived.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """The part of a sequence that a rank projects, and how it becomes whole sequences of a part of the heads (Ulysses).

@@ -12,7 +12,7 @@ from eval_programs import load
 
 pytest.importorskip("diffusers")
 
-from videosparse.benchmark import checks, contenders, problems, timing
+from videosparse.benchmark import checks, contenders, kernel_tables, problems, timing
 from videosparse.benchmark.problems import Entry, Inputs, Workload
 from videosparse.benchmark.rows import write_rows
 from videosparse.kernels import KernelOptions, attend, block_sums
@@ -127,7 +127,41 @@ def test_every_set_names_kernels_that_exist_and_can_be_selected(bench, capsys):
         assert {e.kernel for e in bench_set.entries} <= set(contenders.CONTENDERS)
         assert len(set(bench_set.entries)) == len(bench_set.entries)
     assert bench.main(["--list", "--only", "^backward"]) == 0
-    assert capsys.readouterr().out.split("\n") == ["backward 12x30720 128x128", ""]
+    assert capsys.readouterr().out.split("\n") == [
+        "backward 12x30720 128x128",
+        "backward wan2.1-14b 720x1280x81 128x128",
+        "",
+    ]
+
+
+def test_every_goal_is_timed_at_the_size_that_it_is_about(bench, goals):
+    """Of a run of all sets, each goal finds a row of its first case; maps and lists in blocks of the default."""
+    rows = [
+        timed(
+            s.name, e.kernel, 1.0, case=s.workload.name, policy=e.policy, density=f"{e.density:.4f}",
+            block="x".join(map(str, e.block)), **{"pass": s.what},
+        )
+        for s in bench.sets() for e in s.entries
+    ]  # fmt: skip
+    found = {line["goal"]: line for line in goals.check(rows)}
+    assert {name: line.get("case") for name, line in found.items()} == {g.title: g.cases[0] for g in goals.goals()}
+    assert {g.cases[0] for g in goals.goals()} == {goals.LARGE, goals.LONGEST, "40x75600 d64"}
+    assert found["map and lists built, ms"]["detail"] == "30,720 tokens in blocks of 128x64, the default"
+
+
+def test_equal_rows_are_compared_in_the_set_that_they_are_about(bench):
+    """FlashAttention-4 on equal rows is in one set of 128x128 at that size, else the newest name would decide."""
+    name = "wan2.1-14b 720x1280x81"
+    there = [s for s in bench.sets() if s.what == "forward" and s.workload.name == name]
+    assert [s.label for s in there if Entry("fa4", "uniform", 0.1) in s.entries] == ["128x128"]
+
+
+def test_tensors_of_every_set_fit_a_gpu(bench):
+    """q, k, v, and for gradients also what each contestant keeps: output and its gradient."""
+    for s in bench.sets():
+        tensor = 2 * s.workload.layout.length * s.workload.heads * s.workload.head_dim
+        kept = 2 * len(s.entries) if s.what.endswith("backward") else 0
+        assert tensor * (3 + kept) < 40e9, s.name
 
 
 def test_without_a_gpu_it_says_so(bench, capsys, monkeypatch):
@@ -240,6 +274,8 @@ def test_goals_know_which_way_is_better(goals):
     assert found["density 0.1 against FlashAttention-4 block-sparse"] == ("pass", "1.200")
     assert found["block_sums: time over own dense forward"] == ("pass", "0.490")
     assert found["map and lists built, ms"] == ("pass", "4.000")
+    built = next(line["detail"] for line in goals.check(rows) if line["goal"] == "map and lists built, ms")
+    assert built == "30,720 tokens in blocks of 128x128; not timed with the default, 128x64"
     assert found["u^2: time over uniform rows"] == ("not measured", None)
 
 
@@ -269,10 +305,16 @@ def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+def test_committed_goals_are_those_of_the_committed_rows(goals, tmp_path):
+    assert goals.main(["--output", str(tmp_path / "goals.csv")]) == 0
+    committed = (ROOT / "assets/results/attention_goals.csv").read_text()
+    assert (tmp_path / "goals.csv").read_text() == committed, "run python eval/check_goals.py"
+
+
 def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypatch):
     tables = load("readme_tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.made("attention") == tables.made("goals") == "Not measured yet."
+    assert tables.made("attention") == tables.made("goals") == tables.made("backward") == "Not measured yet."
     where = "forward 12x30720 128x128"
     rows = [
         timed(where, "cudnn", 12.0, tflops="600.4"),
@@ -284,6 +326,25 @@ def test_tables_of_the_page_are_made_from_rows(bench, goals, tmp_path, monkeypat
     assert "| cuDNN | 600 | - |" in tables.made("attention")
     goals.main(["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "attention_goals.csv")])
     assert "| not measured |" in tables.made("goals")
+
+
+def test_backward_is_a_line_for_each_pass_and_kernel():
+    what = {"pass": "backward", "extra_mb": "8.2"}
+    sparse = {"policy": "uniform", "block": "128x128", "density": "0.0998", **what}
+    rows = [
+        timed("backward 12x30720 128x128", "ours", 28.0, **what),
+        timed("backward 12x30720 128x128", "ours", 3.5, **sparse | {"extra_mb": "1192.6"}),
+        timed("backward 12x30720 128x128", "ours", 1.0, **sparse | {"run": "1"}),
+        timed("backward 12x30720 128x128", "fa4", 2.75, **sparse),
+        timed("backward 12x30720 128x128", "fa2", "", **what),
+        timed("forward 12x30720 128x128", "fa4", 9.0),
+    ]
+    head, lines = kernel_tables.backward(rows)
+    assert head[3:] == ["dense, ms", "density 0.1, ms", "memory beside"]
+    assert lines == [
+        ["12x30720", "backward", "videosparse", "28.00", "3.50", "1,193 MB"],
+        ["12x30720", "backward", "FlashAttention-4", "-", "2.75", "8 MB"],
+    ]
 
 
 def test_figures_are_drawn(bench, tmp_path):

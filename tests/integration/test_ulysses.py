@@ -125,6 +125,7 @@ def one_rank(rank: int, meeting: str) -> dict[str, torch.Tensor]:
         "there and back": there_and_back(),
         "gradient": gradient(videosparse.parallelize),
         "norms": norms(),
+        "handed": handed(),
     }
 
 
@@ -143,6 +144,29 @@ def norms() -> list[str]:
             model(**TINY["wan"].inputs((4, 8, 8), 1, [12]), return_dict=False)
         told.append(model.blocks[1].attn1.processor.shard.plan.options.fused_norm)
     return told
+
+
+def handed() -> list[tuple[str, bool]]:
+    """(type, whether it has a pointer) of what cores are handed, in training and in generation."""
+    from pipes import TINY
+
+    import videosparse
+
+    model, found = TINY["wan"].build().train(), []
+    videosparse.sparsify(model, videosparse.DenseProcessor())
+    videosparse.parallelize(model)
+    processor = model.blocks[0].attn1.processor
+    core = processor.core
+
+    def watched(q, k, v, plan):
+        found.extend((type(x).__name__, x.data_ptr() != 0) for x in (q, k, v))
+        return core(q, k, v, plan)
+
+    vars(processor)["core"] = watched
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            model(**TINY["wan"].inputs((4, 8, 8), 1, [12]), return_dict=False)
+    return found
 
 
 def gradient(share: Callable[[torch.nn.Module], None]) -> torch.Tensor:
@@ -251,6 +275,13 @@ def test_shards_are_normed_step_by_step_in_training(ranks):
     """Else a checkpoint that runs without gradients first would round otherwise when it runs again."""
     for rank in ranks:
         assert rank["norms"] == ["auto", "off"]
+
+
+@pytest.mark.slow
+def test_kernels_are_handed_plain_tensors(ranks):
+    """What is still under way has no pointer, which a kernel that does not come through PyTorch would follow."""
+    for rank in ranks:
+        assert rank["handed"] == [("Tensor", True)] * 6
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Integer attention on a GPU: near to fp64 and to plain torch for every geometry, no syncs, CUDA graphs.
+"""Integer attention on a GPU: near to fp64 and to plain torch for every geometry, no syncs or recompiles, graphs.
 
 On Hopper everything runs with its own kernel, and again with the portable one.
 """
@@ -22,7 +22,7 @@ from inputs import (
 from orders import CODES
 
 from videosparse.blocks import BlockMap
-from videosparse.kernels import KernelOptions, attend, gpu, int8_path
+from videosparse.kernels import KernelOptions, attend, compiled, gpu, int8_path, quantize, triton_int8, value_tail
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.ordering import TokenOrder
 
@@ -138,6 +138,34 @@ def test_never_waits_and_can_be_captured(quant):
         graph.replay()
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
+
+
+def test_no_recompiles_over_lengths_densities_and_maps(quant):
+    modules = quantize, triton_int8, value_tail
+    jitted = [found for m in modules for name, found in vars(m).items() if name.endswith("_kernel")]
+
+    def compiled_so_far():
+        return len(compiled.KEPT), [len(k.device_caches[torch.cuda.current_device()][0]) for k in jitted]
+
+    def call(frames, height, density, share, samples, heads):
+        grid = VideoGrid(frames, height, 17)
+        lens = torch.full((samples,), grid.tokens + 8, dtype=torch.int32, device="cuda")
+        layout = TokenLayout(grid, 40, seq_lens=lens).aligned((128, 128))
+        q, k, v = make_qkv(layout, torch.bfloat16, batch=samples, heads=heads, dim=128, view="fused", device="cuda")
+        index = make_map(layout, (128, 128), share, samples, heads, density, "cuda").index()
+        attend(q, k, v, layout=layout, index=index, return_lse=True, options=KernelOptions(quant=quant))
+
+    call(3, 13, 0.5, "shared", 2, 3)
+    before = compiled_so_far()
+    assert sum(before[1]) > 0
+    for arguments in [
+        (1, 16, 0.1, "shared", 1, 1),
+        (4, 32, 0.9, "per head", 1, 4),
+        (5, 13, 0.5, "per sample", 3, 2),
+        (16, 60, 0.2, "shared", 1, 12),
+    ]:
+        call(*arguments)
+    assert compiled_so_far() == before
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -56,6 +56,33 @@ def _rate(rows: list[Row], kernel: str, policy: str, density: str) -> str:
     return "-"
 
 
+def backward(rows: list[Row]) -> Table:
+    """The backward pass alone and after a forward pass: milliseconds of all kernels by density, and the most memory.
+
+    Of several runs of a set the newest counts.
+    """
+    rows = [r for r in rows if r["pass"].endswith("backward") and r["p50_ms"]]
+    densities = sorted({round(float(r["density"]), 2) for r in rows if r["policy"] == "uniform"}, reverse=True)
+    lines = []
+    for name in dict.fromkeys(r["set"] for r in rows):
+        newest = max(r["run"] for r in rows if r["set"] == name)
+        mine = [r for r in rows if (r["set"], r["run"]) == (name, newest)]
+        for kernel, title in KERNELS.items():
+            own = [r for r in mine if r["kernel"] == kernel]
+            if own:
+                cells = [_milliseconds(own, "dense", 1.0), *(_milliseconds(own, "uniform", d) for d in densities)]
+                most = max(float(r["extra_mb"]) for r in own)
+                lines.append([own[0]["case"], own[0]["pass"], title, *cells, f"{most:,.0f} MB"])
+    head = ["size", "pass", "kernel", "dense, ms", *(f"density {d:g}, ms" for d in densities), "memory beside"]
+    return head, lines
+
+
+def _milliseconds(rows: list[Row], policy: str, density: float) -> str:
+    """Of the row of a kind of map; "-" where there is none."""
+    found = (r["p50_ms"] for r in rows if r["policy"] == policy and abs(float(r["density"]) - density) <= 0.01)
+    return next((f"{float(time):.2f}" for time in found), "-")
+
+
 def radial_speed(rows: list[Row]) -> Table:
     """One attention call of real models: torch's dense kernel, ours with every block, and ours with Radial's map.
 
@@ -84,11 +111,12 @@ def radial_speed(rows: list[Row]) -> Table:
 
 def goals(rows: list[Row]) -> Table:
     """The goals of the kernels and what was measured, from `eval/check_goals.py`."""
-    head = ["figure", "case", "measured", "must", "goal", ""]
-    return head, [
-        [r["goal"], r["case"], r["measured"] and f"{r['measured']} {r['unit']}", r["must"], r["wanted"], r["verdict"]]
-        for r in rows
-    ]
+    head = ["figure", "case", "measured", "must", "goal", "", "what was timed"]
+    lines = []
+    for r in rows:
+        measured = r["measured"] and f"{r['measured']} {r['unit']}"
+        lines.append([r["goal"], r["case"], measured, r["must"], r["wanted"], r["verdict"], r["detail"]])
+    return head, lines
 
 
 def norms(rows: list[Row]) -> Table:

@@ -35,6 +35,7 @@ from videosparse.training.dataset import Dataset
 from videosparse.training.families import TRAINING_FAMILIES, TrainingFamily
 from videosparse.training.noise import NoiseLevels, RunSchedule
 from videosparse.training.optimizing import Average, make_optimizer, rate
+from videosparse.training.shards import choose_blocks, drop_gathered, shard_plugin
 from videosparse.training.sharing import share_clips
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def make_accelerator(config: Config, device: str = "auto") -> Any:
     """The engine: one process, or as many as `accelerate launch` started.
 
     Raises:
-        ConfigError: processes that cannot be shared out as asked.
+        ConfigError: processes that cannot be shared out as asked, or weights that cannot be sharded.
     """
     from datetime import timedelta
 
@@ -85,16 +86,20 @@ def make_accelerator(config: Config, device: str = "auto") -> Any:
     on_gpu = torch.cuda.is_available() and device != "cpu"
     precision = {"auto": "bf16" if on_gpu else "no", "bf16": "bf16", "fp32": "no"}[config.train.precision]
     present = [name for name in config.output.trackers if importlib.util.find_spec(name) is not None]
+    shards = shard_plugin(config)
     # processes wait for the one that makes a validation video
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=not on_gpu,
         log_with=present or None,
         project_dir=config.output.folder,
+        fsdp_plugin=shards,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     for name in sorted(set(config.output.trackers) - set(present)):
         accelerator.print(f"Note: {name} is not installed, and nothing is logged to it (pip install {name}).")
+    if shards is not None and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
+        raise ConfigError(f"accelerate shards weights on GPUs only (got {accelerator.device.type}); drop --use_fsdp.")
     if accelerator.num_processes % config.train.sequence_parallel:
         raise ConfigError(
             f"train.sequence_parallel must divide the number of processes (got {config.train.sequence_parallel} and "
@@ -136,7 +141,9 @@ class LoraRun:
             config, self.data, self.levels, self.schedule, groups * train.batch_size * train.accumulate
         )
         self.group = accelerator.process_index // train.sequence_parallel
-        self.transformer = load_transformer(self.source, config, accelerator.device)
+        # shards leave the CPU block by block, so that no GPU ever holds the whole
+        home = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
+        self.transformer = load_transformer(self.source, config, accelerator.device).to(home)
         add_adapters(self.transformer, self.family, config.lora, train.seed)
         if train.checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -145,7 +152,9 @@ class LoraRun:
             extend_rope(self.transformer, config.model.rope, trained_frames=self.trained_frames)
         self.bind()
         if train.sequence_parallel > 1:
-            share_clips(self.transformer, train.sequence_parallel)
+            share_clips(self.transformer, train.sequence_parallel, accelerator.device)
+        if accelerator.is_fsdp2:
+            choose_blocks(accelerator.state.fsdp_plugin, self.transformer)
         optimizer = make_optimizer(trained(self.transformer).values(), train)
         self.model, self.optimizer = accelerator.prepare(self.transformer, optimizer)
         self.transformer = accelerator.unwrap_model(self.model)  # sharding replaces it in place
@@ -186,7 +195,8 @@ class LoraRun:
         kind = frozen_dtype(self.config, self.accelerator.device)
         text = {name: value.to(kind) if value.is_floating_point() else value for name, value in batch.text.items()}
         inputs = self.family.inputs(self.transformer.config, batch.noisy.to(kind), batch.levels, text)
-        predicted = self.model(**inputs, return_dict=False)[0]
+        with self.accelerator.autocast():  # that of `prepare` is left out where weights are sharded
+            predicted = self.model(**inputs, return_dict=False)[0]
         target = self.family.target_of(batch.latents, batch.noise)
         return F.mse_loss(predicted.float(), target.float())
 
@@ -321,6 +331,7 @@ class LoraRun:
                 f"A step had {samples} samples in {found[-1]} and has {self.sampler.in_step} now; start as many "
                 "processes as before, or choose another output.folder."
             )
+        drop_gathered(self.transformer)
         load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
         checkpoint.load_optimizer(self.optimizer, self.parameters, tensors.get(checkpoint.OPTIMIZER, {}))
         if self.average is not None:
@@ -366,15 +377,17 @@ class LoraRun:
             yield
             return
         kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.average.values[name])
+        self._put(self.average.values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(kept[name])
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+        drop_gathered(self.transformer)
 
     def _trained_frames(self) -> int | None:
         """The length beyond which the rotary embedding is stretched; None where it is as it is."""
@@ -445,7 +458,7 @@ class LoraRun:
 
 
 def load_transformer(source: ModelSource, config: Config, device: torch.device) -> Any:
-    """The transformer to train, its frozen weights in `frozen_dtype`.
+    """The transformer to train, on the CPU, its frozen weights in the `frozen_dtype` of a device.
 
     Raises:
         ConfigError: weights are missing or damaged.
@@ -460,7 +473,7 @@ def load_transformer(source: ModelSource, config: Config, device: torch.device) 
         raise ConfigError(f"Cannot load {config.model.component} of {source.location}: {one_line(error)}.") from error
     if config.model.fp8:
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
-    return transformer.to(device)
+    return transformer
 
 
 def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:

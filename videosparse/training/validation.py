@@ -56,7 +56,7 @@ class Validation:
     def make(self) -> list[Path]:
         """Write the videos as the LoRA is now; all processes must call where the model is sharded."""
         run = self.run
-        sharded = run.config.train.sequence_parallel > 1 or _is_sharded(run)
+        sharded = run.config.train.sequence_parallel > 1 or run.accelerator.is_fsdp2
         paths: list[Path] = []
         if run.accelerator.is_main_process or sharded:
             with run.averaged():
@@ -110,7 +110,3 @@ class Validation:
         write_mp4(part, video, self.run.fps)
         part.replace(path)
         return path
-
-
-def _is_sharded(run: LoraRun) -> bool:
-    return any(hasattr(parameter, "placements") for parameter in run.transformer.parameters())
