@@ -160,16 +160,6 @@ def test_a_transposed_map_may_not_fit(monkeypatch):
         index.transpose()
 
 
-def test_bits_round_trip():
-    block_map = random_map()
-    bits = block_map.packed()
-    assert bits.numel() == -(-270 // 8)
-    again = BlockMap.unpack(bits, (2, 3), block_map.block, block_map.q_len, block_map.kv_len)
-    assert torch.equal(again.keep, block_map.keep)
-    with pytest.raises(ValueError, match="34 bytes"):
-        BlockMap.unpack(bits[:-1], (2, 3), block_map.block, block_map.q_len, block_map.kv_len)
-
-
 def test_densities():
     layout = TokenLayout(VideoGrid(2, 8, 16), text=64)
     keep = torch.ones(1, 1, 5, 5, dtype=torch.bool)
@@ -207,11 +197,29 @@ def test_prints_itself_as_a_picture_and_saves_a_png(tmp_path):
         (torch.ones(1, 1, 2, 3, dtype=torch.bool), (64, 64), ValueError, r"\[B, H, 2, 2\]"),
         (torch.ones(2, 2, dtype=torch.bool), (64, 64), ValueError, r"\[B, H, 2, 2\]"),
         (torch.ones(1, 1, 2, 2, dtype=torch.bool), (64, 32), ValueError, "each 64 or 128"),
+        (torch.ones(1, 1, 2, 2, dtype=torch.bool), (64.0, 64), ValueError, "each 64 or 128"),
+        (torch.ones(1, 0, 2, 2, dtype=torch.bool), (64, 64), ValueError, r"1 sample and 1 head \(got \[1, 0, 2, 2\]\)"),
+        (torch.ones(0, 1, 2, 2, dtype=torch.bool), (64, 64), ValueError, r"1 sample and 1 head \(got \[0, 1, 2, 2\]\)"),
+        ([[True]], (64, 64), TypeError, r"must be a bool tensor \[B, H, Mq, Nk\] \(got list\)"),
     ],
 )
 def test_refuses_what_does_not_fit(keep, block, error, message):
     with pytest.raises(error, match=message):
         BlockMap(keep, block, 128, 100)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ((0, 100), ValueError, r"BlockMap.q_len must be at least 1 \(got 0\)"),
+        ((128, -100), ValueError, r"BlockMap.kv_len must be at least 1 \(got -100\)"),
+        ((128.0, 100), TypeError, r"BlockMap.q_len must be an int \(got float 128.0\)"),
+    ],
+)
+def test_refuses_lengths_that_are_none(lengths, error, message):
+    rows, cols = (int(n) // 64 for n in (lengths[0] + 63, lengths[1] + 63))
+    with pytest.raises(error, match=message):
+        BlockMap(torch.ones(1, 1, max(0, rows), max(0, cols), dtype=torch.bool), (64, 64), *lengths)
 
 
 @pytest.mark.parametrize("capacity", [None, 400])

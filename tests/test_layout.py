@@ -46,7 +46,7 @@ def test_layouts_compare_by_geometry():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": -1}, "0 or more"),
+        ({"text": -1}, "at least 0"),
         ({"text": 4, "text_start": 50}, "inside the video"),
         ({"text": 4, "seq_lens": torch.tensor([3])}, "int32"),
         ({"text": 4, "seq_lens": torch.zeros(1, 1, dtype=torch.int32)}, "shape"),
@@ -55,6 +55,20 @@ def test_layouts_compare_by_geometry():
 def test_layout_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         TokenLayout(VideoGrid(3, 5, 7), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": 2.5}, r"TokenLayout.text must be an int \(got float 2.5\)"),
+        ({"text": 4, "text_start": 105.0}, r"TokenLayout.text_start must be an int \(got float 105.0\)"),
+        ({"text": 4, "seq_lens": [106]}, r"seq_lens must be None or an int32 tensor .*got list\); pass torch.tensor\("),
+        ({"grid": (3, 5, 7)}, r"grid must be a VideoGrid \(got \(3, 5, 7\)\); pass VideoGrid\("),
+    ],
+)
+def test_layout_refuses_other_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        TokenLayout(**{"grid": VideoGrid(3, 5, 7)} | arguments)
 
 
 def test_layout_of_another_batch_is_refused():

@@ -576,4 +576,9 @@ def _check_model(transformer: torch.nn.Module, tracker: RunTracker) -> Resolved:
     resolved.schedule.check_layers(1 + max(a.depth for a in attentions))
     host, heads = HostProcessor(attentions[0].module.processor), int(tracker.config["num_attention_heads"])
     check_shared(host, joint=family.joint, policy=resolved.policy, heads=heads)
+    if family.joint and resolved.policy is not None and resolved.options.backend == "fa4":
+        raise ValueError(
+            f'backend="fa4" cannot mask text padding, nor the gap before text, which {type_name(transformer, family)} '
+            'has in its self-attention; use "auto" or "flex".'
+        )
     return resolved

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from videosparse.layout import TokenLayout, ceil_div
+from videosparse.layout import TokenLayout, ceil_div, check_whole
 
 BLOCK_SIZES = (64, 128)
 _SHADES = " ░▒▓█"
@@ -18,7 +18,7 @@ INDEX_LIMIT = 2**31 - 1
 """Most rows, and most entries, of a `BlockIndex`: places in its lists are int32."""
 
 SHORT_IDS = 2**15
-"""Fewest columns whose numbers need int32 in a `BlockIndex`; see `id_dtype`."""
+"""From so many columns on the ids of a `BlockIndex` are int32; see `id_dtype`."""
 
 SELECTION_LIMIT = 16_384
 """Most columns of a map that is searched for: the registers of one program hold a row of masses."""
@@ -43,7 +43,7 @@ def check_block(block: tuple[int, int]) -> None:
     """Raise TypeError or ValueError unless `block` is (query rows, key rows), each 64 or 128."""
     if not isinstance(block, tuple):
         raise TypeError(f"block must be a tuple (query rows, key rows) (got {block!r}).")
-    if len(block) != 2 or any(b not in BLOCK_SIZES for b in block):
+    if len(block) != 2 or any(not isinstance(b, int) or b not in BLOCK_SIZES for b in block):
         raise ValueError(f"block must be (query rows, key rows), each 64 or 128 (got {block}); try (128, 64).")
 
 
@@ -54,11 +54,12 @@ class BlockMap:
     Args:
         keep: bool [B or 1, H or 1, Mq, Nk]; True where query block p reads key block q. A 1 is shared, never expanded.
         block: (query rows, key rows) of a block.
-        q_len, kv_len: tokens covered; the last block of each side may be partial.
+        q_len, kv_len: tokens covered, at least 1; the last block of each side may be partial.
 
     Raises:
-        TypeError: keep is not bool.
-        ValueError: keep does not cover ceil(q_len / block[0]) x ceil(kv_len / block[1]) blocks.
+        TypeError: keep is no bool tensor, block no tuple, or a length no int.
+        ValueError: keep does not cover ceil(q_len / block[0]) x ceil(kv_len / block[1]) blocks, or is for no sample or
+            head; a length below 1; a block size that there is not.
     """
 
     keep: torch.Tensor
@@ -68,6 +69,10 @@ class BlockMap:
 
     def __post_init__(self) -> None:
         check_block(self.block)
+        for name in ("q_len", "kv_len"):
+            check_whole(f"BlockMap.{name}", getattr(self, name))
+        if not isinstance(self.keep, torch.Tensor):
+            raise TypeError(f"BlockMap.keep must be a bool tensor [B, H, Mq, Nk] (got {type(self.keep).__name__}).")
         if self.keep.dtype != torch.bool:
             raise TypeError(f"BlockMap.keep must be bool (got {self.keep.dtype}).")
         expected = (ceil_div(self.q_len, self.block[0]), ceil_div(self.kv_len, self.block[1]))
@@ -75,6 +80,10 @@ class BlockMap:
             raise ValueError(
                 f"BlockMap.keep must be [B, H, {expected[0]}, {expected[1]}] for {self.q_len} x {self.kv_len} tokens "
                 f"in blocks of {self.block} (got {list(self.keep.shape)})."
+            )
+        if not self.keep.shape[0] or not self.keep.shape[1]:
+            raise ValueError(
+                f"BlockMap.keep must be for at least 1 sample and 1 head (got {list(self.keep.shape)}); 1 serves all."
             )
 
     @classmethod
@@ -115,30 +124,6 @@ class BlockMap:
         """Bool [B or 1, H or 1, q_len, kv_len]. For references and pictures of small maps: it has L x L entries."""
         rows = self.keep.repeat_interleave(self.block[0], 2)[:, :, : self.q_len]
         return rows.repeat_interleave(self.block[1], 3)[..., : self.kv_len]
-
-    def packed(self) -> torch.Tensor:
-        """uint8 [ceil(keep.numel() / 8)], eight blocks a byte, first block in the lowest bit; see `unpack`."""
-        flat = self.keep.flatten()
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
-        weight = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
-        return (flat * weight).sum(1, dtype=torch.uint8)
-
-    @classmethod
-    def unpack(
-        cls, bits: torch.Tensor, like: tuple[int, int], block: tuple[int, int], q_len: int, kv_len: int
-    ) -> BlockMap:
-        """The map whose `packed()` is `bits`; `like` = (B or 1, H or 1)."""
-        check_block(block)
-        shape = (*like, ceil_div(q_len, block[0]), ceil_div(kv_len, block[1]))
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        if bits.dtype != torch.uint8 or bits.numel() != ceil_div(count, 8):
-            raise ValueError(
-                f"Packed map must be uint8 with {ceil_div(count, 8)} bytes for {list(shape)} blocks "
-                f"(got {bits.dtype} with {bits.numel()})."
-            )
-        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        keep = (bits[:, None] >> shifts & 1).flatten()[:count].view(shape).bool()
-        return cls(keep, block, q_len, kv_len)
 
     def picture(self, width: int = 64) -> str:
         """The map of the first sample and head as text, at most `width` characters wide; darker is denser."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 
-def _positive(name: str, value: int) -> None:
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raise TypeError or ValueError unless `value` is an int, no bool, and not below `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int (got {type(value).__name__} {value!r}).")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1 (got {value}).")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least} (got {value}).")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -41,7 +42,7 @@ class VideoGrid:
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
-            _positive(f"VideoGrid.{name}", getattr(self, name))
+            check_whole(f"VideoGrid.{name}", getattr(self, name))
 
     @property
     def frame_tokens(self) -> int:
@@ -72,6 +73,7 @@ class TokenLayout:
             `seq_lens[b]` are padding. None when every token is valid.
 
     Raises:
+        TypeError: grid is no VideoGrid, text or text_start no int, seq_lens no tensor.
         ValueError: negative text, a text_start inside the video, or seq_lens of the wrong shape or dtype.
     """
 
@@ -82,16 +84,25 @@ class TokenLayout:
     _aligned: dict[int, TokenLayout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.text < 0:
-            raise ValueError(f"TokenLayout.text must be 0 or more (got {self.text}).")
+        if not isinstance(self.grid, VideoGrid):
+            raise TypeError(
+                f"TokenLayout.grid must be a VideoGrid (got {self.grid!r}); pass VideoGrid(frames, height, width)."
+            )
+        check_whole("TokenLayout.text", self.text, 0)
         if self.text_start == -1:
             object.__setattr__(self, "text_start", self.grid.tokens)
+        check_whole("TokenLayout.text_start", self.text_start, 0)
         if self.text_start < self.grid.tokens:
             raise ValueError(
                 f"TokenLayout.text_start must not lie inside the video: expected >= {self.grid.tokens} tokens of grid "
                 f"{self.grid} (got {self.text_start})."
             )
         lens = self.seq_lens
+        if lens is not None and not isinstance(lens, torch.Tensor):
+            raise TypeError(
+                f"TokenLayout.seq_lens must be None or an int32 tensor [batch] (got {type(lens).__name__}); pass "
+                "torch.tensor(ends, dtype=torch.int32)."
+            )
         if lens is not None and (lens.dim() != 1 or lens.dtype != torch.int32):
             raise ValueError(
                 f"TokenLayout.seq_lens must be int32 of shape [batch] (got {lens.dtype} of shape {list(lens.shape)})."

@@ -143,7 +143,12 @@ AnyOrder = TokenOrder | SearchedOrder
 
 
 def check_order(order: AnyOrder, heads: int, grid: VideoGrid) -> None:
-    """Raise ValueError unless an order is for this many heads on this grid."""
+    """Raise TypeError or ValueError unless an order is one, for this many heads on this grid."""
+    if not isinstance(order, (TokenOrder, SearchedOrder)):
+        raise TypeError(
+            f'order must be a TokenOrder or a SearchedOrder (got {order!r}); for names such as "HWF", one per head, '
+            "pass TokenOrder.from_names(grid, names)."
+        )
     if order.heads != heads or grid != order.grid:
         raise ValueError(
             f"{type(order).__name__} is for {order.heads} heads on grid {order.grid} "

@@ -38,6 +38,20 @@ def test_restoring_a_shared_transformer_says_what_stays(name, told, caplog):
     assert ("stays shared by ranks" in caplog.text) is told
 
 
+@pytest.mark.parametrize("name", ["hunyuan_video", "mochi"])
+def test_flash_attention_4_cannot_mask_text(name):
+    model = TINY[name].build()
+    with pytest.raises(ValueError, match=r'backend="fa4" cannot mask text .*; use "auto" or "flex"'):
+        sparsify(model, RadialProcessor(backend="fa4"))
+    restore(model)
+    sparsify(model, DenseProcessor())
+
+
+def test_a_library_has_no_integer_attention():
+    with pytest.raises(ValueError, match='backend="fa4" has no integer attention, which quant="int8" asks for'):
+        RadialProcessor(backend="fa4", quant="int8")
+
+
 def test_unknown_transformers():
     pipe = cogvideox()
     with pytest.raises(TypeError, match=r"CogVideoXTransformer3DModel is not supported; .*Wan.*HunyuanVideo.*Mochi"):

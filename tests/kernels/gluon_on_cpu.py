@@ -150,7 +150,8 @@ class CopyEngine:
 
     def __init__(self):
         self.orders = queue.Queue()
-        threading.Thread(target=self.work, daemon=True).start()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def work(self):
         while (first := self.orders.get()) is not None:
@@ -242,6 +243,7 @@ def warp_specialize(roles, warps, registers):
     for t in threads:
         t.join()
     engine.orders.put(None)
+    engine.thread.join()  # else a late copy would fail in the next launch
     if _failure:
         raise _failure[0]
 

@@ -25,9 +25,9 @@ def multiplying_loops(sass, consumers):
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             lines.append(instruction[1].strip())
     for end, line in enumerate(lines):
-        target = re.match(r"@!?U?P\d+ BRA.*\((\.L_x_\d+)\)", line)
+        target = re.match(r"(?:@!?U?P\d+ BRA|BRA\.U !?UP\d).*\((\.L_x_\d+)\)", line)
         start = labels[target[1]] if target else end
-        if any("GMMA" in x for x in lines[start:end]) and not any(a >= start for a, _ in loops):
+        if any(re.search(r"GMMA|UTC\w*MMA", x) for x in lines[start:end]) and not any(a >= start for a, _ in loops):
             loops.append((start, end))
     assert len(loops) >= consumers, loops
     shortest = sorted(loops, key=lambda loop: loop[1] - loop[0])[:consumers]

@@ -1,11 +1,14 @@
 """block_stats: sum, largest entry and share of small entries of every block, against the whole matrix."""
 
+import far
 import pytest
 import torch
 from inputs import BLOCKS, LAYOUTS, TORCH, make_layout, make_qkv
 from stats import check_stats
 
 from videosparse.kernels import attend, block_stats, block_sums, torch_path
+from videosparse.layout import VideoGrid
+from videosparse.ordering import SearchedOrder, TokenOrder
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -40,6 +43,22 @@ def test_eps_must_be_positive(eps):
     q, k, _ = make_qkv(layout, torch.float32)
     with pytest.raises(ValueError, match="eps must be positive"):
         block_stats(q, k, torch.zeros(2, 3, layout.length), layout=layout, block=(64, 64), eps=eps)
+
+
+@pytest.mark.parametrize("options", [TORCH, far.with_far(TORCH)])
+def test_orders_of_other_heads_grids_and_devices(options):
+    layout = make_layout("text")
+    q, k, _ = make_qkv(layout, torch.float32)
+    lse = torch.zeros(2, 3, layout.length)
+    other, codes = VideoGrid(3, 10, 9), torch.zeros(3, dtype=torch.int32, device="meta")
+    refused = {
+        "TokenOrder is for 2 heads on grid 3x9x10 .got 3 heads": TokenOrder(layout.grid, (0, 1)),
+        "TokenOrder is for 3 heads on grid 3x10x9 .got 3 heads on grid 3x9x10": TokenOrder(other, (0, 1, 2)),
+        "order's codes must be on cpu": SearchedOrder(layout.grid, codes),
+    }
+    for message, order in refused.items():
+        with pytest.raises(ValueError, match=message):
+            block_stats(q, k, lse, layout=layout, block=(64, 64), order=order, options=options)
 
 
 def test_op_compiles_to_one_node():

@@ -17,8 +17,8 @@ from videosparse.kernels import triton_sums  # noqa: E402
 from videosparse.kernels.triton_forward import choose_tiles, forward_kernel, head_pad  # noqa: E402
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_KB = {80: 163, 86: 99, 90: 227}
-TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async"}
+SHARED_KB = {80: 163, 86: 99, 90: 227, 100: 227}
+TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -68,7 +68,7 @@ def resources(compiled, tmp_path):
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", found.stdout)}
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize(("head_dim", "block"), [(128, (128, 128)), (64, (128, 64)), (128, (64, 64))])
 def test_half_precision_uses_tensor_cores_within_the_card(capability, head_dim, block, tmp_path):
     compiled = compile_forward(capability, "bf16", head_dim, block)
@@ -89,7 +89,7 @@ def test_short_ids_are_copied_ahead_as_long_ones_are(capability):
     assert count[0] == count[1] > 0
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_single_precision_fits(capability, head_dim, tmp_path):
     compiled = compile_forward(capability, "fp32", head_dim, (128, 128))
@@ -101,7 +101,7 @@ def test_single_precision_fits(capability, head_dim, tmp_path):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_dense_fits(head_dim, tmp_path):
-    for capability in (86, 90):
+    for capability in (86, 90, 100):
         compiled = compile_forward(capability, "fp16", head_dim, (128, 128), sparse=False, lens=False, lse=False)
         assert TENSOR_CORES[capability] in compiled.asm["ptx"]
         assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
@@ -165,7 +165,7 @@ def compile_sums(capability, dtype, head_dim, block, *, lens=True, far=False):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize(("dtype", "head_dim", "block"), [
     ("bf16", 128, (128, 128)), ("fp16", 64, (64, 64)), ("bf16", 96, (128, 64)), ("fp32", 128, (64, 128)),
 ])  # fmt: skip

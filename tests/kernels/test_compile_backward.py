@@ -6,6 +6,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+from sass import disassemble, spilled_in_loops  # noqa: E402
 from test_compile import DTYPES, SHARED_KB, TENSOR_CORES, resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -76,10 +77,13 @@ def compile_hopper(dtype, head_dim, block, **kwargs):
 def assert_fits(compiled, capability, tmp_path):
     assert compiled.metadata.shared <= SHARED_KB[capability] * 1024
     used = resources(compiled, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert used["LOCAL"] == 0, used
+    # on Blackwell two words may wait in local memory around the loop, in which nothing is spilled
+    assert used["STACK"] <= (8 if capability == 100 else 0), used
+    assert not used["STACK"] or spilled_in_loops(disassemble("nvdisasm", tmp_path), 1) == []
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize(("head_dim", "block"), [(128, (128, 128)), (64, (128, 64)), (64, (64, 128)), (128, (64, 64))])
 def test_half_precision_uses_tensor_cores_within_the_card(capability, head_dim, block, tmp_path):
     for compiled in compile_portable(capability, "bf16", head_dim, block):
@@ -125,7 +129,7 @@ def test_offsets_are_64_bit():
 
 def test_preparation_fits(tmp_path):
     constants = {"HEAD_DIM": 128, "HEAD_PAD": 128, "TILE": 64, "HAS_LENS": True, "HAS_GRAD_LSE": True}
-    for capability in (80, 86, 90):
+    for capability in (80, 86, 90, 100):
         assert_fits(
             compile_for(capability, triton_backward.prepare_kernel, "bf16", constants, 4, 3), capability, tmp_path
         )

@@ -78,7 +78,7 @@ def assert_streams(compiled):
     assert set(re.findall(r"convert_layout .* : tensor<(\d+)x", compiled.asm["ttgir"])) <= {"1"}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_real_models_stay_in_registers(capability, split, model, tmp_path):
@@ -96,7 +96,7 @@ def test_other_precisions_fit(dtype, across, tmp_path):
     assert used["STACK"] == used["LOCAL"] == 0, used
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 64), (3, 80), (64, 128), (21, 96), (128, 128), (64, 256)])
 def test_any_width_fits(capability, heads, dim, tmp_path):
     assert heads * dim <= MAX_WIDTH

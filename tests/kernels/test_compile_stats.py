@@ -41,7 +41,7 @@ def compile_stats(capability, dtype, head_dim, block, *, lens=False, far=False):
     return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize(("dtype", "head_dim", "block"), [
     ("bf16", 128, (64, 64)), ("fp16", 64, (128, 64)), ("bf16", 128, (128, 128)), ("fp32", 64, (64, 64)),
 ])  # fmt: skip

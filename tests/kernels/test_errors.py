@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 from inputs import TRITON, make_layout, make_map
+from torch.autograd import forward_ad
 
-from videosparse.kernels import KernelOptions, attend, block_sums, reorder
+from videosparse.blocks import BlockMap, PackedIndex
+from videosparse.kernels import KernelOptions, attend, block_stats, block_sums, reorder
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.ordering import SearchedOrder, TokenOrder
 
@@ -19,6 +21,7 @@ def tensors(**changes):
 
 
 REFUSED = {
+    "no tensor": (TypeError, r"v must be a tensor \[batch, length, heads, head_dim\] \(got None\)", {"v": None}),
     "rank": (ValueError, r"q must be \[batch, length", {name: torch.zeros(2, 96, 48) for name in "qkv"}),
     "shape": (ValueError, r"k must have the shape of q, \[2, 96, 3, 16\] \(got \[2, 96, 1, 16\]\)", {
         "k": torch.zeros(2, 96, 1, 16)}),
@@ -66,6 +69,98 @@ def test_index_of_another_geometry():
             attend(**tensors(), layout=LAYOUT, index=dataclasses.replace(index, **change))
 
 
+def test_other_things_in_place_of_an_index():
+    block_map = make_map(LAYOUT, (64, 64))
+    packed = PackedIndex.allocate(LAYOUT, (64, 64), 2, 3, 10)
+    refused = {
+        r"index must be a BlockIndex or None \(got BlockMap\); pass map.index\(\)": block_map,
+        r"\(got PackedIndex\); pass kernels.selection.expand\(index\)": packed,
+        r"\(got Tensor\); leave it out for dense attention": block_map.keep,
+    }
+    for message, index in refused.items():
+        with pytest.raises(TypeError, match=message):
+            attend(**tensors(), layout=LAYOUT, index=index)
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_lists_that_name_other_blocks(quant):
+    q = torch.zeros(2, 96, 3, 64).half()
+    index = BlockMap.full(LAYOUT, (64, 64)).index()
+    assert index.row_ptr.tolist() == [0, 2, 4]
+    refused = {
+        r"row_ptr must rise from 0 to at most 4, the number of its ids \(got 0 to 5\)": {"row_ptr": [0, 2, 5]},
+        r"row_ptr must rise from 0 to at most 4, the number of its ids \(got 1 to 4\)": {"row_ptr": [1, 2, 4]},
+        r"row_ptr must rise from 0": {"row_ptr": [0, 3, 2]},
+        r"ids must be numbers of blocks, 0..1 \(got 0 to 2\); build it with BlockMap.index\(\)": {"ids": [0, 1, 0, 2]},
+        r"ids must be numbers of blocks, 0..1 \(got -1 to 1\)": {"ids": [-1, 1, 0, 1]},
+    }
+    for message, changes in refused.items():
+        lists = {name: torch.tensor(x, dtype=getattr(index, name).dtype) for name, x in changes.items()}
+        options = KernelOptions(backend="torch", quant=quant)
+        with pytest.raises(ValueError, match=message):
+            attend(q, q, q, layout=LAYOUT, index=dataclasses.replace(index, **lists), options=options)
+    index.ids[3:] = 7  # beyond the last row nothing is defined
+    index.row_ptr[2] = 3
+    attend(q, q, q, layout=LAYOUT, index=index)
+
+
+CALLS = {
+    "attend": lambda **changes: attend(**tensors(), **{"layout": LAYOUT} | changes),
+    "block_sums": lambda **changes: look(block_sums, changes),
+    "block_stats": lambda **changes: look(block_stats, changes),
+    "reorder": lambda **changes: reorder(
+        torch.zeros(SHAPE), **{"layout": LAYOUT, "order": TokenOrder(LAYOUT.grid, (0, 1, 2))} | changes
+    ),
+}
+
+
+def look(function, changes):
+    return function(
+        torch.zeros(SHAPE),
+        torch.zeros(SHAPE),
+        **{"lse": torch.zeros(2, 3, 96), "layout": LAYOUT, "block": (64, 64)} | changes,
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_of_other_types(name):
+    refused = {
+        r"layout must be a TokenLayout \(got VideoGrid\(.*\); pass TokenLayout\(grid\)": {"layout": LAYOUT.grid},
+        r"layout must be a TokenLayout \(got tuple\); pass TokenLayout\(VideoGrid": {"layout": (2, 6, 8)},
+        r"options must be KernelOptions \(got 'triton'\); pass KernelOptions\(backend='triton'\)": {
+            "options": "triton"
+        },
+        r"options must be KernelOptions \(got None\); or leave them out": {"options": None},
+    }
+    if name != "block_sums":
+        refused[r"order must be a TokenOrder .* \(got 'fhw'\).*TokenOrder.from_names\(grid, names\)"] = {"order": "fhw"}
+    if name.startswith("block"):
+        refused[r"lse must be a tensor, as attend\(return_lse=True\) gives it \(got None\)"] = {"lse": None}
+    for message, changes in refused.items():
+        with pytest.raises(TypeError, match=message):
+            CALLS[name](**changes)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["attend", "block_sums", "block_stats"])
+def test_scales_that_are_not_finite(name, scale):
+    with pytest.raises(ValueError, match=rf"scale must be a finite number \(got {scale}\); the default is head_dim"):
+        CALLS[name](scale=scale)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_forward_mode_derivatives(place):
+    qkv = [torch.randn(SHAPE) for _ in range(3)]
+
+    def call(x):
+        return attend(*qkv[:place], x, *qkv[place + 1 :], layout=LAYOUT)
+
+    with pytest.raises(NotImplementedError, match=f"no forward-mode derivative, and {'qkv'[place]} has a tangent"):
+        torch.func.jvp(call, (qkv[place],), (torch.ones(SHAPE),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="take gradients backward"):
+        call(forward_ad.make_dual(qkv[place], torch.ones(SHAPE)))
+
+
 def test_short_ids_of_many_columns(monkeypatch):
     index = make_map(LAYOUT, (64, 64)).index()
     monkeypatch.setattr("videosparse.blocks.SHORT_IDS", 2)
@@ -105,6 +200,9 @@ def test_options():
         KernelOptions(backend="cuda")
     with pytest.raises(ValueError, match=r'quant must be None, "int8", "int8-fp8" or "int8-int8" \(got .int4.\)'):
         KernelOptions(quant="int4")
+    for backend in ("fa4", "flex"):
+        with pytest.raises(ValueError, match=f'backend="{backend}" has no integer attention, which quant="int8" asks'):
+            KernelOptions(backend=backend, quant="int8")
 
 
 def test_block_sums():

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -148,9 +150,13 @@ def test_the_stand_in_notices_what_is_not_waited_for(monkeypatch, on_cpu):
     monkeypatch.setitem(gluon_on_cpu.STAND_INS, "mbarrier", hasty)
     kernel = gluon_on_cpu.Kernel()
     monkeypatch.setattr(hopper_forward, "compiled", lambda *_, **__: kernel)
+    read = gluon_on_cpu.read_tile
+    monkeypatch.setattr(gluon_on_cpu, "read_tile", lambda *place: (time.sleep(0.05), read(*place))[1])
+    threads = threading.active_count()
     layout = TokenLayout(VideoGrid(1, 30, 40))
     with pytest.raises(AssertionError):
         run_and_check(layout, None, *make_qkv(layout, torch.bfloat16, batch=1, heads=1))
+    assert threading.active_count() == threads, "a late copy would fail in the next launch"
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -116,7 +116,6 @@ def test_refuses_gradients():
         (torch.float32, 64, "auto", TypeError, r"takes float16 and bfloat16 \(got torch.float32\)"),
         (torch.float64, 64, "torch", TypeError, r"takes float16 and bfloat16 \(got torch.float64\)"),
         (torch.float16, 96, "auto", ValueError, r"takes head_dim 64 and 128 \(got 96\); use quant=None"),
-        (torch.float16, 64, "flex", RuntimeError, 'backend="flex" has no integer attention here'),
         (torch.float16, 64, "triton", RuntimeError, 'backend="triton" cannot run here'),
     ],
 )

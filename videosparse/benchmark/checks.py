@@ -10,6 +10,7 @@ from videosparse.benchmark.problems import Problem
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend
 from videosparse.kernels.accuracy import allowed_error, attend_rows, measure, worst_row
+from videosparse.kernels.call import wide
 
 
 def picked_rows(length: int, device: torch.device) -> torch.Tensor:
@@ -81,8 +82,7 @@ def gradients_of(
 ) -> list[torch.Tensor]:
     """Gradients of plain attention of one head, a strip of rows at a time, in the precision of `tensors`."""
     q, k, v = (x.detach().requires_grad_() for x in tensors)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
+    sums = [torch.zeros(x.shape, dtype=wide(q.dtype), device=x.device) for x in (q, k, v)]
     for start in range(0, q.shape[1], step):
         rows = torch.arange(start, min(start + step, q.shape[1]), device=q.device)
         out, _ = attend_rows(q, k, v, rows, layout=p.layout, block_map=block_map)

@@ -107,19 +107,22 @@ def attend(
         float64 inputs), natural log, -inf where out is 0 for want of keys.
 
     Raises:
-        ValueError: shapes, devices or strides that do not fit one another, the layout, the index or the order.
-        TypeError: dtypes that differ or are not supported.
-        NotImplementedError: gradients are needed with options.quant or options.logit.
+        ValueError: shapes, devices or strides that do not fit one another, the layout, the index or the order; a scale
+            that is not finite; lists that name blocks which there are not, where plain torch reads them.
+        TypeError: dtypes that differ or are not supported; an argument of another type.
+        NotImplementedError: gradients are needed with options.quant or options.logit, or in forward mode.
         RuntimeError: options.backend or options.quant cannot run here, or is a library that cannot take this call.
     """
+    checks.check_options(options)
     checks.check_tensors({"q": q, "k": k, "v": v}, layout)
+    checks.check_no_tangents({"q": q, "k": k, "v": v})
     if index is not None:
         checks.check_index(q, index)
     need_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if options.logit is not None and need_grad:
         raise NotImplementedError(ops.NO_GRADIENT)
     if options.quant is not None:
-        int8_path.check(q, options.quant, options.backend, need_grad)
+        int8_path.check(q, options.quant, need_grad)
     key_major = _key_major(q, index, options) if need_grad else None
     rows, cols = (0, 0) if index is None else index.block
     samples, heads = (1, 1) if index is None else index.shape[:2]
@@ -137,7 +140,7 @@ def attend(
         cols,
         samples,
         heads,
-        q.shape[3] ** -0.5 if scale is None else float(scale),
+        checks.scale_of(q, scale),
         *_far(options, layout),
         return_lse,
         options.backend,
@@ -213,6 +216,7 @@ def block_sums(
         ValueError, TypeError: as `attend`, and for an lse of another shape or dtype, or a sample of another size.
         RuntimeError: options.backend is "triton", which cannot run here.
     """
+    checks.check_options(options)
     check_block(block)
     checks.check_sample(sample)
     checks.check_tensors({"q": q, "k": k}, layout)
@@ -225,7 +229,7 @@ def block_sums(
         layout.video,
         layout.text_start if layout.text else layout.video,
         *block,
-        q.shape[3] ** -0.5 if scale is None else float(scale),
+        checks.scale_of(q, scale),
         options.backend,
         sample or 0,
         None,

@@ -15,6 +15,11 @@ LOG2_E = 1 / math.log(2)
 """Turns natural logarithms into those of base 2, which hardware takes exponentials in."""
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of a dtype are kept in, and lse comes in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, eq=False)
 class Lists:
     """Ragged rows of kept key blocks; the tensors and sizes of a `BlockIndex` without its checks.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import math
 
-from videosparse.blocks import BlockIndex, id_dtype
+import torch
+from torch.autograd import forward_ad
+
+from videosparse.blocks import BlockIndex, BlockMap, PackedIndex, id_dtype
 from videosparse.kernels.backend import TRITON_DTYPES
-from videosparse.layout import TokenLayout, ceil_div
+from videosparse.kernels.options import KernelOptions
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 
 HEAD_DIMS = (8, 128)
 SAMPLES = (8, 16, 32, 64)
@@ -15,6 +19,9 @@ DTYPES = (*TRITON_DTYPES, torch.float64)
 
 def check_tensors(tensors: dict[str, torch.Tensor], layout: TokenLayout) -> None:
     """Raise unless the named tensors are alike, [B, L, H, D], and fit the layout; the first one is the model."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [batch, length, heads, head_dim] (got {_shown(x)}).")
     name, first = next(iter(tensors.items()))
     if first.dim() != 4:
         raise ValueError(f"{name} must be [batch, length, heads, head_dim] (got {list(first.shape)}).")
@@ -42,8 +49,18 @@ def check_tensors(tensors: dict[str, torch.Tensor], layout: TokenLayout) -> None
     check_layout(first, layout)
 
 
+def check_is_layout(layout: TokenLayout) -> None:
+    """Raise TypeError unless a layout is a `TokenLayout`."""
+    if not isinstance(layout, TokenLayout):
+        instead = (
+            "pass TokenLayout(grid)" if isinstance(layout, VideoGrid) else "pass TokenLayout(VideoGrid(...), text)"
+        )
+        raise TypeError(f"layout must be a TokenLayout (got {_shown(layout)}); {instead}.")
+
+
 def check_layout(q: torch.Tensor, layout: TokenLayout) -> None:
-    """Raise unless the layout is for these tensors [B, L, H, D]."""
+    """Raise unless the layout is one, for these tensors [B, L, H, D]."""
+    check_is_layout(layout)
     if q.shape[1] != layout.length:
         raise ValueError(
             f"The layout has {layout.length} tokens (grid {layout.grid}, text {layout.text} from {layout.text_start}), "
@@ -58,7 +75,14 @@ def check_layout(q: torch.Tensor, layout: TokenLayout) -> None:
 
 
 def check_index(q: torch.Tensor, index: BlockIndex) -> None:
-    """Raise unless the index is for these tensors [B, L, H, D]."""
+    """Raise unless the index is one, for these tensors [B, L, H, D]."""
+    if not isinstance(index, BlockIndex):
+        instead = "leave it out for dense attention"
+        if isinstance(index, BlockMap):
+            instead = "pass map.index()"
+        elif isinstance(index, PackedIndex):
+            instead = "pass kernels.selection.expand(index)"
+        raise TypeError(f"index must be a BlockIndex or None (got {_shown(index)}); {instead}.")
     batch, length, heads, _ = q.shape
     if index.q_len != length or index.kv_len != length:
         raise ValueError(
@@ -106,9 +130,48 @@ def check_sample(sample: int | None) -> None:
 def check_lse(q: torch.Tensor, lse: torch.Tensor) -> None:
     """Raise unless lse is float [B, H, L] beside q [B, L, H, D]."""
     expected = (q.shape[0], q.shape[2], q.shape[1])
+    if not isinstance(lse, torch.Tensor):
+        raise TypeError(f"lse must be a tensor, as attend(return_lse=True) gives it (got {_shown(lse)}).")
     if lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"lse must be float32, as attend(return_lse=True) gives it (got {lse.dtype}).")
     if tuple(lse.shape) != expected:
         raise ValueError(f"lse must be [batch, heads, length] = {list(expected)} (got {list(lse.shape)}).")
     if lse.device != q.device:
         raise ValueError(f"lse must be on the device of q, {q.device} (got {lse.device}); move it there.")
+
+
+def check_options(options: KernelOptions) -> None:
+    """Raise TypeError unless options are `KernelOptions`."""
+    if not isinstance(options, KernelOptions):
+        instead = f"pass KernelOptions(backend={options!r})" if isinstance(options, str) else "or leave them out"
+        raise TypeError(f"options must be KernelOptions (got {_shown(options)}); {instead}.")
+
+
+def check_no_tangents(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise NotImplementedError where forward-mode differentiation would want a tangent of the result."""
+    if torch.compiler.is_compiling():  # which has no forward mode
+        return
+    for name, x in tensors.items():
+        if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"attend has no forward-mode derivative, and {name} has a tangent (torch.func.jvp); take gradients "
+                "backward, or use attention_reference."
+            )
+
+
+def scale_of(q: torch.Tensor, scale: float | None) -> float:
+    """The factor of the scores of q [B, L, H, D]: `scale`, else D ** -0.5.
+
+    Raises:
+        ValueError: it is nan or infinite.
+    """
+    if scale is None:
+        return float(q.shape[3] ** -0.5)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be a finite number (got {scale}); the default is head_dim ** -0.5.")
+    return float(scale)
+
+
+def _shown(x: object) -> str:
+    """A wrong argument in a message: its type where it would fill lines."""
+    return repr(x) if isinstance(x, (str, int, float, type(None), VideoGrid)) else type(x).__name__

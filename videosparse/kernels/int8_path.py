@@ -17,14 +17,13 @@ HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def check(q: torch.Tensor, quant: str, backend: str, need_grad: bool) -> None:
+def check(q: torch.Tensor, quant: str, need_grad: bool) -> None:
     """Raise unless integer attention takes tensors like q [B, L, H, D].
 
     Raises:
         NotImplementedError: gradients are needed.
         TypeError: q is not fp16 or bf16.
         ValueError: head_dim is not 64 or 128.
-        RuntimeError: backend is a library, none of which is called for integers.
     """
     if need_grad:
         raise NotImplementedError(
@@ -34,8 +33,6 @@ def check(q: torch.Tensor, quant: str, backend: str, need_grad: bool) -> None:
         raise TypeError(f'quant="{quant}" takes float16 and bfloat16 (got {q.dtype}); cast q, k and v, or use None.')
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f'quant="{quant}" takes head_dim 64 and 128 (got {q.shape[3]}); use quant=None.')
-    if backend in ("fa4", "flex"):
-        raise RuntimeError(f'backend="{backend}" has no integer attention here; use "auto", "triton" or "torch".')
 
 
 def unavailable(quant: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

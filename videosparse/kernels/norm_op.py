@@ -12,6 +12,7 @@ import torch
 
 from videosparse.kernels import torch_norm
 from videosparse.kernels.backend import TRITON_DTYPES, choose, missing
+from videosparse.kernels.checks import check_options
 from videosparse.kernels.options import KernelOptions
 from videosparse.kernels.steps import Steps, steps_of
 from videosparse.kernels.stream import Pair, Stream
@@ -131,6 +132,7 @@ def norm_rotate(
         TypeError: dtypes that differ or are not supported.
         RuntimeError: a gradient would be needed; or options.backend is "triton", which cannot run here.
     """
+    check_options(options)
     _check_stream("video", video, heads, video)
     tokens = video.q.shape[1]
     if text is not None:

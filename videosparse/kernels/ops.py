@@ -16,7 +16,7 @@ import torch
 from videosparse.blocks import transpose_lists
 from videosparse.kernels import gpu, int8_path, torch_order, torch_path
 from videosparse.kernels.backend import choose, choose_own
-from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.call import AttentionCall, Lists, wide
 from videosparse.kernels.reorder_op import move
 from videosparse.kernels.steps import Steps
 from videosparse.layout import ceil_div
@@ -95,8 +95,7 @@ def _run(
 
 def _no_lse(q: torch.Tensor) -> torch.Tensor:
     batch, length, heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.full((batch, heads, length), -torch.inf, dtype=dtype, device=q.device)
+    return torch.full((batch, heads, length), -torch.inf, dtype=wide(q.dtype), device=q.device)
 
 
 def _library(
@@ -118,10 +117,9 @@ def _attend_forward_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = q.shape
-    need_lse, _, _, need_grad, *_ = rest[-7:]
+    *_, need_lse, _backend, _quant, need_grad, _key_row_ptr, _key_ids, _key_order = rest
     lse_shape = (batch, heads, length) if need_lse or need_grad else (0,)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=wide(q.dtype))
 
 
 @torch.library.custom_op(
@@ -196,9 +194,9 @@ def _attend_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *inputs_of_backward, need_lse, backend, _, _, row_ptr, ids, order = inputs
-    tensors, numbers = inputs_of_backward[:7], inputs_of_backward[7:]
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], row_ptr, ids, order)
+    *call, need_lse, backend, _quant, _need_grad, key_row_ptr, key_ids, key_order = inputs
+    q, k, v, row_ptr, ids, order, seq_lens, *numbers = call
+    ctx.save_for_backward(q, k, v, *output, row_ptr, ids, order, seq_lens, key_row_ptr, key_ids, key_order)
     ctx.numbers = (*numbers, backend)
     ctx.need_lse = need_lse
 
@@ -207,7 +205,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
     *tensors, key_row_ptr, key_ids, key_order = ctx.saved_tensors
     level = grad_lse if ctx.need_lse else None
     grads = attend_backward(grad_out, level, *tensors, *ctx.numbers, key_row_ptr, key_ids, key_order)
-    return (*grads, *[None] * 22)
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
 
 
 attend_forward.register_autograd(_backward, setup_context=_save)
@@ -243,10 +241,9 @@ def attend_in_order(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
 def _attend_in_order_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    need_lse = rest[-6]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    *_, need_lse, _backend, _quant, _table, _height, _width = rest
     shape = (q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,)
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=wide(q.dtype))
 
 
 @torch.library.custom_op(

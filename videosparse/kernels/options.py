@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from videosparse.logits import FarLogits
 
-BACKENDS = ("auto", "triton", "torch", "fa4", "flex")
+LIBRARIES = ("fa4", "flex")
+BACKENDS = ("auto", "triton", "torch", *LIBRARIES)
 # queries and keys, then values where they are rounded, too
 QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 FUSED_NORMS = ("auto", "on", "off")
@@ -31,7 +32,8 @@ class KernelOptions:
             raises where it cannot; "off" never does.
 
     Raises:
-        ValueError: an unknown backend, quant or fused_norm; a logit with quant, or with a library as backend.
+        ValueError: an unknown backend, quant or fused_norm; a logit with quant; quant or a logit with a library as
+            backend.
         TypeError: logit is neither None nor FarLogits.
     """
 
@@ -45,6 +47,11 @@ class KernelOptions:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
         if self.quant not in QUANTS:
             raise ValueError(f'quant must be None, "int8", "int8-fp8" or "int8-int8" (got {self.quant!r}).')
+        if self.quant is not None and self.backend in LIBRARIES:
+            raise ValueError(
+                f'backend="{self.backend}" has no integer attention, which quant="{self.quant}" asks for; use '
+                'backend="auto", "triton" or "torch", or quant=None.'
+            )
         if self.fused_norm not in FUSED_NORMS:
             raise ValueError(f"fused_norm must be one of {', '.join(FUSED_NORMS)} (got {self.fused_norm!r}).")
         if self.logit is not None:
@@ -57,7 +64,7 @@ class KernelOptions:
             raise ValueError(
                 f'logit looks at the sign of scores, which quant="{self.quant}" shifts and rounds; drop one of both.'
             )
-        if self.backend in ("fa4", "flex"):
+        if self.backend in LIBRARIES:
             raise ValueError(
                 f'backend="{self.backend}" cannot change scores as logit asks; use "auto", "triton" or "torch".'
             )

@@ -12,6 +12,7 @@ import torch
 
 from videosparse.kernels import torch_order
 from videosparse.kernels.backend import choose_own
+from videosparse.kernels.checks import check_is_layout, check_options
 from videosparse.kernels.options import KernelOptions
 from videosparse.kernels.steps import Steps, steps_of
 from videosparse.layout import TokenLayout
@@ -116,9 +117,12 @@ def reorder(
         A new tensor, contiguous, in the dtype of x.
 
     Raises:
+        TypeError: order, layout or options of another type.
         ValueError: the order is for other heads, another grid or device, or shapes do not fit the layout.
         RuntimeError: options.backend is "triton", which cannot run here.
     """
+    check_options(options)
+    check_is_layout(layout)
     _check_lengths(x, text, layout)
     steps = steps_of(order, x.shape[2], layout.grid, x.device)
     start = layout.text_start if layout.text else layout.video

@@ -12,6 +12,7 @@ from videosparse.kernels import checks, torch_stats
 from videosparse.kernels.backend import choose_own
 from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.steps import steps_of
 from videosparse.layout import TokenLayout, ceil_div
 from videosparse.logits import arguments, from_arguments
 from videosparse.ordering import AnyOrder
@@ -59,13 +60,15 @@ def block_stats(
         block: (query rows, key rows) of a block, each 64 or 128.
         scale: factor of the scores; default D ** -0.5.
         eps: what counts as small, > 0.
-        order: the token order that q, k and lse come in, which only options.logit asks for.
+        order: the token order that q, k and lse come in, which only options.logit asks for; checked without, too.
         options: backend "auto", "triton" or "torch"; libraries of attention have no such kernel, and count as "auto".
 
     Raises:
-        ValueError, TypeError: as `attend`, and for an lse of another shape or dtype, or an eps that is not positive.
+        ValueError, TypeError: as `attend`, and for an lse of another shape or dtype, an order of other heads or of
+            another grid, or an eps that is not positive.
         RuntimeError: options.backend is "triton", which cannot run here.
     """
+    checks.check_options(options)
     check_block(block)
     if not eps > 0:
         raise ValueError(f"eps must be positive (got {eps}); the published value is 1e-3.")
@@ -79,10 +82,10 @@ def block_stats(
         layout.video,
         layout.text_start if layout.text else layout.video,
         *block,
-        q.shape[3] ** -0.5 if scale is None else float(scale),
+        checks.scale_of(q, scale),
         float(eps),
         options.backend,
-        None if order is None else order.table(q.device),
+        None if order is None else steps_of(order, q.shape[2], layout.grid, q.device).table,
         *arguments(None if options.logit is None else options.logit.reach(layout.grid)),
     )
     entries = _entries(layout, q.shape[0], block, q.device)

@@ -29,6 +29,7 @@ def steps_of(order: AnyOrder, heads: int, grid: VideoGrid, device: torch.device)
     """An order as kernels read it.
 
     Raises:
+        TypeError: it is no order.
         ValueError: it is for other heads or another grid, or lies on another device.
     """
     check_order(order, heads, grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from videosparse.kernels import torch_order
+from videosparse.kernels.call import wide
 from videosparse.kernels.steps import Steps
 from videosparse.kernels.stream import Pair, Stream
 
@@ -32,9 +33,9 @@ def _normed(stream: Stream, heads: int) -> Pair:
     """q and k [B, S, H, D] in the precision of the computation."""
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = x.to(wide).reshape(*x.shape[:2], -1, weight.shape[0])
-        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + stream.eps) * weight.to(wide)
+        dtype = wide(x.dtype)
+        rows = x.to(dtype).reshape(*x.shape[:2], -1, weight.shape[0])
+        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + stream.eps) * weight.to(dtype)
         return rows.reshape(*x.shape[:2], heads, -1)
 
     return norm(stream.q, stream.q_weight), norm(stream.k, stream.k_weight)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from videosparse.kernels.call import AttentionCall, Lists
+from videosparse.kernels.call import AttentionCall, Lists, wide
 from videosparse.kernels.torch_order import raster_tokens
 from videosparse.layout import ceil_div
 from videosparse.logits import Reach
@@ -112,10 +113,10 @@ def backward(
     Returns:
         Gradients of q, k and v, [B, L, H, D] contiguous in their dtype. Sums are kept in fp32 (fp64 for fp64).
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    dtype = wide(q.dtype)
+    grads = tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for sample, tasks in enumerate(_tasks(q, call)):
-        qs, ks, vs, gs = (x[sample].transpose(0, 1).to(wide) for x in (q, k, v, grad_out))
+        qs, ks, vs, gs = (x[sample].transpose(0, 1).to(dtype) for x in (q, k, v, grad_out))
         dq, dk, dv = (x[sample].transpose(0, 1) for x in grads)
         for task in tasks:
             key, value = _take(ks, task), _take(vs, task)
@@ -188,10 +189,9 @@ def _far(call: AttentionCall, q: torch.Tensor) -> _Far | None:
 
 
 def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, length, heads, _ = q.shape
     shape = (batch, heads, length) if need_lse else (0,)
-    return torch.full(shape, -torch.inf, dtype=dtype, device=q.device)
+    return torch.full(shape, -torch.inf, dtype=wide(q.dtype), device=q.device)
 
 
 def _attend_with_lse(
@@ -271,13 +271,34 @@ def _tasks(q: torch.Tensor, call: AttentionCall) -> Iterator[Iterator[_Task]]:
     """The tasks of each sample."""
     batch, length = q.shape[:2]
     lists = call.lists
-    host = None if lists is None else (lists.row_ptr.tolist(), lists.ids.cpu())
+    host = None if lists is None else _on_host(lists, ceil_div(length, lists.block[1]))
     for sample, end in enumerate(_ends(call, batch, length)):
         spans = _spans(call, end, length)
         if lists is None or host is None:
             yield iter([_Task(slice(None), spans, _join(spans, q.device))])
         else:
             yield _sparse_tasks(lists, host[0], host[1], sample, spans, length)
+
+
+def _on_host(lists: Lists, columns: int) -> tuple[list[int], torch.Tensor]:
+    """row_ptr and ids on the CPU.
+
+    Raises:
+        ValueError: rows that end beyond the ids, or ids of blocks that there are not. Kernels cannot afford to look.
+    """
+    row_ptr, ids = lists.row_ptr.tolist(), lists.ids.cpu()
+    if row_ptr[0] != 0 or any(stop < start for start, stop in pairwise(row_ptr)) or row_ptr[-1] > ids.numel():
+        raise ValueError(
+            f"BlockIndex.row_ptr must rise from 0 to at most {ids.numel()}, the number of its ids (got {row_ptr[0]} to "
+            f"{row_ptr[-1]}); build it with BlockMap.index()."
+        )
+    used = ids[: row_ptr[-1]]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < columns:
+        raise ValueError(
+            f"BlockIndex.ids must be numbers of blocks, 0..{columns - 1} (got {int(used.min())} to {int(used.max())}); "
+            "build it with BlockMap.index()."
+        )
+    return row_ptr, ids
 
 
 def _sparse_tasks(

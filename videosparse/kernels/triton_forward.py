@@ -72,7 +72,9 @@ def _listed(ids_ptr, place):
     """The block that an entry of the lists names, int32.
 
     An int16 id is taken from the aligned word that it is half of: words are copied ahead of their use, as keys are,
-    by an instruction that takes no less, and loads of halves would make every tile wait for its entry.
+    by an instruction that takes no less, and loads of halves would make every tile wait for its entry. The other half
+    may lie outside the lists. An aligned word never crosses a page, so it can be read where the id can, and that half
+    is dropped.
     """
     if ids_ptr.dtype.element_ty == tl.int16:
         address = (ids_ptr + place).to(tl.int64)
