@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.training_tables import SETTINGS
 from videosparse.program import run_program
@@ -104,12 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     for axes in panels.flat:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    by_label = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(),
-                                                                           strict=True)}  # fmt: skip
-    figure.legend(by_label.values(), by_label.keys(), fontsize=9, loc="outside lower center", ncols=3, frameon=False)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=110)
-    print(args.output)
+    finish(figure, panels[0], args.output, columns=3)
     return 0
 
 

@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import Row, usual
 from videosparse.evaluation.page.summary import Group, sizes_of
@@ -122,15 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     right.set(ylabel="PSNR against dense, dB", xlabel="frames and pixels", xlim=(-0.4, len(names) - 0.6))
     right.set_xticks(range(len(names)), names)
     right.set_title("at Radial's density", fontsize=10)
-    handles = {
-        label: line
-        for axes in (left, middle, right)
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=6, frameon=False)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=110)
-    print(args.output)
+    finish(figure, (left, middle, right), args.output, columns=6)
     return 0
 
 

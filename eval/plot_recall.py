@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.program import run_program
 
@@ -79,11 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=4, frameon=False)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=110)
-    print(args.output)
+    finish(figure, panels[:1], args.output, columns=4)
     return 0
 
 

@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import COMPARED_AT, usual
 from videosparse.program import run_program
@@ -86,15 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     panel(right, fidelities(videos))
     right.set(ylabel="PSNR against dense, dB")
     right.set_title(f"{COMPARED_AT[0]} frames, whole videos", fontsize=10)
-    handles = {
-        label: line for axes in (left, right) for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=5, frameon=False
-    )  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=110)
-    print(args.output)
+    finish(figure, (left, right), args.output, columns=5)
     return 0
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from eval_programs import load
 
 pytest.importorskip("diffusers")
 
@@ -23,17 +22,12 @@ from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.state import STOP
 from videosparse.training.tiny.vae_phase import finish_vae
 
-ROOT = Path(__file__).parents[2]
 SMOKE = ["--smoke", "--device=cpu", "--workers=1", "--stages=mixed"]
 
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("train_tiny_model", ROOT / "eval" / "train_tiny_model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("train_tiny_model")
 
 
 def in_folder(folder: Path) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
+from eval_programs import load
 
 pytest.importorskip("diffusers")
 
@@ -20,16 +18,10 @@ from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.state import STOP
 from videosparse.training.tiny.text import embed_text, tokenize
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("train_tiny_model", ROOT / "eval" / "train_tiny_model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("train_tiny_model")
 
 
 def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch):

@@ -15,6 +15,13 @@ TORCH = KernelOptions(backend="torch")
 TRITON = KernelOptions(backend="triton")
 BLOCKS = [(128, 128), (128, 64), (64, 64), (64, 128)]
 MAP_SHARES = ["shared", "per head", "per sample", "per sample and head"]
+OTHER_CALLS = [
+    (1, 16, 0.1, "shared", 1, 1),
+    (4, 32, 0.9, "per head", 1, 4),
+    (5, 13, 0.5, "per sample", 3, 2),
+    (16, 60, 0.2, "shared", 1, 12),
+]
+"""Frames and height of a video, density and sharing of its map, samples, heads: none may compile after a first call."""
 
 
 GRID = VideoGrid(3, 9, 10)  # 270 tokens: no block size divides them

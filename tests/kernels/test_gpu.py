@@ -14,6 +14,7 @@ from inputs import (
     BLOCKS,
     LAYOUTS,
     MAP_SHARES,
+    OTHER_CALLS,
     TORCH,
     TRITON,
     PoisonedEmpty,
@@ -287,13 +288,7 @@ def test_no_recompiles_over_lengths_densities_and_maps():
 
     call(3, 13, 0.5, "shared", 2, 3)
     before = count()
-    for arguments in [
-        (1, 16, 0.1, "shared", 1, 1),
-        (4, 32, 0.9, "per head", 1, 4),
-        (5, 13, 0.5, "per sample", 3, 2),
-        (7, 19, 0.3, "per sample and head", 2, 5),
-        (16, 60, 0.2, "shared", 1, 12),
-    ]:
+    for arguments in [*OTHER_CALLS, (7, 19, 0.3, "per sample and head", 2, 5)]:
         call(*arguments)
     assert count() == before
 

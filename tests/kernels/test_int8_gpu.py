@@ -13,6 +13,7 @@ from inputs import (
     BLOCKS,
     LAYOUTS,
     MAP_SHARES,
+    OTHER_CALLS,
     PoisonedEmpty,
     assert_same_of_both_ids,
     make_layout,
@@ -158,12 +159,7 @@ def test_no_recompiles_over_lengths_densities_and_maps(quant):
     call(3, 13, 0.5, "shared", 2, 3)
     before = compiled_so_far()
     assert sum(before[1]) > 0
-    for arguments in [
-        (1, 16, 0.1, "shared", 1, 1),
-        (4, 32, 0.9, "per head", 1, 4),
-        (5, 13, 0.5, "per sample", 3, 2),
-        (16, 60, 0.2, "shared", 1, 12),
-    ]:
+    for arguments in OTHER_CALLS:
         call(*arguments)
     assert compiled_so_far() == before
 

@@ -17,9 +17,7 @@ their queries, keys and values to shared memory; two groups of four warps, the c
 is 128 keys: one list entry of 128 or two of 64. The lists are walked from their end, where the blocks are that may
 hold something else than tokens (the last video block, text): only these `masked` tiles look at positions. A row's
 first scores are multiplied beside the last product of the row before it, and its output leaves while the next one runs.
-With a token order, rows of the output leave one by one to where they are in raster order.
-
-Gluon is an experimental part of Triton and its names change: versions 3.6 to 3.9 are known to work.
+With a token order its rows leave one by one to their raster places. Gluon is experimental: Triton 3.6 to 3.9 work.
 """
 
 from triton.experimental import gluon

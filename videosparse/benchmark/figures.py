@@ -1,0 +1,25 @@
+"""What the programs that draw figures have in common: one legend below all panels, and the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None:
+    """Name every label of the panels once, below them, write the figure, and say where it is.
+
+    Args:
+        figure: of matplotlib, with a constrained layout.
+        panels: the axes whose labels are named, in the order of the legend.
+        path: of the PNG; its folder is made.
+        columns: of the legend.
+    """
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=columns, frameon=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(path)
