@@ -261,6 +261,8 @@ def inline_assembly(code, constraints, arguments, **kwargs):
     """Weights as FP8, packed and unpacked: four tensors in and out; products; or nothing."""
     if len(arguments) == 4:
         return [x.to(torch.float8_e4m3fn) for x in arguments]
+    if "max.s32" in code:
+        return value(torch.stack(list(arguments)).amax(0))
     if "vote" in code:  # some warps do without products by 1, or without differences with 0
         return value(arguments[0] * arguments[1] if "mul" in code else arguments[0] - arguments[1])
     return arguments[0]
