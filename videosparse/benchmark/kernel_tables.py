@@ -154,8 +154,8 @@ def search(rows: list[Row]) -> Table:
 
 
 def integer_calls(rows: list[Row], case: str = "wan2.1-14b 720x1280x81") -> list[Row]:
-    """The timed rows of one call in bf16 and in integers, those of other forms of a kernel (`note`) left out."""
-    return [r for r in rows if r["case"] == case and r["p50_ms"] and not r["note"]]
+    """The timed rows of one call in bf16 and in integers, which were timed in turn."""
+    return [r for r in rows if r["set"] == f"forward {case} integers" and r["p50_ms"]]
 
 
 def fastest_dense_call(calls: list[Row]) -> Row | None:
