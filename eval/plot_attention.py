@@ -4,7 +4,7 @@
 
 Writes `assets/figures/attention_density.png` (TFLOP/s on visited blocks of every kernel, 128x128 blocks, the newest run
 of each head size) and `assets/figures/attention_length.png` (milliseconds of ours with Radial Attention and of the
-fastest dense kernel beside it, on the grids of real models). Needs matplotlib (`pip install videosparse[eval]`).
+fastest dense kernel beside it, on the grids of real models). Needs matplotlib (`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Writes `assets/figures/methods.png`. Left: PSNR against dense by density, at 81 frames of 128x128. Middle: videos that
 show all that the prompt says, beside those of dense attention and of the truth through the VAE. Right: PSNR at Radial's
 density, longer and longer videos. Bars are 95 % intervals over prompts. Needs matplotlib
-(`pip install videosparse[eval]`).
+(`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations

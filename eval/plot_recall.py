@@ -4,7 +4,7 @@
 
 Writes `assets/figures/recall.png`. Left and middle: relative L2 error of attention's output against density, blocks of
 64x64, over all steps after the search. Right: recall over the steps of the longest video at density 0.2, which shows
-what the age of a map costs. Needs matplotlib (`pip install videosparse[eval]`).
+what the age of a map costs. Needs matplotlib (`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Writes `assets/figures/reordering.png`. Left: relative L2 error of attention's output by static maps, from the rows of
 `eval/measure_reordering.py`, the longest video. Right: PSNR of whole videos against dense, from those of
-`eval/compare_methods.py` at 81 frames of 128x128. Needs matplotlib (`pip install videosparse[eval]`).
+`eval/compare_methods.py` at 81 frames of 128x128. Needs matplotlib (`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations
