@@ -27,6 +27,8 @@ when `--seconds` were up before.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import os
 import sys
@@ -53,7 +55,6 @@ from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, cali
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, check_writable, slug
 from videosparse.generation.sources import find_model
-from videosparse.program import run_program
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 METHODS = ("ceiling", "other-noise", "radial", "adaspa", "random", "paro", "paro+int8", "paro+int8-fp8")

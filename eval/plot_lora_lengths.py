@@ -16,12 +16,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.training_tables import SETTINGS
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 QUARTERS = (1, 2, 3, 4)

@@ -17,6 +17,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
@@ -24,7 +26,6 @@ from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import Row, usual
 from videosparse.evaluation.page.summary import Group, sizes_of
 from videosparse.metrics.bootstrap import Interval
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour a method in every panel, readable without colour vision

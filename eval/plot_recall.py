@@ -15,11 +15,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = "64x64"

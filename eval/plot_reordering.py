@@ -16,12 +16,13 @@ from statistics import fmean
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import COMPARED_AT, usual
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour for the order of tokens, one line for the kind of numbers
