@@ -33,8 +33,8 @@ def shard_plugin(config: Config) -> Any:
         raise ConfigError("--fsdp_activation_checkpointing would rename the adapters; use train.checkpointing = true.")
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise ConfigError(
-            "--fsdp_offload_params is not supported: weights would lie on the CPU, where neither checkpoints nor moving "
-            "averages of shards are tested; drop it, and shard over more GPUs, or set train.checkpointing = true."
+            "--fsdp_offload_params is not supported: checkpoints and moving averages of shards are not tested on the "
+            "CPU; drop it, and shard over more GPUs, or set train.checkpointing = true."
         )
     if config.model.fp8:
         raise ConfigError("model.fp8 does not work with sharded weights; set model.fp8 = false, or drop --use_fsdp.")
