@@ -167,7 +167,11 @@ class BlockIndex:
 
     Args:
         row_ptr: int32 [samples * heads * rows + 1]; row r owns ids[row_ptr[r] : row_ptr[r + 1]].
-        ids: int16 or int32 [capacity], see `id_dtype`; what lies beyond row_ptr[-1] is undefined.
+        ids: int16 or int32 [capacity], see `id_dtype`; what lies beyond row_ptr[-1] is undefined. Within a row they
+            ascend, each block once, and kernels rely on it: only the tiles at the end of a row are masked by position,
+            where the last block of the video and text are. Elsewhere nobody looks, since that would wait for the
+            device: lists made by hand are checked by plain torch (`KernelOptions(backend="torch")`, or on a CPU), and
+            on Triton wrong ones give wrong numbers.
         order: int32 [samples * heads * rows + 1], the rows in the order in which to start them, then how many of them
             are long; see `work_order`. A shared map is worked on once per sample or head that shares it: first the long
             rows of one after another, then the other rows of one after another.

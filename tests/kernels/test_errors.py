@@ -93,6 +93,8 @@ def test_lists_that_name_other_blocks(quant):
         r"row_ptr must rise from 0": {"row_ptr": [0, 3, 2]},
         r"ids must be numbers of blocks, 0..1 \(got 0 to 2\); build it with BlockMap.index\(\)": {"ids": [0, 1, 0, 2]},
         r"ids must be numbers of blocks, 0..1 \(got -1 to 1\)": {"ids": [-1, 1, 0, 1]},
+        r"ids must ascend within a row, each block once \(got 1 before 0 in row 1\); build it": {"ids": [0, 1, 1, 0]},
+        r"each block once \(got 1 before 1 in row 0\)": {"ids": [1, 1, 0, 1]},
     }
     for message, changes in refused.items():
         lists = {name: torch.tensor(x, dtype=getattr(index, name).dtype) for name, x in changes.items()}

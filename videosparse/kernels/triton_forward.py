@@ -39,13 +39,11 @@ from videosparse.kernels.triton_common import (
     shared_kb,
     strides_of,
 )
-
-# as `quantize` still asks for them
-from videosparse.kernels.triton_common import is_token as _is_token  # noqa: F401
-from videosparse.kernels.triton_common import load_rows as _load_rows  # noqa: F401
-from videosparse.kernels.triton_common import strides_of as _strides  # noqa: F401
 from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
 from videosparse.layout import ceil_div
+
+# as `quantize` still names them
+_is_token, _load_rows, _strides = is_token, load_rows, strides_of
 
 SIZES = ["video", "text_start", "length", "rows", "heads", "map_rows", "map_heads", "shares"]
 
