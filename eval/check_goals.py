@@ -10,6 +10,8 @@ column `case` says which. The table of README.md is made from the output by `pyt
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import csv
 from collections.abc import Callable, Iterator
@@ -18,7 +20,6 @@ from pathlib import Path
 
 from videosparse.benchmark.rows import read_rows
 from videosparse.policies.base import BLOCK
-from videosparse.program import run_program
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
 COLUMNS = ("goal", "case", "measured", "unit", "must", "wanted", "verdict", "detail", "gpu", "run", "commit")

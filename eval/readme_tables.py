@@ -10,6 +10,8 @@ of the files in their order.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import csv
 import re
@@ -28,7 +30,6 @@ from videosparse.benchmark import (
 from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
 from videosparse.evaluation import method_table
 from videosparse.generation.stack import together
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from videosparse.attach import restore, sparsify
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
@@ -64,6 +66,8 @@ _HOME = {
     "sparsify": "attach",
 }
 
+_PROGRAMS = ("eval", "lora", "pipelines")
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
@@ -97,26 +101,30 @@ def _extend_pipelines() -> None:
         from diffusers import DiffusionPipeline
     except ImportError:
         return  # layouts, maps, policies and kernels serve other hosts, too
-    except KeyboardInterrupt:
-        if not _is_command():
-            raise
-        raise _interrupted() from None
     if not hasattr(DiffusionPipeline, "set_attn_processor"):
         _set_attn_processor.__name__ = "set_attn_processor"
         DiffusionPipeline.set_attn_processor = _set_attn_processor
 
 
-def _is_command() -> bool:
-    """Whether this package is imported to run its command, by its script or as `python -m videosparse`."""
+def _runs_ours() -> bool:
+    """Whether this process runs our command, by its script or as `python -m videosparse`, or a program beside it."""
     if sys.argv[:1] == ["-m"]:  # until Python has found the module
         return any(re.fullmatch(r"(-[A-Za-z]*m)?videosparse", given) for given in sys.orig_argv[1:])
-    return Path(sys.argv[0]).stem == "videosparse"
+    if not sys.argv or not sys.argv[0]:
+        return False
+    script, clone = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    return script.stem == "videosparse" or (script.parent.parent == clone and script.parent.name in _PROGRAMS)
 
 
-def _interrupted() -> SystemExit:
-    """The end of the command on Ctrl-C before it has begun."""
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` of our command and programs: libraries take seconds to import, in which Ctrl-C is one line."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
     sys.stderr.write("Interrupted; nothing was written.\n")
-    return SystemExit(130)  # `program.INTERRUPTED`, which would be one more import to be interrupted
+    raise SystemExit(130)  # `program.INTERRUPTED`, which would be one more import to be interrupted
 
 
+if _runs_ours():
+    sys.excepthook = _end
 _extend_pipelines()

@@ -5,6 +5,8 @@ Nothing heavy is imported here, so that --help and --version cost no more than t
 
 from __future__ import annotations
 
+from videosparse.program import leaving_on_sigterm
+
 import io
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,6 @@ from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
 from videosparse.cli.planning import plan
 from videosparse.cli.presets import presets
-from videosparse.program import leaving_on_sigterm
 
 
 class _OneLine(TyperGroup):
