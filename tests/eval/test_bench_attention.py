@@ -116,6 +116,9 @@ def test_peers_without_a_gpu_are_named_as_missing():
     for name in ("fa3", "fa4", "cudnn", "fa2", "flex"):
         with pytest.raises(contenders.Missing, match=r"NVIDIA GPU|needs a GPU|head_dim"):
             contenders.CONTENDERS[name](p)
+    for name in contenders.QUANTIZE:
+        with pytest.raises(contenders.Missing, match="it needs CUDA or ROCm tensors"):
+            contenders.CONTENDERS[name](p)
     with pytest.raises(contenders.Missing, match="reads no block lists"):
         contenders.CONTENDERS["cudnn"](problem(TINY, "uniform"))
 

@@ -44,7 +44,7 @@ def results(tmp_path):
     calls = [
         ("cudnn", "dense", "1.0000", "200", ""), ("ours", "dense", "1.0000", "180", "1e-3"),
         ("int8", "dense", "1.0000", "160", "0.012"), ("ours", "uniform", "0.3000", "60", "1e-3"),
-        ("int8", "uniform", "0.3000", "50", "0.011"),
+        ("int8", "uniform", "0.3000", "50", "0.011"), ("quantize int8", "dense", "1.0000", "0.61", "0.007"),
     ]  # fmt: skip
     write_rows(tmp_path / "attention.csv", [
         {
@@ -88,6 +88,7 @@ def test_tables(results, monkeypatch):
     lines = tables.made("integers").splitlines()
     assert "| fastest dense, videosparse | 1.000 | 180.0 |  |  |  |" in lines
     assert "| INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 |" in lines
+    assert lines[-1] == "| rounding alone, INT8 |  | 0.61 |  |  | 0.007 |"
     assert "| hard | 1.10% (3.12%) | 1.56% (3.12%) |" in tables.made("integer_errors")
     assert f"| {WAN} | 40.0 ms | +0.20 ms | +0.70 ms | -0.10 ms | 2.00 % |" in tables.made("reorder_cost")
     line = f"| {WAN} | extrapolated | 2 | 50 | 2500 s | dense forward, 2400 s | 839.6 MB |"
