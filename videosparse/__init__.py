@@ -14,15 +14,12 @@ else. `sparsify` and `restore` do the same for a pipeline or a transformer, and 
 
 from __future__ import annotations
 
-import re
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from types import TracebackType
+from videosparse.interrupts import end_at_once
 
+if TYPE_CHECKING:
     from videosparse.attach import restore, sparsify
     from videosparse.blocks import BlockMap
     from videosparse.kernels import attend
@@ -66,8 +63,6 @@ _HOME = {
     "sparsify": "attach",
 }
 
-_PROGRAMS = ("eval", "lora", "pipelines")
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
@@ -106,25 +101,5 @@ def _extend_pipelines() -> None:
         DiffusionPipeline.set_attn_processor = _set_attn_processor
 
 
-def _runs_ours() -> bool:
-    """Whether this process runs our command, by its script or as `python -m videosparse`, or a program beside it."""
-    if sys.argv[:1] == ["-m"]:  # until Python has found the module
-        return any(re.fullmatch(r"(-[A-Za-z]*m)?videosparse", given) for given in sys.orig_argv[1:])
-    if not sys.argv or not sys.argv[0]:
-        return False
-    script, clone = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
-    return script.stem == "videosparse" or (script.parent.parent == clone and script.parent.name in _PROGRAMS)
-
-
-def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of our command and programs: libraries take seconds to import, in which Ctrl-C is one line."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    sys.stderr.write("Interrupted; nothing was written.\n")
-    raise SystemExit(130)  # `program.INTERRUPTED`, which would be one more import to be interrupted
-
-
-if _runs_ours():
-    sys.excepthook = _end
+end_at_once()
 _extend_pipelines()

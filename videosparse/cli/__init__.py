@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from videosparse import interrupts
 from videosparse.cli.calibration import calibrate
 from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
@@ -107,5 +108,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    interrupts.hear()
     with leaving_on_sigterm():
         app()
