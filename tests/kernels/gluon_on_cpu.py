@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from videosparse.kernels import hopper_kernel, hopper_softmax
+from videosparse.kernels import hopper_kernel
 from videosparse.layout import ceil_div
 
 PATIENCE = 60  # seconds
@@ -261,10 +261,8 @@ def inline_assembly(code, constraints, arguments, **kwargs):
     """Weights as FP8, packed and unpacked: four tensors in and out; products; or nothing."""
     if len(arguments) == 4:
         return [x.to(torch.float8_e4m3fn) for x in arguments]
-    if "max.s32" in code:
-        return value(torch.stack(list(arguments)).amax(0))
-    if "vote" in code:  # some warps do without products by 1, or without differences with 0
-        return value(arguments[0] * arguments[1] if "mul" in code else arguments[0] - arguments[1])
+    if "vote" in code:  # some warps do without products by 1
+        return value(arguments[0] * arguments[1])
     return arguments[0]
 
 
@@ -330,7 +328,7 @@ def kernel_on_cpu(*modules):
             if isinstance(x, triton.language.constexpr):
                 names[name] = x.value
             elif isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
-                names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
+                names[name] = types.FunctionType(function.__code__, names, name)
     names |= STAND_INS
     return names
 
@@ -350,7 +348,7 @@ class Kernel:
     """Takes the place of the compiled kernel: kernel[grid](*arguments)."""
 
     def __init__(self, name="forward_kernel", *modules):
-        self.run = kernel_on_cpu(hopper_softmax, hopper_kernel, *modules)[name]
+        self.run = kernel_on_cpu(hopper_kernel, *modules)[name]
 
     def __getitem__(self, grid):
         def launch(*arguments):

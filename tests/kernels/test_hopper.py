@@ -177,10 +177,9 @@ def test_more_tokens_than_the_kernel_divides_are_copied(on_cpu, monkeypatch):
     check_attend(layout, None, *make_qkv(layout, torch.bfloat16), KernelOptions(backend="triton"))
 
 
-def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True, order=False, ids="*i16", form=""):
+def compile_forward(dtype, head_dim, keys, sparse=True, text=True, lse=True, order=False, ids="*i16"):
     """The kernel as its launcher compiles it."""
     constants = {"KEYS": keys, "HEAD_DIM": head_dim, "SPARSE": sparse, "TEXT": text, "NEED_LSE": lse, "ORDER": order}
-    constants["FORM"] = form
     constants |= {} if order else {"out_ptr": None, "table_ptr": None, "ordered": None}
     blocks = {"q_desc": (64, head_dim), "out_desc": (64, head_dim)}
     signature, attributes = {}, {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import torch
@@ -13,9 +12,6 @@ from videosparse.kernels.hopper_kernel import TAIL_BLOCKS, forward_kernel
 from videosparse.kernels.tma import describe, is_aligned
 from videosparse.kernels.value_tail import value_tail
 from videosparse.layout import ceil_div
-
-
-FORM = os.environ.get("VIDEOSPARSE_HOPPER_FORM", "")
 
 
 def unsuited(
@@ -116,7 +112,7 @@ def forward(
         None if call.order is None else call.video,
         call.scale * LOG2_E,
     )
-    constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None, FORM)
+    constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None)
     key = (device, q.dtype, ids.dtype, constants)
     kernel = compiled(forward_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)

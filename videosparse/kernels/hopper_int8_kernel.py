@@ -39,11 +39,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from videosparse.kernels.hopper_int8_softmax import (
     FLAT,
     PEAK,
+    SLACK,
     _as_float,
     _hide,
     _highest,
     _key_scales,
     _operand,
+    _shrink,
     _sums,
     _unpack,
     _weigh,
@@ -68,7 +70,6 @@ from videosparse.kernels.hopper_kernel import (
     _told,
     _view,
 )
-from videosparse.kernels.hopper_softmax import SLACK, _shrink
 
 QUERY_SLOTS = gl.constexpr(2)  # the row at work and the one ahead
 REGISTERS = gl.constexpr([240, 24])  # a thread of the second consumer, and of the producer; the first takes the rest

@@ -10,6 +10,7 @@ OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
 OFFSET_BITS = gl.constexpr(0x4B400000)
 HIDDEN = gl.constexpr(-(1 << 23) - 0x4B400000)  # the integer that `_as_float` makes -inf
 PEAK = gl.constexpr(8.0)  # fp8 weights are at most 2^8: as far above e4m3's smallest as it goes in powers of two
+SLACK = gl.constexpr(8.0)  # by how much scores may pass a maximum that is kept: weights are at most 2^8
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -108,6 +109,35 @@ def _weigh(scores, top, own, halves):
     level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
     p = gl.exp2(cut * scale[:, :, None] - level[:, :, None])
     return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+
+
+@gluon.constexpr_function
+def _shrink_asm(count):
+    """(code, constraints): numbers times factors; a warp whose factors are all 1 jumps over the products.
+
+    A thread holds two rows, whose factors are among the first four.
+    """
+    moves = " ".join(f"mov.b32 ${i}, ${count + i};" for i in range(count))
+    products = " ".join(f"mul.f32 ${i}, ${count + i}, ${2 * count + i};" for i in range(count))
+    tests = f"setp.neu.f32 p, ${2 * count}, 0f3F800000; "
+    tests += " ".join(f"setp.neu.or.f32 p, ${2 * count + i}, 0f3F800000, p;" for i in range(1, 4))
+    code = "{ .reg .pred p; " + f"{tests} vote.sync.any.pred p, p, -1; {moves} @!p bra.uni END; {products} END: }}"
+    return code, ",".join(["=&f"] * count + ["f"] * (2 * count))
+
+
+@gluon.jit
+def _shrink(acc, factor):
+    """acc [64, D] times factors of its rows, which are 1 as a rule."""
+    count: gl.constexpr = acc.shape[1] // 2  # registers of a thread
+    asm: gl.constexpr = _shrink_asm(count)
+    return gl.inline_asm_elementwise(
+        asm[0],
+        asm[1],
+        [acc, factor],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=count,
+    )
 
 
 @gluon.constexpr_function

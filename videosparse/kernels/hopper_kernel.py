@@ -30,16 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from videosparse.kernels.hopper_softmax import SLACK, _highest, _hold, _lower, _shrink
-
 LN_2 = gl.constexpr(0.6931471805599453)
 FLOOR = gl.constexpr(-1.0e30)  # below every score, yet finite: a tile without keys gives 0, no NaN
-LEVEL = gl.constexpr(-4096.0)  # below every scaled score; near enough to them that their differences are exact
 FAR = gl.constexpr(1 << 23)  # a block outside every tensor: it reads as zeros
 QUERY_SLOTS = gl.constexpr(3)  # the row at work, the one ahead, and the one whose output is still leaving
 MAIL = gl.constexpr(5)  # what a consumer is told of a row: sample and head, first query, tiles, masked, end
 WAY_BACK = gl.constexpr(5)  # with a token order, what it is told behind all mail: the way back to raster order
-PLAN = gl.constexpr(2)  # what the second producer is told besides: first entry, entries
 REGISTERS = gl.constexpr([232, 40])  # a thread of the second consumer, and of the producer; the first takes the rest
 TAIL_BLOCKS = gl.constexpr(128)  # entries at the end of a list among which the masked ones are counted
 
@@ -60,18 +56,6 @@ def _accumulator(columns):
 def _slots(head_dim):
     """Tiles of keys, and of values, that fit shared memory."""
     return 256 // head_dim
-
-
-@gluon.constexpr_function
-def _has(form, word):
-    """Whether a form, words with spaces between, has a word."""
-    return word in form.split()
-
-
-@gluon.constexpr_function
-def _turns(form):
-    """When a consumer passes its turn on: 0 never, there are none; 1 products issued; 2 scores ended; 3 both ended."""
-    return next((int(word[5:]) for word in form.split() if word.startswith("turns")), 0)
 
 
 @gluon.jit
@@ -207,9 +191,9 @@ def _tell(box, i, value):
 
 
 @gluon.jit
-def _told(box, i, WARPS: gl.constexpr = 4):
+def _told(box, i):
     """Read a number from the producer."""
-    return gl.max(box.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    return gl.max(box.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -334,71 +318,6 @@ def _produce(
 
 
 @gluon.jit
-def _scout(
-    q_desc, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, mail, plans,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr, ORDER: gl.constexpr,
-):  # fmt: skip
-    """A warp that is up to two rows ahead: draws rows, copies their queries, and tells the others about them."""
-    total = work[0]
-    item = gl.program_id(0)
-    slot, phase = 0, 1
-    while item < total:
-        row, block_row, sample, head = _place(item, lists, work, SPARSE)
-        first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
-        mbarrier.wait(queries[2].index(slot), phase)
-        _tell(plans, slot * PLAN, first)
-        _tell(plans, slot * PLAN + 1, count)
-        slot, phase = _announce(
-            q_desc, sample, head, block_row, tiles, masked, end, table_ptr, queries, mail, slot, phase, HEAD_DIM, ORDER
-        )
-        item = _drawn(_draw(next_ptr)) + gl.num_programs(0)
-    mbarrier.wait(queries[2].index(slot), phase)
-    _tell(plans, slot * PLAN, 0)
-    _tell(plans, slot * PLAN + 1, 0)
-    _announce(q_desc, 0, 0, 0, 0, 0, 0, table_ptr, queries, mail, slot, phase, HEAD_DIM, ORDER)
-
-
-@gluon.jit
-def _row_plan(mail, plans, slot):
-    """(sample, head, tiles, first entry, entries) of a row that was announced."""
-    where = _told(mail, slot * MAIL, 1)
-    tiles = _told(mail, slot * MAIL + 2, 1)
-    return where >> 16, where & 0xFFFF, tiles, _told(plans, slot * PLAN, 1), _told(plans, slot * PLAN + 1, 1)
-
-
-@gluon.jit
-def _follow(
-    descs, lists, layout, queries, keys, values, mail, plans, spots,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr,
-):  # fmt: skip
-    """The warp that copies keys and values of the rows that the scout announces."""
-    _, k_desc, v_desc, tail_desc = descs
-    _, q_full, _ = queries
-    tail = layout[1] // KEYS * KEYS
-    mbarrier.wait(q_full.index(0), 0)
-    sample, head, tiles, first, count = _row_plan(mail, plans, 0)
-    key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
-    _fetch_keys(k_desc, sample, head, key, key2, keys, spots, 0, KEYS, HEAD_DIM, TEXT)
-    q_slot, q_phase = 0, 0
-    n = 0
-    while tiles > 0:
-        for i in range(1, tiles):
-            value, value2 = key, key2
-            key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
-            _fetch_keys(k_desc, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
-            _fetch_values(v_desc, tail_desc, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT)
-            n += 1
-        value, value2, sample1, head1 = key, key2, sample, head
-        q_slot, q_phase = _next(q_slot, q_phase, QUERY_SLOTS)
-        mbarrier.wait(q_full.index(q_slot), q_phase)
-        sample, head, tiles, first, count = _row_plan(mail, plans, q_slot)
-        key, key2 = _starts(gl.maximum(tiles - 1, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
-        _fetch_keys(k_desc, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
-        _fetch_values(v_desc, tail_desc, tail, sample1, head1, value, value2, values, n, KEYS, HEAD_DIM, TEXT)
-        n += 1
-
-
-@gluon.jit
 def _scores(q, k, HEAD_DIM: gl.constexpr):
     """Start the product of 64 queries and a tile of keys."""
     zero = gl.zeros([64, 128], gl.float32, _accumulator(128))
@@ -435,51 +354,18 @@ def _operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def _open(
-    scores, spots, slot, masked, end, layout, scale,
-    KEYS: gl.constexpr, TEXT: gl.constexpr, FORM: gl.constexpr,
-):  # fmt: skip
+def _open(scores, spots, slot, masked, end, layout, scale, KEYS: gl.constexpr, TEXT: gl.constexpr):
     """The softmax of a row's first tile: (top, weights, their sums by lane)."""
     scores = _hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
-    if _has(FORM, "bits"):
-        top = gl.maximum(gl.max(scores, 1) * scale, LEVEL)
-        p = gl.exp2(scores * scale - top[:, None])
-        return top, p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
-    else:
-        top = gl.maximum(gl.max(scores, 1), FLOOR)
-        p, total = _weigh(scores, top, scale)
-        return top, p, total
-
-
-@gluon.jit
-def _soften(scores, top, total, scale, FORM: gl.constexpr):
-    """The softmax of one more tile: (weights, what shrinks, top, sums by lane)."""
-    if _has(FORM, "bits"):  # here top is scaled
-        x = scores * scale - top[:, None]
-        highest = gl.convert_layout(_highest(x), top.type.layout)
-        shift = gl.where(highest > SLACK, highest, 0.0)
-        new_top = top + shift
-        p = gl.exp2(_lower(x, gl.convert_layout(shift, gl.SliceLayout(1, x.type.layout))[:, None]))
-        more = gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
-        shrink = gl.exp2(-shift)
-    else:
-        highest = gl.max(scores, 1)
-        if _has(FORM, "slack"):
-            new_top = gl.where((highest - top) * scale > SLACK, highest, top)
-        else:
-            new_top = gl.maximum(top, highest)
-        shrink = gl.exp2((top - new_top) * scale)
-        p, more = _weigh(scores, new_top, scale)
-    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + more
-    if _has(FORM, "beside"):
-        total = _hold(total)
-    return p, shrink, new_top, total
+    top = gl.maximum(gl.max(scores, 1), FLOOR)
+    p, total = _weigh(scores, top, scale)
+    return top, p, total
 
 
 @gluon.jit
 def _continue(
-    w: gl.constexpr, q, keys, values, turns, spots, n, operand, top, total, acc, masked, end, layout, scale,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FORM: gl.constexpr,
+    q, keys, values, spots, n, operand, top, total, acc, masked, end, layout, scale,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th."""
     k_slots, k_full, k_empty = keys
@@ -487,28 +373,19 @@ def _continue(
     k_slot, k_phase = _slot(n + 1, _slots(HEAD_DIM))
     v_slot, v_phase = _slot(n, _slots(HEAD_DIM))
     mbarrier.wait(k_full.index(k_slot), k_phase)
-    if _turns(FORM) > 0:
-        mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM)
     mbarrier.wait(v_full.index(v_slot), v_phase)
     acc_run = warpgroup_mma(operand, v_slots.index(v_slot).reshape([128, HEAD_DIM]), acc, is_async=True)
-    if _turns(FORM) == 1:
-        mbarrier.arrive(turns.index(1 - w))
     scores = warpgroup_mma_wait(1, [s_run])
-    if _turns(FORM) == 2:
-        mbarrier.arrive(turns.index(1 - w))
     if TEXT and masked:
         scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
     mbarrier.arrive(k_empty.index(k_slot))
-    p, shrink, new_top, total = _soften(scores, top, total, scale, FORM)
+    new_top = gl.maximum(top, gl.max(scores, 1))
+    shrink = gl.exp2((top - new_top) * scale)
+    p, more = _weigh(scores, new_top, scale)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + more
     acc = warpgroup_mma_wait(0, [acc_run])
-    if _turns(FORM) == 3:
-        mbarrier.arrive(turns.index(1 - w))
-    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-    if _has(FORM, "slack") or _has(FORM, "bits"):
-        acc = _shrink(acc, shrink)
-    else:
-        acc = acc * shrink
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
     mbarrier.arrive(v_empty.index(v_slot))
     return _operand(p, k_slots.dtype, HEAD_DIM), new_top, total, acc
 
@@ -554,9 +431,8 @@ def _scatter(q, empty, out_ptr, token, inside, sample, head, heads, length, HEAD
 
 @gluon.jit
 def _consume(
-    w: gl.constexpr, out, lse_ptr, heads, layout, scale, queries, keys, values, turns, mail, spots,
+    w: gl.constexpr, out, lse_ptr, heads, layout, scale, queries, keys, values, mail, spots,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, NEED_LSE: gl.constexpr, ORDER: gl.constexpr,
-    FORM: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
     q_slots, q_full, q_empty = queries
@@ -570,7 +446,7 @@ def _consume(
     where, start, tiles, masked, end = _told(mail, 0), _told(mail, 1), _told(mail, 2), _told(mail, 3), _told(mail, 4)
     mbarrier.wait(k_full.index(0), 0)
     scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM)])
-    top, p, total = _open(scores, spots, 0, masked, end, layout, scale, KEYS, TEXT, FORM)
+    top, p, total = _open(scores, spots, 0, masked, end, layout, scale, KEYS, TEXT)
     mbarrier.arrive(k_empty.index(0))
     operand = _operand(p, k_slots.dtype, HEAD_DIM)
     q_slot, q_phase, before = 0, 0, -1
@@ -580,8 +456,8 @@ def _consume(
         acc = gl.zeros([64, HEAD_DIM], gl.float32, _accumulator(HEAD_DIM))
         for tile in range(1, tiles):
             operand, top, total, acc = _continue(
-                w, q, keys, values, turns, spots, n, operand, top, total, acc, tile < masked, end, layout, scale,
-                KEYS, HEAD_DIM, TEXT, FORM,
+                q, keys, values, spots, n, operand, top, total, acc, tile < masked, end, layout, scale,
+                KEYS, HEAD_DIM, TEXT,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next
@@ -593,20 +469,16 @@ def _consume(
         where2, start2, tiles = _told(mail, letter), _told(mail, letter + 1), _told(mail, letter + 2)
         masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
         mbarrier.wait(k_full.index(k_slot), k_phase)
-        if _turns(FORM) > 0:
-            mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
         s_run = _scores(q_slots.index(q_slot2 * 2 + w), k_slots.index(k_slot), HEAD_DIM)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         acc_run = warpgroup_mma(operand, v_slots.index(v_slot).reshape([128, HEAD_DIM]), acc, is_async=True)
-        if _turns(FORM) == 1:
-            mbarrier.arrive(turns.index(1 - w))
         if not ORDER:
             tma.store_wait(0)  # by now the row before has left its slot
             mbarrier.arrive(q_empty.index(gl.maximum(before, 0)), pred=before >= 0)
         row = start + w * 64 + gl.arange(0, 64, by_score)
         denominator = gl.convert_layout(gl.sum(total, 1), by_score)
         factor = gl.where(denominator == 0.0, 0.0, 1.0 / denominator)
-        lse = ((top if _has(FORM, "bits") else top * scale) + gl.log2(denominator)) * LN_2
+        lse = (top * scale + gl.log2(denominator)) * LN_2
         if TEXT:  # queries that are no tokens may hold NaN, and are told from others by a negative factor
             valid = (row < video) | ((row >= text_start) & (row < end))
             factor = gl.where(valid, factor, -1.0)
@@ -618,13 +490,9 @@ def _consume(
             position = start + w * 64 + gl.arange(0, 64, gl.SliceLayout(1, _by_row(HEAD_DIM)))
             token = _raster(position, back, ordered)
         scores = warpgroup_mma_wait(1, [s_run])
-        if _turns(FORM) == 2:
-            mbarrier.arrive(turns.index(1 - w))
-        top, p, total = _open(scores, spots, k_slot, masked, end2, layout, scale, KEYS, TEXT, FORM)
+        top, p, total = _open(scores, spots, k_slot, masked, end2, layout, scale, KEYS, TEXT)
         mbarrier.arrive(k_empty.index(k_slot))
         acc = warpgroup_mma_wait(0, [acc_run])
-        if _turns(FORM) == 3:
-            mbarrier.arrive(turns.index(1 - w))
         mbarrier.arrive(v_empty.index(v_slot))
         operand = _operand(p, k_slots.dtype, HEAD_DIM)
         factor = gl.convert_layout(factor, by_out)
@@ -698,7 +566,6 @@ def forward_kernel(
     TEXT: gl.constexpr,
     NEED_LSE: gl.constexpr,
     ORDER: gl.constexpr,
-    FORM: gl.constexpr,
 ):
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     slots: gl.constexpr = _slots(HEAD_DIM)
@@ -711,10 +578,6 @@ def forward_kernel(
     v_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)
     mail = gl.allocate_shared_memory(gl.int32, [words, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     spots = gl.allocate_shared_memory(gl.int32, [slots * 2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    plans = gl.allocate_shared_memory(gl.int32, [QUERY_SLOTS * PLAN, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     queries = (q_slots, q_full, q_empty)
     keys = (k_slots, k_full, k_empty)
     values = (v_slots, v_full, v_empty)
@@ -723,31 +586,15 @@ def forward_kernel(
     lists = (row_ptr, ids_ptr, order_ptr)
     work = (total, rows, heads, map_rows, map_heads, shares)
     out = (out_desc, out_ptr, ordered)
-    if _has(FORM, "scout"):
-        gl.warp_specialize(
-            [
-                (_consume, (0, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, turns, mail, spots,
-                            KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER, FORM)),
-                (_consume, (1, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, turns, mail, spots,
-                            KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER, FORM)),
-                (_follow, (descs, lists, layout, queries, keys, values, mail, plans, spots,
-                           KEYS, HEAD_DIM, SPARSE, TEXT)),
-                (_scout, (q_desc, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, mail, plans,
-                          KEYS, HEAD_DIM, SPARSE, TEXT, ORDER)),
-            ],
-            [4, 1, 1],
-            [REGISTERS[0], REGISTERS[1], REGISTERS[1]],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (0, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, turns, mail, spots,
-                            KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER, FORM)),
-                (_consume, (1, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, turns, mail, spots,
-                            KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER, FORM)),
-                (_produce, (descs, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, keys, values, mail,
-                            spots, KEYS, HEAD_DIM, SPARSE, TEXT, ORDER)),
-            ],
-            [4, 1],
-            REGISTERS,
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (0, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
+            (_consume, (1, out, lse_ptr, heads, layout, scale_log2, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, TEXT, NEED_LSE, ORDER)),
+            (_produce, (descs, lists, lens_ptr, next_ptr, table_ptr, work, layout, queries, keys, values, mail, spots,
+                        KEYS, HEAD_DIM, SPARSE, TEXT, ORDER)),
+        ],
+        [4, 1],
+        REGISTERS,
+    )  # fmt: skip
