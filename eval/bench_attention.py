@@ -8,10 +8,10 @@
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
 
-Everything in one set is timed in turn, round after round, with an 8192^3 bf16 matrix product among it: cards slow down
-as they warm up, so only figures of one set compare. Inputs are random and new in every run. A call is timed after its
-own output passed the error check (at most twice the error of plain torch in the same precision against fp64, on some
-rows of two heads); a peer that is missing or fails gets a row that says why. Rows go to
+Everything in one set is timed in turn, in another order every round, with an 8192^3 bf16 matrix product among it:
+cards slow down as they warm up, so only figures of one set compare. Inputs are random and new in every run. A call is
+timed after its own output passed the error check (at most twice the error of plain torch in the same precision against
+fp64, on some rows of two heads); a peer that is missing or fails gets a row that says why. Rows go to
 `assets/results/attention.csv`: medians and the 20th and 80th percentiles in ms, TFLOP/s on visited blocks, their
 percentage of the matrix product, and the memory beyond inputs and output.
 
@@ -24,7 +24,7 @@ in the mean square, and its bounds are those of `videosparse/benchmark/checks.py
 values, and the memory includes them.
 
 Peers: cuDNN and FlashAttention-2 through torch, FlexAttention compiled, FlashAttention-3 (`pip install fa3-fwd`) and
-FlashAttention-4 (`pip install videosparse[fa4]`). Ours runs as it does for users; "portable" is its kernel for any GPU.
+FlashAttention-4 (`pip install -e ".[fa4]"`). Ours runs as it does for users; "portable" is its kernel for any GPU.
 """
 
 from __future__ import annotations
