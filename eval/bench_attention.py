@@ -4,15 +4,14 @@
     python eval/bench_attention.py                                all of them, about half an hour of one H200
     python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
     python eval/bench_attention.py --only backward --append       more rows beside those that are there
-    python eval/bench_attention.py --only integers --output assets/results/integer_attention.csv
-                                                                  integer attention alone, under a minute
+    python eval/bench_attention.py --only integers --output x.csv integer attention alone, under a minute
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
 
-Everything in one set is timed in turn, round after round, with an 8192^3 bf16 matrix product among it: cards slow down
-as they warm up, so only figures of one set compare. Inputs are random and new in every run. A call is timed after its
-own output passed the error check (at most twice the error of plain torch in the same precision against fp64, on some
-rows of two heads); a peer that is missing or fails gets a row that says why. Rows go to
+Everything in one set is timed in turn, in another order every round, with an 8192^3 bf16 matrix product among it:
+cards slow down as they warm up, so only figures of one set compare. Inputs are random and new in every run. A call is
+timed after its own output passed the error check (at most twice the error of plain torch in the same precision against
+fp64, on some rows of two heads); a peer that is missing or fails gets a row that says why. Rows go to
 `assets/results/attention.csv`: medians and the 20th and 80th percentiles in ms, TFLOP/s on visited blocks, their
 percentage of the matrix product, and the memory beyond inputs and output.
 
@@ -20,10 +19,12 @@ Maps of Radial Attention are those that users get for the model, blocks of 128x6
 are of 128x128: column `block` says which.
 
 Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
-in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose.
+in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose. Rows
+"quantize int8" and "quantize int8-fp8" are that quantization alone: the error is that of the rounded queries, keys or
+values, and the memory includes them.
 
 Peers: cuDNN and FlashAttention-2 through torch, FlexAttention compiled, FlashAttention-3 (`pip install fa3-fwd`) and
-FlashAttention-4 (`pip install videosparse[fa4]`). Ours runs as it does for users; "portable" is its kernel for any GPU.
+FlashAttention-4 (`pip install -e ".[fa4]"`). Ours runs as it does for users; "portable" is its kernel for any GPU.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ from typing import Any
 
 import torch
 
-from videosparse.benchmark.checks import check_backward, check_forward, check_integers, check_sums
-from videosparse.benchmark.contenders import CONTENDERS, INTEGERS, Call, Missing
+from videosparse.benchmark.checks import check_backward, check_forward, check_integers, check_quantize, check_sums
+from videosparse.benchmark.contenders import CONTENDERS, INTEGERS, QUANTIZE, Call, Missing
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
 from videosparse.benchmark.rows import WHERE, environment, version, write_rows
 from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
@@ -141,7 +142,7 @@ def sets() -> list[BenchSet]:
             entries = [Entry("cudnn"), Entry("ours"), *sparse("ours fa4", (1.0,), "radial", block=BLOCK)]
             found.append(("forward", "radial", workload, entries))
     for workload, shares in ((large, (0.5, 0.3, 0.25, 0.2, 0.1)), (small, (0.5, 0.25, 0.1))):
-        integers = [*dense[:3], *(Entry(kernel) for kernel in ("ours", *INTEGERS))]
+        integers = [*dense[:3], *(Entry(kernel) for kernel in ("ours", *INTEGERS, *QUANTIZE))]
         found.append(("forward", "integers", workload, [*integers, *sparse("ours int8 int8-fp8 int8-int8", shares)]))
     found.append(("forward", "128x128", narrow, [*dense, *sparse("ours portable fa4")]))
     return [BenchSet(what, label, workload, tuple(entries)) for what, label, workload, entries in found]
@@ -189,6 +190,8 @@ def _runner(what: str, p: Problem) -> tuple[Call, Callable[[Any], tuple[float, f
             return call, None, 0.0
         if p.entry.kernel == "block_sums":
             return call, partial(check_sums, p), 2.0
+        if p.entry.kernel in QUANTIZE:
+            return call, partial(check_quantize, p), 0.0
         if p.entry.kernel in INTEGERS:
             return call, partial(check_integers, p), 4.0
         return call, partial(check_forward, p), 4.0
@@ -238,7 +241,7 @@ def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = 
 
 def _line(row: dict[str, Any]) -> str:
     """A row for people."""
-    what = f"{row['kernel']:10} {row['policy']:14} {row['block']:8} {row['density']}"
+    what = f"{row['kernel']:17} {row['policy']:14} {row['block']:8} {row['density']}"
     if "p50_ms" in row:
         rate = f"{row['tflops']:>6} TFLOP/s {row['percent_of_ceiling']:>5} %" if "tflops" in row else ""
         return f"{what}  {row['p50_ms']:>9} ms ({row['p20_ms']}..{row['p80_ms']}) {rate} of {row['ceiling_tflops']}"

@@ -14,6 +14,8 @@ written and read; its maps are those of the few layers, again and again. Rows go
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import re
 import tempfile
@@ -35,7 +37,6 @@ from videosparse.layout import TokenLayout
 from videosparse.policies.base import BLOCK
 from videosparse.policies.paro import DENSITY
 from videosparse.policies.paro_plan import PAROPlan, PlanFacts, plain_config
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/paro_calibration.csv"
 CASE = "wan2.1-14b 720x1280x81"

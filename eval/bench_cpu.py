@@ -9,6 +9,8 @@ interleaved; medians and the 20th and 80th percentiles go to `assets/results/cpu
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import csv
 import platform
 import statistics
@@ -22,7 +24,6 @@ import torch
 from videosparse.cases import CASES
 from videosparse.kernels import attend
 from videosparse.policies import RadialPolicy
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/cpu_attention.csv"
 SIZES = ("tiny-wan 128x128x33", "tiny-wan 128x128x81", "tiny-wan 128x128x321")

@@ -13,6 +13,8 @@ on some rows before they are timed. Rows go to `assets/results/far_scores.csv`.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import re
 import sys
@@ -32,7 +34,6 @@ from videosparse.kernels import KernelOptions, attend, gpu
 from videosparse.kernels.accuracy import measure
 from videosparse.logits import FarLogits
 from videosparse.policies.radial import RadialPolicy
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/far_scores.csv"
 TRAINED = {"wan2.1-14b 720x1280x81": 11, "wan2.1-14b 720x1280x161": 21}

@@ -32,6 +32,8 @@ commit and card. --seconds is hard: what is being timed then is given up, and wh
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import gc
 import signal
@@ -54,7 +56,6 @@ from videosparse.cases import MODELS, Case
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.linears import quantize_linears
 from videosparse.policies.base import Mode
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/models.csv"
 COLUMNS = (

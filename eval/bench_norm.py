@@ -16,6 +16,8 @@ the 20th and 80th percentiles in ms, GB/s of the bytes that have to move, and me
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import re
 import statistics
@@ -36,7 +38,6 @@ from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import TokenLayout
 from videosparse.models import FAMILIES
 from videosparse.policies.base import LayerPlan, Mode
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/norm_rotate.csv"
 ROUNDS = 25

@@ -17,6 +17,8 @@ without, and attention without is checked against fp64 on some rows. Rows go to 
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import random
 import re
@@ -36,7 +38,6 @@ from videosparse.cases import CASES
 from videosparse.kernels import Stream, attend, norm_rotate, reorder
 from videosparse.layout import TokenLayout
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/reorder.csv"
 RUNS = ("wan2.1-14b 720x1280x81", "hunyuan-video 720x1280x129")

@@ -13,6 +13,8 @@ Rows go to `assets/results/multi_gpu.csv`; times are seconds of one forward, med
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import statistics
 import sys
@@ -26,7 +28,6 @@ from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 from videosparse import AdaSpaProcessor, DenseProcessor, RadialProcessor, parallelize, restore, sparsify
 from videosparse.benchmark.rows import WHERE, environment, write_rows
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/multi_gpu.csv"
 # name: (family, heads, feed-forward width, latent frames, rows and columns of latents)

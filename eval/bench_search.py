@@ -26,6 +26,8 @@ the run it may be 4 and should be 2.5.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import copy
 import re
@@ -56,7 +58,6 @@ from videosparse.kernels.dense import DENSE_KERNELS
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import FAMILIES
 from videosparse.policies.base import LayerPlan, Mode
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/search_cost.csv"
 RUNS = (

@@ -21,6 +21,8 @@ first dense kernel's.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import json
 import math
@@ -41,7 +43,6 @@ from videosparse.benchmark.rows import WHERE, environment, read_rows, write_rows
 from videosparse.cases import MODELS, ModelSpec
 from videosparse.files import write_json
 from videosparse.kernels.dense import DENSE_KERNELS
-from videosparse.program import run_program
 from videosparse.training.adapters import add_adapters, trained
 from videosparse.training.config import LoraConfig
 from videosparse.training.families import TRAINING_FAMILIES

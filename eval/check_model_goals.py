@@ -12,13 +12,14 @@ are listed without a bound. Tables of the pages are made from the output by `pyt
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 from videosparse.benchmark.rows import read_rows, write_rows
 from videosparse.benchmark.step_tables import DENSE, STACK
-from videosparse.program import run_program
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
 COLUMNS = (

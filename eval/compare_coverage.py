@@ -12,6 +12,8 @@ whole blocks.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import random
 from collections.abc import Iterator
@@ -26,7 +28,6 @@ from videosparse import RadialProcessor, restore, sparsify
 from videosparse.benchmark.rows import environment, write_rows
 from videosparse.generation import embedded_model_path
 from videosparse.metrics.bootstrap import interval
-from videosparse.program import run_program
 from videosparse.synthetic.captions import caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import sample_scene

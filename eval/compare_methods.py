@@ -13,7 +13,7 @@ itself, `other-noise` is dense with another seed, `random` keeps random blocks. 
 calibrated first, on two prompts that are not in the list, `paro-raster` by one that reorders nothing, `paro-mass` by
 one whose orders are those in which its maps keep most of the attention; `paro-online` finds orders and maps in the run.
 
-One row per video, as CSV, or as Parquet where the name ends so (`pip install videosparse[parquet]`): fidelity to the
+One row per video, as CSV, or as Parquet where the name ends so (`pip install -e ".[parquet]"`): fidelity to the
 dense video (PSNR, SSIM, relative L1 of latents, by quarter), the detectors of the synthetic world, dimensions that need
 no weights, densities, seconds, environment. A video that has a row is not made again: a killed run goes on with the
 same command, and one table can take many sizes. `--prompts` takes a list of the world, or text, a prompt a line; for
@@ -26,6 +26,8 @@ when `--seconds` were up before.
 """
 
 from __future__ import annotations
+
+from videosparse.program import run_program
 
 import argparse
 import os
@@ -53,7 +55,6 @@ from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, cali
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, check_writable, slug
 from videosparse.generation.sources import find_model
-from videosparse.program import run_program
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 METHODS = ("ceiling", "other-noise", "radial", "adaspa", "random", "paro", "paro+int8", "paro+int8-fp8")

@@ -9,6 +9,8 @@ the densities and the PSNR between the two in `assets/results/figure_dense_vs_ra
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import csv
 from pathlib import Path
@@ -21,7 +23,6 @@ from videosparse.generation import Comparison, GenerationRequest, compare
 from videosparse.generation.running import load_pipeline
 from videosparse.generation.video import to_uint8
 from videosparse.processors import RadialProcessor
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (

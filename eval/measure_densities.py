@@ -10,6 +10,8 @@ rule, and the time to build the map.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import csv
 import time
 from dataclasses import replace
@@ -20,7 +22,6 @@ import torch
 from videosparse.cases import CASES, Case
 from videosparse.policies import RadialPolicy
 from videosparse.processors import RadialProcessor
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).parents[1] / "assets/results/radial_density.csv"
 STEPS = 50

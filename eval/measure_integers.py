@@ -12,6 +12,8 @@ as the kernels do but for the weights that values are multiplied by, which stay 
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,7 +32,6 @@ from videosparse.kernels.options import QUANTS
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import LayerPlan
 from videosparse.processors import DenseProcessor
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/integer_errors.csv"

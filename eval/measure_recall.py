@@ -22,6 +22,8 @@ over all steps after the search, with 95 % bootstrap intervals over calls.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import json
 from collections import defaultdict
@@ -46,7 +48,6 @@ from videosparse.metrics.bootstrap import interval
 from videosparse.models import family_of
 from videosparse.policies import AdaSpaPolicy, RadialPolicy
 from videosparse.policies.base import DenseSchedule, LayerPlan
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/attention_recall.csv"

@@ -24,6 +24,8 @@ Static maps and dense attention also run in integers (`quant`), whose error is t
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import json
 from collections import defaultdict
@@ -49,7 +51,6 @@ from videosparse.metrics.attention import attention_recall, output_error
 from videosparse.metrics.bootstrap import interval
 from videosparse.ordering import AXIS_ORDERS, SearchedOrder
 from videosparse.policies.base import LayerPlan
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets/results/reordering.csv"

@@ -4,7 +4,7 @@
 
 Writes `assets/figures/attention_density.png` (TFLOP/s on visited blocks of every kernel, 128x128 blocks, the newest run
 of each head size) and `assets/figures/attention_length.png` (milliseconds of ours with Radial Attention and of the
-fastest dense kernel beside it, on the grids of real models). Needs matplotlib (`pip install videosparse[eval]`).
+fastest dense kernel beside it, on the grids of real models). Needs matplotlib (`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.rows import read_rows
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {

@@ -5,7 +5,7 @@
 Writes `assets/figures/lora_lengths.png`. Above, a panel for each length: what the prompt names that came out right in
 each quarter of the video, with 95 % intervals. Below: drift (right in the first quarter, wrong in the last), repetition
 beyond the true video's, and what training took. A setting without a row has no mark. Needs matplotlib
-(`pip install videosparse[eval]`).
+(`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.training_tables import SETTINGS
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 QUARTERS = (1, 2, 3, 4)

@@ -5,7 +5,7 @@
 Writes `assets/figures/methods.png`. Left: PSNR against dense by density, at 81 frames of 128x128. Middle: videos that
 show all that the prompt says, beside those of dense attention and of the truth through the VAE. Right: PSNR at Radial's
 density, longer and longer videos. Bars are 95 % intervals over prompts. Needs matplotlib
-(`pip install videosparse[eval]`).
+(`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
@@ -24,7 +26,6 @@ from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import Row, usual
 from videosparse.evaluation.page.summary import Group, sizes_of
 from videosparse.metrics.bootstrap import Interval
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour a method in every panel, readable without colour vision

@@ -4,7 +4,7 @@
 
 Writes `assets/figures/recall.png`. Left and middle: relative L2 error of attention's output against density, blocks of
 64x64, over all steps after the search. Right: recall over the steps of the longest video at density 0.2, which shows
-what the age of a map costs. Needs matplotlib (`pip install videosparse[eval]`).
+what the age of a map costs. Needs matplotlib (`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = "64x64"

@@ -4,7 +4,7 @@
 
 Writes `assets/figures/reordering.png`. Left: relative L2 error of attention's output by static maps, from the rows of
 `eval/measure_reordering.py`, the longest video. Right: PSNR of whole videos against dense, from those of
-`eval/compare_methods.py` at 81 frames of 128x128. Needs matplotlib (`pip install videosparse[eval]`).
+`eval/compare_methods.py` at 81 frames of 128x128. Needs matplotlib (`pip install -e ".[eval]"`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from statistics import fmean
 import matplotlib
 
 matplotlib.use("Agg")
+from videosparse.program import run_program
+
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import COMPARED_AT, usual
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour for the order of tokens, one line for the kind of numbers

@@ -18,6 +18,8 @@ Rows go to `assets/results/profile.csv`, in place of those of the same case and 
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import statistics
 import time
@@ -38,7 +40,6 @@ from videosparse.benchmark.whole import STEP_CASES, case_of
 from videosparse.cases import Case
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.linears import quantize_linears
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, FIGURE = ROOT / "assets/results/profile.csv", ROOT / "assets/figures/profile.png"

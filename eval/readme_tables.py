@@ -10,6 +10,8 @@ of the files in their order.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import csv
 import re
@@ -28,7 +30,6 @@ from videosparse.benchmark import (
 from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
 from videosparse.evaluation import method_table
 from videosparse.generation.stack import together
-from videosparse.program import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
@@ -88,8 +89,8 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "cpu": (("cpu_attention",), kernel_tables.cpu),
     "far": (("far_scores",), kernel_tables.far),
     "search": (("search_cost",), kernel_tables.search),
-    "integers": (("integer_attention",), kernel_tables.integers),
-    "published": (("method_comparison", "integer_attention", "integer_variants"), paro_tables.published),
+    "integers": (("attention",), kernel_tables.integers),
+    "published": (("method_comparison", "attention"), paro_tables.published),
     "paro_videos": (("method_comparison",), method_table.paro_videos),
     "reordering": (
         ("reordering",), apart(paro_tables.reordering),

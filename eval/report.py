@@ -11,6 +11,8 @@ quality against density and against time, what drifts from quarter to quarter, a
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -20,7 +22,6 @@ from videosparse.evaluation.page.build import build_page
 from videosparse.evaluation.page.summary import NEEDED, sizes_of
 from videosparse.evaluation.table import read_table
 from videosparse.generation.output import check_writable
-from videosparse.program import run_program
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -19,6 +19,8 @@ been trained since. `eval/plot_lora_lengths.py` draws them. Several GPUs share t
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import json
 import multiprocessing
@@ -45,7 +47,6 @@ from videosparse.generation.shifts import shifted
 from videosparse.logits import FarLogits
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.quarters import QUARTERS, drift, extra_repetition, quarters
-from videosparse.program import run_program
 from videosparse.stretching import context_windows, extend_rope
 from videosparse.synthetic.captions import parse_caption
 from videosparse.synthetic.render import render

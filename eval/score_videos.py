@@ -30,6 +30,8 @@ request cannot be carried out.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import sys
 from collections import defaultdict
@@ -69,7 +71,6 @@ from videosparse.metrics.vbench.tables import (
     video_rows,
 )
 from videosparse.metrics.video import find_videos
-from videosparse.program import run_program
 
 FREE = "free"
 SHOWN = 60  # letters of a file's name beside the bar

@@ -28,6 +28,8 @@ Write the prompt lists again (the same seed gives the same files):
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import json
 import os
@@ -57,7 +59,6 @@ from videosparse.generation.sources import find_model
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.world import Score, WorldReport, analyse, score
 from videosparse.mp4 import write_mp4
-from videosparse.program import run_program
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, triples
 

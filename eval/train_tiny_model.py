@@ -62,6 +62,8 @@ writes a checkpoint. The backup is at most 60 MiB: fp32 weights, the moving aver
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import logging
 import math
@@ -76,7 +78,6 @@ from pathlib import Path
 
 import torch
 
-from videosparse.program import run_program
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.decoder_phase import take_decoder, train_decoder
 from videosparse.training.tiny.dit_phase import train_dit

@@ -21,6 +21,8 @@ used, the exit code is 1.
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import itertools
 import re
@@ -28,7 +30,6 @@ import sys
 from pathlib import Path
 
 from videosparse.generation.errors import GenerationError
-from videosparse.program import run_program
 from videosparse.training.clips import Size, find_clips, synthetic_clips
 from videosparse.training.config import ConfigError
 from videosparse.training.encoding import prepare

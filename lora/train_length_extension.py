@@ -18,6 +18,8 @@ which takes the length, the shift, and the options and schedule of the method fr
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import signal
 import sys
@@ -28,7 +30,6 @@ import torch
 
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.output import check_writable
-from videosparse.program import run_program
 from videosparse.training.adapters import FORMATS, to_comfy
 from videosparse.training.clips import Size, synthetic_clips
 from videosparse.training.config import Config, describe, load_config

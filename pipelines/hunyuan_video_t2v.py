@@ -4,6 +4,8 @@ python pipelines/hunyuan_video_t2v.py "a cat surfing" --offload
 python pipelines/hunyuan_video_t2v.py "a cat surfing" --frames 253 --rope riflex
 """
 
+from videosparse.program import run_program
+
 import argparse
 import sys
 
@@ -22,7 +24,6 @@ from videosparse.generation import (
     trained_for,
     video_place,
 )
-from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 

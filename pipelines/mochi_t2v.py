@@ -7,6 +7,8 @@ Mochi learned the frequencies of its rotary embedding, so that no formula stretc
 need a LoRA for their length.
 """
 
+from videosparse.program import run_program
+
 import argparse
 import sys
 
@@ -24,7 +26,6 @@ from videosparse.generation import (
     trained_for,
     video_place,
 )
-from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 

@@ -8,6 +8,8 @@ by that of the GPUs. Every method works, and memory for activations falls with t
 A prompt file: every GPU has the whole model and makes its own videos; what is there already is not made again.
 """
 
+from videosparse.program import run_program
+
 import argparse
 
 import torch
@@ -19,7 +21,6 @@ from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialPr
 from videosparse.generation import find_model, stream_to, video_place
 from videosparse.generation.batch import plan_batch, run_batch
 from videosparse.generation.runfile import merge, read_prompts, request_from
-from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 

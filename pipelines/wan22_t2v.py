@@ -8,6 +8,8 @@
 Both experts hold 28 GB of weights each in bfloat16; --offload keeps the one in use on the GPU.
 """
 
+from videosparse.program import run_program
+
 import argparse
 import sys
 
@@ -26,7 +28,6 @@ from videosparse.generation import (
     trained_for,
     video_place,
 )
-from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 

@@ -4,6 +4,8 @@ python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png
 python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png --frames 161 --area 720x1280 --shift 5
 """
 
+from videosparse.program import run_program
+
 import argparse
 import re
 from math import sqrt
@@ -15,7 +17,6 @@ from diffusers.utils import load_image
 import videosparse
 from videosparse import AdaSpaProcessor, DenseProcessor, PAROProcessor, RadialProcessor
 from videosparse.generation import find_model, stream_to, video_place
-from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 

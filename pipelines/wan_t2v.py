@@ -6,6 +6,8 @@ python pipelines/wan_t2v.py "a cat surfing" --method adaspa --compile
 python pipelines/wan_t2v.py "a cat surfing" --frames 161 --lora wan-161.safetensors --offload
 """
 
+from videosparse.program import run_program
+
 import argparse
 import sys
 
@@ -24,7 +26,6 @@ from videosparse.generation import (
     trained_for,
     video_place,
 )
-from videosparse.program import run_program
 
 PROCESSORS = {"radial": RadialProcessor, "adaspa": AdaSpaProcessor, "paro": PAROProcessor, "dense": DenseProcessor}
 

@@ -200,7 +200,7 @@ def test_prints_itself_as_a_picture_and_saves_a_png(tmp_path):
         (torch.ones(1, 1, 2, 2, dtype=torch.bool), (64.0, 64), ValueError, "each 64 or 128"),
         (torch.ones(1, 0, 2, 2, dtype=torch.bool), (64, 64), ValueError, r"1 sample and 1 head \(got \[1, 0, 2, 2\]\)"),
         (torch.ones(0, 1, 2, 2, dtype=torch.bool), (64, 64), ValueError, r"1 sample and 1 head \(got \[0, 1, 2, 2\]\)"),
-        ([[True]], (64, 64), TypeError, r"must be a bool tensor \[B, H, Mq, Nk\] \(got list\)"),
+        ([[True]], (64, 64), TypeError, r"must be a tensor of bool \[B, H, Mq, Nk\] \(got list\)"),
     ],
 )
 def test_refuses_what_does_not_fit(keep, block, error, message):

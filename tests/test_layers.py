@@ -12,14 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "videosparse"
 
 LAYERS = {
-    "layout": 0, "blocks": 0, "ordering": 0, "reference": 0, "logits": 0, "cases": 0,
+    "interrupts": 0, "checking": 0, "wording": 0, "layout": 0, "blocks": 0, "ordering": 0, "reference": 0, "logits": 0,
+    "cases": 0,
     "kernels": 1,
     "policies": 2,
     "models": 3,
     "processors": 4, "searching": 4, "attach": 4, "dense_plans": 4, "report": 4, "clock": 4, "_diffusers": 4,
     "sharing": 4, "parallel": 4, "stretching": 4, "defaults": 4, "components": 4, "windows": 4,
     "files": 5, "generation": 5, "training": 5, "metrics": 5, "synthetic": 5, "benchmark": 5,
-    "evaluation": 5, "mp4": 5, "wording": 5, "program": 5,
+    "evaluation": 5, "mp4": 5, "program": 5,
     "cli": 6, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 

@@ -14,11 +14,10 @@ else. `sparsify` and `restore` do the same for a pipeline or a transformer, and 
 
 from __future__ import annotations
 
-import re
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from videosparse.interrupts import end_at_once
 
 if TYPE_CHECKING:
     from videosparse.attach import restore, sparsify
@@ -97,26 +96,10 @@ def _extend_pipelines() -> None:
         from diffusers import DiffusionPipeline
     except ImportError:
         return  # layouts, maps, policies and kernels serve other hosts, too
-    except KeyboardInterrupt:
-        if not _is_command():
-            raise
-        raise _interrupted() from None
     if not hasattr(DiffusionPipeline, "set_attn_processor"):
         _set_attn_processor.__name__ = "set_attn_processor"
         DiffusionPipeline.set_attn_processor = _set_attn_processor
 
 
-def _is_command() -> bool:
-    """Whether this package is imported to run its command, by its script or as `python -m videosparse`."""
-    if sys.argv[:1] == ["-m"]:  # until Python has found the module
-        return any(re.fullmatch(r"(-[A-Za-z]*m)?videosparse", given) for given in sys.orig_argv[1:])
-    return Path(sys.argv[0]).stem == "videosparse"
-
-
-def _interrupted() -> SystemExit:
-    """The end of the command on Ctrl-C before it has begun."""
-    sys.stderr.write("Interrupted; nothing was written.\n")
-    return SystemExit(130)  # `program.INTERRUPTED`, which would be one more import to be interrupted
-
-
+end_at_once()
 _extend_pipelines()

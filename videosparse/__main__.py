@@ -2,13 +2,9 @@
 
 
 def main() -> None:
-    """Entry point of the command: libraries take seconds to import, in which Ctrl-C is one line, too."""
-    try:
-        from videosparse.cli import main as command
-    except KeyboardInterrupt:
-        from videosparse import _interrupted
+    """Entry point of the command."""
+    from videosparse.cli import main as command
 
-        raise _interrupted() from None
     command()
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from videosparse.layout import TokenLayout, ceil_div, check_whole
+from videosparse.checking import check_flag, check_tensor, check_whole, shown
+from videosparse.layout import TokenLayout, ceil_div, check_is_layout
 
 BLOCK_SIZES = (64, 128)
 _SHADES = " ░▒▓█"
@@ -71,8 +72,7 @@ class BlockMap:
         check_block(self.block)
         for name in ("q_len", "kv_len"):
             check_whole(f"BlockMap.{name}", getattr(self, name))
-        if not isinstance(self.keep, torch.Tensor):
-            raise TypeError(f"BlockMap.keep must be a bool tensor [B, H, Mq, Nk] (got {type(self.keep).__name__}).")
+        check_tensor("BlockMap.keep", self.keep, " of bool [B, H, Mq, Nk]")
         if self.keep.dtype != torch.bool:
             raise TypeError(f"BlockMap.keep must be bool (got {self.keep.dtype}).")
         expected = (ceil_div(self.q_len, self.block[0]), ceil_div(self.kv_len, self.block[1]))
@@ -89,6 +89,7 @@ class BlockMap:
     @classmethod
     def full(cls, layout: TokenLayout, block: tuple[int, int], device: torch.device | str = "cpu") -> BlockMap:
         """The map that keeps every block: dense attention through the sparse door."""
+        check_is_layout(layout)
         check_block(block)
         size = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
         return cls(torch.ones(1, 1, *size, dtype=torch.bool, device=device), block, layout.length, layout.length)
@@ -100,6 +101,7 @@ class BlockMap:
 
     def video_density(self, layout: TokenLayout) -> float:
         """Kept blocks / all blocks among those where both sides are video, 0..1. Waits for the device."""
+        check_is_layout(layout)
         rows, cols = (ceil_div(layout.video, b) for b in self.block)
         return float(self.keep[:, :, :rows, :cols].float().mean())
 
@@ -111,6 +113,7 @@ class BlockMap:
                 nothing waits for the device. None counts them, which waits once.
 
         Raises:
+            TypeError: capacity is no int.
             ValueError: the entries do not fit int32, or capacity is too small. On a GPU, where counting would wait, a
                 capacity that is too small is reported by the device itself, later; lists are cut, never overrun.
         """
@@ -127,6 +130,7 @@ class BlockMap:
 
     def picture(self, width: int = 64) -> str:
         """The map of the first sample and head as text, at most `width` characters wide; darker is denser."""
+        check_whole("width", width)
         rows, cols = self.keep.shape[2:]
         wide = min(width, cols)
         high = max(1, min(ceil_div(wide, 2), rows))
@@ -163,7 +167,11 @@ class BlockIndex:
 
     Args:
         row_ptr: int32 [samples * heads * rows + 1]; row r owns ids[row_ptr[r] : row_ptr[r + 1]].
-        ids: int16 or int32 [capacity], see `id_dtype`; what lies beyond row_ptr[-1] is undefined.
+        ids: int16 or int32 [capacity], see `id_dtype`; what lies beyond row_ptr[-1] is undefined. Within a row they
+            ascend, each block once, and kernels rely on it: only the tiles at the end of a row are masked by position,
+            where the last block of the video and text are. Elsewhere nobody looks, since that would wait for the
+            device: lists made by hand are checked by plain torch (`KernelOptions(backend="torch")`, or on a CPU), and
+            on Triton wrong ones give wrong numbers.
         order: int32 [samples * heads * rows + 1], the rows in the order in which to start them, then how many of them
             are long; see `work_order`. A shared map is worked on once per sample or head that shares it: first the long
             rows of one after another, then the other rows of one after another.
@@ -188,6 +196,10 @@ class BlockIndex:
     @classmethod
     def build(cls, block_map: BlockMap, capacity: int | None = None) -> BlockIndex:
         """Lists of a map; see `BlockMap.index`."""
+        if not isinstance(block_map, BlockMap):
+            raise TypeError(f"block_map must be a BlockMap (got {shown(block_map)}); pass BlockMap(keep, block, ...).")
+        if capacity is not None:
+            check_whole("capacity", capacity, 0)
         keep = block_map.keep
         b, h, rows, cols = (int(n) for n in keep.shape)
         if (capacity is not None and capacity > INDEX_LIMIT) or b * h * rows > INDEX_LIMIT:
@@ -214,8 +226,9 @@ class BlockIndex:
         """The lists of the transposed map, of the same capacity. Never waits for the device.
 
         Raises:
-            ValueError: the transposed map has more rows than an index holds.
+            TypeError, ValueError: as `check`; or the transposed map has more rows than an index holds.
         """
+        self.check()
         samples, heads, rows, cols = self.shape
         if samples * heads * cols >= INDEX_LIMIT:
             raise ValueError(
@@ -225,6 +238,47 @@ class BlockIndex:
         return BlockIndex(
             row_ptr, ids, order, (samples, heads, cols, rows), (self.block[1], self.block[0]), self.kv_len, self.q_len
         )
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError where a part is of another type, size or device than the rest asks for.
+
+        Reads no values: nothing waits for the device.
+        """
+        self.check_geometry()
+        samples, heads, rows, cols = self.shape
+        count = samples * heads * rows
+        short = id_dtype(cols)  # int32 is right at any size
+        sizes = {"row_ptr": count + 1, "ids": None, "order": count + 1}
+        for name, size in sizes.items():
+            x = getattr(self, name)
+            wrong_size = x.dim() != 1 or (size is not None and x.shape[0] != size)
+            is_short = name == "ids" and x.dtype == short
+            if (x.dtype != torch.int32 and not is_short) or wrong_size or not x.is_contiguous():
+                kind = "int16 or int32" if name == "ids" and short == torch.int16 else "int32"
+                expected = "capacity" if size is None else size
+                spread = "" if x.is_contiguous() else ", not contiguous"
+                raise ValueError(
+                    f"BlockIndex.{name} must be {kind} [{expected}] (got {x.dtype} {list(x.shape)}{spread}); "
+                    "build it with BlockMap.index()."
+                )
+            if x.device != self.row_ptr.device:
+                raise ValueError(
+                    f"BlockIndex.{name} must be on {self.row_ptr.device} like row_ptr (got {x.device}); build it there."
+                )
+
+    def check_geometry(self) -> None:
+        """Raise TypeError or ValueError where a part is of another type, or a number out of range."""
+        for name in ("row_ptr", "ids", "order"):
+            check_tensor(f"BlockIndex.{name}", getattr(self, name), ", as BlockMap.index() makes it")
+        check_block(self.block)
+        if not isinstance(self.shape, tuple) or len(self.shape) != 4:
+            raise TypeError(
+                f"BlockIndex.shape must be a tuple (samples, heads, rows, columns) (got {shown(self.shape)})."
+            )
+        for name, value in zip(("samples", "heads", "rows", "columns"), self.shape, strict=True):
+            check_whole(f"BlockIndex.shape: {name}", value)
+        for name in ("q_len", "kv_len"):
+            check_whole(f"BlockIndex.{name}", getattr(self, name))
 
     @property
     def bytes(self) -> int:
@@ -275,9 +329,14 @@ class PackedIndex:
         """An empty map over `layout.length` tokens; `pinned` in page-locked memory of the CPU.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: the map has more rows or columns, or may keep more blocks, than can be selected and indexed.
         """
+        check_is_layout(layout)
         check_block(block)
+        for name, value in {"samples": samples, "heads": heads, "capacity": capacity}.items():
+            check_whole(name, value)
+        check_flag("pinned", pinned)
         rows, columns = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
         count = samples * heads * rows
         if max(count, capacity) > INDEX_LIMIT:

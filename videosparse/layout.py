@@ -6,13 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-
-def check_whole(name: str, value: int, least: int = 1) -> None:
-    """Raise TypeError or ValueError unless `value` is an int, no bool, and not below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int (got {type(value).__name__} {value!r}).")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least} (got {value}).")
+from videosparse.checking import check_whole, shown
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -58,6 +52,12 @@ class VideoGrid:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+def check_grid(name: str, value: VideoGrid) -> None:
+    """Raise TypeError unless `value` is a `VideoGrid`."""
+    if not isinstance(value, VideoGrid):
+        raise TypeError(f"{name} must be a VideoGrid (got {shown(value)}); pass VideoGrid(frames, height, width).")
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """The sequence that attention sees: video tokens, an optional gap, then text tokens.
@@ -84,14 +84,11 @@ class TokenLayout:
     _aligned: dict[int, TokenLayout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, VideoGrid):
-            raise TypeError(
-                f"TokenLayout.grid must be a VideoGrid (got {self.grid!r}); pass VideoGrid(frames, height, width)."
-            )
+        check_grid("TokenLayout.grid", self.grid)
         check_whole("TokenLayout.text", self.text, 0)
+        check_whole("TokenLayout.text_start", self.text_start, -1)
         if self.text_start == -1:
             object.__setattr__(self, "text_start", self.grid.tokens)
-        check_whole("TokenLayout.text_start", self.text_start, 0)
         if self.text_start < self.grid.tokens:
             raise ValueError(
                 f"TokenLayout.text_start must not lie inside the video: expected >= {self.grid.tokens} tokens of grid "
@@ -125,6 +122,10 @@ class TokenLayout:
 
         `seq_lens` moves with the text. Without text nothing changes. All layers of a forward get the same object.
         """
+        if not isinstance(block, tuple):
+            raise TypeError(f"block must be a tuple (query rows, key rows) (got {shown(block)}).")
+        for rows in block:
+            check_whole("block", rows)
         if not self.text:
             return self
         size = max(block)
@@ -140,6 +141,7 @@ class TokenLayout:
         Raises:
             ValueError: `seq_lens` belongs to another batch size.
         """
+        check_whole("batch", batch, 0)
         position = torch.arange(self.length, device=device)
         token = (position < self.video) | (position >= self.text_start)
         if self.seq_lens is None:
@@ -155,3 +157,12 @@ class TokenLayout:
                 f"TokenLayout.seq_lens is for a batch of {self.seq_lens.shape[0]}, the tensors have batch {batch}; "
                 "make one layout per call."
             )
+
+
+def check_is_layout(layout: TokenLayout) -> None:
+    """Raise TypeError unless a layout is a `TokenLayout`."""
+    if not isinstance(layout, TokenLayout):
+        instead = (
+            "pass TokenLayout(grid)" if isinstance(layout, VideoGrid) else "pass TokenLayout(VideoGrid(...), text)"
+        )
+        raise TypeError(f"layout must be a TokenLayout (got {shown(layout)}); {instead}.")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from videosparse.checking import check_number
 from videosparse.layout import VideoGrid
 
 Arguments = tuple[float | None, int, int, int]
@@ -91,10 +92,9 @@ class FarLogits:
         return Reach(float(self.alpha), seen // 2, grid.frame_tokens, seen)
 
 
-def check_alpha(name: str, alpha: object) -> None:
+def check_alpha(name: str, alpha: float) -> None:
     """Raise TypeError or ValueError unless `alpha` is a number in (0, 1]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"{name} must be a number (got {alpha!r}).")
+    check_number(name, alpha)
     if not 0 < alpha <= 1:
         raise ValueError(f"{name} must lie in 0..1, 0 excluded (got {alpha}); the published one is 0.9.")
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from videosparse.layout import TokenLayout, VideoGrid
+from videosparse.checking import check_tensor, shown
+from videosparse.layout import TokenLayout, VideoGrid, check_grid, check_is_layout
 
 AXIS_ORDERS: tuple[str, ...] = ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")
 """The six orders of the axes, slowest first; a code of `TokenOrder` is an index into this tuple."""
@@ -48,6 +49,7 @@ class TokenOrder:
         heads: how many there are.
 
     Raises:
+        TypeError: grid is no VideoGrid, or codes is no tuple of ints.
         ValueError: no codes, or a code outside 0..5.
     """
 
@@ -57,6 +59,12 @@ class TokenOrder:
     _tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_grid("TokenOrder.grid", self.grid)
+        if not isinstance(self.codes, tuple) or any(type(c) is not int for c in self.codes):
+            raise TypeError(
+                f"TokenOrder.codes must be a tuple of ints, one per head (got {self.codes!r}); for names such as "
+                '"HWF" use TokenOrder.from_names(grid, names).'
+            )
         bad = [c for c in self.codes if not 0 <= c < len(AXIS_ORDERS)]
         if bad or not self.codes:
             raise ValueError(
@@ -68,6 +76,8 @@ class TokenOrder:
     @classmethod
     def from_names(cls, grid: VideoGrid, names: Sequence[str]) -> TokenOrder:
         """Build from names such as ["FHW", "HWF"], one per head."""
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f'names must be a list such as ["FHW", "HWF"], one per head (got {shown(names)}).')
         unknown = [n for n in names if n not in AXIS_ORDERS]
         if unknown:
             raise ValueError(f"Unknown axis order {unknown[0]!r}; choose from {', '.join(AXIS_ORDERS)}.")
@@ -93,15 +103,20 @@ class TokenOrder:
 
     def apply(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Reorder the video tokens of x [B, L, heads, D]; returns a new tensor of the same shape and dtype."""
-        return self._gather(x, layout, self.permutation(x.device))
+        return self._gather(x, layout, inverse=False)
 
     def restore(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Undo `apply` bit by bit."""
-        return self._gather(x, layout, self.permutation(x.device).argsort(1))
+        return self._gather(x, layout, inverse=True)
 
-    def _gather(self, x: torch.Tensor, layout: TokenLayout, source: torch.Tensor) -> torch.Tensor:
+    def _gather(self, x: torch.Tensor, layout: TokenLayout, inverse: bool) -> torch.Tensor:
+        check_is_layout(layout)
+        check_tensor("x", x, " [batch, length, heads, head_dim]")
+        if x.dim() != 4:
+            raise ValueError(f"x must be [batch, length, heads, head_dim] (got {list(x.shape)}).")
         check_order(self, x.shape[2], layout.grid)
-        index = source.t()[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3])
+        source = self.permutation(x.device)
+        index = (source.argsort(1) if inverse else source).t()[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3])
         return torch.cat([x[:, : layout.video].gather(1, index), x[:, layout.video :]], 1)
 
 
@@ -115,7 +130,7 @@ class SearchedOrder:
 
     Raises:
         ValueError: codes of another rank, or none.
-        TypeError: codes that are no integers.
+        TypeError: grid is no VideoGrid, or codes is no tensor of integers.
     """
 
     grid: VideoGrid
@@ -123,6 +138,8 @@ class SearchedOrder:
     _rows: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_grid("SearchedOrder.grid", self.grid)
+        check_tensor("SearchedOrder.codes", self.codes, " [heads] of indices into AXIS_ORDERS")
         if self.codes.dim() != 1 or not self.codes.shape[0]:
             raise ValueError(f"SearchedOrder.codes must be [heads] (got {list(self.codes.shape)}).")
         if self.codes.dtype not in (torch.int32, torch.int64):
@@ -144,15 +161,20 @@ AnyOrder = TokenOrder | SearchedOrder
 
 def check_order(order: AnyOrder, heads: int, grid: VideoGrid) -> None:
     """Raise TypeError or ValueError unless an order is one, for this many heads on this grid."""
-    if not isinstance(order, (TokenOrder, SearchedOrder)):
-        raise TypeError(
-            f'order must be a TokenOrder or a SearchedOrder (got {order!r}); for names such as "HWF", one per head, '
-            "pass TokenOrder.from_names(grid, names)."
-        )
+    check_is_order(order)
     if order.heads != heads or grid != order.grid:
         raise ValueError(
             f"{type(order).__name__} is for {order.heads} heads on grid {order.grid} "
             f"(got {heads} heads on grid {grid}); make an order for this grid, a code per head."
+        )
+
+
+def check_is_order(order: AnyOrder) -> None:
+    """Raise TypeError unless an order is one."""
+    if not isinstance(order, (TokenOrder, SearchedOrder)):
+        raise TypeError(
+            f'order must be a TokenOrder or a SearchedOrder (got {shown(order)}); for names such as "HWF", one per '
+            "head, pass TokenOrder.from_names(grid, names)."
         )
 
 

@@ -279,7 +279,7 @@ class DenseProcessor(Processor):
     Through the backend that was chosen with `set_attention_backend`; else through the fastest there is. For generation
     in half precision on a GPU that is our own kernel where text is part of the sequence (HunyuanVideo, Mochi), and on
     Hopper, for long sequences with head_dim 128, the first that is here of FlashAttention-3, FlashAttention-4
-    (`pip install videosparse[fa4]`) and ours. `report().dense_backend` names it.
+    (`pip install -e ".[fa4]"`) and ours. `report().dense_backend` names it.
 
     Args:
         fused_norm, quant: see `KernelOptions`; integer attention is by our own kernel, for inference.

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from videosparse import interrupts
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it: 128 and the number of SIGINT. That of SIGTERM is 143."""
 
@@ -29,6 +31,7 @@ def run_program(
     Raises:
         SystemExit: another exit code than 0.
     """
+    interrupts.hear()
     with leaving_on_sigterm():
         try:
             code = main()

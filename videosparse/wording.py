@@ -6,6 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def install_extra(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml: from a clone, since no index has the package."""
+    return f'pip install -e ".[{extra}]" in the clone'
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint ("Did you mean 'x'?" after a space) at the known word most like `word`; empty when none is close."""
     lowered = {name.lower(): name for name in known}

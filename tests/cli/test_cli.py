@@ -448,7 +448,7 @@ def test_calibrate_then_generate(run, tmp_path):
         (["--block", "32"], "block must be"),
         (["--mass", "2"], "mass must lie in"),
         (["--order-by", "rank"], "Error: --order-by must be metric or mass (got 'rank')"),
-        (["--order-by", "mass", "--mass", "0.9"], "--order-by mass compares orders at one density"),
+        (["--order-by", "mass", "--alpha", "0.5"], "orders are to be chosen by mass; drop one of both"),
         (["--output", "plan.bin"], "must end in .safetensors"),
         (["--output", ""], "use plan.safetensors"),
         (["--buckets", "9"], "buckets must be 1 to 2"),

@@ -116,6 +116,9 @@ def test_peers_without_a_gpu_are_named_as_missing():
     for name in ("fa3", "fa4", "cudnn", "fa2", "flex"):
         with pytest.raises(contenders.Missing, match=r"NVIDIA GPU|needs a GPU|head_dim"):
             contenders.CONTENDERS[name](p)
+    for name in contenders.QUANTIZE:
+        with pytest.raises(contenders.Missing, match="it needs CUDA or ROCm tensors"):
+            contenders.CONTENDERS[name](p)
     with pytest.raises(contenders.Missing, match="reads no block lists"):
         contenders.CONTENDERS["cudnn"](problem(TINY, "uniform"))
 
@@ -282,8 +285,7 @@ def test_goals_know_which_way_is_better(goals):
 def test_goals_of_integers_are_against_own_bf16_beside_them(goals, tmp_path, capsys):
     even = {"policy": "uniform", "block": "128x128", "density": "0.2510"}
     rows = [timed("i", kernel, ms, **even) for kernel, ms in (("ours", 5.0), ("int8", 4.0), ("int8-fp8", 3.9))]
-    write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0)])
-    write_rows(tmp_path / "integer_attention.csv", rows)
+    write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0), *rows])
     arguments = ["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "goals.csv")]
     assert goals.main(arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "quantization included" in line]

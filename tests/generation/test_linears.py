@@ -120,10 +120,10 @@ def test_reasons(monkeypatch):
     assert unavailable("cuda") is None
     assert "--dtype bf16" in str(unavailable("cuda", torch.float16))
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    assert "pip install videosparse[fp8]" in str(unavailable("cuda"))
+    assert 'pip install -e ".[fp8]" in the clone' in str(unavailable("cuda"))
 
 
 def test_missing_torchao_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
-    with pytest.raises(GenerationError, match=r"needs torchao .*pip install videosparse\[fp8\]"):
+    with pytest.raises(GenerationError, match=r"needs torchao .*pip install -e .\.\[fp8\]"):
         quantize_linears(build("wan"))

@@ -36,7 +36,8 @@ def test_orders(kind, sparse):
 @pytest.mark.parametrize("block", [(128, 64)])
 def test_blocks_and_single_precision(block):
     layout = make_layout("text", grid=VideoGrid(7, 5, 9)).aligned(block)
-    check_attend(layout, make_map(layout, block, heads=1), *make_qkv(layout, torch.float32, heads=1, dim=16), TRITON)
+    block_map = make_map(layout, block, heads=1, density=0.9)  # of half the blocks, now and then none is far
+    check_attend(layout, block_map, *make_qkv(layout, torch.float32, heads=1, dim=16), TRITON)
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.25])

@@ -4,6 +4,9 @@ float16 only: the interpreter computes bfloat16 wrongly. It also cuts FP8 off wh
 conversion is replaced.
 """
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import quantized
@@ -21,6 +24,7 @@ from inputs import (
 from triton import language as tl
 from triton.runtime import interpreter
 
+from videosparse.benchmark import checks, contenders, problems
 from videosparse.blocks import BlockMap
 from videosparse.kernels import KernelOptions, attend
 from videosparse.kernels import quantize as module
@@ -108,6 +112,13 @@ def test_nan_of_tokens_shows(position, wrong):
         assert out[1].isfinite().all()
 
 
+@pytest.fixture(params=["all keys", "a part of them"])
+def _mean_of(request, monkeypatch):
+    """The mean that keys lose is that of a part of them in calls on many tokens."""
+    monkeypatch.setattr(module, "_MANY", 10**9 if request.param == "all keys" else 1)
+
+
+@pytest.mark.usefixtures("_mean_of")
 @pytest.mark.parametrize(("values", "order"), [("fp8", False), ("fp8", True), ("int8", False)])
 @pytest.mark.parametrize("kind", ["video", "ragged text", "no text at all"])
 def test_the_pass_is_that_of_plain_torch(values, order, kind):
@@ -127,6 +138,44 @@ def test_the_pass_is_that_of_plain_torch(values, order, kind):
     assert found.q.shape[2] % 128 == 0
     assert not found.q[:, :, layout.length :].any()
     assert not found.k[:, :, layout.length :].any()
+
+
+@pytest.mark.usefixtures("_mean_of")
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_any_mean_leaves_output_and_lse(kind):
+    layout = make_layout(kind, grid=VideoGrid(3, 11, 17)).aligned((64, 64))
+    q, k, v = make_qkv(layout, torch.float16, heads=2)
+    run_and_check("int8", layout, None, q, quantized.biased(k), v)
+
+
+@pytest.mark.parametrize("grid", [(21, 64, 64), (21, 32, 128), (21, 45, 80), (16, 16, 16)])
+def test_a_part_of_keys_is_everywhere_in_frames_of_any_size(grid, monkeypatch):
+    """Every row, every column and every frame has its share, though not to the token."""
+    monkeypatch.setattr(module, "_MANY", 1)
+    share = quantized.counted(math.prod(grid)).view(grid).float() / (module._PART / module._CHUNK)
+    for dims in ((0, 1), (0, 2)):
+        line = share.mean(dims)
+        assert 0.4 < line.min() <= line.max() < 1.8
+    assert 0.6 < share.mean((1, 2)).min() <= share.mean((1, 2)).max() < 1.4
+    assert abs(share.mean() - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", contenders.QUANTIZE)
+@pytest.mark.parametrize("special", [False, True])
+def test_the_benchmark_times_what_it_checked(name, special, monkeypatch):
+    monkeypatch.setattr(contenders, "in_key_order", lambda p: special)
+    monkeypatch.setattr(checks, "in_key_order", lambda p: special)
+    workload = problems.Workload("tiny", TokenLayout(VideoGrid(1, 20, 20)), heads=2, head_dim=128)
+    p = problems.Inputs(workload, torch.device("cpu"), torch.float16, 3).of(problems.Entry(name))
+    found = contenders.CONTENDERS[name](p)()
+    error, allowed = checks.check_quantize(p, found)
+    assert 0.003 < error <= allowed
+    wrong = {"q": found.q.flip(2), "k_scale": found.k_scale * 1.05, "k": found.k.roll(1, 2)}
+    if found.v_scale is not None:
+        wrong |= {"v": found.v.view(torch.uint8).roll(1, 3).view(found.v.dtype), "v_scale": found.v_scale * 1.05}
+    for field, value in wrong.items():
+        error, allowed = checks.check_quantize(p, replace(found, **{field: value}))
+        assert not error <= allowed, field
 
 
 def hard(q, k, v, kind):

@@ -2,6 +2,7 @@
 
 import torch
 
+from videosparse.kernels import quantize as module
 from videosparse.kernels import torch_int8
 from videosparse.kernels.accuracy import attend_rows
 from videosparse.kernels.call import LOG2_E
@@ -20,13 +21,22 @@ def integers(x, dims):
     return (x / scale).round().to(torch.int8), scale
 
 
+def counted(length):
+    """Bool [length]: which keys count in the mean that all of them lose."""
+    part = module._PART if length >= module._MANY else module._CHUNK
+    position = torch.arange(length)
+    first = (position // module._CHUNK * 40503 % 2**16 * (module._CHUNK // part) // 2**16) * part
+    return (position % module._CHUNK >= first) & (position % module._CHUNK < first + part)
+
+
 def quantize(q, k, v, call, need_lse, kind, reorder):
     """`quantize.quantize` on the CPU."""
     length = q.shape[1]
     padded = padded_length(length)
     token = torch_int8._tokens(q, call)[:, :, None, None]
     queries, keys, values = (x.float().masked_fill(~token, 0) for x in (q, k, v))
-    mean = keys.sum(1, keepdim=True) / token.sum(1, keepdim=True)
+    used = token & counted(length)[:, None, None]
+    mean = keys.masked_fill(~used, 0).sum(1, keepdim=True) / used.sum(1, keepdim=True)
     centred = (keys - mean).masked_fill(~token, 0)
     lse = (queries * mean).sum(3).transpose(1, 2) * call.scale if need_lse else torch.zeros(0)
 

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from videosparse.kernels import triton_sums  # noqa: E402
-from videosparse.kernels.triton_forward import choose_tiles, forward_kernel, head_pad  # noqa: E402
+from videosparse.kernels.triton_common import head_pad  # noqa: E402
+from videosparse.kernels.triton_forward import choose_tiles, forward_kernel  # noqa: E402
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KB = {80: 163, 86: 99, 90: 227, 100: 227}

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from videosparse.kernels import hopper_backward, triton_backward  # noqa: E402
-from videosparse.kernels.triton_forward import head_pad  # noqa: E402
+from videosparse.kernels.triton_common import head_pad  # noqa: E402
 
 LISTS = ("row_ptr", "ids_ptr", "order_ptr")
 HALF = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "out_ptr", "dq_ptr", "dk_ptr", "dv_ptr")

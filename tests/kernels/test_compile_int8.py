@@ -92,8 +92,12 @@ def test_offsets_are_64_bit(values):
 
 PASS = {
     "statistics_kernel": (
-        {"HEAD_DIM": 128, "CHUNK": 1024, "ROWS": 64, "HAS_LENS": True, "VALUES": True},
-        {"k_ptr": "*bf16", "v_ptr": "*bf16", "mean_ptr": "*fp32", "peak_ptr": "*fp32"},
+        {"HEAD_DIM": 128, "ROWS": 256, "PART": 32, "HAS_LENS": True, "VALUES": True},
+        {"k_ptr": "*bf16", "v_ptr": "*bf16", "sum_ptr": "*fp32", "peak_ptr": "*fp32"},
+    ),
+    "totals_kernel": (
+        {"HEAD_DIM": 128, "ROWS": 256, "PART": 32, "DIMS": 32, "TILE": 128, "HAS_LENS": True, "VALUES": True},
+        {"sum_ptr": "*fp32", "peak_ptr": "*fp32", "mean_ptr": "*fp32", "v_scale_ptr": "*fp32"},
     ),
     "queries_kernel": (
         {"HEAD_DIM": 128, "ROWS": 64, "HAS_LENS": True, "NEED_LSE": True},
@@ -121,6 +125,6 @@ def test_the_pass_reads_and_writes_16_bytes_at_a_time(name, capability, tmp_path
         pytest.skip("no FP8")
     compiled = compiled_for(capability, getattr(quantize, name.split()[0]), *PASS[name], {"num_warps": 4})
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
-    assert name == "statistics_kernel" or "st.global.v4.b32" in compiled.asm["ptx"]
+    assert name in ("statistics_kernel", "totals_kernel") or "st.global.v4.b32" in compiled.asm["ptx"]
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used

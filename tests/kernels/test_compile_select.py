@@ -14,8 +14,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from videosparse.blocks import SELECTION_LIMIT  # noqa: E402
 from videosparse.kernels import triton_sampled, triton_select  # noqa: E402
-from videosparse.kernels.triton_forward import SHARED_KB as CARDS  # noqa: E402
-from videosparse.kernels.triton_forward import head_pad  # noqa: E402
+from videosparse.kernels.triton_common import SHARED_KB as CARDS  # noqa: E402
+from videosparse.kernels.triton_common import head_pad  # noqa: E402
 from videosparse.kernels.triton_sums import choose_tiles  # noqa: E402
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from videosparse.kernels import triton_stats
-from videosparse.kernels.triton_forward import head_pad
+from videosparse.kernels.triton_common import head_pad
 
 
 def compile_stats(capability, dtype, head_dim, block, *, lens=False, far=False):

@@ -1,6 +1,7 @@
 """The Hopper kernel without a Hopper GPU: its source run on the CPU, compiled for sm_90, and when it is taken."""
 
 import logging
+import math
 import re
 import threading
 import time
@@ -373,3 +374,29 @@ def test_the_portable_kernel_can_be_asked_for(portable):
     with gpu.portable_only():
         gpu.forward(q, q, q, call(), False)
     assert len(portable) == 1
+
+
+@pytest.mark.parametrize("step", [3, 20, 200])
+@pytest.mark.parametrize(("kind", "dtype"), [("video", torch.bfloat16), ("ragged text", torch.float16)])
+def test_maxima_that_grow(on_cpu, kind, dtype, step):
+    """Scores, of base 2 and exact, that pass those of the tile before by little, by more, and by much."""
+    layout = make_layout(kind, grid=VideoGrid(1, 20, 30)).aligned((128, 128))
+    q, k, v = make_qkv(layout, dtype, heads=2)
+    position = torch.arange(layout.length)[:, None]
+    noise = torch.randint(-4, 5, (2, layout.length, 2))
+    q[..., 1:], q[..., 0] = 0, torch.where(q[..., 0].isnan(), q[..., 0], 1)
+    k[..., 1:], k[..., 0] = 0, torch.where(k[..., 0].isnan(), k[..., 0], (-position // 128 * step + noise).to(dtype))
+    for block_map in (None, make_map(layout, (128, 128), heads=2, density=0.8)):
+        index = None if block_map is None else block_map.index()
+        options, scale = KernelOptions(backend="triton"), math.log(2)
+        out, lse = attend(q, k, v, layout=layout, index=index, scale=scale, return_lse=True, options=options)
+        assert_accurate(out, lse, q, k, v, layout=layout, block_map=block_map, scale=scale)
+
+
+def test_rows_whose_first_tile_has_no_keys(on_cpu):
+    """Rows are walked from their end, where some list a block of the gap only: what comes later must not be lost."""
+    layout = TokenLayout(VideoGrid(1, 10, 30), 40, text_start=640)
+    keep = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    keep[..., 3], keep[..., 0], keep[0, 0, 1, 2] = True, True, True
+    q, k, v = make_qkv(layout, torch.bfloat16, heads=2)
+    run_and_check(layout, BlockMap(keep, (128, 128), layout.length, layout.length), 40 * q, k, v)

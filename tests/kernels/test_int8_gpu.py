@@ -105,6 +105,23 @@ def test_ids_of_both_sizes_give_the_same(quant, block, monkeypatch):
     assert_same_of_both_ids(call, make_map(layout, block, "per head", device="cuda"), monkeypatch)
 
 
+@pytest.mark.parametrize("kind", ["video", "ragged text"])
+def test_keys_lose_the_mean_of_a_part_of_them(quant, kind, monkeypatch):
+    """Which changes nothing beyond rounding, so that the bounds stay."""
+    monkeypatch.setattr(quantize, "_MANY", 1)
+    layout = make_layout(kind, "cuda", MIDDLE)
+    q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
+    k = quantized.biased(k)
+    call = {"layout": layout, "return_lse": True, "options": KernelOptions(backend="triton", quant=quant)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", PoisonedEmpty())
+        out, lse = attend(q, k, v, **call)
+    quantized.check(out, lse, q, k, v, quant, layout=layout)
+    again, level = attend(q, k, v, **call)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, level)
+
+
 def test_token_orders(quant):
     layout = make_layout("ragged text", "cuda", MIDDLE).aligned((128, 64))
     order = TokenOrder(layout.grid, CODES)

@@ -129,4 +129,4 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
         pytest.skip("flash-attn-4 is installed")
     reason = unavailable("fa4", torch.device("cuda"), torch.bfloat16)
     fa4_path.missing.cache_clear()
-    assert "pip install videosparse[fa4]" in reason
+    assert 'pip install -e ".[fa4]" in the clone' in reason

@@ -201,6 +201,7 @@ def test_shards_that_do_not_work_are_refused(lora_run, monkeypatch):
     for told, name, value in (
         ("by FSDP2 only \\(got --fsdp_version 1\\)", "FSDP_VERSION", "1"),
         ("--fsdp_activation_checkpointing would rename the adapters", "FSDP_ACTIVATION_CHECKPOINTING", "true"),
+        ("--fsdp_offload_params is not supported: .* drop it", "FSDP_OFFLOAD_PARAMS", "true"),
     ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

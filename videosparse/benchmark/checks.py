@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from videosparse.benchmark.contenders import in_key_order
 from videosparse.benchmark.problems import Problem
 from videosparse.blocks import BlockMap
 from videosparse.kernels import attend
 from videosparse.kernels.accuracy import allowed_error, attend_rows, measure, worst_row
-from videosparse.kernels.call import wide
+from videosparse.kernels.call import LOG2_E, wide
+
+if TYPE_CHECKING:
+    from videosparse.kernels.quantize import Quantized
 
 
 def picked_rows(length: int, device: torch.device) -> torch.Tensor:
@@ -53,6 +58,41 @@ def check_integers(p: Problem, out: torch.Tensor) -> tuple[float, float]:
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), truth.flatten(), 0)
     error = float((found - truth).norm() / truth.norm())
     return error if cosine >= LEAST_COSINE else float("nan"), INTEGER_ERRORS[p.entry.kernel]
+
+
+ROUNDING_ERRORS = {"queries": 0.01, "keys": 0.012, "values": 0.03}
+"""Largest relative errors of rounded tensors in the mean square, for normally distributed ones: of INT8 with a scale
+for each row and for each 64 rows, and of FP8 e4m3."""
+
+
+def check_quantize(p: Problem, found: Quantized) -> tuple[float, float]:
+    """(relative error in the mean square, allowed) of queries, keys or values, whichever is nearest to its bound.
+
+    Of some rows of two heads. Keys may lack any vector that is the same for all of them: smoothing takes one away.
+    """
+    from videosparse.kernels.quantize import KEY_ORDER, SCALED_KEYS
+
+    heads, rows = [0, p.q.shape[2] - 1], picked_rows(p.layout.length, p.q.device)
+    true = {name: x[:, rows][:, :, heads].double() for name, x in zip(ROUNDING_ERRORS, p.qkv, strict=True)}
+
+    def back(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Rows [1, rows, heads, D] of integers and scales [1, heads, rows, ...]."""
+        return (x.double() * scale.double()).transpose(1, 2)
+
+    given = {
+        "queries": back(found.q[:, heads][:, :, rows], found.q_scale[:, heads][:, :, rows, None])
+        / (p.call.scale * LOG2_E),
+        "keys": back(found.k[:, heads][:, :, rows], found.k_scale[:, heads][:, :, rows // SCALED_KEYS, :1]),
+    }
+    given["keys"] += (true["keys"] - given["keys"]).mean(1, keepdim=True)
+    if found.v_scale is not None:
+        order = torch.tensor(KEY_ORDER, device=rows.device).argsort() if in_key_order(p) else torch.arange(16)
+        places = rows // 16 * 16 + order.to(rows.device)[rows % 16]
+        bits = found.v.view(torch.uint8)[:, heads][..., places]  # few operations take fp8
+        given["values"] = back(bits.view(found.v.dtype).mT, found.v_scale[:, heads, None])
+    errors = [(float((x - true[n]).norm() / true[n].norm()), ROUNDING_ERRORS[n]) for n, x in given.items()]
+    bad = [pair for pair in errors if not pair[0] <= pair[1]]
+    return bad[0] if bad else max(errors, key=lambda pair: pair[0] / pair[1])
 
 
 def check_sums(p: Problem, sums: torch.Tensor) -> tuple[float, float]:

@@ -16,6 +16,9 @@ Call = Callable[[], Any]
 INTEGERS = ("int8", "int8-fp8", "int8-int8")
 """Contenders that round: ours, each with the quantization of its inputs in every call."""
 
+QUANTIZE = {f"quantize {name}": name for name in ("int8", "int8-fp8")}
+"""Contenders that only round, as the kernel that runs here wants its inputs, and what they do it for."""
+
 
 class Missing(RuntimeError):
     """A peer that cannot run, and why."""
@@ -35,6 +38,29 @@ def _dense(name: str, p: Problem) -> Call:
 def _ours(p: Problem, backend: str = "triton", quant: str | None = None) -> Call:
     index, options = p.index, KernelOptions(backend=backend, quant=quant)
     return lambda: attend(*p.qkv, layout=p.layout, index=index, options=options)
+
+
+def _quantize(p: Problem, quant: str) -> Call:
+    from videosparse.kernels import backend, int8_path
+
+    where = p.q.device, p.q.dtype
+    if reason := backend.unavailable("triton", *where) or int8_path.unavailable(quant, *where, p.q.shape[3]):
+        raise Missing(reason)
+    from videosparse.kernels.quantize import quantize
+
+    call, values, reorder = p.call, int8_path.values_of(quant), in_key_order(p)
+
+    def run() -> Any:
+        with gpu.on_device(p.q):
+            return quantize(*p.qkv, call, False, values, reorder)
+
+    return run
+
+
+def in_key_order(p: Problem) -> bool:
+    """Whether the kernel that runs integer attention here reads FP8 values in `quantize.KEY_ORDER`."""
+    special = gpu.special_kernel("integer attention", p.q.device)
+    return special is not None and special.unsuited(*p.qkv, p.call, False, "fp8") is None
 
 
 def _portable(p: Problem) -> Call:
@@ -87,4 +113,5 @@ CONTENDERS: dict[str, Callable[[Problem], Call]] = {
     "ours": _ours, "portable": _portable, "fa4": _fa4, "flex": _flex, "block_sums": _sums, "index": _index,
     **{name: partial(_dense, name) for name in ("fa3", "cudnn", "fa2")},
     **{name: partial(_ours, quant=name) for name in INTEGERS},
+    **{name: partial(_quantize, quant=quant) for name, quant in QUANTIZE.items()},
 }  # fmt: skip

@@ -23,7 +23,7 @@ _ATTENTION = "attention"
 
 RULES: tuple[tuple[str, str], ...] = (
     # what an operation contains counts as that operation, so rounding comes before attention
-    ("rounding for integer attention", r"^(statistics|queries|keys|values)_kernel"),
+    ("rounding for integer attention", r"^(statistics|totals|queries|keys|values)_kernel"),
     (SELF_ATTENTION, r"videosparse::(attend_\w+|dense_by_library)|^(forward|int8|tail)_kernel"),
     ("search and lists", r"videosparse::(block_sums|block_stats|select_blocks|search_orders|expand_blocks)"),
     ("search and lists", r"^(hopper_sums|sums|sampled|stats|keep_largest|expand)_kernel|sort|cumsum|RadixSort"),

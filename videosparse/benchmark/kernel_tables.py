@@ -11,6 +11,8 @@ KERNELS = {
 
 INTEGERS = {"int8": "INT8", "int8-fp8": "INT8, FP8 values", "int8-int8": "INT8, INT8 values"}
 
+ROUNDING = {"quantize int8": "rounding alone, INT8", "quantize int8-fp8": "rounding alone, INT8, FP8 values"}
+
 SEARCH = {
     ("dense ours", ""): "dense attention, ours", ("block_sums", ""): "block sums, all rows",
     ("block_sums", "16"): "block sums, 16 rows of a block", ("select", ""): "selection",
@@ -153,9 +155,18 @@ def search(rows: list[Row]) -> Table:
     return ["", *(" ".join(c) for c in cases)], lines if cases else []
 
 
-def integer_calls(rows: list[Row], case: str = "wan2.1-14b 720x1280x81") -> list[Row]:
-    """The timed rows of one call in bf16 and in integers, those of other forms of a kernel (`note`) left out."""
-    return [r for r in rows if r["case"] == case and r["p50_ms"] and not r["note"]]
+WIDE_CALL = "wan2.1-14b 720x1280x81"
+"""The call that tables of integers are about."""
+
+
+def integer_calls(rows: list[Row], case: str = WIDE_CALL) -> list[Row]:
+    """The timed rows of one call in bf16 and in integers."""
+    return [r for r in _timed(rows, case) if r["kernel"] not in ROUNDING]
+
+
+def _timed(rows: list[Row], case: str) -> list[Row]:
+    """What was timed in turn in the set of integers."""
+    return [r for r in rows if r["set"] == f"forward {case} integers" and r["p50_ms"]]
 
 
 def fastest_dense_call(calls: list[Row]) -> Row | None:
@@ -165,7 +176,7 @@ def fastest_dense_call(calls: list[Row]) -> Row | None:
 
 
 def integers(rows: list[Row]) -> Table:
-    """One call in bf16 and in integers, quantization included, beside the fastest dense kernel."""
+    """One call in bf16 and in integers, quantization included, beside the fastest dense kernel; and that by itself."""
     head = ["numbers", "density", "ms", "against own bf16", "against the fastest dense", "relative error"]
     calls = integer_calls(rows)
     fastest = fastest_dense_call(calls)
@@ -181,4 +192,8 @@ def integers(rows: list[Row]) -> Table:
                 error = found[kernel]["error"] if kernel != "ours" else ""
                 gain = f"{float(fastest['p50_ms']) / time:.2f}x"
                 lines.append([name, density, f"{time:.1f}", f"{own / time:.2f}x", gain, error])
+    alone = {r["kernel"]: r for r in _timed(rows, WIDE_CALL)}
+    for kernel, name in ROUNDING.items():
+        if kernel in alone:
+            lines.append([name, "", f"{float(alone[kernel]['p50_ms']):.2f}", "", "", alone[kernel]["error"]])
     return head, lines

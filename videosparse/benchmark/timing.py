@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from typing import Any
@@ -34,14 +35,17 @@ def megabytes(count: int) -> str:
 
 
 def interleave(calls: dict[Any, Call], rounds: int, seconds: float) -> dict[Any, list[float]]:
-    """Milliseconds of each call, in turn; every round begins elsewhere. Calls that take seconds run thrice."""
+    """Milliseconds of each call, in turn. Calls that take seconds run thrice.
+
+    Every round has an order of its own: a card is slower after a call that heats it, so no call may always follow the
+    same one.
+    """
     times: dict[Any, list[float]] = {key: [] for key in calls}
-    keys = list(calls)
+    orders = random.Random(0)
     start = time.perf_counter()
     for number in range(-1, rounds):  # round -1 warms up
-        shift = number % len(keys) if keys else 0
         events = {}
-        for key in keys[shift:] + keys[:shift]:
+        for key in orders.sample(list(calls), len(calls)):
             if len(times[key]) >= 3 and min(times[key]) > SLOW_MS:
                 continue
             events[key] = _event(), _event()

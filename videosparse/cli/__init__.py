@@ -5,6 +5,8 @@ Nothing heavy is imported here, so that --help and --version cost no more than t
 
 from __future__ import annotations
 
+from videosparse.program import leaving_on_sigterm
+
 import io
 import sys
 from collections.abc import Sequence
@@ -13,12 +15,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from videosparse import interrupts
 from videosparse.cli.calibration import calibrate
 from videosparse.cli.diagnosis import doctor
 from videosparse.cli.generation import demo, generate
 from videosparse.cli.planning import plan
 from videosparse.cli.presets import presets
-from videosparse.program import leaving_on_sigterm
 
 
 class _OneLine(TyperGroup):
@@ -106,5 +108,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    interrupts.hear()
     with leaving_on_sigterm():
         app()

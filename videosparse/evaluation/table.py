@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.benchmark.rows import write_rows
+from videosparse.wording import install_extra
 
 Row = dict[str, str]
 """Column by name; what a row lacks is ""."""
@@ -213,7 +214,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError('Parquet needs pyarrow: pip install "videosparse[parquet]"; or use a .csv name.') from error
+        raise ValueError(f"Parquet needs pyarrow: {install_extra('parquet')}; or use a .csv name.") from error
     return pyarrow
 
 

@@ -25,7 +25,7 @@ from videosparse.clock import shift_of
 from videosparse.defaults import block_for
 from videosparse.generation.environment import now, versions
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
-from videosparse.generation.looking import Figures, MapSums, Shares, Watch, watching
+from videosparse.generation.looking import Columns, Figures, MapSums, Shares, Watch, columns_for, watching
 from videosparse.generation.lora import check_loaded
 from videosparse.generation.methods import refusals
 from videosparse.generation.output import Destination, check_places
@@ -75,8 +75,8 @@ class CalibrationRequest:
         alpha: weight of sparsity against evenness in the choice of orders, 0..1; None takes .5, which is ours. Not
             with order_by="mass".
         order_by: how a head's order is chosen: "metric" is the paper's; "mass", ours, takes the one in which the
-            largest blocks of every row, as many as `density` says, hold most of the attention, mean over the calls that
-            are looked at.
+            largest blocks of every row, as many as `density` says, hold most of the attention, or in which the fewest
+            hold `mass`, mean over the calls that are looked at.
         reorder: whether heads get token orders at all; False leaves all in raster order, for comparisons.
         seed: of the noise of the first prompt; each further one takes the next.
     """
@@ -134,11 +134,6 @@ class CalibrationRequest:
         if self.alpha is not None:
             raise GenerationError(
                 f"alpha={self.alpha} weighs the paper's metric, and orders are to be chosen by mass; drop one of both."
-            )
-        if self.mass is not None:
-            raise GenerationError(
-                f"order_by=mass compares orders at one density, and mass={self.mass} gives every head its own; drop "
-                "one of both."
             )
         if not self.reorder:
             raise GenerationError("order_by=mass chooses orders, and reorder=False leaves all in raster order.")
@@ -387,9 +382,12 @@ def _look_at_prompts(
 def _figures(watch: Watch, settings: CalibrationSettings, partial: Partial) -> Figures:
     """What is known of the orders so far."""
     sizes = watch.layers, int(watch.tracker.config["num_attention_heads"])
-    if settings.metric.by == "mass":
-        assert settings.density is not None
-        figures: Figures = Shares(*sizes, settings.block, settings.density, len(watch.trackers))
+    figures: Figures
+    if settings.metric.by == "mass" and settings.density is not None:
+        figures = Shares(*sizes, settings.block, settings.density, len(watch.trackers))
+    elif settings.metric.by == "mass":
+        assert settings.request.mass is not None
+        figures = Columns(*sizes, settings.block, settings.request.mass, len(watch.trackers))
     else:
         figures = Figures(*sizes, settings.metric, len(watch.trackers))
     if partial.figures:
@@ -459,12 +457,8 @@ def keep_blocks(
 
 def _fewest(sums: torch.Tensor, mass: float) -> torch.Tensor:
     """int32: the fewest blocks a row that keep a share of sums [M, N]."""
-    columns = sums.shape[1]
-    kept = sums.double().sort(1, descending=True).values.sum(0).cumsum(0)
-    # rounding must not make a share of all unreachable
-    enough = (kept >= mass * kept[-1] * (1 - 1e-12)).int()
-    least = max(1, int(LEAST_DENSITY * columns + 0.5))
-    return (enough.argmax() + 1).clamp(min=least).int()
+    least = max(1, int(LEAST_DENSITY * sums.shape[1] + 0.5))
+    return columns_for(sums, mass).ceil().nan_to_num(1).clamp(min=least).int()
 
 
 def _facts(settings: CalibrationSettings, watch: Watch, partial: Partial) -> PlanFacts:

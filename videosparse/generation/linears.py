@@ -10,6 +10,7 @@ import torch
 
 from videosparse.generation.errors import GenerationError, nearest, one_line
 from videosparse.models import family_of
+from videosparse.wording import install_extra
 
 LINEARS = ("none", "fp8")
 """What the linear layers of the blocks can be computed in; "none" leaves them as they are."""
@@ -28,7 +29,7 @@ def check_kind(kind: str) -> None:
 def unavailable(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why FP8 linears cannot run on a device with weights of a dtype, and what to do; None where they can."""
     if importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed; pip install videosparse[fp8], or drop it"
+        return f"torchao is not installed; {install_extra('fp8')}, or drop it"
     device = torch.device(device)
     if device.type != "cuda":
         return f"it needs a GPU of compute capability 8.9 or newer, and this run is on {device}; drop it"
@@ -78,7 +79,7 @@ def quantize_linears(
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as error:
         raise GenerationError(
-            f"linears=fp8 needs torchao ({one_line(error)}); pip install videosparse[fp8], or drop it."
+            f"linears=fp8 needs torchao ({one_line(error)}); {install_extra('fp8')}, or drop it."
         ) from error
     # torchao would set options of torch.compile for the whole process
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)

@@ -20,7 +20,7 @@ from videosparse.attach import RunTracker, restore, sparsify, tracker_of
 from videosparse.components import targets
 from videosparse.generation.errors import GenerationError
 from videosparse.kernels import attend, block_sums
-from videosparse.kernels.order_search import ORDERS, OrderMetric, choose, holdings, in_order, look
+from videosparse.kernels.order_search import ORDERS, OrderMetric, choose, holdings, in_order, look, sums_by_order
 from videosparse.kernels.selection import columns_of
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import LayerPlan
@@ -137,6 +137,54 @@ class Shares(Figures):
         shares = found.double().cpu()
         _check_numbers(shares, number)
         self.totals["kept"][number] += shares
+
+
+class Columns(Figures):
+    """How many blocks a row has to keep for a share of the attention in every order, layer and head, added up.
+
+    As `Shares`, but with the share given and the blocks to be found.
+
+    Args:
+        layers, heads, block, experts: see `Shares`.
+        mass: share of the attention among video tokens.
+
+    Attributes:
+        totals: fp64 [layers, heads, 6], sums of the columns kept ("columns").
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("columns",)
+
+    def __init__(self, layers: int, heads: int, block: tuple[int, int], mass: float, experts: int = 1) -> None:
+        super().__init__(layers, heads, OrderMetric(by="mass"), experts)
+        self.block, self.mass = block, mass
+
+    def _best(self) -> torch.Tensor:
+        """int64 [layers x heads]; of equal ones the first, raster order before all others."""
+        return self.means[0].argmin(0)
+
+    def __call__(self, number: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, layout: TokenLayout) -> None:
+        """Add a call of a layer; a `Look`.
+
+        Raises:
+            GenerationError: the sums are no numbers.
+        """
+        found = torch.empty(q.shape[2], len(ORDERS), dtype=torch.float64)
+        for heads, code, sums in sums_by_order(q, k, lse, layout.grid, self.block):
+            found[heads, code] = columns_for(sums, self.mass).mean(0).cpu()
+        _check_numbers(found, number)
+        self.totals["columns"][number] += found
+
+
+def columns_for(sums: torch.Tensor, mass: float) -> torch.Tensor:
+    """How many of the largest blocks of every row hold a share of sums [..., M, N]; fp64 [...], NaN where all is 0.
+
+    In parts of a block, as if the last one filled evenly: orders that need as many whole ones still differ.
+    """
+    held = sums.sort(-1, descending=True).values.sum(-2, dtype=torch.float64).cumsum(-1)
+    wanted = mass * held[..., -1:] * (1 - 1e-12)  # rounding must not make a share of all unreachable
+    last = (held >= wanted).int().argmax(-1, keepdim=True)
+    more = torch.diff(held, dim=-1, prepend=torch.zeros_like(held[..., :1])).gather(-1, last)
+    return (last + 1 - (held.gather(-1, last) - wanted) / more)[..., 0]
 
 
 class MapSums:

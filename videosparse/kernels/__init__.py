@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 
 from videosparse.blocks import BlockIndex, check_block
+from videosparse.checking import check_flag
 from videosparse.kernels import checks, int8_path, ops, torch_order
 from videosparse.kernels.backend import choose_own, describe_backend
 from videosparse.kernels.norm_op import norm_rotate
@@ -114,6 +115,7 @@ def attend(
         RuntimeError: options.backend or options.quant cannot run here, or is a library that cannot take this call.
     """
     checks.check_options(options)
+    check_flag("return_lse", return_lse)
     checks.check_tensors({"q": q, "k": k, "v": v}, layout)
     checks.check_no_tangents({"q": q, "k": k, "v": v})
     if index is not None:

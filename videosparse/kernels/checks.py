@@ -7,10 +7,11 @@ import math
 import torch
 from torch.autograd import forward_ad
 
-from videosparse.blocks import BlockIndex, BlockMap, PackedIndex, id_dtype
+from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
+from videosparse.checking import check_number, check_tensor, shown
 from videosparse.kernels.backend import TRITON_DTYPES
 from videosparse.kernels.options import KernelOptions
-from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.layout import TokenLayout, ceil_div, check_is_layout
 
 HEAD_DIMS = (8, 128)
 SAMPLES = (8, 16, 32, 64)
@@ -20,8 +21,7 @@ DTYPES = (*TRITON_DTYPES, torch.float64)
 def check_tensors(tensors: dict[str, torch.Tensor], layout: TokenLayout) -> None:
     """Raise unless the named tensors are alike, [B, L, H, D], and fit the layout; the first one is the model."""
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor [batch, length, heads, head_dim] (got {_shown(x)}).")
+        check_tensor(name, x, " [batch, length, heads, head_dim]")
     name, first = next(iter(tensors.items()))
     if first.dim() != 4:
         raise ValueError(f"{name} must be [batch, length, heads, head_dim] (got {list(first.shape)}).")
@@ -49,15 +49,6 @@ def check_tensors(tensors: dict[str, torch.Tensor], layout: TokenLayout) -> None
     check_layout(first, layout)
 
 
-def check_is_layout(layout: TokenLayout) -> None:
-    """Raise TypeError unless a layout is a `TokenLayout`."""
-    if not isinstance(layout, TokenLayout):
-        instead = (
-            "pass TokenLayout(grid)" if isinstance(layout, VideoGrid) else "pass TokenLayout(VideoGrid(...), text)"
-        )
-        raise TypeError(f"layout must be a TokenLayout (got {_shown(layout)}); {instead}.")
-
-
 def check_layout(q: torch.Tensor, layout: TokenLayout) -> None:
     """Raise unless the layout is one, for these tensors [B, L, H, D]."""
     check_is_layout(layout)
@@ -82,7 +73,8 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
             instead = "pass map.index()"
         elif isinstance(index, PackedIndex):
             instead = "pass kernels.selection.expand(index)"
-        raise TypeError(f"index must be a BlockIndex or None (got {_shown(index)}); {instead}.")
+        raise TypeError(f"index must be a BlockIndex or None (got {shown(index)}); {instead}.")
+    index.check_geometry()
     batch, length, heads, _ = q.shape
     if index.q_len != length or index.kv_len != length:
         raise ValueError(
@@ -100,23 +92,9 @@ def check_index(q: torch.Tensor, index: BlockIndex) -> None:
             f"The block index has {rows} x {cols} blocks, {length} tokens in blocks of {index.block} need "
             f"{ceil_div(length, index.block[0])} x {ceil_div(length, index.block[1])}; build it with BlockMap.index()."
         )
-    count = samples * map_heads * rows
-    short = id_dtype(cols)  # int32 is right at any size
-    sizes = {"row_ptr": count + 1, "ids": None, "order": count + 1}
-    for name, size in sizes.items():
-        x = getattr(index, name)
-        wrong_size = x.dim() != 1 or (size is not None and x.shape[0] != size)
-        is_short = name == "ids" and x.dtype == short
-        if (x.dtype != torch.int32 and not is_short) or wrong_size or not x.is_contiguous():
-            kind = "int16 or int32" if name == "ids" and short == torch.int16 else "int32"
-            expected = "capacity" if size is None else size
-            spread = "" if x.is_contiguous() else ", not contiguous"
-            raise ValueError(
-                f"BlockIndex.{name} must be {kind} [{expected}] (got {x.dtype} {list(x.shape)}{spread}); "
-                "build it with BlockMap.index()."
-            )
-        if x.device != q.device:
-            raise ValueError(f"BlockIndex.{name} must be on {q.device} like q (got {x.device}); build it there.")
+    index.check()
+    if index.row_ptr.device != q.device:
+        raise ValueError(f"BlockIndex must be on {q.device} like q (got {index.row_ptr.device}); build it there.")
 
 
 def check_sample(sample: int | None) -> None:
@@ -130,8 +108,7 @@ def check_sample(sample: int | None) -> None:
 def check_lse(q: torch.Tensor, lse: torch.Tensor) -> None:
     """Raise unless lse is float [B, H, L] beside q [B, L, H, D]."""
     expected = (q.shape[0], q.shape[2], q.shape[1])
-    if not isinstance(lse, torch.Tensor):
-        raise TypeError(f"lse must be a tensor, as attend(return_lse=True) gives it (got {_shown(lse)}).")
+    check_tensor("lse", lse, ", as attend(return_lse=True) gives it")
     if lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"lse must be float32, as attend(return_lse=True) gives it (got {lse.dtype}).")
     if tuple(lse.shape) != expected:
@@ -144,7 +121,7 @@ def check_options(options: KernelOptions) -> None:
     """Raise TypeError unless options are `KernelOptions`."""
     if not isinstance(options, KernelOptions):
         instead = f"pass KernelOptions(backend={options!r})" if isinstance(options, str) else "or leave them out"
-        raise TypeError(f"options must be KernelOptions (got {_shown(options)}); {instead}.")
+        raise TypeError(f"options must be KernelOptions (got {shown(options)}); {instead}.")
 
 
 def check_no_tangents(tensors: dict[str, torch.Tensor]) -> None:
@@ -163,15 +140,12 @@ def scale_of(q: torch.Tensor, scale: float | None) -> float:
     """The factor of the scores of q [B, L, H, D]: `scale`, else D ** -0.5.
 
     Raises:
+        TypeError: it is no number.
         ValueError: it is nan or infinite.
     """
     if scale is None:
         return float(q.shape[3] ** -0.5)
+    check_number("scale", scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number (got {scale}); the default is head_dim ** -0.5.")
     return float(scale)
-
-
-def _shown(x: object) -> str:
-    """A wrong argument in a message: its type where it would fill lines."""
-    return repr(x) if isinstance(x, (str, int, float, type(None), VideoGrid)) else type(x).__name__

@@ -1,4 +1,4 @@
-"""Attention by FlashAttention-4 (`pip install videosparse[fa4]`), taken when asked for by backend="fa4".
+"""Attention by FlashAttention-4 (`pip install -e ".[fa4]"`), taken when asked for by backend="fa4".
 
 Its block-sparse kernel for Hopper reads padded tables of 128-row query blocks and 128- or 64-wide key blocks, and masks
 the end of the sequence in the last block of a row, which is where our ascending lists have it. It masks nothing else
@@ -18,6 +18,7 @@ from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.libraries import import_library
 from videosparse.kernels.padded import padded
 from videosparse.layout import ceil_div
+from videosparse.wording import install_extra
 
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCKS = ((128, 128), (128, 64))
@@ -31,7 +32,7 @@ def missing(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device)[0] < 9:
         return "it needs compute capability 9.0 or newer (got {}.{})".format(*torch.cuda.get_device_capability(device))
     reason = import_library("flash_attn.cute")[1]
-    return None if reason is None else f"flash-attn-4 is not usable (pip install videosparse[fa4]): {reason}"
+    return None if reason is None else f"flash-attn-4 is not usable ({install_extra('fa4')}): {reason}"
 
 
 def unsuited(q: torch.Tensor, call: AttentionCall) -> str | None:

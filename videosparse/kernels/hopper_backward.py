@@ -32,14 +32,14 @@ import triton.language as tl
 from videosparse.kernels.call import AttentionCall, Lists
 from videosparse.kernels.compiled import compiled
 from videosparse.kernels.tma import ALIGNMENT, is_aligned, with_room_for_descriptors
-from videosparse.kernels.triton_backward import SIZES, Gradients, _end_of_text, _place, arguments, prepared
-from videosparse.kernels.triton_forward import LISTS, Tiles, _listed
+from videosparse.kernels.triton_backward import SIZES, Gradients, arguments, own_tile, prepared
+from videosparse.kernels.triton_common import LISTS, Tiles, end_of_text, listed
 
 
 @triton.jit
 def _extent(lens_ptr, sample, video, text_start, length, HAS_LENS: tl.constexpr):
     """One past the last valid position of a sample."""
-    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
     return tl.where(end > text_start, end, video)
 
 
@@ -79,7 +79,7 @@ def _walk(row_ptr, row, first, extent, BLOCK: tl.constexpr, TILE: tl.constexpr, 
 def _start_of_tile(tile, ids_ptr, entry, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr):
     """First position of the tile-th tile that a program walks."""
     if SPARSE:
-        return _listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
+        return listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
     else:
         return tile * TILE
 
@@ -136,7 +136,7 @@ def query_kernel(
     BOUND: tl.constexpr,
 ):
     """dq of one tile of query rows, over its key tiles."""
-    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_ROWS, TILE_M, SPARSE)
+    row, sample, head, first = own_tile(order_ptr, rows, heads, map_samples, map_heads, BLOCK_ROWS, TILE_M, SPARSE)
     extent = _extent(lens_ptr, sample, video, text_start, length, HAS_LENS)
     entry, tiles = _walk(row_ptr, row, first, extent, BLOCK_COLS, TILE_N, SPARSE)
     q_desc = _tokens(q_ptr, sample, stride_qb, head, stride_qh, extent, stride_ql, HEAD_DIM, HEAD_PAD, TILE_M)
@@ -216,7 +216,7 @@ def key_kernel(
     SPECIALIZE: tl.constexpr,
 ):
     """dk and dv of one tile of keys, over the tiles of query rows that read it; rows past `extent` are not written."""
-    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_COLS, TILE_N, SPARSE)
+    row, sample, head, first = own_tile(order_ptr, rows, heads, map_samples, map_heads, BLOCK_COLS, TILE_N, SPARSE)
     extent = _extent(lens_ptr, sample, video, text_start, length, HAS_LENS)
     entry, tiles = _walk(row_ptr, row, first, extent, BLOCK_ROWS, TILE_M, SPARSE)
     q_desc = _tokens(q_ptr, sample, stride_qb, head, stride_qh, extent, stride_ql, HEAD_DIM, HEAD_PAD, TILE_M)

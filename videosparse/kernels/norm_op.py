@@ -10,13 +10,14 @@ from functools import cache
 
 import torch
 
+from videosparse.checking import check_number, check_tensor, check_whole, shown
 from videosparse.kernels import torch_norm
 from videosparse.kernels.backend import TRITON_DTYPES, choose, missing
 from videosparse.kernels.checks import check_options
 from videosparse.kernels.options import KernelOptions
 from videosparse.kernels.steps import Steps, steps_of
 from videosparse.kernels.stream import Pair, Stream
-from videosparse.ordering import AnyOrder
+from videosparse.ordering import AnyOrder, check_is_order
 
 logger = logging.getLogger("videosparse")
 
@@ -129,18 +130,21 @@ def norm_rotate(
 
     Raises:
         ValueError: shapes, devices, strides or an eps that do not fit.
-        TypeError: dtypes that differ or are not supported.
+        TypeError: dtypes that differ or are not supported; an argument of another type.
         RuntimeError: a gradient would be needed; or options.backend is "triton", which cannot run here.
     """
     check_options(options)
+    check_whole("heads", heads)
     _check_stream("video", video, heads, video)
     tokens = video.q.shape[1]
     if text is not None:
         _check_stream("text", text, heads, video)
     if text_start is None:
         text_start = tokens
-    elif text is None or text_start < tokens:
-        raise ValueError(f"text_start must come after the {tokens} video tokens, with text (got {text_start}).")
+    else:
+        check_whole("text_start", text_start, 0)
+        if text is None or text_start < tokens:
+            raise ValueError(f"text_start must come after the {tokens} video tokens, with text (got {text_start}).")
     if rotary is not None:
         _check_rotary(rotary, video.q, heads)
     _check_gradient([video, *([] if text is None else [text])], rotary)
@@ -158,6 +162,7 @@ def norm_rotate(
 
 def _steps(order: AnyOrder, heads: int, q: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """What the op is given of an order for q [B, S, H * D]."""
+    check_is_order(order)
     if order.grid.tokens != q.shape[1]:
         raise ValueError(f"The order is for {order.grid.tokens} video tokens, video.q has {q.shape[1]}.")
     steps = steps_of(order, heads, order.grid, q.device)
@@ -165,7 +170,12 @@ def _steps(order: AnyOrder, heads: int, q: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _check_stream(name: str, stream: Stream, heads: int, model: Stream) -> None:
-    """Raise unless a stream is well formed and goes with the video's."""
+    """Raise unless a stream is one, well formed, and goes with the video's."""
+    if not isinstance(stream, Stream):
+        raise TypeError(f"{name} must be a Stream (got {shown(stream)}); pass Stream(q, k, q_weight, k_weight, eps).")
+    for other in ("q", "k", "q_weight", "k_weight"):
+        check_tensor(f"{name}.{other}", getattr(stream, other), "")
+    check_number(f"{name}.eps", stream.eps)
     q, k = stream.q, stream.k
     if q.dim() != 3 or q.shape[2] % heads:
         raise ValueError(f"{name}.q must be [batch, tokens, {heads} heads * head_dim] (got {list(q.shape)}).")
@@ -208,7 +218,10 @@ def _check_stream(name: str, stream: Stream, heads: int, model: Stream) -> None:
 def _check_rotary(rotary: Pair, q: torch.Tensor, heads: int) -> None:
     """Raise unless cos and sin [S, 1 or H, D / 2] fit q [B, S, H * D]."""
     tokens, pairs = q.shape[1], q.shape[2] // heads / 2
+    if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+        raise TypeError(f"rotary must be a pair of tensors (cos, sin), or None (got {shown(rotary)}).")
     for name, x in zip(("cos", "sin"), rotary, strict=True):
+        check_tensor(f"rotary {name}", x, " [tokens, 1 or heads, head_dim / 2]")
         if x.dim() != 3 or x.shape != rotary[0].shape or x.shape[0] != tokens or x.shape[1] not in (1, heads):
             raise ValueError(
                 f"rotary {name} must be [{tokens} tokens, 1 or {heads} heads, head_dim / 2] (got {list(x.shape)})."

@@ -19,7 +19,7 @@ class KernelOptions:
 
     Args:
         backend: "auto" takes ours that is fastest here and logs once which and why; "triton" and "torch" raise when
-            they cannot run, as do two libraries: "fa4" (FlashAttention-4 on Hopper, `pip install videosparse[fa4]`)
+            they cannot run, as do two libraries: "fa4" (FlashAttention-4 on Hopper, `pip install -e ".[fa4]"`)
             and "flex" (PyTorch's FlexAttention), whose forward replaces ours. Gradients are computed as for "auto".
         quant: integer attention, for inference with float16 or bfloat16 and head_dim 64 or 128. "int8" rounds queries
             and keys to INT8; "int8-fp8" also values and softmax weights to FP8 e4m3, which needs compute capability 8.9

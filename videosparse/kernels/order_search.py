@@ -166,8 +166,7 @@ def holdings(
 ) -> Iterator[Holding]:
     """What the `count` largest blocks of every row hold in each of the six orders.
 
-    One order comes after another, so that the sums of six never exist at once. Each takes one call of `block_sums` and
-    one of the selection that makes maps, for each group of heads.
+    Each takes one call of `block_sums` and one of the selection that makes maps, for each group of heads.
 
     Args:
         q, k, lse, grid, scale, options: see `look`; options.logit as in the call that lse comes from.
@@ -177,14 +176,34 @@ def holdings(
     Yields:
         For each group of heads all orders, raster order first.
     """
+    for part, code, sums in sums_by_order(q, k, lse, grid, block, scale=scale, options=options):
+        counts = torch.full(sums.shape[:2], count, dtype=torch.int32, device=sums.device)
+        rows, columns = sums.shape[2:]
+        bits = torch.empty(*sums.shape[:3], -(-columns // 8), dtype=torch.uint8, device=sums.device)
+        kept = selection.kernels_for(options.backend, sums).keep_largest(sums, counts, bits, rows, columns)
+        yield Holding(part, code, kept.sum(2) / sums.sum((2, 3)), sums)
+
+
+def sums_by_order(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    grid: VideoGrid,
+    block: tuple[int, int],
+    *,
+    scale: float | None = None,
+    options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
+) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """The mass of every video block in each of the six orders; for the arguments see `holdings`.
+
+    One order comes after another, so that the sums of six never exist at once.
+
+    Yields:
+        For each group of heads all orders, raster order first: which heads, code, and fp32 [B, h, Mq, Nk].
+    """
     for part, own in _groups(q, k, lse, grid):
         for code in ORDERS:
-            sums = _sums_of(*own, grid, code, block, scale, options)
-            counts = torch.full(sums.shape[:2], count, dtype=torch.int32, device=sums.device)
-            rows, columns = sums.shape[2:]
-            bits = torch.empty(*sums.shape[:3], -(-columns // 8), dtype=torch.uint8, device=sums.device)
-            kept = selection.kernels_for(options.backend, sums).keep_largest(sums, counts, bits, rows, columns)
-            yield Holding(part, code, kept.sum(2) / sums.sum((2, 3)), sums)
+            yield part, code, _sums_of(*own, grid, code, block, scale, options)
 
 
 def _groups(

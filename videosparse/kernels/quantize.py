@@ -14,7 +14,9 @@ A score is q . k x q_scale x k_scale, base 2. Scales are positive.
 Keys are smoothed first: their mean over the tokens of a sample and head is subtracted (SageAttention, arXiv
 2410.02367). That takes the same number q . mean from all scores of a row, so the softmax stays, and what the key
 channels have in common, which is much, need not fit into eight bits. Differs from the paper in the scale of queries,
-one for each row, which costs nothing here. A NaN among the tokens makes its scale infinite, and the output NaN.
+one for each row, which costs nothing here, and, from `_MANY` tokens on, in the mean, which is that of every eighth
+key: to subtract any vector changes no output, and the second reading of all keys would be for nothing. A NaN among the
+tokens makes its scale infinite, and the output NaN.
 
 Scales of INT8 values are for 64 keys since eight bits have no exponent: with one for all keys, a few large tokens take
 the bits of all others (4.0 % relative error where 1 of 97 tokens is 50 times as large, against 2.3 %).
@@ -41,8 +43,11 @@ SCALED_KEYS = 64
 COPIES = 32
 SMALLEST = tl.constexpr(1e-12)  # rows and blocks below count as 0, so that products of two scales stay normal
 FP8_MAX = tl.constexpr(448.0)
+GOLDEN = tl.constexpr(40503)  # 2^16 times the golden ratio
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the last bits
-_CHUNK = 1024  # tokens whose statistics one program gathers
+_CHUNK = 256  # tokens whose statistics one program gathers
+_MANY = 16384  # tokens from which on the mean of keys is that of a part of them
+_PART = 32  # keys of a chunk that count in the mean then
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +86,18 @@ def _to_int8(x, peak):
 PLAIN = ["lens_ptr", "length", "video", "text_start"]
 
 
+@triton.jit
+def _first_sampled(chunk, ROWS: tl.constexpr, PART: tl.constexpr):
+    """Where the keys of a chunk that count in the mean begin: elsewhere in each, by multiples of the golden ratio, so
+    that no size of frames makes them the same tokens of all."""
+    return chunk * ROWS + ((chunk * GOLDEN & 0xFFFF) * (ROWS // PART) >> 16) * PART
+
+
 @triton.jit(do_not_specialize=PLAIN)
 def statistics_kernel(
     k_ptr,
     v_ptr,
-    mean_ptr,
+    sum_ptr,
     peak_ptr,
     lens_ptr,
     stride_kb: tl.int64,
@@ -98,32 +110,73 @@ def statistics_kernel(
     video,
     text_start,
     HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    PART: tl.constexpr,
     HAS_LENS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """A chunk's share in the mean of keys, and the scale its values would need; both [B, H, chunks, D]."""
+    """Of a chunk of ROWS tokens, the sum of PART keys, and the largest values of all; both [B, H, chunks, D]."""
     head, chunk, sample = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     end = length
     if HAS_LENS:
         end = tl.minimum(tl.load(lens_ptr + sample), length)
-    k_base = k_ptr + sample * stride_kb + head * stride_kh
-    v_base = v_ptr + sample * stride_vb + head * stride_vh
-    total = tl.zeros([HEAD_DIM], tl.float32)
-    peak = tl.zeros([HEAD_DIM], tl.float32)
-    for first in range(0, CHUNK, ROWS):
-        position = chunk * CHUNK + first + tl.arange(0, ROWS)
-        token = _is_token(position, video, text_start, end)
-        total += tl.sum(_load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32), 0)
-        if VALUES:
-            values = _load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
-            peak = tl.maximum(peak, tl.max(_magnitude(values), 0))
     place = ((sample * tl.num_programs(0) + head) * tl.num_programs(1) + chunk) * HEAD_DIM + tl.arange(0, HEAD_DIM)
-    tokens = tl.minimum(video, length) + tl.maximum(end - text_start, 0)
-    tl.store(mean_ptr + place, total / tokens)
+    position = _first_sampled(chunk, ROWS, PART) + tl.arange(0, PART)
+    token = _is_token(position, video, text_start, end)
+    k_base = k_ptr + sample * stride_kb + head * stride_kh
+    keys = _load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     if VALUES:
-        tl.store(peak_ptr + place, peak / FP8_MAX)
+        position = chunk * ROWS + tl.arange(0, ROWS)
+        token = _is_token(position, video, text_start, end)
+        v_base = v_ptr + sample * stride_vb + head * stride_vh
+        values = _load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+        tl.store(peak_ptr + place, tl.max(_magnitude(values), 0))
+    tl.store(sum_ptr + place, tl.sum(keys, 0))
+
+
+@triton.jit(do_not_specialize=[*PLAIN, "chunks"])
+def totals_kernel(
+    sum_ptr,
+    peak_ptr,
+    mean_ptr,
+    v_scale_ptr,
+    lens_ptr,
+    length,
+    video,
+    text_start,
+    chunks,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """The mean of keys and the scale of values of some channels of a head, from what `statistics_kernel` wrote."""
+    part, head, sample = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    end = length
+    if HAS_LENS:
+        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    dims = part * DIMS + tl.arange(0, DIMS)
+    line = sample * tl.num_programs(1) + head
+    total = tl.zeros([TILE, DIMS], tl.float32)
+    peak = tl.zeros([TILE, DIMS], tl.float32)
+    tokens = tl.zeros([TILE], tl.int32)
+    for start in range(0, chunks, TILE):
+        chunk = start + tl.arange(0, TILE)
+        there = (chunk < chunks)[:, None]
+        place = (line * chunks + chunk)[:, None] * HEAD_DIM + dims[None, :]
+        total += tl.load(sum_ptr + place, mask=there, other=0.0)
+        if VALUES:
+            peak = tl.maximum(peak, tl.load(peak_ptr + place, mask=there, other=0.0))
+        first = _first_sampled(chunk, ROWS, PART)
+        of_video = tl.minimum(first + PART, video) - first
+        of_text = tl.minimum(first + PART, end) - tl.maximum(first, text_start)
+        tokens += tl.maximum(of_video, 0) + tl.maximum(of_text, 0)
+    tl.store(mean_ptr + line * HEAD_DIM + dims, tl.sum(total, 0) / tl.sum(tokens, 0))
+    if VALUES:
+        tl.store(v_scale_ptr + line * HEAD_DIM + dims, tl.max(peak, 0) / FP8_MAX)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -276,6 +329,7 @@ def quantize(
     batch, length, heads, dim = q.shape
     padded = padded_length(length)
     chunks, tiles = ceil_div(length, _CHUNK), padded // SCALED_KEYS
+    part = _PART if length >= _MANY else _CHUNK
     fp8 = values == "fp8"
     geometry = (length, call.video, call.text_start)
     lens, has_lens = call.seq_lens, call.seq_lens is not None
@@ -283,13 +337,19 @@ def quantize(
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    means = make(batch, heads, chunks, dim)
+    sums, mean = make(batch, heads, chunks, dim), make(batch, heads, dim)
     peaks = make(batch, heads, chunks, dim) if fp8 else None
+    v_scale = make(batch, heads, dim) if fp8 else None
     statistics_kernel[(heads, chunks, batch)](
-        k, v, means, peaks, lens, *_strides(k), *_strides(v), *geometry,
-        HEAD_DIM=dim, CHUNK=_CHUNK, ROWS=64, HAS_LENS=has_lens, VALUES=fp8, enable_fp_fusion=True,
+        k, v, sums, peaks, lens, *_strides(k), *_strides(v), *geometry,
+        HEAD_DIM=dim, ROWS=_CHUNK, PART=part, HAS_LENS=has_lens, VALUES=fp8, num_warps=8,
+        enable_fp_fusion=True,
     )  # fmt: skip
-    mean = means.sum(2)
+    totals_kernel[(dim // 32, heads, batch)](
+        sums, peaks, mean, v_scale, lens, *geometry, chunks,
+        HEAD_DIM=dim, ROWS=_CHUNK, PART=part, DIMS=32, TILE=128, HAS_LENS=has_lens, VALUES=fp8,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     k8, k_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, tiles, COPIES)
     keys_kernel[(heads, tiles, batch)](
         k, mean, k8, k_scale, lens, *_strides(k), *geometry,
@@ -303,7 +363,8 @@ def quantize(
     )  # fmt: skip
     if values is None:
         return Quantized(q8, q_scale, k8, k_scale, v, None, lse)
-    v_scale = make(batch, heads, tiles, dim) if peaks is None else peaks.amax(2)
+    if v_scale is None:
+        v_scale = make(batch, heads, tiles, dim)
     v8 = make(batch, heads, dim, padded, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     rows = PAD if fp8 else SCALED_KEYS
     values_kernel[(heads, padded // rows, batch)](

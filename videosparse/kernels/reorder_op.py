@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from videosparse.checking import check_flag, check_tensor
 from videosparse.kernels import torch_order
 from videosparse.kernels.backend import choose_own
-from videosparse.kernels.checks import check_is_layout, check_options
+from videosparse.kernels.checks import check_options
 from videosparse.kernels.options import KernelOptions
 from videosparse.kernels.steps import Steps, steps_of
-from videosparse.layout import TokenLayout
+from videosparse.layout import TokenLayout, check_is_layout
 from videosparse.ordering import AnyOrder
 
 
@@ -117,12 +118,13 @@ def reorder(
         A new tensor, contiguous, in the dtype of x.
 
     Raises:
-        TypeError: order, layout or options of another type.
+        TypeError: an argument of another type.
         ValueError: the order is for other heads, another grid or device, or shapes do not fit the layout.
         RuntimeError: options.backend is "triton", which cannot run here.
     """
     check_options(options)
     check_is_layout(layout)
+    check_flag("inverse", inverse)
     _check_lengths(x, text, layout)
     steps = steps_of(order, x.shape[2], layout.grid, x.device)
     start = layout.text_start if layout.text else layout.video
@@ -133,7 +135,10 @@ def reorder(
 
 
 def _check_lengths(x: torch.Tensor, text: torch.Tensor | None, layout: TokenLayout) -> None:
-    """Raise ValueError unless x [B, L, H, D], and text where given, are what a layout says."""
+    """Raise TypeError or ValueError unless x [B, L, H, D], and text where given, are what a layout says."""
+    check_tensor("x", x, " [batch, length, heads, head_dim]")
+    if text is not None:
+        check_tensor("text", text, " [batch, tokens, heads, head_dim], or None")
     if x.dim() != 4 or x.shape[1] != (layout.length if text is None else layout.video):
         raise ValueError(
             f"x must be [batch, {layout.length if text is None else layout.video} tokens, heads, head_dim] for this "

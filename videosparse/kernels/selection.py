@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from videosparse.blocks import BlockIndex, PackedIndex, id_dtype, work_order
+from videosparse.checking import check_tensor, shown
 from videosparse.kernels import torch_select
 from videosparse.kernels.backend import choose_own
 
@@ -69,8 +70,13 @@ def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend
         backend: "auto", "triton" or "torch"; libraries of attention count as "auto".
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: sums of another shape or dtype.
     """
+    check_tensor("sums", sums, ", as block_sums gives it")
+    _check_packed(index)
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection must be a Selection (got {shown(selection)}).")
     if tuple(sums.shape) != index.shape or sums.dtype != torch.float32:
         raise ValueError(
             f"sums must be float32 {list(index.shape)}, as block_sums gives it for this map (got {sums.dtype} "
@@ -92,12 +98,22 @@ def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend
 
 
 def expand(index: PackedIndex, backend: str = "auto") -> BlockIndex:
-    """The lists of a map, for one call."""
+    """The lists of a map, for one call.
+
+    Raises:
+        TypeError: it is no `PackedIndex`.
+    """
+    _check_packed(index)
     row_ptr, order = index.row_ptr, index.order
     ids = expand_blocks(index.bits, row_ptr, index.capacity, index.shape[3], backend)
     if torch.is_grad_enabled():  # a later search writes these in place, and the backward of this call may come after
         row_ptr, order = row_ptr.clone(), order.clone()
     return BlockIndex(row_ptr, ids, order, index.shape, index.block, index.q_len, index.kv_len)
+
+
+def _check_packed(index: PackedIndex) -> None:
+    if not isinstance(index, PackedIndex):
+        raise TypeError(f"index must be a PackedIndex (got {shown(index)}); pass PackedIndex.allocate(...).")
 
 
 @torch.library.custom_op(

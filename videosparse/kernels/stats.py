@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from videosparse.blocks import check_block
+from videosparse.checking import check_number
 from videosparse.kernels import checks, torch_stats
 from videosparse.kernels.backend import choose_own
 from videosparse.kernels.call import AttentionCall
@@ -70,6 +71,7 @@ def block_stats(
     """
     checks.check_options(options)
     check_block(block)
+    check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be positive (got {eps}); the published value is 1e-3.")
     checks.check_tensors({"q": q, "k": k}, layout)

@@ -1,6 +1,7 @@
 """Integer attention in plain torch: quantizes as `quantize` does and multiplies the rounded numbers, on any device.
 
-Weights stay fp32 where kernels round them for the product with values, so outputs are of the same kind, not the same.
+Weights stay fp32 where kernels round them for the product with values, and the mean of keys is always that of all, so
+outputs are of the same kind, not the same.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ keys once for all heads that share the map, so dropped blocks cost nothing. Read
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -284,7 +285,8 @@ def _on_host(lists: Lists, columns: int) -> tuple[list[int], torch.Tensor]:
     """row_ptr and ids on the CPU.
 
     Raises:
-        ValueError: rows that end beyond the ids, or ids of blocks that there are not. Kernels cannot afford to look.
+        ValueError: rows that end beyond the ids, ids of blocks that there are not, or ids that do not ascend within a
+            row. Kernels cannot afford to look.
     """
     row_ptr, ids = lists.row_ptr.tolist(), lists.ids.cpu()
     if row_ptr[0] != 0 or any(stop < start for start, stop in pairwise(row_ptr)) or row_ptr[-1] > ids.numel():
@@ -297,6 +299,15 @@ def _on_host(lists: Lists, columns: int) -> tuple[list[int], torch.Tensor]:
         raise ValueError(
             f"BlockIndex.ids must be numbers of blocks, 0..{columns - 1} (got {int(used.min())} to {int(used.max())}); "
             "build it with BlockMap.index()."
+        )
+    falls = used[1:] <= used[:-1]
+    ends = torch.tensor([stop - 1 for stop in row_ptr[1:-1] if 0 < stop < row_ptr[-1]], dtype=torch.int64)
+    falls[ends] = False  # the next row begins anywhere
+    if falls.any():
+        place = int(falls.int().argmax())
+        raise ValueError(
+            f"BlockIndex.ids must ascend within a row, each block once (got {int(used[place])} before "
+            f"{int(used[place + 1])} in row {bisect_right(row_ptr, place) - 1}); build it with BlockMap.index()."
         )
     return row_ptr, ids
 

@@ -28,20 +28,21 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall, Lists
-from videosparse.kernels.triton_forward import (
+from videosparse.kernels.triton_common import (
     LISTS,
+    LOG2_E_IN_KERNEL,
     Tiles,
-    _is_token,
-    _listed,
-    _load_rows,
-    _row_of_program,
-    _shared_kb,
-    _strides,
+    end_of_text,
     head_pad,
+    is_token,
+    listed,
+    load_rows,
+    row_of_program,
+    shared_kb,
+    strides_of,
 )
 from videosparse.layout import ceil_div
 
-LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
 SIZES = ["video", "text_start", "length", "padded", "rows", "heads", "map_samples", "map_heads"]
 PADDED_TO = 128
 """`level` and `delta` have room for whole tiles of every size."""
@@ -78,13 +79,13 @@ def prepare_kernel(
     start = (tl.program_id(0) % tiles) * TILE
     line = (tl.program_id(0) // tiles).to(tl.int64)
     sample, head = line // heads, line % heads
-    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
     position = start + tl.arange(0, TILE)
-    valid = _is_token(position, video, text_start, end)
+    valid = is_token(position, video, text_start, end)
     lse = tl.load(lse_ptr + line * length + position, mask=valid, other=-float("inf"))
     valid = valid & (lse > -float("inf"))
-    out = _load_rows(out_ptr + sample * stride_ob + head * stride_oh, position, stride_ol, valid, HEAD_DIM, HEAD_PAD)
-    grad = _load_rows(grad_ptr + sample * stride_gb + head * stride_gh, position, stride_gl, valid, HEAD_DIM, HEAD_PAD)
+    out = load_rows(out_ptr + sample * stride_ob + head * stride_oh, position, stride_ol, valid, HEAD_DIM, HEAD_PAD)
+    grad = load_rows(grad_ptr + sample * stride_gb + head * stride_gh, position, stride_gl, valid, HEAD_DIM, HEAD_PAD)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + line * length + position, mask=valid, other=0.0)
@@ -117,7 +118,7 @@ def _start_of_tile(
 ):
     """First position of the tile-th tile that a program walks: of listed blocks, or of the video and then the text."""
     if SPARSE:
-        start = _listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
+        start = listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
     else:
         start = tl.where(tile < video_tiles, tile * TILE, text_start + (tile - video_tiles) * TILE)
     return start
@@ -154,7 +155,7 @@ def _walk(
 
 
 @triton.jit
-def _place(
+def own_tile(
     order_ptr, rows, heads, map_samples, map_heads, BLOCK: tl.constexpr, TILE: tl.constexpr, SPARSE: tl.constexpr
 ):
     """(row of the lists, sample, head, first position of its own) of this program, which owns one tile."""
@@ -163,7 +164,7 @@ def _place(
     if SPARSE:
         map_rows = map_samples * map_heads * rows
         shares = tl.num_programs(0) // parts // map_rows
-        row, block_row, sample, head = _row_of_program(order_ptr, slot, rows, heads, map_rows, map_heads, shares)
+        row, block_row, sample, head = row_of_program(order_ptr, slot, rows, heads, map_rows, map_heads, shares)
     else:
         row = slot  # of no list
         block_row = slot % rows
@@ -171,14 +172,6 @@ def _place(
         sample = slot // rows // heads
     first = block_row * BLOCK + tl.program_id(0) % parts * TILE
     return row, sample.to(tl.int64), head.to(tl.int64), first
-
-
-@triton.jit
-def _end_of_text(lens_ptr, sample, length, HAS_LENS: tl.constexpr):
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
-    return end
 
 
 @triton.jit
@@ -240,13 +233,13 @@ def query_kernel(
     STAGES: tl.constexpr,
 ):
     """dq of one tile of query rows, over its key tiles."""
-    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_ROWS, TILE_M, SPARSE)
-    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
+    row, sample, head, first = own_tile(order_ptr, rows, heads, map_samples, map_heads, BLOCK_ROWS, TILE_M, SPARSE)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
     entry, tiles, video_tiles = _walk(row_ptr, row, video, text_start, end, first, TILE_M, BLOCK_COLS, TILE_N, SPARSE)
     q_pos = first + tl.arange(0, TILE_M)
-    q_valid = _is_token(q_pos, video, text_start, end)
-    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
-    grad = _load_rows(grad_ptr + sample * stride_gb + head * stride_gh, q_pos, stride_gl, q_valid, HEAD_DIM, HEAD_PAD)
+    q_valid = is_token(q_pos, video, text_start, end)
+    q = load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+    grad = load_rows(grad_ptr + sample * stride_gb + head * stride_gh, q_pos, stride_gl, q_valid, HEAD_DIM, HEAD_PAD)
     line = (sample * heads + head) * padded
     level = tl.load(level_ptr + line + q_pos, mask=q_valid, other=float("inf"))
     delta = tl.load(delta_ptr + line + q_pos, mask=q_valid, other=0.0)
@@ -257,9 +250,9 @@ def query_kernel(
     for tile in tl.range(0, tiles, num_stages=STAGES):
         start = _start_of_tile(tile, ids_ptr, entry, video_tiles, text_start, BLOCK_COLS, TILE_N, SPARSE)
         k_pos = start + tl.arange(0, TILE_N)
-        k_valid = _is_token(k_pos, video, text_start, end)
-        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
-        v = _load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
+        k_valid = is_token(k_pos, video, text_start, end)
+        k = load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+        v = load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         levels = level[:, None] + tl.where(k_valid, 0.0, float("inf"))[None, :]
         p = _probabilities(products, levels, scale, scale_log2, q.dtype == tl.float32)
@@ -316,13 +309,13 @@ def key_kernel(
     STAGES: tl.constexpr,
 ):
     """dk and dv of one tile of keys, over the tiles of query rows that read it; scores are [keys, queries] here."""
-    row, sample, head, first = _place(order_ptr, rows, heads, map_samples, map_heads, BLOCK_COLS, TILE_N, SPARSE)
-    end = _end_of_text(lens_ptr, sample, length, HAS_LENS)
+    row, sample, head, first = own_tile(order_ptr, rows, heads, map_samples, map_heads, BLOCK_COLS, TILE_N, SPARSE)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
     entry, tiles, video_tiles = _walk(row_ptr, row, video, text_start, end, first, TILE_N, BLOCK_ROWS, TILE_M, SPARSE)
     k_pos = first + tl.arange(0, TILE_N)
-    k_valid = _is_token(k_pos, video, text_start, end)
-    k = _load_rows(k_ptr + sample * stride_kb + head * stride_kh, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
-    v = _load_rows(v_ptr + sample * stride_vb + head * stride_vh, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
+    k_valid = is_token(k_pos, video, text_start, end)
+    k = load_rows(k_ptr + sample * stride_kb + head * stride_kh, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+    v = load_rows(v_ptr + sample * stride_vb + head * stride_vh, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
     q_base = q_ptr + sample * stride_qb + head * stride_qh
     grad_base = grad_ptr + sample * stride_gb + head * stride_gh
     line = (sample * heads + head) * padded
@@ -332,9 +325,9 @@ def key_kernel(
     for tile in tl.range(0, tiles, num_stages=STAGES):
         start = _start_of_tile(tile, ids_ptr, entry, video_tiles, text_start, BLOCK_ROWS, TILE_M, SPARSE)
         q_pos = start + tl.arange(0, TILE_M)
-        q_valid = _is_token(q_pos, video, text_start, end)
-        q = _load_rows(q_base, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
-        grad = _load_rows(grad_base, q_pos, stride_gl, q_valid, HEAD_DIM, HEAD_PAD)
+        q_valid = is_token(q_pos, video, text_start, end)
+        q = load_rows(q_base, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+        grad = load_rows(grad_base, q_pos, stride_gl, q_valid, HEAD_DIM, HEAD_PAD)
         level = tl.load(level_ptr + line + q_pos, mask=q_valid, other=float("inf"))
         delta = tl.load(delta_ptr + line + q_pos, mask=q_valid, other=0.0)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -414,8 +407,8 @@ def prepare(
         level,
         delta,
         call.seq_lens,
-        *_strides(out),
-        *_strides(grad),
+        *strides_of(out),
+        *strides_of(grad),
         call.video,
         call.text_start,
         length,
@@ -462,10 +455,10 @@ def arguments(
         None if lists is None else lists.ids,
         None if lists is None else lists.order,
         x.call.seq_lens,
-        *_strides(x.q),
-        *_strides(x.k),
-        *_strides(x.v),
-        *_strides(x.grad),
+        *strides_of(x.q),
+        *strides_of(x.k),
+        *strides_of(x.v),
+        *strides_of(x.grad),
         x.call.video,
         x.call.text_start,
         length,
@@ -503,7 +496,7 @@ def _gradients(x: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv by the kernels of this file."""
     block = (128, 128) if x.call.lists is None else x.call.lists.block
     sparse = x.call.lists is not None
-    by_query, by_key = choose_tiles(x.q.shape[3], x.q.dtype, block, _shared_kb(x.q.device), sparse=sparse)
+    by_query, by_key = choose_tiles(x.q.shape[3], x.q.dtype, block, shared_kb(x.q.device), sparse=sparse)
     dq, dk, dv = (torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device) for _ in range(3))
     _launch(query_kernel, (dq,), x, by_query)
     _launch(key_kernel, (dk, dv), x, by_key)

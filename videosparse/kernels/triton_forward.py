@@ -20,71 +20,31 @@ blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.triton_common import (
+    FLOOR,
+    LISTS,
+    LN_2,
+    Tiles,
+    end_of_text,
+    head_pad,
+    is_token,
+    listed,
+    load_rows,
+    row_of_program,
+    shared_kb,
+    strides_of,
+)
 from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
 from videosparse.layout import ceil_div
 
-LN_2 = tl.constexpr(0.6931471805599453)
-FLOOR = tl.constexpr(-3.0e38)  # below every score, yet finite: FLOOR - FLOOR is 0, so a row without keys gives no NaN
+# as `quantize` still names them
+_is_token, _load_rows, _strides = is_token, load_rows, strides_of
 
-
-@triton.jit
-def _row_of_program(order_ptr, item, rows, heads, map_rows, map_heads, shares):
-    """(row of the lists, block row, sample, head) of a piece of work: the long rows of every share of the map first."""
-    long = tl.load(order_ptr + map_rows)
-    early = item < long * shares
-    base = tl.where(early, 0, long)
-    span = tl.where(early, long, map_rows - long)
-    item -= base * shares
-    share = item // span
-    row = tl.load(order_ptr + base + item % span)
-    sharing = heads // map_heads
-    head = (row // rows) % map_heads + share % sharing
-    sample = row // (rows * map_heads) + share // sharing
-    return row, row % rows, sample, head
-
-
-@triton.jit
-def _is_token(position, video, text_start, end):
-    """Whether positions hold valid tokens of a sample whose text ends at `end`."""
-    return (position < video) | ((position >= text_start) & (position < end))
-
-
-@triton.jit
-def _load_rows(ptr, positions, stride, valid, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr):
-    """Rows [positions, HEAD_PAD] of one head; 0 where not valid and past HEAD_DIM, whatever memory holds there."""
-    dims = tl.arange(0, HEAD_PAD)
-    pointers = ptr + positions.to(tl.int64)[:, None] * stride + dims[None, :]
-    if HEAD_DIM == HEAD_PAD:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    return tl.load(pointers, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _listed(ids_ptr, place):
-    """The block that an entry of the lists names, int32.
-
-    An int16 id is taken from the aligned word that it is half of: words are copied ahead of their use, as keys are,
-    by an instruction that takes no less, and loads of halves would make every tile wait for its entry. The other half
-    may lie outside the lists. An aligned word never crosses a page, so it can be read where the id can, and that half
-    is dropped.
-    """
-    if ids_ptr.dtype.element_ty == tl.int16:
-        address = (ids_ptr + place).to(tl.int64)
-        word = tl.load((address & -4).to(tl.pointer_type(tl.int32)))
-        return (word >> ((address & 2) * 8).to(tl.int32)) & 0xFFFF
-    else:
-        return tl.load(ids_ptr + place)
-
-
-LISTS = ["row_ptr", "ids_ptr", "order_ptr", "lens_ptr"]
 SIZES = ["video", "text_start", "length", "rows", "heads", "map_rows", "map_heads", "shares"]
 
 
@@ -140,7 +100,7 @@ def forward_kernel(
     program = tl.program_id(0)
     parts: tl.constexpr = BLOCK_ROWS // TILE_M
     if SPARSE:
-        row, block_row, sample, head = _row_of_program(
+        row, block_row, sample, head = row_of_program(
             order_ptr, program // parts, rows, heads, map_rows, map_heads, shares
         )
     else:
@@ -149,14 +109,12 @@ def forward_kernel(
         sample = (program // parts) // rows // heads
     sample = sample.to(tl.int64)
     head = head.to(tl.int64)
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
 
     first = block_row * BLOCK_ROWS + (program % parts) * TILE_M
     q_pos = first + tl.arange(0, TILE_M)
-    q_valid = _is_token(q_pos, video, text_start, end)
-    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+    q_valid = is_token(q_pos, video, text_start, end)
+    q = load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
     v_base = v_ptr + sample * stride_vb + head * stride_vh
 
@@ -184,13 +142,13 @@ def forward_kernel(
     acc = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         if SPARSE:
-            block = _listed(ids_ptr, entry + tile // (BLOCK_COLS // TILE_N))
+            block = listed(ids_ptr, entry + tile // (BLOCK_COLS // TILE_N))
             start = block * BLOCK_COLS + tile % (BLOCK_COLS // TILE_N) * TILE_N
         else:
             start = tl.where(tile < video_tiles, tile * TILE_N, text_start + (tile - video_tiles) * TILE_N)
         k_pos = start + tl.arange(0, TILE_N)
-        k_valid = _is_token(k_pos, video, text_start, end)
-        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+        k_valid = is_token(k_pos, video, text_start, end)
+        k = load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = scores * scale_log2 + tl.where(k_valid, 0.0, -float("inf"))[None, :]
         if FAR:
@@ -203,7 +161,7 @@ def forward_kernel(
         shrink = tl.math.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        v = _load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
+        v = load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_PAD)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         top = new_top
 
@@ -227,20 +185,6 @@ def forward_kernel(
         tl.store(lse_ptr + (sample * heads + head) * length + target, lse, mask=inside)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How one program works: query rows, key rows, warps and pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
-"""Shared memory of one program by compute capability; other NVIDIA cards from 8.0 on have 99, AMD's have 64."""
-
-
 def choose_tiles(head_dim: int, dtype: torch.dtype, block_rows: int, shared_kb: int) -> Tiles:
     """Tile sizes that neither spill registers nor exceed the shared memory of the card.
 
@@ -257,24 +201,6 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, block_rows: int, shared_kb: 
     return Tiles(block_rows, 64, 8 if block_rows == 128 else 4, stages)
 
 
-def head_pad(head_dim: int) -> int:
-    """The power of two, at least 16, that a head is padded to in registers."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-@cache
-def _shared_kb(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 64
-    return SHARED_KB.get(torch.cuda.get_device_capability(device), 99)
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, token and head; 0 along a dimension of 1, whose stride means nothing but selects a compile."""
-    batch, token, head, _ = x.stride()
-    return batch if x.shape[0] > 1 else 0, token, head if x.shape[2] > 1 else 0
-
-
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,7 +215,7 @@ def forward(
     if out.numel() == 0:
         return out, lse
     lists = call.lists
-    tiles = choose_tiles(head_dim, q.dtype, 128 if lists is None else lists.block[0], _shared_kb(q.device))
+    tiles = choose_tiles(head_dim, q.dtype, 128 if lists is None else lists.block[0], shared_kb(q.device))
     block = (tiles.rows, tiles.keys) if lists is None else lists.block
     rows = ceil_div(length, block[0])
     map_rows = rows if lists is None else lists.samples * lists.heads * rows
@@ -304,9 +230,9 @@ def forward(
         None if lists is None else lists.order,
         call.seq_lens,
         call.order,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
+        *strides_of(q),
+        *strides_of(k),
+        *strides_of(v),
         call.video,
         call.text_start,
         length,

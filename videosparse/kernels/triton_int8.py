@@ -19,17 +19,18 @@ import triton.language as tl
 
 from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.quantize import COPIES, ROUND, SCALED_KEYS, Quantized, quantize
-from videosparse.kernels.triton_forward import (
+from videosparse.kernels.triton_common import (
     FLOOR,
     LISTS,
     LN_2,
     Tiles,
-    _is_token,
-    _listed,
-    _load_rows,
-    _row_of_program,
-    _shared_kb,
-    _strides,
+    end_of_text,
+    is_token,
+    listed,
+    load_rows,
+    row_of_program,
+    shared_kb,
+    strides_of,
 )
 from videosparse.layout import ceil_div
 
@@ -81,7 +82,7 @@ def int8_kernel(
     """One block of query rows: online softmax in base 2 over tiles of TILE_N keys, one or more for each scale."""
     program = tl.program_id(0)
     if SPARSE:
-        row, block_row, sample, head = _row_of_program(order_ptr, program, rows, heads, map_rows, map_heads, shares)
+        row, block_row, sample, head = row_of_program(order_ptr, program, rows, heads, map_rows, map_heads, shares)
     else:
         block_row = program % rows
         head = program // rows % heads
@@ -89,13 +90,11 @@ def int8_kernel(
     line = (sample * heads + head).to(tl.int64)
     sample = sample.to(tl.int64)
     head = head.to(tl.int64)
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
 
     first = block_row * BLOCK_ROWS
     q_pos = first + tl.arange(0, BLOCK_ROWS)
-    q_valid = _is_token(q_pos, video, text_start, end)
+    q_valid = is_token(q_pos, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     q_rows = line * padded + q_pos
     q = tl.load(q_ptr + q_rows[:, None] * HEAD_DIM + dims[None, :])
@@ -127,12 +126,12 @@ def int8_kernel(
     acc = tl.zeros([BLOCK_ROWS, HEAD_DIM], tl.float32)
     for i in tl.range(0, tiles, num_stages=STAGES):
         if SPARSE:
-            block = _listed(ids_ptr, entry + i // (BLOCK_COLS // TILE_N))
+            block = listed(ids_ptr, entry + i // (BLOCK_COLS // TILE_N))
             tile = block * (BLOCK_COLS // TILE_N) + i % (BLOCK_COLS // TILE_N)
         else:
             tile = tl.where(i < video_tiles, i, text_tile + i - video_tiles)
         k_pos = tile * TILE_N + tl.arange(0, TILE_N)
-        k_valid = _is_token(k_pos, video, text_start, end)
+        k_valid = is_token(k_pos, video, text_start, end)
         # rows up to the padded length exist and hold 0 where no token is
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :])
         scale = q_scale * tl.load(k_scale_base + tile // (SCALED // TILE_N) * COPIES)
@@ -157,7 +156,7 @@ def int8_kernel(
             total = total * shrink + tl.sum(p, 1)
         else:
             p = tl.math.exp2(scores - new_top[:, None])
-            v = _load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_DIM)
+            v = load_rows(v_base, k_pos, stride_vl, k_valid, HEAD_DIM, HEAD_DIM)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
             total = total * shrink + tl.sum(p, 1)
         top = new_top
@@ -219,7 +218,7 @@ def attend_quantized(
     out = torch.empty(shape, dtype=dtype, device=data.q.device)
     lists = call.lists
     block = (128, SCALED_KEYS) if lists is None else lists.block
-    tiles = choose_tiles(head_dim, block[0], _shared_kb(data.q.device), data.v_scale is not None)
+    tiles = choose_tiles(head_dim, block[0], shared_kb(data.q.device), data.v_scale is not None)
     rows = ceil_div(length, block[0])
     map_rows = rows if lists is None else lists.samples * lists.heads * rows
     int8_kernel[(batch * heads * rows,)](
@@ -235,7 +234,7 @@ def attend_quantized(
         None if lists is None else lists.ids,
         None if lists is None else lists.order,
         call.seq_lens,
-        *_strides(data.v),
+        *strides_of(data.v),
         call.video,
         call.text_start,
         length,

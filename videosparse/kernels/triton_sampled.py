@@ -24,12 +24,18 @@ import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.kernels.gpu import on_device
+from videosparse.kernels.triton_common import (
+    LOG2_E_IN_KERNEL,
+    end_of_text,
+    head_pad,
+    is_token,
+    load_rows,
+    shared_kb,
+    strides_of,
+)
 from videosparse.kernels.triton_far import NO_REACH, REACH, change
-from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
-from videosparse.kernels.triton_sums import SumTiles, _gather, choose_tiles
+from videosparse.kernels.triton_sums import SumTiles, add_up, choose_tiles
 from videosparse.layout import ceil_div
-
-LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -88,9 +94,9 @@ def _estimate(
 ):
     """Store the sums of key tile `n`, for each SAMPLE rows one."""
     k_pos = n * TILE_N + tl.arange(0, TILE_N)
-    k_valid = _is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
+    k_valid = is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
     if MASKED or HEAD_DIM != HEAD_PAD:
-        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+        k = load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
     else:  # no mask at all, which costs registers
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
@@ -153,15 +159,13 @@ def sampled_kernel(
     tile = program % tiles
     head = (program // tiles % heads).to(tl.int64)
     sample = (program // tiles // heads).to(tl.int64)
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
 
     blocks: tl.constexpr = TILE_M // SAMPLE
     visited = tl.arange(0, TILE_M)
     q_pos = (tile * blocks + visited // SAMPLE) * BLOCK_M + visited % SAMPLE * (BLOCK_M // SAMPLE)
-    q_valid = _is_token(q_pos, video, text_start, end)
-    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+    q_valid = is_token(q_pos, video, text_start, end)
+    q = load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
     lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
     level, undo = _levels(lse)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
@@ -215,12 +219,11 @@ def block_sums(
     Raises:
         ValueError: sample does not fit.
     """
-    from videosparse.kernels.triton_forward import _shared_kb, _strides
 
     if not 1 <= sample <= min(64, block[0]) or sample & (sample - 1):
         raise ValueError(f"sample must be a power of two of at most 64 rows and the block's {block[0]} (got {sample}).")
     batch, length, heads, head_dim = q.shape
-    tiles = replace(tiles or choose_tiles(head_dim, q.dtype, block, _shared_kb(q.device)), unit=sample)
+    tiles = replace(tiles or choose_tiles(head_dim, q.dtype, block, shared_kb(q.device)), unit=sample)
     rows, columns = ceil_div(length, block[0]), ceil_div(length, tiles.keys)
     sums = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     if sums.numel() == 0:
@@ -233,8 +236,8 @@ def block_sums(
             lse.float().contiguous(),
             sums,
             call.seq_lens,
-            *_strides(q),
-            *_strides(k),
+            *strides_of(q),
+            *strides_of(k),
             call.video,
             call.text_start,
             length,
@@ -257,4 +260,4 @@ def block_sums(
             num_stages=tiles.stages,
             enable_fp_fusion=True,
         )
-    return _gather(sums, (1, block[1] // tiles.keys))
+    return add_up(sums, (1, block[1] // tiles.keys))

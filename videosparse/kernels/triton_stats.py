@@ -18,60 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.gpu import on_device
-from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
-from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
-from videosparse.kernels.triton_sums import SIZES, SumTiles, choose_tiles
+from videosparse.kernels.triton_common import head_pad, shared_kb, strides_of
+from videosparse.kernels.triton_far import NO_REACH, REACH, raster
+from videosparse.kernels.triton_sums import SIZES, SumTiles, choose_tiles, open_tile, probabilities
 from videosparse.layout import ceil_div
-
-LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
-
-
-@triton.jit
-def _probabilities(
-    q,
-    level,
-    k_base,
-    start,
-    stride_kl,
-    video,
-    text_start,
-    end,
-    scale,
-    q_token,
-    q_first,
-    q_last,
-    table_ptr,
-    head,
-    far_alpha,
-    far_window,
-    far_first,
-    far_seen,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TILE_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    ORDER: tl.constexpr,
-    FAR: tl.constexpr,
-):
-    """exp(score - lse), fp32 [TILE_M, TILE_N], of the TILE_N keys from `start`; 0 where there is no key or no row."""
-    k_pos = start + tl.arange(0, TILE_N)
-    k_valid = _is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
-    if MASKED or HEAD_DIM != HEAD_PAD:
-        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
-    else:  # no mask at all, which costs registers
-        k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if FAR:
-        scores = change(
-            scores, q_token, q_first, q_last, start, table_ptr, head, video, far_alpha, far_window, far_first, far_seen,
-            TILE_N, ORDER,
-        )  # fmt: skip
-    x = (scores - level[:, None]) * LOG2_E_IN_KERNEL
-    if MASKED:
-        x = tl.where(k_valid[None, :], x, -float("inf"))
-    return tl.math.exp2(x)
 
 
 @triton.jit
@@ -127,20 +79,10 @@ def stats_kernel(
     FAR: tl.constexpr,
 ):
     """One tile of query rows against all keys; `rows` and `columns` of units, `tiles` of TILE_M rows in a head."""
-    program = tl.program_id(0)
-    tile = program % tiles
-    head = (program // tiles % heads).to(tl.int64)
-    sample = (program // tiles // heads).to(tl.int64)
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
-
-    q_pos = tile * TILE_M + tl.arange(0, TILE_M)
-    q_valid = _is_token(q_pos, video, text_start, end)
-    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
-    lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
-    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
-    level = tl.where(lse == -float("inf"), float("inf"), lse)
+    tile, head, sample, end, q_pos, q, level = open_tile(
+        q_ptr, lse_ptr, lens_ptr, stride_qb, stride_ql, stride_qh, video, text_start, length, tiles, heads,
+        HEAD_DIM, HEAD_PAD, TILE_M, HAS_LENS,
+    )  # fmt: skip
     k_base = k_ptr + sample * stride_kb + head * stride_kh
     q_first = tile * TILE_M
     q_last = q_first + TILE_M - 1
@@ -156,14 +98,14 @@ def stats_kernel(
         sure = tl.maximum(video, end)
     whole = sure // TILE_N
     for n in tl.range(0, whole, num_stages=STAGES):
-        p = _probabilities(
+        p = probabilities(
             q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
             head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False, ORDER=ORDER,
             FAR=FAR,
         )  # fmt: skip
         _write(stats_row, n, p, eps, plane, columns, rows - first_row, UNIT_M, TILE_M)
     for n in tl.range(whole, columns, num_stages=1):
-        p = _probabilities(
+        p = probabilities(
             q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
             head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True, ORDER=ORDER,
             FAR=FAR,
@@ -185,10 +127,9 @@ def block_stats(
     Returns:
         fp32 [3, B, H, ceil(L / block[0]), ceil(L / block[1])]: sum, largest entry, entries of at least `eps`.
     """
-    from videosparse.kernels.triton_forward import _shared_kb, _strides
 
     batch, length, heads, head_dim = q.shape
-    tiles = tiles or choose_tiles(head_dim, q.dtype, block, _shared_kb(q.device))
+    tiles = tiles or choose_tiles(head_dim, q.dtype, block, shared_kb(q.device))
     rows, columns = ceil_div(length, tiles.unit), ceil_div(length, tiles.keys)
     stats = torch.empty(3, batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     row_tiles = ceil_div(length, tiles.rows)
@@ -200,8 +141,8 @@ def block_stats(
             stats,
             call.seq_lens,
             call.order,
-            *_strides(q),
-            *_strides(k),
+            *strides_of(q),
+            *strides_of(k),
             stats[0].numel(),
             call.video,
             call.text_start,

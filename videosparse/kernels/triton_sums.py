@@ -21,16 +21,58 @@ import torch
 import triton
 import triton.language as tl
 
-from videosparse.kernels.call import LOG2_E, AttentionCall
+from videosparse.kernels.call import AttentionCall
+from videosparse.kernels.triton_common import (
+    LOG2_E_IN_KERNEL,
+    end_of_text,
+    head_pad,
+    is_token,
+    load_rows,
+    shared_kb,
+    strides_of,
+)
 from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
-from videosparse.kernels.triton_forward import _is_token, _load_rows, head_pad
 from videosparse.layout import ceil_div
-
-LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def _tile_mass(
+def open_tile(
+    q_ptr,
+    lse_ptr,
+    lens_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    video,
+    text_start,
+    length,
+    tiles,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    TILE_M: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+):
+    """(tile, head, sample, end of its text, positions, q, lse) of this program, which owns a tile of query rows.
+
+    lse is inf where a row counts nothing.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = (program // tiles % heads).to(tl.int64)
+    sample = (program // tiles // heads).to(tl.int64)
+    end = end_of_text(lens_ptr, sample, length, HAS_LENS)
+    q_pos = tile * TILE_M + tl.arange(0, TILE_M)
+    q_valid = is_token(q_pos, video, text_start, end)
+    q = load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
+    lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
+    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
+    level = tl.where(lse == -float("inf"), float("inf"), lse)
+    return tile, head, sample, end, q_pos, q, level
+
+
+@triton.jit
+def probabilities(
     q,
     level,
     k_base,
@@ -56,11 +98,11 @@ def _tile_mass(
     ORDER: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """Mass of each row, fp32 [TILE_M], in the TILE_N keys from `start`."""
+    """exp(score - lse), fp32 [TILE_M, TILE_N], of the TILE_N keys from `start`; 0 where there is no key or no row."""
     k_pos = start + tl.arange(0, TILE_N)
-    k_valid = _is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
+    k_valid = is_token(k_pos, video, text_start, end) if MASKED else k_pos >= 0
     if MASKED or HEAD_DIM != HEAD_PAD:
-        k = _load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
+        k = load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
     else:  # no mask at all, which costs registers
         k = tl.load(k_base + k_pos.to(tl.int64)[:, None] * stride_kl + tl.arange(0, HEAD_PAD)[None, :])
     # the level is taken off in natural log: rounded in base 2, it would shift all masses of a row the same way
@@ -73,7 +115,7 @@ def _tile_mass(
     x = (scores - level[:, None]) * LOG2_E_IN_KERNEL
     if MASKED:
         x = tl.where(k_valid[None, :], x, -float("inf"))
-    return tl.sum(tl.math.exp2(x), 1)
+    return tl.math.exp2(x)
 
 
 @triton.jit
@@ -129,20 +171,10 @@ def sums_kernel(
     FAR: tl.constexpr,
 ):
     """One tile of query rows against all keys; `rows` and `columns` of units, `tiles` of TILE_M rows in a head."""
-    program = tl.program_id(0)
-    tile = program % tiles
-    head = (program // tiles % heads).to(tl.int64)
-    sample = (program // tiles // heads).to(tl.int64)
-    end = length
-    if HAS_LENS:
-        end = tl.minimum(tl.load(lens_ptr + sample), length)
-
-    q_pos = tile * TILE_M + tl.arange(0, TILE_M)
-    q_valid = _is_token(q_pos, video, text_start, end)
-    q = _load_rows(q_ptr + sample * stride_qb + head * stride_qh, q_pos, stride_ql, q_valid, HEAD_DIM, HEAD_PAD)
-    lse = tl.load(lse_ptr + (sample * heads + head) * length + q_pos, mask=q_valid, other=-float("inf"))
-    # a row that counts nothing gets exp2(-inf); its scores are finite, as its queries are zeros or real ones
-    level = tl.where(lse == -float("inf"), float("inf"), lse)
+    tile, head, sample, end, q_pos, q, level = open_tile(
+        q_ptr, lse_ptr, lens_ptr, stride_qb, stride_ql, stride_qh, video, text_start, length, tiles, heads,
+        HEAD_DIM, HEAD_PAD, TILE_M, HAS_LENS,
+    )  # fmt: skip
     k_base = k_ptr + sample * stride_kb + head * stride_kh
     q_first = tile * TILE_M
     q_last = q_first + TILE_M - 1
@@ -158,19 +190,19 @@ def sums_kernel(
         sure = tl.maximum(video, end)
     whole = sure // TILE_N
     for n in tl.range(0, whole, num_stages=STAGES):
-        mass = _tile_mass(
+        p = probabilities(
             q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
             head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=False, ORDER=ORDER,
             FAR=FAR,
         )  # fmt: skip
-        _write(sums_row, n, mass, columns, rows - first_row, UNIT_M, TILE_M)
+        _write(sums_row, n, tl.sum(p, 1), columns, rows - first_row, UNIT_M, TILE_M)
     for n in tl.range(whole, columns, num_stages=1):
-        mass = _tile_mass(
+        p = probabilities(
             q, level, k_base, n * TILE_N, stride_kl, video, text_start, end, scale, q_token, q_first, q_last, table_ptr,
             head, far_alpha, far_window, far_first, far_seen, HEAD_DIM, HEAD_PAD, TILE_N, MASKED=True, ORDER=ORDER,
             FAR=FAR,
         )  # fmt: skip
-        _write(sums_row, n, mass, columns, rows - first_row, UNIT_M, TILE_M)
+        _write(sums_row, n, tl.sum(p, 1), columns, rows - first_row, UNIT_M, TILE_M)
 
 
 @dataclass(frozen=True)
@@ -216,10 +248,9 @@ def block_sums(
     Returns:
         fp32 [B, H, ceil(L / block[0]), ceil(L / block[1])].
     """
-    from videosparse.kernels.triton_forward import _shared_kb, _strides
 
     batch, length, heads, head_dim = q.shape
-    tiles = tiles or choose_tiles(head_dim, q.dtype, block, _shared_kb(q.device))
+    tiles = tiles or choose_tiles(head_dim, q.dtype, block, shared_kb(q.device))
     rows, columns = ceil_div(length, tiles.unit), ceil_div(length, tiles.keys)
     sums = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     if sums.numel() == 0:
@@ -232,8 +263,8 @@ def block_sums(
         sums,
         call.seq_lens,
         call.order,
-        *_strides(q),
-        *_strides(k),
+        *strides_of(q),
+        *strides_of(k),
         call.video,
         call.text_start,
         length,
@@ -256,10 +287,10 @@ def block_sums(
         num_stages=tiles.stages,
         enable_fp_fusion=True,
     )
-    return _gather(sums, (block[0] // tiles.unit, block[1] // tiles.keys))
+    return add_up(sums, (block[0] // tiles.unit, block[1] // tiles.keys))
 
 
-def _gather(sums: torch.Tensor, parts: tuple[int, int]) -> torch.Tensor:
+def add_up(sums: torch.Tensor, parts: tuple[int, int]) -> torch.Tensor:
     """Add up units to blocks of `parts` units, fp32 [B, H, rows, columns]."""
     for dim, count in ((2, parts[0]), (3, parts[1])):
         if count > 1:

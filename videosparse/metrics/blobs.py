@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from videosparse.synthetic.scene import COLOURS
+from videosparse.wording import install_extra
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -36,7 +37,7 @@ def scipy_parts() -> tuple[ModuleType, ModuleType]:
     try:
         from scipy import ndimage, optimize
     except ImportError as error:
-        raise ImportError('the detectors of the synthetic world need SciPy: pip install "videosparse[eval]"') from error
+        raise ImportError(f"the detectors of the synthetic world need SciPy: {install_extra('eval')}") from error
     return ndimage, optimize
 
 

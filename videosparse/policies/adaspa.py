@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, PackedIndex, check_block
+from videosparse.checking import check_flag, check_number
 from videosparse.kernels.checks import check_sample
 from videosparse.kernels.selection import Selection, expand, select
 from videosparse.layout import TokenLayout, ceil_div
@@ -87,8 +88,7 @@ class AdaSpaPolicy(SparsityPolicy):
         for name in ("density", "recall_threshold"):
             _check_share(name, getattr(self, name))
         for name in ("head_adaptive", "offload_state"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False (got {getattr(self, name)!r}).")
+            check_flag(name, getattr(self, name))
         if not isinstance(self.refresh, tuple):
             raise TypeError(f"refresh must be a tuple of steps or fractions of the run (got {self.refresh!r}).")
         for value in self.refresh:
@@ -264,10 +264,9 @@ def _share_of(columns: int, share: float) -> int:
     return min(columns, max(1, int(share * columns + 0.5)))
 
 
-def _check_share(name: str, value: object) -> None:
+def _check_share(name: str, value: float) -> None:
     """Raise TypeError or ValueError unless `value` is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number (got {value!r}).")
+    check_number(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
 

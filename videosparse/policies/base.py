@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
+from videosparse.checking import check_number
 from videosparse.kernels import KernelOptions
 from videosparse.kernels.order_search import OrderSelection
 from videosparse.kernels.selection import Selection
@@ -214,8 +215,7 @@ class DenseSchedule:
     def __post_init__(self) -> None:
         for name in ("first_steps", "last_steps", "first_layers", "last_layers"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number (got {value!r}).")
+            check_number(name, value)
             if value < 0 or (isinstance(value, float) and not value <= 1):
                 raise ValueError(f"{name} must be an int >= 0 or a fraction 0..1 (got {value}).")
             if name.endswith("layers") and not isinstance(value, int):

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, PackedIndex, check_block
+from videosparse.checking import check_flag, check_number
 from videosparse.kernels.order_search import ORDERS, OrderMetric, OrderSelection
 from videosparse.kernels.selection import Selection, columns_of, expand, select
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
@@ -83,8 +84,7 @@ class PAROPolicy(SparsityPolicy):
         plan = self.calibrated
         if plan is not None and not isinstance(plan, PAROPlan):
             raise TypeError(f"calibrated must be a PAROPlan or None (got {type(plan).__name__}).")
-        if not isinstance(self.online_maps, bool):
-            raise TypeError(f"online_maps must be True or False (got {self.online_maps!r}).")
+        check_flag("online_maps", self.online_maps)
         if self.online_maps and plan is None:
             raise ValueError("online_maps=True keeps the orders of a plan; pass the plan, or drop online_maps.")
         self._check_given()
@@ -101,8 +101,7 @@ class PAROPolicy(SparsityPolicy):
         """Raise where a value is out of range, or not open any more."""
         plan, density = self.calibrated, self.density
         if density is not None:
-            if isinstance(density, bool) or not isinstance(density, int | float):
-                raise TypeError(f"density must be a number (got {density!r}).")
+            check_number("density", density)
             if not 0 < density <= 1:
                 raise ValueError(f"density must lie in 0..1, 0 excluded (got {density}).")
         metric = self._metric

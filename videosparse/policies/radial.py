@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, check_block
-from videosparse.layout import TokenLayout, VideoGrid, ceil_div
+from videosparse.checking import check_flag, check_number
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div, check_grid, check_is_layout
 from videosparse.policies.base import BLOCK, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
 
 COVERAGES = ("majority", "any")
@@ -67,12 +68,10 @@ class RadialPolicy(SparsityPolicy):
 
     def __post_init__(self) -> None:
         check_block(self.block)
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
-            raise TypeError(f"decay must be a number (got {self.decay!r}).")
+        check_number("decay", self.decay)
         if not (self.decay > 0 and math.isfinite(self.decay)):
             raise ValueError(f"decay must be positive and finite (got {self.decay}); published values lie in 0.2..1.")
-        if not isinstance(self.sink, bool):
-            raise TypeError(f"sink must be True or False (got {self.sink!r}).")
+        check_flag("sink", self.sink)
         for name, known in (("coverage", COVERAGES), ("first_neighbour", NEIGHBOURS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)} (got {getattr(self, name)!r}).")
@@ -106,14 +105,17 @@ class RadialPolicy(SparsityPolicy):
         Raises:
             ValueError: "majority" would leave a query block without keys (frames much smaller than a block).
         """
+        check_is_layout(layout)
         return _cached_map(self, layout.grid, layout.text, _indexed(device))
 
     def block_index(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockIndex:
         """The query-major lists of `block_map`, cached on their own: a run reads no map."""
+        check_is_layout(layout)
         return _cached_index(self, layout.grid, layout.text, _indexed(device))
 
     def band(self, grid: VideoGrid) -> list[int]:
         """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped."""
+        check_grid("grid", grid)
         tokens, narrowest = grid.frame_tokens, max(self.block)
         power = 1 << tokens.bit_length()
         widths = []

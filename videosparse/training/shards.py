@@ -31,6 +31,11 @@ def shard_plugin(config: Config) -> Any:
         raise ConfigError(f"Weights are sharded by FSDP2 only (got --fsdp_version {version}); use {_ASK}.")
     if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ConfigError("--fsdp_activation_checkpointing would rename the adapters; use train.checkpointing = true.")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError(
+            "--fsdp_offload_params is not supported: checkpoints and moving averages of shards are not tested on the "
+            "CPU; drop it, and shard over more GPUs, or set train.checkpointing = true."
+        )
     if config.model.fp8:
         raise ConfigError("model.fp8 does not work with sharded weights; set model.fp8 = false, or drop --use_fsdp.")
     if config.train.optimizer != "adamw":

@@ -95,7 +95,7 @@ def test_missing_models_are_named_with_what_to_do(tmp_path):
 def test_missing_files_of_optional_packages(tmp_path, monkeypatch):
     pretend_absent(monkeypatch, "torchvision", "pyiqa", "lpips")
     for key, word in (("raft", "torchvision"), ("musiq", "pyiqa and torchvision"), ("vgg16", "lpips and torchvision")):
-        with pytest.raises(MissingError, match=rf"{key} needs {word}: pip install 'videosparse\[vbench\]'"):
+        with pytest.raises(MissingError, match=rf"{key} needs {word}: pip install -e .\.\[vbench\]"):
             nowhere(tmp_path).file(key)
     pretend_installed(monkeypatch, "torchvision")
     with pytest.raises(MissingError, match=r"raft_large_C_T_V1-22a6c225.pth is neither in"):

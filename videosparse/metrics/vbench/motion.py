@@ -14,6 +14,7 @@ import torch
 from videosparse.metrics.vbench.dimension import SCALES, Context, Dimension, Scale, VideoScore
 from videosparse.metrics.vbench.weights import MissingError
 from videosparse.metrics.video import Video, VideoError
+from videosparse.wording import install_extra
 
 Image = npt.NDArray[Any]
 Flow = npt.NDArray[Any]
@@ -140,7 +141,7 @@ def _dis(video: Video) -> Callable[[Image, Image], Flow]:
     try:
         import cv2
     except ImportError as error:
-        raise MissingError("motion without weights needs OpenCV: pip install 'videosparse[eval]'.") from error
+        raise MissingError(f"motion without weights needs OpenCV: {install_extra('eval')}.") from error
     if min(video.size) < _FLOW_LEAST:
         height, width = video.size
         raise VideoError(f"{video.name}: optical flow needs at least 16 pixels a side (got {height}x{width}).")

@@ -24,7 +24,7 @@ from videosparse.metrics.vbench.prompts import Suite, SuitePrompt, prompt_of
 from videosparse.metrics.vbench.results import DimensionResult
 from videosparse.metrics.vbench.weights import MissingError
 from videosparse.metrics.video import Video, VideoError, find_videos, probe_size, read_video
-from videosparse.wording import nearest
+from videosparse.wording import install_extra, nearest
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many videos are finished, and of how many."""
@@ -223,7 +223,7 @@ def _find_missing(
 def _why_missing(dimension: Dimension, models: Models) -> str:
     absent = [name for name in dimension.packages if importlib.util.find_spec(name) is None]
     if absent:
-        return f"needs {' and '.join(absent)}: pip install 'videosparse[eval]'."
+        return f"needs {' and '.join(absent)}: {install_extra('eval')}."
     lines = []
     for key in dimension.models:
         try:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from videosparse.metrics.vbench.ledger import stamp_of
-from videosparse.wording import one_line
+from videosparse.wording import install_extra, one_line
 
 Loaded = TypeVar("Loaded")
 
@@ -94,7 +94,7 @@ class Weights:
         """
         absent = [name for name in NEEDED[key].packages if importlib.util.find_spec(name) is None]
         if absent:
-            raise MissingError(f"{key} needs {' and '.join(absent)}: pip install 'videosparse[vbench]'.")
+            raise MissingError(f"{key} needs {' and '.join(absent)}: {install_extra('vbench')}.")
 
     def file(self, key: str) -> Path:
         """The path of a single file, downloaded into torch.hub's folder if need be.

@@ -1,0 +1,23 @@
+"""Commands in messages work as they are written."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from videosparse.wording import install_extra
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "videosparse").rglob("*.py"))
+
+
+def test_the_package_is_installed_from_a_clone():
+    assert install_extra("fp8") == 'pip install -e ".[fp8]" in the clone'
+    wrong = [str(path) for path in SOURCES if re.search(r"pip install \W*videosparse", path.read_text())]
+    assert not wrong, f"no index has the package; use wording.install_extra in {wrong}"
+
+
+def test_extras_in_messages_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for path in SOURCES for name in re.findall(r"install_extra\([\"'](\w+)[\"']\)", path.read_text())}
+    assert {"fp8", "fa4", "eval", "vbench", "parquet"} == named
+    assert named <= set(extras)
