@@ -43,7 +43,7 @@ OPERATIONS = {
     "fma.rn.sat.f32": lambda a, b, c: word(
         (single(a).double() * single(b).double() + single(c).double()).float().nan_to_num(0.0).clamp(0, 1)
     ),
-    "fma.rn.f16x2": lambda a, b, c: packed((pair(a).double() * pair(b).double() + pair(c).double())),
+    "fma.rn.f16x2": lambda a, b, c: packed(pair(a).double() * pair(b).double() + pair(c).double()),
     "max.f16x2": lambda a, b: packed(torch.maximum(pair(a), pair(b))),
     "add.rn.f16x2": lambda a, b: packed(pair(a).double() + pair(b).double()),
     "cvt.rn.f16x2.f32": lambda high, low: packed(torch.stack([single(low), single(high)], -1)),

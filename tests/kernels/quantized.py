@@ -11,7 +11,8 @@ from videosparse.kernels.quantize import COPIES, KEY_ORDER, SCALED_KEYS, Quantiz
 QUANTS = ["int8", "int8-fp8", "int8-int8"]
 LIMITS = {"int8": 0.03, "int8-fp8": 0.05, "int8-int8": 0.03}
 """Largest relative error in the mean square. FP8 e4m3 rounds by 2.5 %, values and weights alike, and INT8 scores add
-1 %: where nothing is common to the values, as here, that is 3.7 % of the output."""
+1 %: where nothing is common to the values, as here, that is 3.7 % of the output. On Hopper weights are off by 3.1 %, see
+`hopper_int8_softmax`, and that is 4.2 %."""
 
 
 def integers(x, dims):
@@ -61,7 +62,7 @@ def quantize(q, k, v, call, need_lse, kind, reorder):
     return Quantized(q8, q_scale[..., 0].contiguous(), k8.flatten(2, 3), k_scale, v8, v_scale, lse.contiguous())
 
 
-def check(out, lse, q, k, v, quant, *, layout, block_map=None, scale=None, limit=None):
+def check(out, lse, q, k, v, quant, *, layout, block_map=None, scale=None, limit=None, lse_limit=0.05):
     """Assert that an output is as near to fp64 as integers allow, and its empty rows right."""
     rows = torch.arange(layout.length, device=q.device)
     clean = [x.nan_to_num(0).double() for x in (q, k, v)]
@@ -77,7 +78,17 @@ def check(out, lse, q, k, v, quant, *, layout, block_map=None, scale=None, limit
     assert (own - true).norm() <= (limit or LIMITS[quant]) * true.norm()
     assert torch.nn.functional.cosine_similarity(own.flatten(), true.flatten(), 0) >= 0.999
     if lse is not None:
-        assert (lse[read] - true_lse[read]).abs().max() <= 0.05
+        assert (lse[read] - true_lse[read]).abs().max() <= lse_limit
+
+
+def lse_limit(q, k):
+    """How far the lse may be off where one key has nearly all the weight of a row, for the default scale.
+
+    Rounding queries to 127 steps of their row, and keys to as many of their 64, shifts a score by 1.2 % of the product
+    of both norms over the root of head_dim, in the root mean square; this is four times as much.
+    """
+    largest = [x.nan_to_num(0).double().norm(dim=-1).max() for x in (q, k)]
+    return 0.048 * float(largest[0] * largest[1]) / q.shape[-1]
 
 
 def biased(k, share=0.1, size=20.0):

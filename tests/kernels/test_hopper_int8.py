@@ -46,16 +46,16 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch, "empty", PoisonedEmpty())
 
 
-def run_and_check(quant, layout, block_map, q, k, v, lse=True, limit=None):
+def run_and_check(quant, layout, block_map, q, k, v, lse=True, limit=None, lse_limit=0.05):
     index = None if block_map is None else block_map.index()
     options = KernelOptions(backend="triton", quant=quant)
     got = attend(q, k, v, layout=layout, index=index, return_lse=lse, options=options)
     out, level = got if lse else (got, None)
-    quantized.check(out, level, q, k, v, quant, layout=layout, block_map=block_map, limit=limit)
+    quantized.check(out, level, q, k, v, quant, layout=layout, block_map=block_map, limit=limit, lse_limit=lse_limit)
     assert out.is_contiguous()
     # the same numbers are multiplied in plain torch, where only the weights are not rounded
     plain = attend(q, k, v, layout=layout, index=index, options=KernelOptions(backend="torch", quant=quant))
-    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
+    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.04) * plain.float().norm()
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -96,7 +96,8 @@ def test_shared_maps_and_strides(on_cpu, quant, share):
 def test_maxima_that_grow(on_cpu, quant, kind):
     layout = make_layout(kind)
     q, k, v = make_qkv(layout, torch.bfloat16, heads=2, dim=128)
-    run_and_check(quant, layout, None, q, quantized.growing(k), v, lse=False, limit=0.2)
+    k = quantized.growing(k)
+    run_and_check(quant, layout, None, q, k, v, limit=0.2, lse_limit=quantized.lse_limit(q, k))
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -31,8 +31,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 MIDDLE = VideoGrid(5, 13, 17)
 
-BETWEEN = {"int8": 0.006, "int8-fp8": 0.035, "int8-int8": 0.015}
+BETWEEN = {"int8": 0.006, "int8-fp8": 0.04, "int8-int8": 0.015}
 """How far a kernel may be from plain torch, which rounds the same but for the weights that values are multiplied by."""
+BETWEEN_LSE = {"int8": 0.02, "int8-fp8": 0.06, "int8-int8": 0.02}
+"""The same of the lse. On Hopper it is that of FP8 weights, of which all but the highest may be off by a tenth."""
 
 
 @pytest.fixture(autouse=True, params=["special", "portable"])
@@ -56,20 +58,20 @@ def quant(request):
     return request.param
 
 
-def run_and_check(quant, layout, block_map, q, k, v, limit=None):
+def run_and_check(quant, layout, block_map, q, k, v, limit=None, lse_limit=0.05):
     index = None if block_map is None else block_map.index()
     options = KernelOptions(backend="triton", quant=quant)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", PoisonedEmpty())
         out, lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
-    quantized.check(out, lse, q, k, v, quant, layout=layout, block_map=block_map, limit=limit)
+    quantized.check(out, lse, q, k, v, quant, layout=layout, block_map=block_map, limit=limit, lse_limit=lse_limit)
     again = attend(q, k, v, layout=layout, index=index, options=options)
     assert torch.equal(out, again)
     options = KernelOptions(backend="torch", quant=quant)
     plain, plain_lse = attend(q, k, v, layout=layout, index=index, return_lse=True, options=options)
     assert (out - plain).float().norm() <= BETWEEN[quant] * plain.float().norm()
     read = plain_lse > -torch.inf
-    torch.testing.assert_close(lse[read], plain_lse[read], rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse[read], plain_lse[read], rtol=0, atol=max(BETWEEN_LSE[quant], lse_limit / 4))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -186,7 +188,8 @@ def test_no_recompiles_over_lengths_densities_and_maps(quant):
 def test_maxima_that_grow(quant, kind, dim):
     layout = make_layout(kind, "cuda", MIDDLE)
     q, k, v = make_qkv(layout, torch.bfloat16, dim=dim, device="cuda")
-    run_and_check(quant, layout, None, q, quantized.growing(k), v, limit=0.2)
+    k = quantized.growing(k)
+    run_and_check(quant, layout, None, q, k, v, limit=0.2, lse_limit=quantized.lse_limit(q, k))
 
 
 def test_lengths_around_a_tile(quant):
@@ -218,7 +221,7 @@ def test_fp8_values_on_hopper_repeat(kind, sparse, request):
         assert torch.equal(other, level)
     with gpu.portable_only():
         portable, _ = attend(q, k, v, **call, options=options)
-    assert (first - portable).float().norm() <= 0.045 * portable.float().norm()
+    assert (first - portable).float().norm() <= 0.05 * portable.float().norm()
     assert not torch.equal(first, portable), "the other kernel has run"
 
 

@@ -41,7 +41,6 @@ from videosparse.kernels.hopper_int8_softmax import (
     FLAT,
     PEAK,
     SLACK,
-    _as_float,
     _hide,
     _highest,
     _key_scales,

@@ -1,12 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The softmax of `hopper_int8_kernel`: from int32 scores [64, 128] of a consumer to weights, and weights as factors.
 
-FP8 weights are made without exponentials. The bits of a positive floating-point number, read as an integer, grow by one
-octave's worth for each doubling, and linearly between: they are a piecewise linear logarithm (N. N. Schraudolph, "A fast,
-compact approximation of the exponential function", Neural Computation 11, 1999). e4m3 has 8 steps an octave, so the bits
-of 2 ** x are about 8 (x + 7) - CENTRE, rounded. That is off by up to 3 %, 2 % in the root mean square, besides the 2.5 % of
-rounding; CENTRE makes the mean right. Below 2 ** -6 e4m3 is linear, where a second line, less steep, is the higher one:
-it keeps weights down to 2 ** -9 at 0.84 to 1.14 of what they are. Row sums are of the weights as rounded.
+FP8 weights are made without exponentials. The bits of a positive floating-point number, read as an integer, grow by
+the same for each doubling, and linearly between: they are a piecewise linear logarithm (N. N. Schraudolph, "A fast,
+compact approximation of the exponential function", Neural Computation 11, 1999). e4m3 has 8 steps an octave, so the
+bits of 2 ** x are about 8 (x + 7) - CENTRE, rounded. That is off by up to 4 %, 2 % in the root mean square, besides the
+2.5 % of rounding; CENTRE makes the mean right. Below 2 ** -6 e4m3 is linear, and a second line, less steep, is the
+higher one: it keeps weights down to 2 ** -9, at 0.84 to 1.14 of what they are on average. Row sums are of the weights
+as rounded.
 """
 
 from triton.experimental import gluon
@@ -179,9 +180,7 @@ def _fp8_asm(lines):
 @gluon.jit
 def _add_pairs(a, b):
     """Sums of words of two fp16 numbers each."""
-    return gl.inline_asm_elementwise(
-        "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
