@@ -108,7 +108,7 @@ def test_ids_of_both_sizes_give_the_same(quant, block, monkeypatch):
 @pytest.mark.parametrize("kind", ["video", "ragged text"])
 def test_keys_lose_the_mean_of_a_part_of_them(quant, kind, monkeypatch):
     """Which changes nothing beyond rounding, so that the bounds stay."""
-    monkeypatch.setattr(quantize, "_MANY", 1)
+    monkeypatch.setattr(quantize, "_MANY_TOKENS", 1)
     layout = make_layout(kind, "cuda", MIDDLE)
     q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
     k = quantized.biased(k)
