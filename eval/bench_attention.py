@@ -4,8 +4,7 @@
     python eval/bench_attention.py                                all of them, about half an hour of one H200
     python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
     python eval/bench_attention.py --only backward --append       more rows beside those that are there
-    python eval/bench_attention.py --only integers --output assets/results/integer_attention.csv
-                                                                  integer attention alone, under a minute
+    python eval/bench_attention.py --only integers --output x.csv integer attention alone, under a minute
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
 

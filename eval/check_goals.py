@@ -5,8 +5,7 @@
 
 A figure compares rows of one set of one run, since only those were timed in turn on the same card; of several runs the
 newest that has both counts. It is of the size that the goal is about, where that was timed, else of a smaller one:
-column `case` says which. Rows of integer attention may lie in a file of their own, integer_attention.csv. The table
-of README.md is made from the output by `python eval/readme_tables.py`.
+column `case` says which. The table of README.md is made from the output by `python eval/readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -267,16 +266,11 @@ def _bound(goal: Goal, value: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS / "attention.csv")
-    parser.add_argument("--integers", type=Path, help="more rows; integer_attention.csv beside --rows")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention_goals.csv")
     parser.add_argument("--strict", action="store_true", help="fail where a must is missed or was not measured")
     args = parser.parse_args(argv)
     try:
         rows = read_rows(args.rows, ("set", "case", "kernel", "p50_ms", "run"))
-        beside = args.rows.with_name("integer_attention.csv")
-        integers = args.integers or (beside if beside.exists() else None)
-        if integers is not None:
-            rows += read_rows(integers, ("set", "case", "kernel", "p50_ms", "run"))
     except ValueError as error:
         parser.error(str(error))
     table = check(rows)

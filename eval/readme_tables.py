@@ -88,8 +88,8 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "cpu": (("cpu_attention",), kernel_tables.cpu),
     "far": (("far_scores",), kernel_tables.far),
     "search": (("search_cost",), kernel_tables.search),
-    "integers": (("integer_attention",), kernel_tables.integers),
-    "published": (("method_comparison", "integer_attention", "integer_variants"), paro_tables.published),
+    "integers": (("attention",), kernel_tables.integers),
+    "published": (("method_comparison", "attention"), paro_tables.published),
     "paro_videos": (("method_comparison",), method_table.paro_videos),
     "reordering": (
         ("reordering",), apart(paro_tables.reordering),

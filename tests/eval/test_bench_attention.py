@@ -285,8 +285,7 @@ def test_goals_know_which_way_is_better(goals):
 def test_goals_of_integers_are_against_own_bf16_beside_them(goals, tmp_path, capsys):
     even = {"policy": "uniform", "block": "128x128", "density": "0.2510"}
     rows = [timed("i", kernel, ms, **even) for kernel, ms in (("ours", 5.0), ("int8", 4.0), ("int8-fp8", 3.9))]
-    write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0)])
-    write_rows(tmp_path / "integer_attention.csv", rows)
+    write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0), *rows])
     arguments = ["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "goals.csv")]
     assert goals.main(arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "quantization included" in line]

@@ -160,12 +160,12 @@ WIDE_CALL = "wan2.1-14b 720x1280x81"
 
 
 def integer_calls(rows: list[Row], case: str = WIDE_CALL) -> list[Row]:
-    """The timed rows of one call in bf16 and in integers, those of other forms of a kernel (`note`) left out."""
-    return [r for r in _timed(rows, case) if r["kernel"] not in ROUNDING]
+    """The timed rows of one call in bf16 and in integers, which were timed in turn."""
+    return [r for r in _of_integers(rows, case) if r["kernel"] not in ROUNDING]
 
 
-def _timed(rows: list[Row], case: str) -> list[Row]:
-    return [r for r in rows if r["case"] == case and r["p50_ms"] and not r["note"]]
+def _of_integers(rows: list[Row], case: str) -> list[Row]:
+    return [r for r in rows if r["set"] == f"forward {case} integers" and r["p50_ms"]]
 
 
 def fastest_dense_call(calls: list[Row]) -> Row | None:
@@ -191,7 +191,7 @@ def integers(rows: list[Row]) -> Table:
                 error = found[kernel]["error"] if kernel != "ours" else ""
                 gain = f"{float(fastest['p50_ms']) / time:.2f}x"
                 lines.append([name, density, f"{time:.1f}", f"{own / time:.2f}x", gain, error])
-    alone = {r["kernel"]: r for r in _timed(rows, WIDE_CALL)}
+    alone = {r["kernel"]: r for r in _of_integers(rows, WIDE_CALL)}
     for kernel, name in ROUNDING.items():
         if kernel in alone:
             lines.append([name, "", f"{float(alone[kernel]['p50_ms']):.2f}", "", "", alone[kernel]["error"]])

@@ -12,15 +12,14 @@ PUBLISHED = (
 """CogVideoX-5B as the paper reports it (arXiv 2506.16054): density, numbers, attention speed-up, PSNR in dB."""
 
 
-def published(videos: list[Row], calls: list[Row], older_calls: list[Row]) -> Table:
+def published(videos: list[Row], calls: list[Row]) -> Table:
     """The paper's table beside ours: the gain of a call of Wan-14B, and the fidelity of the embedded model.
 
     Args:
         videos: rows of `eval/compare_methods.py`.
-        calls: rows of integer attention.
-        older_calls: rows of its variants, whose bf16 rows serve where there are none of `calls`.
+        calls: rows of `eval/bench_attention.py`.
     """
-    calls = integer_calls(calls or older_calls)
+    calls = integer_calls(calls)
     dense, videos = fastest_dense_call(calls), usual(videos)
     lines = []
     for density, quant, speed, quality in PUBLISHED:
