@@ -24,10 +24,10 @@ def integers(x, dims):
 
 def counted(length):
     """Bool [length]: which keys count in the mean that all of them lose."""
-    part = module._PART if length >= module._MANY else module._CHUNK
+    chunk, part = module.chunk_of(length)
     position = torch.arange(length)
-    first = (position // module._CHUNK * 40503 % 2**16 * (module._CHUNK // part) // 2**16) * part
-    return (position % module._CHUNK >= first) & (position % module._CHUNK < first + part)
+    first = (position // chunk * 40503 % 2**16 * (chunk // part) // 2**16) * part
+    return (position % chunk >= first) & (position % chunk < first + part)
 
 
 def quantize(q, k, v, call, need_lse, kind, reorder):

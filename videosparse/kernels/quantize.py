@@ -14,7 +14,7 @@ A score is q . k x q_scale x k_scale, base 2. Scales are positive.
 Keys are smoothed first: their mean over the tokens of a sample and head is subtracted (SageAttention, arXiv
 2410.02367). That takes the same number q . mean from all scores of a row, so the softmax stays, and what the key
 channels have in common, which is much, need not fit into eight bits. Differs from the paper in the scale of queries,
-one for each row, which costs nothing here, and, from `_MANY` tokens on, in the mean, which is that of every eighth
+one for each row, which costs nothing here, and, from `_MANY_TOKENS` on, in the mean, which is that of every eighth
 key: to subtract any vector changes no output, and the second reading of all keys would be for nothing. A NaN among the
 tokens makes its scale infinite, and the output NaN.
 
@@ -45,9 +45,8 @@ SMALLEST = tl.constexpr(1e-12)  # rows and blocks below count as 0, so that prod
 FP8_MAX = tl.constexpr(448.0)
 GOLDEN = tl.constexpr(40503)  # 2^16 times the golden ratio
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the last bits
-_CHUNK = 256  # tokens whose statistics one program gathers
-_MANY = 16384  # tokens from which on the mean of keys is that of a part of them
-_PART = 32  # keys of a chunk that count in the mean then
+_FEW, _MANY = (128, 128), (512, 64)  # tokens whose statistics one program gathers, and keys of these in the mean
+_MANY_TOKENS = 16384  # tokens of a call from which on it is `_MANY`
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,6 +307,17 @@ def padded_length(length: int) -> int:
     return ceil_div(length, PAD) * PAD
 
 
+def chunk_of(length: int) -> tuple[int, int]:
+    """(tokens of a chunk, keys of it that count in the mean which all keys lose).
+
+    On an H200, at 75,600 tokens x 40 heads, the mean takes 0.07 ms by 64 keys of every 512 tokens, 0.13 by 32 of every
+    256, 0.22 by all. To launch all kernels for a few heads at a time, so that what is read again comes from L2, is no
+    way to save it: a head's 19 MB of keys are too little for a launch and too much for L2 beside what else passes
+    (mean and rounding of keys 1.17 ms for three heads at a time, 0.56 for all).
+    """
+    return _MANY if length >= _MANY_TOKENS else _FEW
+
+
 def quantize(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -328,8 +338,8 @@ def quantize(
     """
     batch, length, heads, dim = q.shape
     padded = padded_length(length)
-    chunks, tiles = ceil_div(length, _CHUNK), padded // SCALED_KEYS
-    part = _PART if length >= _MANY else _CHUNK
+    chunk, part = chunk_of(length)
+    chunks, tiles = ceil_div(length, chunk), padded // SCALED_KEYS
     fp8 = values == "fp8"
     geometry = (length, call.video, call.text_start)
     lens, has_lens = call.seq_lens, call.seq_lens is not None
@@ -342,12 +352,12 @@ def quantize(
     v_scale = make(batch, heads, dim) if fp8 else None
     statistics_kernel[(heads, chunks, batch)](
         k, v, sums, peaks, lens, *_strides(k), *_strides(v), *geometry,
-        HEAD_DIM=dim, ROWS=_CHUNK, PART=part, HAS_LENS=has_lens, VALUES=fp8, num_warps=8,
-        enable_fp_fusion=True,
+        HEAD_DIM=dim, ROWS=chunk, PART=part, HAS_LENS=has_lens, VALUES=fp8,
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     totals_kernel[(dim // 32, heads, batch)](
         sums, peaks, mean, v_scale, lens, *geometry, chunks,
-        HEAD_DIM=dim, ROWS=_CHUNK, PART=part, DIMS=32, TILE=128, HAS_LENS=has_lens, VALUES=fp8,
+        HEAD_DIM=dim, ROWS=chunk, PART=part, DIMS=32, TILE=128, HAS_LENS=has_lens, VALUES=fp8,
         enable_fp_fusion=True,
     )  # fmt: skip
     k8, k_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, tiles, COPIES)
