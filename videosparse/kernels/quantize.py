@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
-from videosparse.kernels.triton_forward import _is_token, _load_rows, _strides
+from videosparse.kernels.triton_common import is_token, load_rows, strides_of
 from videosparse.layout import ceil_div
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -121,14 +121,14 @@ def statistics_kernel(
         end = tl.minimum(tl.load(lens_ptr + sample), length)
     place = ((sample * tl.num_programs(0) + head) * tl.num_programs(1) + chunk) * HEAD_DIM + tl.arange(0, HEAD_DIM)
     position = _first_sampled(chunk, ROWS, PART) + tl.arange(0, PART)
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
-    keys = _load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    keys = load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     if VALUES:
         position = chunk * ROWS + tl.arange(0, ROWS)
-        token = _is_token(position, video, text_start, end)
+        token = is_token(position, video, text_start, end)
         v_base = v_ptr + sample * stride_vb + head * stride_vh
-        values = _load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+        values = load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
         tl.store(peak_ptr + place, tl.max(_magnitude(values), 0))
     tl.store(sum_ptr + place, tl.sum(keys, 0))
 
@@ -205,10 +205,10 @@ def queries_kernel(
     if HAS_LENS:
         end = tl.minimum(tl.load(lens_ptr + sample), length)
     position = tile * ROWS + tl.arange(0, ROWS)
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     base = q_ptr + sample * stride_qb + head * stride_qh
-    x = _load_rows(base, position, stride_ql, token, HEAD_DIM, HEAD_DIM).to(tl.float32) * scale_log2
+    x = load_rows(base, position, stride_ql, token, HEAD_DIM, HEAD_DIM).to(tl.float32) * scale_log2
     ints, scale = _to_int8(x, tl.max(_magnitude(x), 1)[:, None])
     row = (sample * heads + head) * padded + position
     tl.store(out_ptr + row[:, None] * HEAD_DIM + dims[None, :], ints)
@@ -244,10 +244,10 @@ def keys_kernel(
     if HAS_LENS:
         end = tl.minimum(tl.load(lens_ptr + sample), length)
     position = tile * ROWS + tl.arange(0, ROWS)
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     base = k_ptr + sample * stride_kb + head * stride_kh
-    x = _load_rows(base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    x = load_rows(base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     mean = tl.load(mean_ptr + (sample * heads + head) * HEAD_DIM + dims)
     x = tl.where(token[:, None], x - mean[None, :], 0.0)
     ints, scale = _to_int8(x, tl.max(tl.max(_magnitude(x), 1), 0))
@@ -286,10 +286,10 @@ def values_kernel(
     if REORDER:
         source = (place & ~15) + (place & 2) * 4 + (place & 12) // 2 + (place & 1)
     position = tile * ROWS + source
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     base = v_ptr + sample * stride_vb + head * stride_vh
-    x = _load_rows(base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    x = load_rows(base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     if INT8:
         x, scale = _to_int8(x, tl.max(_magnitude(x), 0)[None, :])
         block = (sample * heads + head) * tl.num_programs(1) + tile
@@ -351,7 +351,7 @@ def quantize(
     peaks = make(batch, heads, chunks, dim) if fp8 else None
     v_scale = make(batch, heads, dim) if fp8 else None
     statistics_kernel[(heads, chunks, batch)](
-        k, v, sums, peaks, lens, *_strides(k), *_strides(v), *geometry,
+        k, v, sums, peaks, lens, *strides_of(k), *strides_of(v), *geometry,
         HEAD_DIM=dim, ROWS=chunk, PART=part, HAS_LENS=has_lens, VALUES=fp8,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
@@ -362,13 +362,13 @@ def quantize(
     )  # fmt: skip
     k8, k_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, tiles, COPIES)
     keys_kernel[(heads, tiles, batch)](
-        k, mean, k8, k_scale, lens, *_strides(k), *geometry,
+        k, mean, k8, k_scale, lens, *strides_of(k), *geometry,
         HEAD_DIM=dim, ROWS=SCALED_KEYS, COPIES=COPIES, HAS_LENS=has_lens, enable_fp_fusion=True,
     )  # fmt: skip
     q8, q_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, padded)
     lse = make(batch, heads, length) if need_lse else make(0)
     queries_kernel[(heads, tiles, batch)](
-        q, mean, q8, q_scale, lse, lens, *_strides(q), *geometry, call.scale * LOG2_E,
+        q, mean, q8, q_scale, lse, lens, *strides_of(q), *geometry, call.scale * LOG2_E,
         HEAD_DIM=dim, ROWS=SCALED_KEYS, HAS_LENS=has_lens, NEED_LSE=need_lse, enable_fp_fusion=True,
     )  # fmt: skip
     if values is None:
@@ -378,7 +378,7 @@ def quantize(
     v8 = make(batch, heads, dim, padded, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     rows = PAD if fp8 else SCALED_KEYS
     values_kernel[(heads, padded // rows, batch)](
-        v, v_scale, v8, lens, *_strides(v), *geometry,
+        v, v_scale, v8, lens, *strides_of(v), *geometry,
         HEAD_DIM=dim, ROWS=rows, HAS_LENS=has_lens, REORDER=reorder, INT8=not fp8, enable_fp_fusion=True,
     )  # fmt: skip
     return Quantized(q8, q_scale, k8, k_scale, v8, v_scale, lse)
