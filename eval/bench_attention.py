@@ -29,6 +29,8 @@ FlashAttention-4 (`pip install -e ".[fa4]"`). Ours runs as it does for users; "p
 
 from __future__ import annotations
 
+from videosparse.program import run_program
+
 import argparse
 import csv
 import os
@@ -53,7 +55,6 @@ from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed
 from videosparse.cases import CASES
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import BLOCK
-from videosparse.program import run_program
 
 OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/attention.csv"
 DENSITIES = (0.5, 0.25, 0.1, 0.05)

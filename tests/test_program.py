@@ -14,8 +14,6 @@ from videosparse import interrupts
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path for folder in ("eval", "lora", "pipelines") for path in (ROOT / folder).glob("*.py"))
-# still with its imports in the usual order, as pyproject.toml allows it
-LATER = {"bench_attention.py"}
 
 
 def ended(*arguments, path=ROOT):
@@ -67,7 +65,7 @@ def test_ctrl_c_after_the_package_is_one_line(tmp_path):
     assert ended("-m", "videosparse", path=tmp_path) == INTERRUPTED
 
 
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.name not in LATER], ids=lambda p: p.stem)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
 def test_ctrl_c_while_a_program_is_imported_is_one_line(program, tmp_path):
     """The signal comes while PyTorch, the first library that takes seconds, is imported."""
     (tmp_path / "torch.py").write_text(HIDDEN)

@@ -115,7 +115,7 @@ def test_nan_of_tokens_shows(position, wrong):
 @pytest.fixture(params=["all keys", "a part of them"])
 def _mean_of(request, monkeypatch):
     """The mean that keys lose is that of a part of them in calls on many tokens."""
-    monkeypatch.setattr(module, "_MANY", 10**9 if request.param == "all keys" else 1)
+    monkeypatch.setattr(module, "_MANY_TOKENS", 10**9 if request.param == "all keys" else 1)
 
 
 @pytest.mark.usefixtures("_mean_of")
@@ -148,15 +148,16 @@ def test_any_mean_leaves_output_and_lse(kind):
     run_and_check("int8", layout, None, q, quantized.biased(k), v)
 
 
-@pytest.mark.parametrize("grid", [(21, 64, 64), (21, 32, 128), (21, 45, 80), (16, 16, 16)])
+@pytest.mark.parametrize("grid", [(21, 64, 64), (21, 32, 128), (21, 45, 80), (64, 16, 16)])
 def test_a_part_of_keys_is_everywhere_in_frames_of_any_size(grid, monkeypatch):
     """Every row, every column and every frame has its share, though not to the token."""
-    monkeypatch.setattr(module, "_MANY", 1)
-    share = quantized.counted(math.prod(grid)).view(grid).float() / (module._PART / module._CHUNK)
+    monkeypatch.setattr(module, "_MANY_TOKENS", 1)
+    share = 8 * quantized.counted(math.prod(grid)).view(grid).float()
     for dims in ((0, 1), (0, 2)):
         line = share.mean(dims)
-        assert 0.4 < line.min() <= line.max() < 1.8
-    assert 0.6 < share.mean((1, 2)).min() <= share.mean((1, 2)).max() < 1.4
+        assert 0.2 < line.min() <= line.max() < 2.5
+    for part in share.mean((1, 2)).split(4):  # frames of 256 tokens may have none
+        assert 0.6 < part.mean() < 1.4
     assert abs(share.mean() - 1) < 0.02
 
 

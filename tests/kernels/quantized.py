@@ -12,7 +12,7 @@ QUANTS = ["int8", "int8-fp8", "int8-int8"]
 LIMITS = {"int8": 0.03, "int8-fp8": 0.05, "int8-int8": 0.03}
 """Largest relative error in the mean square. FP8 e4m3 rounds by 2.5 %, values and weights alike, and INT8 scores add
 1 %: where nothing is common to the values, as here, that is 3.7 % of the output. On Hopper weights are off by 3.1 %
-(`hopper_int8_softmax`), which makes it 4.2 %."""
+(see `hopper_int8_softmax`), and that is 4.2 %."""
 
 
 def integers(x, dims):
@@ -24,10 +24,10 @@ def integers(x, dims):
 
 def counted(length):
     """Bool [length]: which keys count in the mean that all of them lose."""
-    part = module._PART if length >= module._MANY else module._CHUNK
+    chunk, part = module.chunk_of(length)
     position = torch.arange(length)
-    first = (position // module._CHUNK * 40503 % 2**16 * (module._CHUNK // part) // 2**16) * part
-    return (position % module._CHUNK >= first) & (position % module._CHUNK < first + part)
+    first = (position // chunk * 40503 % 2**16 * (chunk // part) // 2**16) * part
+    return (position % chunk >= first) & (position % chunk < first + part)
 
 
 def quantize(q, k, v, call, need_lse, kind, reorder):

@@ -92,11 +92,15 @@ def test_offsets_are_64_bit(values):
 
 PASS = {
     "statistics_kernel": (
-        {"HEAD_DIM": 128, "ROWS": 256, "PART": 32, "HAS_LENS": True, "VALUES": True},
+        {"HEAD_DIM": 128, "ROWS": 512, "PART": 64, "HAS_LENS": True, "VALUES": True},
+        {"k_ptr": "*bf16", "v_ptr": "*bf16", "sum_ptr": "*fp32", "peak_ptr": "*fp32"},
+    ),
+    "statistics_kernel of few": (
+        {"HEAD_DIM": 128, "ROWS": 128, "PART": 128, "HAS_LENS": True, "VALUES": True},
         {"k_ptr": "*bf16", "v_ptr": "*bf16", "sum_ptr": "*fp32", "peak_ptr": "*fp32"},
     ),
     "totals_kernel": (
-        {"HEAD_DIM": 128, "ROWS": 256, "PART": 32, "DIMS": 32, "TILE": 128, "HAS_LENS": True, "VALUES": True},
+        {"HEAD_DIM": 128, "ROWS": 512, "PART": 64, "DIMS": 32, "TILE": 128, "HAS_LENS": True, "VALUES": True},
         {"sum_ptr": "*fp32", "peak_ptr": "*fp32", "mean_ptr": "*fp32", "v_scale_ptr": "*fp32"},
     ),
     "queries_kernel": (
@@ -123,8 +127,10 @@ PASS = {
 def test_the_pass_reads_and_writes_16_bytes_at_a_time(name, capability, tmp_path):
     if name == "values_kernel" and capability < 89:
         pytest.skip("no FP8")
-    compiled = compiled_for(capability, getattr(quantize, name.split()[0]), *PASS[name], {"num_warps": 4})
+    kernel = name.split()[0]
+    options = {"num_warps": 8 if kernel == "statistics_kernel" else 4}
+    compiled = compiled_for(capability, getattr(quantize, kernel), *PASS[name], options)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
-    assert name in ("statistics_kernel", "totals_kernel") or "st.global.v4.b32" in compiled.asm["ptx"]
+    assert kernel in ("statistics_kernel", "totals_kernel") or "st.global.v4.b32" in compiled.asm["ptx"]
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, used

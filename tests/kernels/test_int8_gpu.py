@@ -110,7 +110,7 @@ def test_ids_of_both_sizes_give_the_same(quant, block, monkeypatch):
 @pytest.mark.parametrize("kind", ["video", "ragged text"])
 def test_keys_lose_the_mean_of_a_part_of_them(quant, kind, monkeypatch):
     """Which changes nothing beyond rounding, so that the bounds stay."""
-    monkeypatch.setattr(quantize, "_MANY", 1)
+    monkeypatch.setattr(quantize, "_MANY_TOKENS", 1)
     layout = make_layout(kind, "cuda", MIDDLE)
     q, k, v = make_qkv(layout, torch.bfloat16, dim=128, device="cuda")
     k = quantized.biased(k)
@@ -176,6 +176,7 @@ def test_no_recompiles_over_lengths_densities_and_maps(quant):
         attend(q, k, v, layout=layout, index=index, return_lse=True, options=KernelOptions(quant=quant))
 
     call(3, 13, 0.5, "shared", 2, 3)
+    call(16, 61, 0.5, "shared", 1, 2)  # rounding has two binaries, for few and for many tokens
     before = compiled_so_far()
     assert sum(before[1]) > 0
     for arguments in OTHER_CALLS:

@@ -14,7 +14,7 @@ A score is q . k x q_scale x k_scale, base 2. Scales are positive.
 Keys are smoothed first: their mean over the tokens of a sample and head is subtracted (SageAttention, arXiv
 2410.02367). That takes the same number q . mean from all scores of a row, so the softmax stays, and what the key
 channels have in common, which is much, need not fit into eight bits. Differs from the paper in the scale of queries,
-one for each row, which costs nothing here, and, from `_MANY` tokens on, in the mean, which is that of every eighth
+one for each row, which costs nothing here, and, from `_MANY_TOKENS` on, in the mean, which is that of every eighth
 key: to subtract any vector changes no output, and the second reading of all keys would be for nothing. A NaN among the
 tokens makes its scale infinite, and the output NaN.
 
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
-from videosparse.kernels.triton_forward import _is_token, _load_rows, _strides
+from videosparse.kernels.triton_common import is_token, load_rows, strides_of
 from videosparse.layout import ceil_div
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -45,9 +45,8 @@ SMALLEST = tl.constexpr(1e-12)  # rows and blocks below count as 0, so that prod
 FP8_MAX = tl.constexpr(448.0)
 GOLDEN = tl.constexpr(40503)  # 2^16 times the golden ratio
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the last bits
-_CHUNK = 256  # tokens whose statistics one program gathers
-_MANY = 16384  # tokens from which on the mean of keys is that of a part of them
-_PART = 32  # keys of a chunk that count in the mean then
+_FEW, _MANY = (128, 128), (512, 64)  # tokens whose statistics one program gathers, and keys of these in the mean
+_MANY_TOKENS = 16384  # tokens of a call from which on it is `_MANY`
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +121,14 @@ def statistics_kernel(
         end = tl.minimum(tl.load(lens_ptr + sample), length)
     place = ((sample * tl.num_programs(0) + head) * tl.num_programs(1) + chunk) * HEAD_DIM + tl.arange(0, HEAD_DIM)
     position = _first_sampled(chunk, ROWS, PART) + tl.arange(0, PART)
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     k_base = k_ptr + sample * stride_kb + head * stride_kh
-    keys = _load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    keys = load_rows(k_base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     if VALUES:
         position = chunk * ROWS + tl.arange(0, ROWS)
-        token = _is_token(position, video, text_start, end)
+        token = is_token(position, video, text_start, end)
         v_base = v_ptr + sample * stride_vb + head * stride_vh
-        values = _load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+        values = load_rows(v_base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
         tl.store(peak_ptr + place, tl.max(_magnitude(values), 0))
     tl.store(sum_ptr + place, tl.sum(keys, 0))
 
@@ -206,10 +205,10 @@ def queries_kernel(
     if HAS_LENS:
         end = tl.minimum(tl.load(lens_ptr + sample), length)
     position = tile * ROWS + tl.arange(0, ROWS)
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     base = q_ptr + sample * stride_qb + head * stride_qh
-    x = _load_rows(base, position, stride_ql, token, HEAD_DIM, HEAD_DIM).to(tl.float32) * scale_log2
+    x = load_rows(base, position, stride_ql, token, HEAD_DIM, HEAD_DIM).to(tl.float32) * scale_log2
     ints, scale = _to_int8(x, tl.max(_magnitude(x), 1)[:, None])
     row = (sample * heads + head) * padded + position
     tl.store(out_ptr + row[:, None] * HEAD_DIM + dims[None, :], ints)
@@ -245,10 +244,10 @@ def keys_kernel(
     if HAS_LENS:
         end = tl.minimum(tl.load(lens_ptr + sample), length)
     position = tile * ROWS + tl.arange(0, ROWS)
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     base = k_ptr + sample * stride_kb + head * stride_kh
-    x = _load_rows(base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    x = load_rows(base, position, stride_kl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     mean = tl.load(mean_ptr + (sample * heads + head) * HEAD_DIM + dims)
     x = tl.where(token[:, None], x - mean[None, :], 0.0)
     ints, scale = _to_int8(x, tl.max(tl.max(_magnitude(x), 1), 0))
@@ -287,10 +286,10 @@ def values_kernel(
     if REORDER:
         source = (place & ~15) + (place & 2) * 4 + (place & 12) // 2 + (place & 1)
     position = tile * ROWS + source
-    token = _is_token(position, video, text_start, end)
+    token = is_token(position, video, text_start, end)
     dims = tl.arange(0, HEAD_DIM)
     base = v_ptr + sample * stride_vb + head * stride_vh
-    x = _load_rows(base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
+    x = load_rows(base, position, stride_vl, token, HEAD_DIM, HEAD_DIM).to(tl.float32)
     if INT8:
         x, scale = _to_int8(x, tl.max(_magnitude(x), 0)[None, :])
         block = (sample * heads + head) * tl.num_programs(1) + tile
@@ -306,6 +305,17 @@ def values_kernel(
 def padded_length(length: int) -> int:
     """Rows of the quantized tensors."""
     return ceil_div(length, PAD) * PAD
+
+
+def chunk_of(length: int) -> tuple[int, int]:
+    """(tokens of a chunk, keys of it that count in the mean which all keys lose).
+
+    On an H200, at 75,600 tokens x 40 heads, the mean takes 0.07 ms by 64 keys of every 512 tokens, 0.13 by 32 of every
+    256, 0.22 by all. To launch all kernels for a few heads at a time, so that what is read again comes from L2, is no
+    way to save it: a head's 19 MB of keys are too little for a launch and too much for L2 beside what else passes
+    (mean and rounding of keys 1.17 ms for three heads at a time, 0.56 for all).
+    """
+    return _MANY if length >= _MANY_TOKENS else _FEW
 
 
 def quantize(
@@ -328,8 +338,8 @@ def quantize(
     """
     batch, length, heads, dim = q.shape
     padded = padded_length(length)
-    chunks, tiles = ceil_div(length, _CHUNK), padded // SCALED_KEYS
-    part = _PART if length >= _MANY else _CHUNK
+    chunk, part = chunk_of(length)
+    chunks, tiles = ceil_div(length, chunk), padded // SCALED_KEYS
     fp8 = values == "fp8"
     geometry = (length, call.video, call.text_start)
     lens, has_lens = call.seq_lens, call.seq_lens is not None
@@ -341,24 +351,24 @@ def quantize(
     peaks = make(batch, heads, chunks, dim) if fp8 else None
     v_scale = make(batch, heads, dim) if fp8 else None
     statistics_kernel[(heads, chunks, batch)](
-        k, v, sums, peaks, lens, *_strides(k), *_strides(v), *geometry,
-        HEAD_DIM=dim, ROWS=_CHUNK, PART=part, HAS_LENS=has_lens, VALUES=fp8, num_warps=8,
-        enable_fp_fusion=True,
+        k, v, sums, peaks, lens, *strides_of(k), *strides_of(v), *geometry,
+        HEAD_DIM=dim, ROWS=chunk, PART=part, HAS_LENS=has_lens, VALUES=fp8,
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     totals_kernel[(dim // 32, heads, batch)](
         sums, peaks, mean, v_scale, lens, *geometry, chunks,
-        HEAD_DIM=dim, ROWS=_CHUNK, PART=part, DIMS=32, TILE=128, HAS_LENS=has_lens, VALUES=fp8,
+        HEAD_DIM=dim, ROWS=chunk, PART=part, DIMS=32, TILE=128, HAS_LENS=has_lens, VALUES=fp8,
         enable_fp_fusion=True,
     )  # fmt: skip
     k8, k_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, tiles, COPIES)
     keys_kernel[(heads, tiles, batch)](
-        k, mean, k8, k_scale, lens, *_strides(k), *geometry,
+        k, mean, k8, k_scale, lens, *strides_of(k), *geometry,
         HEAD_DIM=dim, ROWS=SCALED_KEYS, COPIES=COPIES, HAS_LENS=has_lens, enable_fp_fusion=True,
     )  # fmt: skip
     q8, q_scale = make(batch, heads, padded, dim, dtype=torch.int8), make(batch, heads, padded)
     lse = make(batch, heads, length) if need_lse else make(0)
     queries_kernel[(heads, tiles, batch)](
-        q, mean, q8, q_scale, lse, lens, *_strides(q), *geometry, call.scale * LOG2_E,
+        q, mean, q8, q_scale, lse, lens, *strides_of(q), *geometry, call.scale * LOG2_E,
         HEAD_DIM=dim, ROWS=SCALED_KEYS, HAS_LENS=has_lens, NEED_LSE=need_lse, enable_fp_fusion=True,
     )  # fmt: skip
     if values is None:
@@ -368,7 +378,7 @@ def quantize(
     v8 = make(batch, heads, dim, padded, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     rows = PAD if fp8 else SCALED_KEYS
     values_kernel[(heads, padded // rows, batch)](
-        v, v_scale, v8, lens, *_strides(v), *geometry,
+        v, v_scale, v8, lens, *strides_of(v), *geometry,
         HEAD_DIM=dim, ROWS=rows, HAS_LENS=has_lens, REORDER=reorder, INT8=not fp8, enable_fp_fusion=True,
     )  # fmt: skip
     return Quantized(q8, q_scale, k8, k_scale, v8, v_scale, lse)

@@ -42,9 +42,6 @@ from videosparse.kernels.triton_common import (
 from videosparse.kernels.triton_far import NO_REACH, REACH, change, raster
 from videosparse.layout import ceil_div
 
-# as `quantize` still names them
-_is_token, _load_rows, _strides = is_token, load_rows, strides_of
-
 SIZES = ["video", "text_start", "length", "rows", "heads", "map_rows", "map_heads", "shares"]
 
 
