@@ -16,12 +16,18 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path for folder in ("eval", "lora", "pipelines") for path in (ROOT / folder).glob("*.py"))
 
 
+def hear_interrupts():
+    """Shells start what they put into the background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def ended(*arguments, path=ROOT):
     """(exit code, stderr) of Python."""
     environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False,
+        preexec_fn=hear_interrupts,
+    )  # fmt: skip
     return done.returncode, done.stderr
 
 
