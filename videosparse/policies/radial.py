@@ -138,6 +138,10 @@ class _Pieces:
     frame: torch.Tensor
     start: torch.Tensor  # first raster position inside the frame
     stop: torch.Tensor  # one past the last
+    first: int | None  # number of the first block where the others follow without a gap, else None
+
+    def __len__(self) -> int:
+        return self.number.shape[0]
 
 
 def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> list[_Pieces]:
@@ -147,24 +151,28 @@ def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> lis
     block at its end may lose the rest of that frame.
     """
     tokens = grid.frame_tokens
-    ranks: list[list[tuple[int, int, int, int]]] = []
-    seen: dict[int, int] = {}
-    for frame in range(grid.frames):
-        first, offset = divmod(frame * tokens, block)
-        last = (frame * tokens + tokens - 1) // block
-        for number in range(first, min(last + 1, first + ceil_div(tokens, block)) if cut else last + 1):
-            start = (number - first) * block - offset
-            rank = seen.get(number, 0)
-            seen[number] = rank + 1
-            if rank == len(ranks):
-                ranks.append([])
-            ranks[rank].append((number, frame, max(0, start), min(tokens, start + block)))
-    return [_Pieces(*_upload([list(column) for column in zip(*rank, strict=True)], device)) for rank in ranks]
+    begin = torch.arange(grid.frames) * tokens
+    touched = (begin + tokens - 1) // block - begin // block + 1
+    if cut:
+        touched.clamp_(max=ceil_div(tokens, block))
+    frame = torch.repeat_interleave(touched)
+    nth = torch.arange(len(frame)) - (touched.cumsum(0) - touched)[frame]
+    number = begin[frame] // block + nth
+    start = nth * block - begin[frame] % block
+    columns = torch.stack([number, frame, start.clamp(min=0), (start + block).clamp(max=tokens)])
+    rank = torch.arange(len(frame)) - torch.searchsorted(number, number)  # numbers ascend: how often this one came
+    return [_place(columns[:, rank == r], device) for r in range(int(rank.max()) + 1)]
 
 
-def _upload(numbers: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+def _place(columns: torch.Tensor, device: torch.device) -> _Pieces:
+    number = columns[0]
+    gapless = int(number[-1] - number[0]) + 1 == len(number)
+    return _Pieces(*_upload(columns, device), first=int(number[0]) if gapless else None)
+
+
+def _upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
     """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
-    tensor = torch.tensor(numbers, dtype=torch.int32)
+    tensor = numbers.to(torch.int32)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -193,7 +201,7 @@ def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> t
     """bool [ceil(V / rows), ceil(V / columns)] of a video."""
     (block_q, block_k), majority = policy.block, policy.coverage == "majority"
     keep = torch.zeros(ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k), dtype=torch.bool, device=device)
-    bands = _upload(policy.band(grid), device)
+    bands = _upload(torch.tensor(policy.band(grid)), device)
     column_ranks = _pieces(grid, block_k, majority, device)
     for rows in _pieces(grid, block_q, majority, device):
         for row in _slabs(rows, keep.shape[1]):
@@ -202,18 +210,26 @@ def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> t
                 if policy.sink:
                     width = torch.where(col.frame == 0, grid.frame_tokens, width)
                 inside = _inside_majority(row, col, width, block_q) if majority else _inside_any(row, col, width)
-                # the numbers of one rank are distinct, so this reads and writes each block once
-                where = row.number.long()[:, None], col.number.long()
-                keep[where] = keep[where] | (inside & (width >= 0))
+                _add(keep, row, col, inside & (width >= 0))
     if majority:
         _keep_partial(keep, grid.tokens, policy)
     return keep
 
 
+def _add(keep: torch.Tensor, row: _Pieces, col: _Pieces, more: torch.Tensor) -> None:
+    """Keep the blocks of these rows and columns where `more` says so."""
+    if row.first is not None and col.first is not None:  # nearly all of them, and no gather
+        keep[row.first : row.first + len(row), col.first : col.first + len(col)] |= more
+    else:
+        # the numbers of one rank are distinct, so this reads and writes each block once
+        where = row.number.long()[:, None], col.number.long()
+        keep[where] = keep[where] | more
+
+
 def _slabs(rows: _Pieces, columns: int) -> list[_Pieces]:
     size = max(1, _SLAB // columns)
-    parts = (torch.split(t, size) for t in (rows.number, rows.frame, rows.start, rows.stop))
-    return [_Pieces(*part) for part in zip(*parts, strict=True)]
+    parts = zip(*(torch.split(t, size) for t in (rows.number, rows.frame, rows.start, rows.stop)), strict=True)
+    return [_Pieces(*p, first=None if rows.first is None else rows.first + i * size) for i, p in enumerate(parts)]
 
 
 def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None:
@@ -237,7 +253,8 @@ def _most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> 
     # a run of n tokens that starts anywhere touches at most this many blocks
     touched = [0 if w < 0 else (min(tokens, block_q + 2 * w) - 2) // block_k + 2 for w in bands]
     frame_rows = (tokens - 2) // block_q + 2
-    pairs = sum(touched[abs(i - j)] for i in range(grid.frames) for j in range(grid.frames))
+    apart = [grid.frames, *(2 * (grid.frames - d) for d in range(1, grid.frames))]  # pairs of frames, by distance
+    pairs = sum(n * blocks for n, blocks in zip(apart, touched, strict=True))
     full = (tokens - 2) // block_k + 2
     sink = full * grid.frames if policy.sink else 0
     video = ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k)
