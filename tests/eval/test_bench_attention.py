@@ -210,6 +210,20 @@ def test_calls_take_turns_and_slow_ones_run_thrice(no_gpu):
     assert len(times["fast"]) == timing.FEWEST_ROUNDS
 
 
+def test_the_same_work_comes_ahead_of_every_call(no_gpu):
+    """Also in the round that warms up, and it is not timed."""
+    ran = []
+
+    def call(name, milliseconds):
+        return lambda: (ran.append(name), spend(milliseconds))
+
+    calls = {"fast": call("fast", 2), "other": call("other", 3)}
+    times = timing.interleave(calls, rounds=5, seconds=60, before=call("heat", 15))
+    assert times == {"fast": [2.0] * 5, "other": [3.0] * 5}
+    assert ran[::2] == ["heat"] * 12
+    assert sorted(ran[1::2]) == ["fast"] * 6 + ["other"] * 6
+
+
 def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
     """Right kernels are timed; a wrong, a failing and a missing one get a row that says so."""
 
@@ -225,7 +239,7 @@ def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.torch, "device", lambda name: CPU)
     monkeypatch.setattr(torch, "bfloat16", torch.float32)
     monkeypatch.setattr(
-        bench, "interleave", lambda calls, rounds, seconds: {key: [1.0, 2.0, 3.0] for key in calls if key is not None}
+        bench, "interleave", lambda calls, rounds, seconds, before: before() or {key: [1.0, 2.0, 3.0] for key in calls}
     )
     entries = [Entry("ours"), *(Entry(k, "uniform", 0.4, BLOCK) for k in ("ours", "fa2", "portable")), Entry("fa3")]
     rows = bench.run_set(bench.BenchSet("forward", "64x64", TINY, tuple(entries)), rounds=3, seconds=1)

@@ -52,6 +52,12 @@ def results(tmp_path):
             "p50_ms": ms, "error": error,
         }
         for kernel, policy, density, ms, error in calls
+    ] + [
+        {
+            "set": f"forward {WAN} integer values", "case": WAN, "kernel": kernel, "policy": "uniform",
+            "density": "0.3000", "p50_ms": ms, "error": "1e-3",
+        }
+        for kernel, ms in (("ours", "66"), ("int8-int8", "88"))
     ])  # fmt: skip
     write_rows(tmp_path / "integer_errors.csv", [
         {"inputs": inputs, "quant": quant, "error": error, "error_worst": "0.0312"}
@@ -88,6 +94,7 @@ def test_tables(results, monkeypatch):
     lines = tables.made("integers").splitlines()
     assert "| fastest dense, videosparse | 1.000 | 180.0 |  |  |  |" in lines
     assert "| INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 |" in lines
+    assert "| INT8, INT8 values | 0.3000 | 88.0 | 0.75x | 2.05x | 1e-3 |" in lines, "beside bf16 of its own set"
     assert lines[-1] == "| rounding alone, INT8 |  | 0.61 |  |  | 0.007 |"
     assert "| hard | 1.10% (3.12%) | 1.56% (3.12%) |" in tables.made("integer_errors")
     assert f"| {WAN} | 40.0 ms | +0.20 ms | +0.70 ms | -0.10 ms | 2.00 % |" in tables.made("reorder_cost")

@@ -165,8 +165,9 @@ def integer_calls(rows: list[Row], case: str = WIDE_CALL) -> list[Row]:
 
 
 def _timed(rows: list[Row], case: str) -> list[Row]:
-    """What was timed in turn in the set of integers."""
-    return [r for r in rows if r["set"] == f"forward {case} integers" and r["p50_ms"]]
+    """What was timed in the sets of integers: those with values in 16 or 8 bits floating, and those in INT8."""
+    sets = [f"forward {case} {label}" for label in ("integers", "integer values")]
+    return [r for name in sets for r in rows if r["set"] == name and r["p50_ms"]]
 
 
 def fastest_dense_call(calls: list[Row]) -> Row | None:
@@ -184,11 +185,12 @@ def integers(rows: list[Row]) -> Table:
         return head, []
     name = f"fastest dense, {KERNELS[fastest['kernel']]}"
     lines = [[name, "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", ""]]
+    own_times = {(r["set"], r["density"]): float(r["p50_ms"]) for r in calls if r["kernel"] == "ours"}
     for density in dict.fromkeys(r["density"] for r in calls):
-        found = {r["kernel"]: r for r in calls if r["density"] == density and r["policy"] in ("dense", "uniform")}
+        found = {r["kernel"]: r for r in reversed(calls) if r["density"] == density}
         for kernel, name in {"ours": "bf16", **INTEGERS}.items():
             if kernel in found:
-                time, own = (float(found[k]["p50_ms"]) for k in (kernel, "ours"))
+                time, own = float(found[kernel]["p50_ms"]), own_times[found[kernel]["set"], density]
                 error = found[kernel]["error"] if kernel != "ours" else ""
                 gain = f"{float(fastest['p50_ms']) / time:.2f}x"
                 lines.append([name, density, f"{time:.1f}", f"{own / time:.2f}x", gain, error])

@@ -34,11 +34,14 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f}"
 
 
-def interleave(calls: dict[Any, Call], rounds: int, seconds: float) -> dict[Any, list[float]]:
+def interleave(
+    calls: dict[Any, Call], rounds: int, seconds: float, before: Call | None = None
+) -> dict[Any, list[float]]:
     """Milliseconds of each call, in turn. Calls that take seconds run thrice.
 
-    Every round has an order of its own: a card is slower after a call that heats it, so no call may always follow the
-    same one.
+    A card is slower after a call that heats it. So every round has an order of its own, and `before`, where given, runs
+    ahead of each call, untimed: the same work for all, long enough that the card forgets the call before. It also keeps
+    the card busy while the call is launched, so that only the card is timed.
     """
     times: dict[Any, list[float]] = {key: [] for key in calls}
     orders = random.Random(0)
@@ -48,6 +51,8 @@ def interleave(calls: dict[Any, Call], rounds: int, seconds: float) -> dict[Any,
         for key in orders.sample(list(calls), len(calls)):
             if len(times[key]) >= 3 and min(times[key]) > SLOW_MS:
                 continue
+            if before is not None:
+                before()
             events[key] = _event(), _event()
             events[key][0].record()
             calls[key]()

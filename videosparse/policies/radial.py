@@ -165,9 +165,9 @@ def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> lis
 
 
 def _place(columns: torch.Tensor, device: torch.device) -> _Pieces:
-    number = columns[0]
-    gapless = int(number[-1] - number[0]) + 1 == len(number)
-    return _Pieces(*_upload(columns, device), first=int(number[0]) if gapless else None)
+    first, last = int(columns[0, 0]), int(columns[0, -1])
+    number, frame, start, stop = _upload(columns, device)
+    return _Pieces(number, frame, start, stop, first if last - first + 1 == columns.shape[1] else None)
 
 
 def _upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -228,8 +228,12 @@ def _add(keep: torch.Tensor, row: _Pieces, col: _Pieces, more: torch.Tensor) -> 
 
 def _slabs(rows: _Pieces, columns: int) -> list[_Pieces]:
     size = max(1, _SLAB // columns)
-    parts = zip(*(torch.split(t, size) for t in (rows.number, rows.frame, rows.start, rows.stop)), strict=True)
-    return [_Pieces(*p, first=None if rows.first is None else rows.first + i * size) for i, p in enumerate(parts)]
+    slabs = []
+    for begin in range(0, len(rows), size):
+        parts = (t[begin : begin + size] for t in (rows.number, rows.frame, rows.start, rows.stop))
+        number, frame, start, stop = parts
+        slabs.append(_Pieces(number, frame, start, stop, None if rows.first is None else rows.first + begin))
+    return slabs
 
 
 def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None:
