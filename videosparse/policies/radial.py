@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, check_block
@@ -150,29 +151,30 @@ def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> lis
     With `cut`, only the first ceil(tokens / block) blocks that a frame touches see it, as in the authors' code: the
     block at its end may lose the rest of that frame.
     """
+    # in NumPy: on many cores torch hands even a search among thousands to all of its threads
     tokens = grid.frame_tokens
-    begin = torch.arange(grid.frames) * tokens
+    begin = np.arange(grid.frames) * tokens
     touched = (begin + tokens - 1) // block - begin // block + 1
     if cut:
-        touched.clamp_(max=ceil_div(tokens, block))
-    frame = torch.repeat_interleave(touched)
-    nth = torch.arange(len(frame)) - (touched.cumsum(0) - touched)[frame]
+        touched = np.minimum(touched, ceil_div(tokens, block))
+    frame = np.repeat(np.arange(grid.frames), touched)
+    nth = np.arange(len(frame)) - (touched.cumsum() - touched)[frame]
     number = begin[frame] // block + nth
     start = nth * block - begin[frame] % block
-    columns = torch.stack([number, frame, start.clamp(min=0), (start + block).clamp(max=tokens)])
-    rank = torch.arange(len(frame)) - torch.searchsorted(number, number)  # numbers ascend: how often this one came
+    columns = np.stack([number, frame, np.maximum(start, 0), np.minimum(start + block, tokens)])
+    rank = np.arange(len(frame)) - np.searchsorted(number, number)  # numbers ascend: how often this one came
     return [_place(columns[:, rank == r], device) for r in range(int(rank.max()) + 1)]
 
 
-def _place(columns: torch.Tensor, device: torch.device) -> _Pieces:
+def _place(columns: np.ndarray, device: torch.device) -> _Pieces:
     first, last = int(columns[0, 0]), int(columns[0, -1])
     number, frame, start, stop = _upload(columns, device)
     return _Pieces(number, frame, start, stop, first if last - first + 1 == columns.shape[1] else None)
 
 
-def _upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _upload(numbers: list[int] | np.ndarray, device: torch.device) -> torch.Tensor:
     """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
-    tensor = numbers.to(torch.int32)
+    tensor = torch.tensor(numbers, dtype=torch.int32)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -201,7 +203,7 @@ def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> t
     """bool [ceil(V / rows), ceil(V / columns)] of a video."""
     (block_q, block_k), majority = policy.block, policy.coverage == "majority"
     keep = torch.zeros(ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k), dtype=torch.bool, device=device)
-    bands = _upload(torch.tensor(policy.band(grid)), device)
+    bands = _upload(policy.band(grid), device)
     column_ranks = _pieces(grid, block_k, majority, device)
     for rows in _pieces(grid, block_q, majority, device):
         for row in _slabs(rows, keep.shape[1]):
