@@ -22,9 +22,9 @@ from videosparse.program import run_program
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import finish
-from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import Row, usual
 from videosparse.evaluation.page.summary import Group, sizes_of
+from videosparse.evaluation.table import read_table
 from videosparse.metrics.bootstrap import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,11 +101,11 @@ def level(axes: plt.Axes, groups: Sequence[Group], method: str, name: str, facto
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=ROOT / "assets/results/method_comparison.csv")
+    parser.add_argument("--rows", type=Path, default=ROOT / "assets/results/method_comparison.parquet")
     parser.add_argument("--output", type=Path, default=ROOT / "assets/figures/methods.png")
     args = parser.parse_args(argv)
     try:
-        rows = read_rows(args.rows, NEEDED)
+        rows = read_table(args.rows, NEEDED)
     except ValueError as error:
         parser.error(str(error))
     groups = [group for size in sizes_of(usual(rows)) for group in size.groups]

@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt
 from videosparse.benchmark.figures import finish
 from videosparse.benchmark.rows import read_rows
 from videosparse.benchmark.tables import COMPARED_AT, usual
+from videosparse.evaluation.table import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 # one colour for the order of tokens, one line for the kind of numbers
@@ -68,12 +69,12 @@ def panel(axes: plt.Axes, lines: dict[tuple[str, str], list[tuple[float, float]]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--errors", type=Path, default=ROOT / "assets/results/reordering.csv")
-    parser.add_argument("--videos", type=Path, default=ROOT / "assets/results/method_comparison.csv")
+    parser.add_argument("--videos", type=Path, default=ROOT / "assets/results/method_comparison.parquet")
     parser.add_argument("--output", type=Path, default=ROOT / "assets/figures/reordering.png")
     args = parser.parse_args(argv)
     try:
         calls = read_rows(args.errors, ("frames", "method", "quant", "density", "error"))
-        videos = read_rows(
+        videos = read_table(
             args.videos, ("setting", "method", "quant", "frames", "height", "width", "video_density", "psnr_db")
         )
     except ValueError as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from videosparse.program import run_program
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from videosparse.benchmark import (
 )
 from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
 from videosparse.evaluation import method_table
+from videosparse.evaluation.table import read_table
 from videosparse.generation.stack import together
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,12 +42,9 @@ Maker = Callable[..., Table | str]
 
 
 def read(name: str) -> list[Row]:
-    """The rows of a file; none where there is no file."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a file, CSV or Parquet; none where there is no file."""
+    paths = (RESULTS / f"{name}{suffix}" for suffix in (".csv", ".parquet"))
+    return next((read_table(path) for path in paths if path.exists()), [])
 
 
 def apart(maker: Callable[..., Table]) -> Maker:
@@ -75,7 +72,7 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     "recall": (("attention_recall",), quality_tables.recall),
     "fidelity": (("method_comparison",), method_table.fidelity),
     "methods": (
-        ("method_comparison",), method_table.side_by_side, method_table.missing_sizes,
+        ("method_comparison",), method_table.side_by_side, method_table.missing_sizes, method_table.earlier_weights,
         picture("methods.png", "PSNR and right videos by density, PSNR by length"), method_table.methods,
     ),
     "gains": (("method_comparison",), method_table.gains),

@@ -98,6 +98,14 @@ def missing_sizes(rows: list[Row]) -> str:
     return f"Not measured yet: {', '.join(missing)}." if missing else ""
 
 
+def earlier_weights(rows: list[Row]) -> str:
+    """A sentence that names the sizes whose rows are of other weights than the newest; empty where there are none."""
+    newest = max(rows, key=lambda row: row["run"], default={}).get("weights")
+    titles = {"x".join(row[n] for n in ("frames", "height", "width")) for row in rows if row.get("weights") != newest}
+    listed = ", ".join(title for title in SIZES if title in titles)
+    return f"Of the model before its last round of training: {listed}." if listed else ""
+
+
 def methods(rows: list[Row]) -> str:
     """Every setting at every size, with the anchors: how like dense it is, and what its videos show."""
     parts = []

@@ -232,7 +232,7 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Seque
     data = {name: _column([_text(row.get(name)) for row in rows]) for name in columns}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    arrow.parquet.write_table(arrow.table(data), part)
+    arrow.parquet.write_table(arrow.table(data), part, compression="zstd")
     part.replace(path)
 
 
