@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 
 def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None:
@@ -21,5 +24,9 @@ def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None
         handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=columns, frameon=False
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=110)
+    # lines and letters need few colours: a third of the bytes
+    few = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     print(path)
