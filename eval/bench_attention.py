@@ -11,7 +11,8 @@
 Everything in one set is timed in turn, in another order every round, with an 8192^3 bf16 matrix product among it:
 cards slow down as they warm up, so only figures of one set compare. Ahead of each call the card works on such products
 for some 15 ms, as a model's linear layers do between two calls: a card that has a limit of power takes a call that
-follows a hot one several percent longer, and no kernel shall gain from its neighbour.
+follows a hot one several percent longer, and no kernel shall gain from its neighbour. Maps and lists are timed from an
+idle card on instead, so that what the CPU does for them counts.
 
 Inputs are random and new in every run. A call is timed after its own output passed the error check (at most twice the
 error of plain torch in the same precision against fp64, on some rows of two heads); a peer that is missing or fails
@@ -246,7 +247,9 @@ def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = 
         print(f"  {_line(ready[-1].row)}", flush=True)
     a, b = (torch.randn(CEILING, CEILING, device=device, dtype=torch.bfloat16) for _ in range(2))
     calls: dict[Any, Call] = {c: c.call for c in ready if c.call is not None}
-    times = interleave({**calls, "ceiling": lambda: a @ b}, rounds, seconds, before=lambda: _heat(a, b))
+    # maps and lists are made by the CPU, too, which work ahead of the call would hide
+    before = torch.cuda.synchronize if bench.what == "index" else partial(_heat, a, b)
+    times = interleave({**calls, "ceiling": lambda: a @ b}, rounds, seconds, before)
     ceiling = 2 * CEILING**3 / statistics.median(times["ceiling"]) / 1e9
     for contestant in calls:
         contestant.row |= timed_columns(times[contestant], contestant.flops, ceiling)

@@ -19,6 +19,7 @@ from videosparse.program import run_program
 
 from matplotlib import pyplot as plt
 
+from videosparse.benchmark.figures import save_figure
 from videosparse.benchmark.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def density_figure(rows: list[Row], path: Path, case: str = "12x30720") -> bool:
     _finish(
         figure, axes, rows[0], f"{rows[0]['heads']} heads x {int(rows[0]['tokens']):,} tokens x {rows[0]['head_dim']}"
     )
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)
     plt.close(figure)
     return True
 
@@ -96,7 +97,7 @@ def length_figure(rows: list[Row], path: Path) -> bool:
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
     _finish(figure, axes, last, "Wan2.1-14B, 40 heads x 128")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)
     plt.close(figure)
     return True
 

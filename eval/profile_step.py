@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from videosparse.attach import tracker_of
+from videosparse.benchmark.figures import save_figure
 from videosparse.benchmark.kernel_names import GAPS, PARTS, part_of
 from videosparse.benchmark.profiling import sums, trace, works
 from videosparse.benchmark.rows import WHERE, environment, read_rows, write_rows
@@ -167,7 +168,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     axes.set_xlabel("ms a layer and forward")
     axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
     pyplot.close(figure)
 
 

@@ -122,7 +122,7 @@ def test_the_figure_of_all_methods_is_drawn(results, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plots = load("plot_methods")
     rows = str(results / "method_comparison.csv")
-    groups = [group for size in plots.sizes_of(plots.read_rows(Path(rows), ())) for group in size.groups]
+    groups = [group for size in plots.sizes_of(plots.read_table(Path(rows))) for group in size.groups]
     found = plots.by_density(groups, "psnr_db", 1)
     assert set(found) == {"random", "paro", "paro-raster", "radial"}
     assert (0.3095, (32.0, 30.0, 34.0)) in found["paro"]

@@ -9,6 +9,7 @@ from eval_programs import load
 
 from videosparse.benchmark.rows import write_rows
 from videosparse.benchmark.tables import markdown, mean, ranged, split
+from videosparse.evaluation.table import write_table
 
 TABLE = (["size", "rule", "error"], [["a", "any", "1"], ["b", "any", "2"], ["a", "majority", "3"]])
 
@@ -98,4 +99,12 @@ def test_methods_by_size_with_intervals(program, tmp_path):
         *(f"**{frames}x128x128: {what}**" for frames in (33, 81)
           for what in ("likeness to dense", "what detectors see", "dimensions of VBench")),
     ]  # fmt: skip
+    assert "| radial | 1 | 0.4400 | - | 20.0 (20.0 to 20.0) | - | - |" in program.made("fidelity")
+
+
+def test_rows_may_be_parquet(program, tmp_path):
+    pytest.importorskip("pyarrow")
+    row = {"model": "tiny", "frames": "81", "height": "128", "width": "128", "steps": "20", "guidance": "4"}
+    row |= {"method": "radial", "setting": "radial", "prompt": "a", "seed": "0", "video_density": "0.44", "block": "64"}
+    write_table(tmp_path / "method_comparison.parquet", [{**row, "psnr_db": "20"}], [*row, "psnr_db"])
     assert "| radial | 1 | 0.4400 | - | 20.0 (20.0 to 20.0) | - | - |" in program.made("fidelity")

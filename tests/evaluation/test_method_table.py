@@ -5,6 +5,7 @@ import pytest
 from videosparse.evaluation.method_table import (
     PAIRS,
     SIZES,
+    earlier_weights,
     fidelity,
     gains,
     methods,
@@ -137,6 +138,14 @@ def test_the_pairs_are_settings_as_the_program_names_them():
     for _, *pair, _ in PAIRS:
         for name in pair:
             assert name in NAMES, name
+
+
+def test_sizes_of_earlier_weights_are_named(rows):
+    now = {"run": "2026-11-23T00:00:00Z", "weights": "sha256:b"}
+    before = {"run": "2026-11-22T00:00:00Z", "weights": "sha256:a", "frames": "33", "height": "120", "width": "136"}
+    mixed = [{**rows[0], **now}, {**rows[0], **before}]
+    assert earlier_weights(mixed) == "Of the model before its last round of training: 33x120x136."
+    assert earlier_weights(mixed[:1]) == earlier_weights(rows) == earlier_weights([]) == ""
 
 
 def test_sizes_without_rows_are_named(rows):

@@ -7,8 +7,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 
 def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None:
     """Name every label of the panels once, below them, write the figure, and say where it is.
@@ -24,9 +22,15 @@ def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None
         handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=columns, frameon=False
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=110)
-    # lines and letters need few colours: a third of the bytes
-    few = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
+    save_figure(figure, path, 110)
     print(path)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure of matplotlib as a PNG of 128 colours: enough for lines and text, in a third of the room."""
+    from PIL import Image
+
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)

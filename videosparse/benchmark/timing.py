@@ -40,8 +40,9 @@ def interleave(
     """Milliseconds of each call, in turn. Calls that take seconds run thrice.
 
     A card is slower after a call that heats it. So every round has an order of its own, and `before`, where given, runs
-    ahead of each call, untimed: the same work for all, long enough that the card forgets the call before. It also keeps
-    the card busy while the call is launched, so that only the card is timed.
+    ahead of each call, untimed: the same work for all, long enough that the card forgets most of the call before. It
+    also keeps the card busy while the call is launched, so that only the card is timed: of a call that computes on the
+    CPU as much is hidden.
     """
     times: dict[Any, list[float]] = {key: [] for key in calls}
     orders = random.Random(0)

@@ -100,8 +100,9 @@ def missing_sizes(rows: list[Row]) -> str:
 
 def earlier_weights(rows: list[Row]) -> str:
     """A sentence that names the sizes whose rows are of other weights than the newest; empty where there are none."""
-    newest = max(rows, key=lambda row: row["run"], default={}).get("weights")
-    titles = {"x".join(row[n] for n in ("frames", "height", "width")) for row in rows if row.get("weights") != newest}
+    newest = max(rows, key=lambda row: row.get("run", ""), default={}).get("weights")
+    earlier = [row for row in rows if row.get("weights") != newest]
+    titles = {"x".join(row[name] for name in ("frames", "height", "width")) for row in earlier}
     listed = ", ".join(title for title in SIZES if title in titles)
     return f"Of the model before its last round of training: {listed}." if listed else ""
 
