@@ -50,7 +50,7 @@ from torch import Tensor
 
 from videosparse.benchmark.rows import write_rows
 from videosparse.evaluation.detectors import QUESTIONS, check_scene
-from videosparse.evaluation.prompt_lists import balanced, make_list
+from videosparse.evaluation.prompt_lists import balanced, make_list, pairs_of
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
 from videosparse.files import write_text
@@ -72,9 +72,11 @@ def make_prompts() -> None:
     save_list(PROMPTS / "world64.json", "one object, from the training triples", singles)
     hidden = triples("heldout")
     alone = make_list([(t,) for t in balanced(hidden, 96, rng)], 20_000, rng)
-    firsts = balanced(hidden, 32, rng)
-    pairs = make_list([(t, rng.choice([o for o in hidden if o[1] != t[1]])) for t in firsts], 30_000, rng)
+    pairs = make_list(pairs_of(hidden, 32, rng), 30_000, rng)
     save_list(PROMPTS / "world128_heldout.json", "96 of one object and 32 of two, from held-out triples", alone + pairs)
+    rng = random.Random(21)
+    pairs = make_list(pairs_of(triples("train"), 32, rng), 40_000, rng)
+    save_list(PROMPTS / "world32_pairs.json", "two objects, from the training triples", pairs)
 
 
 def save_list(path: Path, about: str, prompts: list[dict[str, Any]]) -> None:

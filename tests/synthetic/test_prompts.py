@@ -37,6 +37,11 @@ def held_out(program):
     return program.load_prompts(program.PROMPTS / "world128_heldout.json")
 
 
+@pytest.fixture(scope="module")
+def pairs(program):
+    return program.load_prompts(program.PROMPTS / "world32_pairs.json")
+
+
 def test_the_training_list_is_balanced_and_holds_nothing_held_out(trained):
     assert len(trained) == 64
     objects = [o for prompt in trained for o in prompt.objects]
@@ -55,14 +60,20 @@ def test_the_other_list_holds_only_what_is_held_out(held_out):
     assert all(p.objects[0][1] != p.objects[1][1] for p in held_out if len(p.objects) == 2)
 
 
-def test_every_prompt_has_its_own_text_and_seed(trained, held_out):
-    for prompts in (trained, held_out):
+def test_the_list_of_pairs_holds_nothing_held_out(pairs):
+    assert [len(p.objects) for p in pairs] == [2] * 32
+    assert {o for prompt in pairs for o in prompt.objects} <= set(triples("train"))
+    assert all(p.objects[0][1] != p.objects[1][1] for p in pairs)
+
+
+def test_every_prompt_has_its_own_text_and_seed(trained, held_out, pairs):
+    for prompts in (trained, held_out, pairs):
         assert len({p.prompt for p in prompts}) == len(prompts)
         assert len({p.seed for p in prompts}) == len(prompts)
 
 
-def test_the_scene_of_a_prompt_shows_what_the_prompt_says(trained, held_out):
-    for prompt in trained + held_out:
+def test_the_scene_of_a_prompt_shows_what_the_prompt_says(trained, held_out, pairs):
+    for prompt in trained + held_out + pairs:
         scene, expected = prompt.scene(), prompt.expected()
         by_colour = {o.colour: o for o in scene.objects}
         assert scene.background.kind == expected.background

@@ -27,6 +27,11 @@ def balanced(choices: Sequence[Triple], count: int, rng: random.Random) -> list[
     return [t for t in choices for _ in range(used[t])]
 
 
+def pairs_of(choices: Sequence[Triple], count: int, rng: random.Random) -> list[tuple[Triple, Triple]]:
+    """Pairs of two colours, the first of which are balanced."""
+    return [(t, rng.choice([o for o in choices if o[1] != t[1]])) for t in balanced(choices, count, rng)]
+
+
 def write_prompt(objects: tuple[Triple, ...], background: str, seed: int) -> dict[str, Any]:
     """One entry, whose caption names motion and background."""
     prompt = Prompt("", seed, objects, background)
