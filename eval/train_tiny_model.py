@@ -13,8 +13,11 @@ Then, on any machine, from the backup alone:
 Next round: the published weights are enough to go on with the DiT. The VAE stays as it is, so all the time is the
 DiT's, in one round of its own that is added to those in `training.json`:
 
-    PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages large \\
-        --budget-minutes 24 --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
+    PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages mixed --pairs 0.6 \\
+        --binding 0.1 --budget-minutes 24 --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
+
+The rounds so far left motions unbound: which of two objects moves how is drawn at random, since the text encoder does
+not tell. `--binding` adds a loss for that (`videosparse/training/tiny/binding.py`), which has run on CPUs only so far.
 
 Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card (its text speaks of the
 first rows, its table has a line for each file), and correct the card's last section, which is written by hand:
@@ -157,6 +160,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     knobs.add_argument(
         "--decay-share", type=float, default=1.0, help="last share of the phase in which the rate falls to zero"
     )
+    knobs.add_argument(
+        "--binding",
+        type=float,
+        default=0.0,
+        help="weight of a loss by which the text encoder tells which object moves how; 0: none (0.1 is a beginning)",
+    )
     knobs.add_argument("--pairs", type=float, default=0.25, help="share of scenes with two objects")
     knobs.add_argument("--pool-scale", type=float, default=1.0, help="more or fewer clips in every pool of latents")
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
@@ -213,7 +222,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     ):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
-    for name in ("object_weight", "vae_object_weight"):
+    for name in ("object_weight", "vae_object_weight", "binding"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative (got {getattr(args, name)}).")
     if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):

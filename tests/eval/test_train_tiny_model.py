@@ -28,6 +28,7 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
     """The whole program at small sizes, stopped once in the DiT phase and exported from the backup alone."""
     work, backup, out = tmp_path / "work", tmp_path / "backup", tmp_path / "out"
     common = ["--smoke", "--device", "cpu", "--workers", "1", "--work", str(work), "--backup", str(backup)]
+    common += ["--binding", "0.1"]
     calls = iter(range(10**6))
     step = Dit.step
 
@@ -48,6 +49,8 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
     tensors, meta = read_backup(backup)
     assert meta["dit"]["finished"]
     assert meta["dit"]["step"] == 12
+    assert "motions read from the text with weight 0.1" in meta["dit"]["how"]
+    assert "raw.reader.weight" in tensors
     assert any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert {path.name for path in backup.iterdir()} == {"weights-0.safetensors", "state.json", "samples.png"}
 
@@ -133,6 +136,7 @@ def test_what_does_not_go_together_is_refused(program, tmp_path, capsys):
     [
         ("decay-share", "2"),
         ("pairs", "1.5"),
+        ("binding", "-0.1"),
         ("lr", "nan"),
         ("shift", "-1"),
         ("budget-minutes", "0"),

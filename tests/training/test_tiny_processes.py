@@ -50,16 +50,19 @@ def whole_batch(step: int) -> Batch:
     shape = (SAMPLES, 8, 3, 8, 8)
     words = torch.randint(1, 200, (SAMPLES, 48))
     words[:, 20:] = 0
-    return Batch(torch.randn(shape), words, torch.randn(shape), torch.rand(SAMPLES), torch.rand(SAMPLES, 1, 3, 8, 8))
+    marks = torch.stack([torch.randint(0, 20, (SAMPLES, 2)), torch.randint(0, 5, (SAMPLES, 2))], 2)
+    level, weight = torch.rand(SAMPLES), torch.rand(SAMPLES, 1, 3, 8, 8)
+    return Batch(torch.randn(shape), words, torch.randn(shape), level, weight, marks)
 
 
 def few_steps(folder: str, ranks: Ranks) -> tuple[list[float], list[torch.Tensor], float]:
     """Losses and weights after a few steps, each process on its share of the batch, and how far the weights went."""
-    args = load_program().parse(["dit", "--smoke", "--device", "cpu", "--work", folder, "--backup", folder])
+    common = ["--smoke", "--device", "cpu", "--work", folder, "--backup", folder]
+    args = load_program().parse(["dit", *common, "--binding", "0.1"])
     run = Run(args, smoke_plan(False), torch.device("cpu"), Here(), ranks)
     prepare_tokenizer(run)
     run.meta |= {"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
-    empty = Latents(torch.zeros(6, 8, 3, 8, 8), torch.zeros(6, 4, 48), torch.zeros(6, 1, 3, 8, 8))
+    empty = Latents(torch.zeros(6, 8, 3, 8, 8), torch.zeros(6, 4, 48), torch.zeros(6, 1, 3, 8, 8), torch.zeros(0))
     run.pools = {pool.name: empty for pool in run.plan.pools}
     # each process begins elsewhere, and must take over what the first has
     torch.manual_seed(ranks.rank)

@@ -285,6 +285,16 @@ def parse_caption(text: str) -> Expected:
     )
 
 
+def named_motions(text: str) -> list[tuple[int, str]]:
+    """Where each object's colour ends in a caption, counted in characters, and how that object moves; in their order.
+
+    Objects whose motion the caption does not tell are left out; a text that names no object gives none.
+    """
+    ends = [noun.end("colour") for noun in _OBJECT.finditer(text.lower())]
+    objects = parse_caption(text).objects if ends else ()
+    return [(end, thing.motion) for end, thing in zip(ends, objects, strict=True) if thing.motion]
+
+
 def _expected_object(noun: re.Match[str], clauses: list[str]) -> ExpectedObject:
     """Read one object: its motion stands before its colour ("a bouncing red ball") or follows, maybe shared."""
     motion = _MOTION.search(noun.group())

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from videosparse.training.tiny.binding import binding_loss, build_reader, motions_right
 from videosparse.training.tiny.models import build_text_encoder, build_transformer
 from videosparse.training.tiny.objectives import euler_sample, flow_error, object_weight, sample_sigmas
 from videosparse.training.tiny.optimizing import Ema, Muon, adamw, block_matrices, set_lr
@@ -21,41 +22,49 @@ from videosparse.training.tiny.update import Update, record
 
 
 class Batch(NamedTuple):
-    """Normalised latents fp32 [B, C, T, h, w], caption ids [B, 48], noise like the latents, its level [B] in 0..1, and
-    the weights of the error [B, 1, T, h, w]."""
+    """Normalised latents fp32 [B, C, T, h, w], caption ids [B, 48], noise like the latents, its level [B] in 0..1, the
+    weights of the error [B, 1, T, h, w], and the captions' `motion_marks` [B, 2, 2]."""
 
     x0: Tensor
     words: Tensor
     noise: Tensor
     sigma: Tensor
     weight: Tensor
+    marks: Tensor
 
 
 class Dit:
-    """The transformer, the text encoder, their averages, and one training step."""
+    """The transformer, the text encoder, their averages, and one training step.
+
+    `reader` is what the auxiliary loss of `binding` reads motions with, None without that loss.
+    """
 
     def __init__(self, run: Run) -> None:
         plan, device = run.plan, run.device
         self.run = run
         self.transformer = build_transformer(plan.sizes)
         self.text = build_text_encoder(plan.sizes, len(run.tokenizer))
+        self.reader = build_reader(plan.sizes.text_dim) if run.args.binding else None
         done = run.meta.get("dit")
         if done:
             run.load_into(self.transformer, "raw.transformer.")
             run.load_into(self.text, "raw.text.")
-        run.ranks.reunite([*self.transformer.parameters(), *self.text.parameters()])
+            if self.reader is not None and any(name.startswith("raw.reader.") for name in run.tensors):
+                run.load_into(self.reader, "raw.reader.")
+        trained = [self.transformer, self.text, *([] if self.reader is None else [self.reader])]
+        run.ranks.reunite([p for module in trained for p in module.parameters()])
         self.ema_transformer, self.ema_text = copy.deepcopy(self.transformer), copy.deepcopy(self.text)
         if done:
             run.load_into(self.ema_transformer, "ema.transformer.")
             run.load_into(self.ema_text, "ema.text.")
-        for module in (self.transformer, self.text, self.ema_transformer, self.ema_text):
+        for module in (*trained, self.ema_transformer, self.ema_text):
             module.to(device)
         updates = (done or {}).get("step", 0)
         self.emas = [
             Ema(self.transformer, self.ema_transformer, run.args.ema, updates),
             Ema(self.text, self.ema_text, run.args.ema, updates),
         ]
-        self.modules = [self.transformer.train(), self.text.train()]
+        self.modules = [module.train() for module in trained]
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         cuda = device.type == "cuda"
@@ -145,12 +154,13 @@ class Dit:
         device, count = pool.latents.device, shape.batch
         index = torch.randint(len(pool.latents) - self.held, (count,), device=device)
         x0 = self.latents(shape.pool, index, shape.latent_frames)
-        words = pool.ids[index, torch.randint(VARIANTS, (count,), device=device)]
+        variant = torch.randint(VARIANTS, (count,), device=device)
+        words, marks = pool.ids[index, variant], pool.marks[index, variant]
         drop = torch.rand(count, 1, device=device) < 0.1
-        words = torch.where(drop, self.empty, words)
+        words, marks = torch.where(drop, self.empty, words), marks.masked_fill(drop[..., None], -1)
         sigma = sample_sigmas(count, device, shift=self.run.args.shift)
         weight = object_weight(pool.objects[index][:, :, : shape.latent_frames], sigma, self.run.args.object_weight)
-        return Batch(x0, words, torch.randn_like(x0), sigma, weight)
+        return Batch(x0, words, torch.randn_like(x0), sigma, weight, marks)
 
     def _backward(self, shape: Shape) -> None:
         """Loss and gradients of a batch of this process."""
@@ -159,13 +169,16 @@ class Dit:
         with self.run.autocast(cache=False):
             text = embed_text(self.text, batch.words)
             loss = (flow_error(self.transformer, text, batch.x0, batch.noise, batch.sigma) * batch.weight).mean()
+            if self.reader is not None:
+                loss = loss + self.run.args.binding * binding_loss(self.reader, text, batch.marks)
         self.update.backward(loss)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:
         """Loss of the averaged weights on held-out clips at fixed noise levels, the same noise every time.
 
-        Per pool over all cells, and, as `<pool> objects`, over cells in the share that objects cover.
+        Per pool over all cells, and, as `<pool> objects`, over cells in the share that objects cover. With the loss of
+        `binding`, as `<pool> motions`, also the share of motions that are read right.
         """
         result = {}
         generator = torch.Generator(self.run.device).manual_seed(0)
@@ -185,6 +198,10 @@ class Dit:
             plain, objects = torch.stack(losses, 1).tolist()
             result[name] = [round(x, 4) for x in plain]
             result[f"{name} objects"] = [round(x, 4) for x in objects]
+            if self.reader is not None:
+                with self.run.autocast():
+                    right = motions_right(self.reader, text, pool.marks[index, 0])
+                result[f"{name} motions"] = [round(right.item(), 4)]
         return result
 
     @torch.no_grad()

@@ -171,6 +171,8 @@ def keep_dit(run: Run, dit: Dit, progress: Progress) -> None:
     run.meta["phase"] = "dit"
     run.set_tensors("raw.transformer.", dit.transformer)
     run.set_tensors("raw.text.", dit.text)
+    if dit.reader is not None:
+        run.set_tensors("raw.reader.", dit.reader)
     run.set_tensors("ema.transformer.", dit.ema_transformer)
     run.set_tensors("ema.text.", dit.ema_text)
     run.save()
@@ -182,6 +184,8 @@ def describe_rates(args: argparse.Namespace, processes: int = 1) -> str:
     if args.optimizer == "muon":
         rates = f"Muon at {args.matrix_lr:.3g} for the matrices of the blocks, {rates} for the rest"
     scenes = f"two objects in {100 * args.pairs:g} % of scenes"
+    if args.binding:
+        scenes += f", motions read from the text with weight {args.binding:g}"
     batches = f", gradients of {processes} processes" if processes > 1 else ""
     return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}, {scenes}{batches}"
 

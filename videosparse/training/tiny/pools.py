@@ -19,6 +19,7 @@ from torch import Tensor
 from videosparse.synthetic.captions import caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import Scene, sample_scene
+from videosparse.training.tiny.binding import motion_marks
 from videosparse.training.tiny.plan import Clip
 from videosparse.training.tiny.state import Latents, Run
 from videosparse.training.tiny.text import tokenize, train_tokenizer, wrap_tokenizer
@@ -43,7 +44,8 @@ def sample_captions(seed: int, count: int) -> list[str]:
 
 
 def draw_scenes(seed: int, count: int, tokenizer_state: str | None, pairs: float) -> tuple[list[Scene], Any]:
-    """Scenes, and the ids [count, 4, 48] of several captions of each, a new one for each use of a clip.
+    """Scenes, and of several captions of each, a new one for each use of a clip, the ids [count, 4, 48] and the
+    `motion_marks` [count, 4, 2, 2].
 
     A share `pairs` of the scenes has two objects.
     """
@@ -52,9 +54,10 @@ def draw_scenes(seed: int, count: int, tokenizer_state: str | None, pairs: float
     if tokenizer_state is None:
         return scenes, None
     texts = [caption(scene, rng) for scene in scenes for _ in range(VARIANTS)]
-    ids = tokenize(wrap_tokenizer(tokenizer_state), texts)
-    # A plain array travels between processes; a tensor would need a shared-memory handle.
-    return scenes, ids.view(count, VARIANTS, -1).numpy()
+    tokenizer = wrap_tokenizer(tokenizer_state)
+    found = tokenize(tokenizer, texts), motion_marks(tokenizer, texts)
+    # Plain arrays travel between processes; tensors would need a shared-memory handle.
+    return scenes, tuple(x.view(count, VARIANTS, *x.shape[1:]).numpy() for x in found)
 
 
 def submit(run: Run, seed: int, count: int, tokenizer_state: str | None = None) -> list[Future[Any]]:
@@ -65,13 +68,12 @@ def submit(run: Run, seed: int, count: int, tokenizer_state: str | None = None) 
     return [run.workers.submit(draw_scenes, first + i, n, tokenizer_state, run.args.pairs) for i, n in enumerate(sizes)]
 
 
-def gather(futures: list[Future[Any]]) -> tuple[list[Scene], Tensor]:
-    """Wait for what `submit` began; without a tokenizer the ids are empty."""
+def gather(futures: list[Future[Any]]) -> tuple[list[Scene], list[Tensor]]:
+    """Wait for what `submit` began: scenes, and ids and marks of their captions; none without a tokenizer."""
     results = [future.result() for future in futures]
     scenes = [scene for part, _ in results for scene in part]
-    parts = [torch.from_numpy(part) for _, part in results if part is not None]
-    ids = torch.cat(parts) if parts else torch.empty(0)
-    return scenes, ids
+    told = [arrays for _, arrays in results if arrays is not None]
+    return scenes, [torch.cat([torch.from_numpy(x) for x in parts]) for parts in zip(*told, strict=True)]
 
 
 def prepare_tokenizer(run: Run) -> None:
@@ -169,13 +171,13 @@ def encode(run: Run) -> None:
     else:
         submit_pools(run)
         for pool in run.plan.pools:
-            scenes, ids = gather(run.futures.pop(pool.name))
+            scenes, (ids, marks) = gather(run.futures.pop(pool.name))
             begin = time.monotonic()
             latents, objects = encode_pool(run, pool, scenes)
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-            run.pools[pool.name] = Latents(latents, ids.to(run.device), objects)
+            run.pools[pool.name] = Latents(latents, ids.to(run.device), objects, marks.to(run.device))
             logger.info(f"TIMING encode {pool.name}: {1e3 * (time.monotonic() - begin) / pool.count:.2f} ms a clip")
         store_pools(run, path)
     if "latents_mean" not in run.meta:

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 class Latents(NamedTuple):
-    """A pool of clips: latents bf16 [N, C, T, h, w], caption ids [N, 4, 48], and how much of each cell is object.
+    """A pool of clips: latents bf16 [N, C, T, h, w], caption ids [N, 4, 48], how much of each cell is object, and the
+    `motion_marks` [N, 4, 2, 2] of the captions.
 
     `objects` bf16 [N, 1, T, h, w] is the mean saturation of the pixels of a cell, 0 to 1: objects are the only
     saturated things in this world.
@@ -38,6 +39,7 @@ class Latents(NamedTuple):
     latents: Tensor
     ids: Tensor
     objects: Tensor
+    marks: Tensor
 
 
 @dataclass
