@@ -89,7 +89,7 @@ from videosparse.training.tiny.objectives import FLOW_SHIFT
 from videosparse.training.tiny.plan import STAGES, Plan, smoke_plan
 from videosparse.training.tiny.pools import encode, prepare_tokenizer, sample_captions, worker_init
 from videosparse.training.tiny.ranks import Ranks
-from videosparse.training.tiny.state import START, STOP, Run
+from videosparse.training.tiny.state import STOP, Run
 from videosparse.training.tiny.vae_phase import VAE_VARIANTS, train_vae
 
 logger = logging.getLogger("videosparse.training.tiny")
@@ -101,10 +101,11 @@ class Elapsed(logging.Formatter):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.who = f" process {rank}" if rank else ""
+        self.began = time.monotonic()
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        return f"[{time.monotonic() - START:7.1f}s{self.who}] {super().format(record)}"
+        return f"[{time.monotonic() - self.began:7.1f}s{self.who}] {super().format(record)}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

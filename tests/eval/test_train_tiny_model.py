@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 
 import pytest
@@ -94,6 +95,16 @@ def test_all_stops_resumes_exports_and_generates(program, tmp_path, monkeypatch)
     assert told["steps"]["dit"] == 24
     assert told["minutes"] == pytest.approx(sum(entry["minutes"] for entry in told["rounds"]))
     assert "accuracy" not in told
+
+
+def test_the_clock_of_a_run_begins_with_it(program, tmp_path):
+    """Not with the import: a notebook, or a suite, may have been at work for longer than the budget."""
+    folders = ["--work", str(tmp_path), "--backup", str(tmp_path / "b")]
+    before = time.monotonic()
+    run = program.make_run(program.parse(["all", "--smoke", "--device", "cpu", "--workers", "1", *folders]), Ranks())
+    run.workers.shutdown()
+    assert run.began >= before
+    assert run.spent() <= (time.monotonic() - before) / 60
 
 
 def test_again_restarts_a_finished_round_and_goes_on_with_an_unfinished_one(program, tmp_path):

@@ -22,8 +22,7 @@ from videosparse.training.tiny.plan import Plan
 from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.rounds import begin_round
 
-# The clock of this call, and the wish to end it.
-START = time.monotonic()
+# The wish to end this call.
 STOP = threading.Event()
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Run:
     """What all phases share: options, device, models, and the numbers that the model card will quote.
 
     `tensors` are weights on the host, named `vae.*`, `raw.transformer.*`, `raw.text.*` and the same with `ema.`;
-    `meta` is the rest of the state, which JSON can hold.
+    `meta` is the rest of the state, which JSON can hold. `began` is the clock when this call began.
     """
 
     args: argparse.Namespace
@@ -63,6 +62,7 @@ class Run:
     pools: dict[str, Latents] = field(default_factory=dict)
     savers: list[threading.Thread] = field(default_factory=list)
     futures: dict[str, list[Future[Any]]] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def work(self) -> Path:
@@ -92,11 +92,15 @@ class Run:
 
     def spent(self) -> float:
         """Minutes of all calls of this round so far."""
-        return float(self.meta.get("spent_before", 0.0)) + (time.monotonic() - START) / 60
+        return float(self.meta.get("spent_before", 0.0)) + self.minutes()
+
+    def minutes(self) -> float:
+        """Minutes of this call so far."""
+        return (time.monotonic() - self.began) / 60
 
     def must_stop(self) -> bool:
         """Whether this call has to checkpoint now: its own limit, or a signal to any process. All must ask."""
-        return self.ranks.any(STOP.is_set() or (time.monotonic() - START) / 60 >= float(self.args.stop_after_minutes))
+        return self.ranks.any(STOP.is_set() or self.minutes() >= float(self.args.stop_after_minutes))
 
     def goes_on(self, progress: Progress) -> bool:
         """Whether a phase makes another step: by the clock of the first process, so the same in all. All must ask."""
