@@ -34,8 +34,10 @@ from videosparse.generation.stack import together
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "assets/results"
 PAGES = (
-    "README.md", "pipelines/README.md", "assets/results/README.md", "assets/results/profile.md",
-    "assets/tiny-wan/README.md",
+    "README.md", "pipelines/README.md", "assets/tiny-wan/README.md",
+    "assets/results/adaspa.md", "assets/results/integers.md", "assets/results/kernels.md", "assets/results/lengths.md",
+    "assets/results/methods.md", "assets/results/models.md", "assets/results/paro.md", "assets/results/profile.md",
+    "assets/results/radial.md", "assets/results/training.md", "assets/results/vbench.md",
 )  # fmt: skip
 
 Maker = Callable[..., Table | str]

@@ -154,7 +154,7 @@ def test_the_readme_is_read_in_five_minutes():
     lines = text.splitlines()
     assert len(lines) <= 330, "move details to the pages of the folders, or fold them"
     wide = [line for line in lines if line.startswith("|") and line.count("|") > 9]
-    assert not wide, "tables of more than 8 columns belong to assets/results/README.md"
+    assert not wide, "tables of more than 8 columns belong to the pages of assets/results"
 
 
 @each_page
