@@ -90,6 +90,15 @@ def test_parts_of_programs_do_not_import_one_another_in_a_circle():
     tuple(TopologicalSorter(known).static_order())  # raises CycleError, which names the circle
 
 
+def test_names_that_another_module_uses_are_public():
+    private = re.compile(r"from videosparse[\w.]* import [^#\n]*\b_(?!diffusers\b)[a-z]", re.I)
+    for folder in ("videosparse", "tests", "eval", "lora", "pipelines"):
+        for path in (PACKAGE.parent / folder).rglob("*.py"):
+            imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+            found = [line for line in map(ast.unparse, imports) if private.match(line)]
+            assert not found, f"{path}: {found}"
+
+
 def test_families_know_no_method_and_methods_know_no_family():
     for path, name in modules():
         used = [module for module, _ in imports_of(path)]

@@ -251,7 +251,7 @@ def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None
         )
 
 
-def _most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> int:
+def most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> int:
     """No fewer blocks than the map keeps, from sizes alone."""
     (block_q, block_k), tokens = policy.block, grid.frame_tokens
     _, _, rows, columns = block_map.keep.shape
@@ -304,4 +304,4 @@ def _cached_index(policy: RadialPolicy, grid: VideoGrid, text: int, device: torc
     with torch.inference_mode(False):
         found = _build(policy, grid, text, device)
         # counting the blocks would wait for a GPU
-        return found.index(_most_blocks(policy, grid, found) if device.type == "cuda" else None)
+        return found.index(most_blocks(policy, grid, found) if device.type == "cuda" else None)
