@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from videosparse.checking import check_flag, check_tensor, check_whole, shown
+from videosparse.checking import check_device, check_flag, check_tensor, check_whole, shown
 from videosparse.layout import TokenLayout, ceil_div, check_is_layout
 
 BLOCK_SIZES = (64, 128)
@@ -91,6 +91,7 @@ class BlockMap:
         """The map that keeps every block: dense attention through the sparse door."""
         check_is_layout(layout)
         check_block(block)
+        device = check_device(device)
         size = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
         return cls(torch.ones(1, 1, *size, dtype=torch.bool, device=device), block, layout.length, layout.length)
 
@@ -337,6 +338,7 @@ class PackedIndex:
         for name, value in {"samples": samples, "heads": heads, "capacity": capacity}.items():
             check_whole(name, value)
         check_flag("pinned", pinned)
+        device = check_device(device)
         rows, columns = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
         count = samples * heads * rows
         if max(count, capacity) > INDEX_LIMIT:

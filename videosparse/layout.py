@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from videosparse.checking import check_whole, shown
+from videosparse.checking import check_device, check_whole, shown
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -139,9 +139,11 @@ class TokenLayout:
         """Bool [batch, length]: True where a position holds a valid token. For references and dense masks.
 
         Raises:
-            ValueError: `seq_lens` belongs to another batch size.
+            TypeError: an argument of another type.
+            ValueError: `seq_lens` belongs to another batch size, or there is no such device.
         """
         check_whole("batch", batch, 0)
+        device = check_device(device)
         position = torch.arange(self.length, device=device)
         token = (position < self.video) | (position >= self.text_start)
         if self.seq_lens is None:

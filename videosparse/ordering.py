@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from videosparse.checking import check_tensor, shown
+from videosparse.checking import check_device, check_tensor, shown
 from videosparse.layout import TokenLayout, VideoGrid, check_grid, check_is_layout
 
 AXIS_ORDERS: tuple[str, ...] = ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")
@@ -96,6 +96,7 @@ class TokenOrder:
 
     def permutation(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """int64 [heads, video]: position t of the reordered sequence holds raster token permutation[h, t]."""
+        device = check_device(device)
         raster = torch.arange(self.grid.tokens, device=device).view(self.grid.frames, self.grid.height, self.grid.width)
         axes = {"F": 0, "H": 1, "W": 2}
         orders = [raster.permute([axes[a] for a in name]).flatten() for name in AXIS_ORDERS]

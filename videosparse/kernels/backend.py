@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from videosparse.checking import check_device
 from videosparse.kernels.gpu import special_title
 
 logger = logging.getLogger("videosparse")
@@ -79,8 +80,11 @@ def describe_backend(device: torch.device | str) -> tuple[str, str]:
 
     Returns:
         ("triton" or "torch", why): one line each, for people.
+
+    Raises:
+        TypeError, ValueError: device is none, and names none.
     """
-    device = torch.device(device)
+    device = check_device(device)
     reason = _triton_missing(device)
     return ("triton", _device_name(device)) if reason is None else ("torch", f"no Triton: {reason}")
 

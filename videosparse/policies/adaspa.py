@@ -27,6 +27,7 @@ from videosparse.policies.base import (
     Mode,
     RunStep,
     SparsityPolicy,
+    check_call,
     part_of_run,
 )
 
@@ -114,6 +115,7 @@ class AdaSpaPolicy(SparsityPolicy):
             RuntimeError: the sequence is not the one that was searched.
             ValueError: a fraction of an unknown number of steps in `refresh`, or a map too large for an index.
         """
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         refreshes = self.refresh_steps(run.total)
         due = sum(step <= run.index + 1 for step in refreshes)

@@ -29,6 +29,7 @@ from videosparse.policies.base import (
     Mode,
     RunStep,
     SparsityPolicy,
+    check_call,
 )
 from videosparse.policies.paro_plan import PAROPlan, send
 
@@ -163,6 +164,7 @@ class PAROPolicy(SparsityPolicy):
             ValueError: the plan is for another grid, or other layers or heads.
             RuntimeError: the sequence is not the one that was searched.
         """
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         if self.calibrated is not None:
             _check_fits(self.calibrated, layer, heads)

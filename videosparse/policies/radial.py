@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, check_block
-from videosparse.checking import check_flag, check_number
+from videosparse.checking import check_device, check_flag, check_number
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div, check_grid, check_is_layout
-from videosparse.policies.base import BLOCK, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
+from videosparse.policies.base import BLOCK, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy, check_call
 
 COVERAGES = ("majority", "any")
 NEIGHBOURS = ("full", "half")
@@ -89,6 +89,7 @@ class RadialPolicy(SparsityPolicy):
         heads: int = 1,
     ) -> LayerPlan:
         """Sparse, on the one map of this layout: nothing depends on step, layer or data."""
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         return LayerPlan(Mode.SPARSE, aligned, self.block_index(layout, device))
 
@@ -271,7 +272,7 @@ def most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> i
 
 def _indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" alone means another one after `torch.cuda.set_device`."""
-    device = torch.device(device)
+    device = check_device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
