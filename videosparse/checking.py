@@ -27,6 +27,13 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number (got {shown(value)}).")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless `value` is a number in (0, 1]."""
+    check_number(name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
+
+
 def check_scale(value: float) -> None:
     """Raise TypeError or ValueError unless `value`, a factor of scores, is a finite number."""
     check_number("scale", value)

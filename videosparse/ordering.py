@@ -13,6 +13,7 @@ import torch
 
 from videosparse.checking import check_device, check_tensor, shown
 from videosparse.layout import TokenLayout, VideoGrid, check_grid, check_is_layout
+from videosparse.uploading import upload
 
 AXIS_ORDERS: tuple[str, ...] = ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")
 """The six orders of the axes, slowest first; a code of `TokenOrder` is an index into this tuple."""
@@ -91,7 +92,7 @@ class TokenOrder:
         found = self._tables.get(device)
         if found is None:
             rows = axis_table(self.grid)
-            found = self._tables[device] = _upload([rows[c] for c in self.codes], device)
+            found = self._tables[device] = _table([rows[c] for c in self.codes], device)
         return found
 
     def permutation(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -145,7 +146,7 @@ class SearchedOrder:
             raise ValueError(f"SearchedOrder.codes must be [heads] (got {list(self.codes.shape)}).")
         if self.codes.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"SearchedOrder.codes must be int32 or int64 (got {self.codes.dtype}).")
-        object.__setattr__(self, "_rows", _upload(axis_table(self.grid), self.codes.device))
+        object.__setattr__(self, "_rows", _table(axis_table(self.grid), self.codes.device))
 
     @property
     def heads(self) -> int:
@@ -179,9 +180,8 @@ def check_is_order(order: AnyOrder) -> None:
         )
 
 
-def _upload(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
+def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """int32 on the device, without waiting for it."""
     # a plain tensor also when the caller is in inference mode: the next one may be training
     with torch.inference_mode(False):
-        tensor = torch.tensor(rows, dtype=torch.int32, device="cpu")
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        return upload(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)

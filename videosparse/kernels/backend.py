@@ -11,6 +11,7 @@ import torch
 
 from videosparse.checking import check_device
 from videosparse.kernels.gpu import special_title
+from videosparse.kernels.options import own_backend
 
 logger = logging.getLogger("videosparse")
 
@@ -100,7 +101,7 @@ def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
 
 def choose_own(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "triton" or "torch" for what libraries of attention do not do: asked for one of them, as "auto"."""
-    return choose(backend if backend in ("triton", "torch") else "auto", device, dtype)
+    return choose(own_backend(backend), device, dtype)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -303,5 +303,5 @@ def _block_sums_fake(
     *far: Any,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
-    shape = (batch, heads, -(-length // block_rows), -(-length // block_cols))
+    shape = (batch, heads, ceil_div(length, block_rows), ceil_div(length, block_cols))
     return q.new_empty(shape, dtype=torch.float32)

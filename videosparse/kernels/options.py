@@ -14,6 +14,11 @@ QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 FUSED_NORMS = ("auto", "on", "off")
 
 
+def own_backend(backend: str) -> str:
+    """The backend for what libraries of attention do not do: "auto" where one of them is asked for."""
+    return "auto" if backend in LIBRARIES else backend
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError unless a backend is one of `BACKENDS`."""
     if not isinstance(backend, str) or backend not in BACKENDS:

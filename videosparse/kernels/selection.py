@@ -255,8 +255,3 @@ def kernels_for(backend: str, x: torch.Tensor) -> Any:
     from videosparse.kernels import triton_select
 
     return triton_select
-
-
-def own(backend: str) -> str:
-    """A backend for what libraries of attention do not do: "auto" where one of them is asked for."""
-    return backend if backend in ("triton", "torch") else "auto"

@@ -125,6 +125,18 @@ def check_call(
     check_whole("heads", heads)
 
 
+def check_same_size(
+    method: str, index: PackedIndex, layout: TokenLayout, run: RunStep, samples: int, heads: int
+) -> None:
+    """Raise RuntimeError where a call is of another size than the one whose map was searched for."""
+    if (index.q_len, *index.shape[:2]) != (layout.length, samples, heads):
+        raise RuntimeError(
+            f"{method} searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads in branch "
+            f"{run.context}, and now gets {layout.length} of {samples} and {heads}: one run is one size. End it first, "
+            "or use RadialProcessor()."
+        )
+
+
 class SparsityPolicy(ABC):
     """A method and its configuration: a frozen dataclass that turns a layout and a moment into a plan.
 

@@ -19,6 +19,7 @@ from videosparse.blocks import BlockIndex, BlockMap, check_block
 from videosparse.checking import check_device, check_flag, check_number
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div, check_grid, check_is_layout
 from videosparse.policies.base import BLOCK, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy, check_call
+from videosparse.uploading import upload
 
 COVERAGES = ("majority", "any")
 NEIGHBOURS = ("full", "half")
@@ -169,14 +170,8 @@ def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> lis
 
 def _place(columns: np.ndarray, device: torch.device) -> _Pieces:
     first, last = int(columns[0, 0]), int(columns[0, -1])
-    number, frame, start, stop = _upload(columns, device)
+    number, frame, start, stop = upload(torch.tensor(columns, dtype=torch.int32), device)
     return _Pieces(number, frame, start, stop, first if last - first + 1 == columns.shape[1] else None)
-
-
-def _upload(numbers: list[int] | np.ndarray, device: torch.device) -> torch.Tensor:
-    """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
-    tensor = torch.tensor(numbers, dtype=torch.int32)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _inside_any(row: _Pieces, col: _Pieces, width: torch.Tensor) -> torch.Tensor:
@@ -204,7 +199,7 @@ def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> t
     """bool [ceil(V / rows), ceil(V / columns)] of a video."""
     (block_q, block_k), majority = policy.block, policy.coverage == "majority"
     keep = torch.zeros(ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k), dtype=torch.bool, device=device)
-    bands = _upload(policy.band(grid), device)
+    bands = upload(torch.tensor(policy.band(grid), dtype=torch.int32), device)
     column_ranks = _pieces(grid, block_k, majority, device)
     for rows in _pieces(grid, block_q, majority, device):
         for row in _slabs(rows, keep.shape[1]):
