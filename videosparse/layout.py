@@ -121,6 +121,10 @@ class TokenLayout:
         """The same tokens with text starting on a fresh block of `block` = (query rows, key rows).
 
         `seq_lens` moves with the text. Without text nothing changes. All layers of a forward get the same object.
+
+        Raises:
+            TypeError: block is no tuple of ints.
+            ValueError: a number of rows below 1.
         """
         if not isinstance(block, tuple):
             raise TypeError(f"block must be a tuple (query rows, key rows) (got {shown(block)}).")

@@ -76,7 +76,12 @@ class TokenOrder:
 
     @classmethod
     def from_names(cls, grid: VideoGrid, names: Sequence[str]) -> TokenOrder:
-        """Build from names such as ["FHW", "HWF"], one per head."""
+        """Build from names such as ["FHW", "HWF"], one per head: frames, rows (H) and columns (W), slowest first.
+
+        Raises:
+            TypeError: grid is no `VideoGrid`, or names is no list or tuple of str.
+            ValueError: no names, or one that is not in `AXIS_ORDERS`.
+        """
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise TypeError(f'names must be a list such as ["FHW", "HWF"], one per head (got {shown(names)}).')
         unknown = [n for n in names if n not in AXIS_ORDERS]
@@ -96,7 +101,11 @@ class TokenOrder:
         return found
 
     def permutation(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """int64 [heads, video]: position t of the reordered sequence holds raster token permutation[h, t]."""
+        """int64 [heads, video]: position t of the reordered sequence holds raster token permutation[h, t].
+
+        Raises:
+            TypeError, ValueError: device is neither a device nor the name of one.
+        """
         device = check_device(device)
         raster = torch.arange(self.grid.tokens, device=device).view(self.grid.frames, self.grid.height, self.grid.width)
         axes = {"F": 0, "H": 1, "W": 2}
@@ -104,11 +113,19 @@ class TokenOrder:
         return torch.stack([orders[c] for c in self.codes])
 
     def apply(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Reorder the video tokens of x [B, L, heads, D]; returns a new tensor of the same shape and dtype."""
+        """Reorder the video tokens of x [B, L, heads, D] of any dtype; text and gap stay where they are.
+
+        Returns:
+            A new tensor of the same shape and dtype.
+
+        Raises:
+            TypeError: x is no tensor, or layout no `TokenLayout`.
+            ValueError: x is of another rank, or for other heads; layout is of another grid.
+        """
         return self._gather(x, layout, inverse=False)
 
     def restore(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Undo `apply` bit by bit."""
+        """Undo `apply` bit by bit; arguments, result and errors are as there."""
         return self._gather(x, layout, inverse=True)
 
     def _gather(self, x: torch.Tensor, layout: TokenLayout, inverse: bool) -> torch.Tensor:

@@ -116,6 +116,8 @@ def norm_rotate(
     Computed in float32 (float64 for float64 projections) and rounded once, where step by step each step rounds. The
     call compiles to one node (`torch.compile(fullgraph=True)`) and never waits for the device. No gradient.
 
+    Source: RMS norm, arXiv 1910.07467; rotary embedding, arXiv 2104.09864.
+
     Args:
         video: projections of the video tokens, [B, S, H * D], and their norms.
         text: those of the text tokens, [B, T, H * D], for models whose sequence has them. They are not rotated.

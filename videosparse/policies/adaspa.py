@@ -113,8 +113,10 @@ class AdaSpaPolicy(SparsityPolicy):
         """Search where nothing is kept yet, refresh where one is due, else sparse on the map that is kept.
 
         Raises:
+            TypeError: an argument of another type.
             RuntimeError: the sequence is not the one that was searched.
-            ValueError: a fraction of an unknown number of steps in `refresh`, or a map too large for an index.
+            ValueError: a number out of range; a fraction of an unknown number of steps in `refresh`, or a map too large
+                for an index.
         """
         check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)

@@ -161,7 +161,8 @@ class PAROPolicy(SparsityPolicy):
         """By the plan: sparse. Else search where nothing is kept yet, then sparse on what was found.
 
         Raises:
-            ValueError: the plan is for another grid, or other layers or heads.
+            TypeError: an argument of another type.
+            ValueError: a number out of range; the plan is for another grid, or other layers or heads.
             RuntimeError: the sequence is not the one that was searched.
         """
         check_call(layout, run, layer, state, device, samples, heads)

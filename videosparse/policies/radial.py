@@ -52,6 +52,7 @@ class RadialPolicy(SparsityPolicy):
             for Wan until late 2025.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: decay not positive and finite, or an unknown block, coverage or first_neighbour.
 
     Source: section 4 of the paper, and the band, decimation and block rules of the authors' code, whose tables are
@@ -89,7 +90,11 @@ class RadialPolicy(SparsityPolicy):
         samples: int = 1,
         heads: int = 1,
     ) -> LayerPlan:
-        """Sparse, on the one map of this layout: nothing depends on step, layer or data."""
+        """Sparse, on the one map of this layout: nothing depends on step, layer or data.
+
+        Raises:
+            TypeError, ValueError: an argument of another type; and as `block_map`.
+        """
         check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         return LayerPlan(Mode.SPARSE, aligned, self.block_index(layout, device))
@@ -106,18 +111,24 @@ class RadialPolicy(SparsityPolicy):
         token-by-token tensor, and cached.
 
         Raises:
-            ValueError: "majority" would leave a query block without keys (frames much smaller than a block).
+            TypeError: layout is no `TokenLayout`, or device neither a device nor a name.
+            ValueError: device names none; "majority" would leave a query block without keys (frames much smaller than a
+                block).
         """
         check_is_layout(layout)
         return _cached_map(self, layout.grid, layout.text, _indexed(device))
 
     def block_index(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockIndex:
-        """The query-major lists of `block_map`, cached on their own: a run reads no map."""
+        """The query-major lists of `block_map`, cached on their own: a run reads no map. Errors are as there."""
         check_is_layout(layout)
         return _cached_index(self, layout.grid, layout.text, _indexed(device))
 
     def band(self, grid: VideoGrid) -> list[int]:
-        """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped."""
+        """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped.
+
+        Raises:
+            TypeError: grid is no `VideoGrid`.
+        """
         check_grid("grid", grid)
         tokens, narrowest = grid.frame_tokens, max(self.block)
         power = 1 << tokens.bit_length()
