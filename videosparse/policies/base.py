@@ -29,10 +29,10 @@ TRAINING = "training"
 class Mode(StrEnum):
     """What one attention call does; the only Python constant that a compiled block reads from its plan."""
 
-    DENSE = "dense"
-    SPARSE = "sparse"
-    SEARCH = "search"
-    REFRESH = "refresh"
+    DENSE = "dense"  # reads every key
+    SPARSE = "sparse"  # reads the keys that the index lists
+    SEARCH = "search"  # dense; writes the index, and the lse where a refresh will read it
+    REFRESH = "refresh"  # writes the index anew, by the lse of the search, then sparse
 
 
 @dataclass(frozen=True)
