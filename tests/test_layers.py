@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "videosparse"
 
 LAYERS = {
     "interrupts": 0, "checking": 0, "wording": 0, "layout": 0, "blocks": 0, "ordering": 0, "reference": 0, "logits": 0,
-    "cases": 0,
+    "cases": 0, "uploading": 0,
     "kernels": 1,
     "policies": 2,
     "models": 3,
@@ -88,6 +88,15 @@ def test_parts_of_programs_do_not_import_one_another_in_a_circle():
                 known[part].add(other)
     assert "metrics" in known["generation"], "nothing was looked at"
     tuple(TopologicalSorter(known).static_order())  # raises CycleError, which names the circle
+
+
+def test_names_that_another_module_uses_are_public():
+    private = re.compile(r"from videosparse[\w.]* import [^#\n]*\b_(?!diffusers\b)[a-z]", re.I)
+    for folder in ("videosparse", "tests", "eval", "lora", "pipelines"):
+        for path in (PACKAGE.parent / folder).rglob("*.py"):
+            imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+            found = [line for line in map(ast.unparse, imports) if private.match(line)]
+            assert not found, f"{path}: {found}"
 
 
 def test_families_know_no_method_and_methods_know_no_family():

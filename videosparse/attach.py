@@ -17,6 +17,7 @@ from videosparse.clock import Clock
 from videosparse.components import experts_of, is_compiled, number_of, targets, unwrapped
 from videosparse.dense_plans import dense_plan, title
 from videosparse.kernels import describe_backend
+from videosparse.kernels.options import own_backend
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.models import ModelFamily, family_of
 from videosparse.models.rope import undo
@@ -411,8 +412,8 @@ def _backend(resolved: Resolved, device: torch.device) -> str:
 
 def _own_backend(resolved: Resolved, device: torch.device) -> str:
     """What computes gradients: libraries of attention replace our forward only."""
-    backend = resolved.options.backend
-    return backend if backend in ("triton", "torch") else describe_backend(device)[0]
+    backend = own_backend(resolved.options.backend)
+    return describe_backend(device)[0] if backend == "auto" else backend
 
 
 def type_name(transformer: object, family: ModelFamily) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from videosparse.checking import check_flag, check_tensor, check_whole, shown
+from videosparse.checking import check_device, check_flag, check_tensor, check_whole, shown
 from videosparse.layout import TokenLayout, ceil_div, check_is_layout
 
 BLOCK_SIZES = (64, 128)
@@ -88,9 +88,19 @@ class BlockMap:
 
     @classmethod
     def full(cls, layout: TokenLayout, block: tuple[int, int], device: torch.device | str = "cpu") -> BlockMap:
-        """The map that keeps every block: dense attention through the sparse door."""
+        """The map that keeps every block, for all samples and heads: dense attention through the sparse door.
+
+        Args:
+            layout: the sequence; its length is that of queries and keys.
+            block: (query rows, key rows) of a block, each 64 or 128.
+            device: where the map is made.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, or a block or device that there is not.
+        """
         check_is_layout(layout)
         check_block(block)
+        device = check_device(device)
         size = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
         return cls(torch.ones(1, 1, *size, dtype=torch.bool, device=device), block, layout.length, layout.length)
 
@@ -100,7 +110,11 @@ class BlockMap:
         return float(self.keep.float().mean())
 
     def video_density(self, layout: TokenLayout) -> float:
-        """Kept blocks / all blocks among those where both sides are video, 0..1. Waits for the device."""
+        """Kept blocks / all blocks among those where both sides are video, 0..1. Waits for the device.
+
+        Raises:
+            TypeError: layout is no `TokenLayout`.
+        """
         check_is_layout(layout)
         rows, cols = (ceil_div(layout.video, b) for b in self.block)
         return float(self.keep[:, :, :rows, :cols].float().mean())
@@ -129,7 +143,11 @@ class BlockMap:
         return rows.repeat_interleave(self.block[1], 3)[..., : self.kv_len]
 
     def picture(self, width: int = 64) -> str:
-        """The map of the first sample and head as text, at most `width` characters wide; darker is denser."""
+        """The map of the first sample and head as text, at most `width` characters wide; darker is denser.
+
+        Raises:
+            TypeError, ValueError: width is no int of at least 1.
+        """
         check_whole("width", width)
         rows, cols = self.keep.shape[2:]
         wide = min(width, cols)
@@ -139,7 +157,15 @@ class BlockMap:
         return "\n".join("".join(_SHADES[v] for v in line) for line in level.tolist())
 
     def save_png(self, path: str | Path, size: int = 1024) -> None:
-        """Draw the map of the first sample and head, kept blocks dark, at most `size` pixels a side."""
+        """Draw the map of the first sample and head, kept blocks dark. Waits for the device.
+
+        Args:
+            path: of the picture, whose ending says of which format.
+            size: most pixels a side; a larger map is averaged.
+
+        Raises:
+            OSError, ValueError: the file cannot be written, or its ending names no format.
+        """
         from PIL import Image
 
         keep = self.keep[0, 0].float().cpu()
@@ -195,7 +221,12 @@ class BlockIndex:
 
     @classmethod
     def build(cls, block_map: BlockMap, capacity: int | None = None) -> BlockIndex:
-        """Lists of a map; see `BlockMap.index`."""
+        """The query-major lists of `block_map`; for capacity and errors see `BlockMap.index`.
+
+        Raises:
+            TypeError: block_map is no `BlockMap`; and as there.
+            ValueError: as there.
+        """
         if not isinstance(block_map, BlockMap):
             raise TypeError(f"block_map must be a BlockMap (got {shown(block_map)}); pass BlockMap(keep, block, ...).")
         if capacity is not None:
@@ -326,17 +357,27 @@ class PackedIndex:
         device: torch.device | str = "cpu",
         pinned: bool = False,
     ) -> PackedIndex:
-        """An empty map over `layout.length` tokens; `pinned` in page-locked memory of the CPU.
+        """An empty map over `layout.length` tokens.
+
+        Args:
+            layout: the sequence.
+            block: (query rows, key rows) of a block, each 64 or 128.
+            samples, heads: that have maps of their own, each at least 1.
+            capacity: most blocks that the map may ever keep, at least 1.
+            device: where the buffers are.
+            pinned: in page-locked memory of the CPU.
 
         Raises:
             TypeError: an argument of another type.
-            ValueError: the map has more rows or columns, or may keep more blocks, than can be selected and indexed.
+            ValueError: a number below 1, or a block or device that there is not; the map has more rows or columns, or
+                may keep more blocks, than can be selected and indexed.
         """
         check_is_layout(layout)
         check_block(block)
         for name, value in {"samples": samples, "heads": heads, "capacity": capacity}.items():
             check_whole(name, value)
         check_flag("pinned", pinned)
+        device = check_device(device)
         rows, columns = ceil_div(layout.length, block[0]), ceil_div(layout.length, block[1])
         count = samples * heads * rows
         if max(count, capacity) > INDEX_LIMIT:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from videosparse.checking import check_whole, shown
+from videosparse.checking import check_device, check_whole, shown
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -121,6 +121,10 @@ class TokenLayout:
         """The same tokens with text starting on a fresh block of `block` = (query rows, key rows).
 
         `seq_lens` moves with the text. Without text nothing changes. All layers of a forward get the same object.
+
+        Raises:
+            TypeError: block is no tuple of ints.
+            ValueError: a number of rows below 1.
         """
         if not isinstance(block, tuple):
             raise TypeError(f"block must be a tuple (query rows, key rows) (got {shown(block)}).")
@@ -139,9 +143,11 @@ class TokenLayout:
         """Bool [batch, length]: True where a position holds a valid token. For references and dense masks.
 
         Raises:
-            ValueError: `seq_lens` belongs to another batch size.
+            TypeError: an argument of another type.
+            ValueError: `seq_lens` belongs to another batch size, or there is no such device.
         """
         check_whole("batch", batch, 0)
+        device = check_device(device)
         position = torch.arange(self.length, device=device)
         token = (position < self.video) | (position >= self.text_start)
         if self.seq_lens is None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from videosparse.checking import check_tensor, shown
+from videosparse.checking import check_device, check_tensor, shown
 from videosparse.layout import TokenLayout, VideoGrid, check_grid, check_is_layout
+from videosparse.uploading import upload
 
 AXIS_ORDERS: tuple[str, ...] = ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")
 """The six orders of the axes, slowest first; a code of `TokenOrder` is an index into this tuple."""
@@ -75,7 +76,12 @@ class TokenOrder:
 
     @classmethod
     def from_names(cls, grid: VideoGrid, names: Sequence[str]) -> TokenOrder:
-        """Build from names such as ["FHW", "HWF"], one per head."""
+        """Build from names such as ["FHW", "HWF"], one per head: frames, rows (H) and columns (W), slowest first.
+
+        Raises:
+            TypeError: grid is no `VideoGrid`, or names is no list or tuple of str.
+            ValueError: no names, or one that is not in `AXIS_ORDERS`.
+        """
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise TypeError(f'names must be a list such as ["FHW", "HWF"], one per head (got {shown(names)}).')
         unknown = [n for n in names if n not in AXIS_ORDERS]
@@ -91,22 +97,35 @@ class TokenOrder:
         found = self._tables.get(device)
         if found is None:
             rows = axis_table(self.grid)
-            found = self._tables[device] = _upload([rows[c] for c in self.codes], device)
+            found = self._tables[device] = _table([rows[c] for c in self.codes], device)
         return found
 
     def permutation(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """int64 [heads, video]: position t of the reordered sequence holds raster token permutation[h, t]."""
+        """int64 [heads, video]: position t of the reordered sequence holds raster token permutation[h, t].
+
+        Raises:
+            TypeError, ValueError: device is neither a device nor the name of one.
+        """
+        device = check_device(device)
         raster = torch.arange(self.grid.tokens, device=device).view(self.grid.frames, self.grid.height, self.grid.width)
         axes = {"F": 0, "H": 1, "W": 2}
         orders = [raster.permute([axes[a] for a in name]).flatten() for name in AXIS_ORDERS]
         return torch.stack([orders[c] for c in self.codes])
 
     def apply(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Reorder the video tokens of x [B, L, heads, D]; returns a new tensor of the same shape and dtype."""
+        """Reorder the video tokens of x [B, L, heads, D] of any dtype; text and gap stay where they are.
+
+        Returns:
+            A new tensor of the same shape and dtype.
+
+        Raises:
+            TypeError: x is no tensor, or layout no `TokenLayout`.
+            ValueError: x is of another rank, or for other heads; layout is of another grid.
+        """
         return self._gather(x, layout, inverse=False)
 
     def restore(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """Undo `apply` bit by bit."""
+        """Undo `apply` bit by bit; arguments, result and errors are as there."""
         return self._gather(x, layout, inverse=True)
 
     def _gather(self, x: torch.Tensor, layout: TokenLayout, inverse: bool) -> torch.Tensor:
@@ -144,7 +163,7 @@ class SearchedOrder:
             raise ValueError(f"SearchedOrder.codes must be [heads] (got {list(self.codes.shape)}).")
         if self.codes.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"SearchedOrder.codes must be int32 or int64 (got {self.codes.dtype}).")
-        object.__setattr__(self, "_rows", _upload(axis_table(self.grid), self.codes.device))
+        object.__setattr__(self, "_rows", _table(axis_table(self.grid), self.codes.device))
 
     @property
     def heads(self) -> int:
@@ -178,9 +197,8 @@ def check_is_order(order: AnyOrder) -> None:
         )
 
 
-def _upload(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
+def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """int32 on the device, without waiting for it."""
     # a plain tensor also when the caller is in inference mode: the next one may be training
     with torch.inference_mode(False):
-        tensor = torch.tensor(rows, dtype=torch.int32, device="cpu")
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        return upload(torch.tensor(rows, dtype=torch.int32, device="cpu"), device)

@@ -13,9 +13,6 @@ from videosparse.models import family_of
 from videosparse.processors import DenseProcessor, LayerProcessor
 from videosparse.sharing import check_heads
 
-# dimensions of cos and sin; the first one is the token
-_ROTARY_DIMS = {"hunyuan_video": 2, "mochi": 3}
-
 
 def parallelize(pipe_or_transformer: object, *, uneven: bool = False) -> None:
     """Let all processes of a `torchrun` make one video together: each holds a part of its tokens.
@@ -25,6 +22,9 @@ def parallelize(pipe_or_transformer: object, *, uneven: bool = False) -> None:
     `transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...))`; for HunyuanVideo and Mochi it
     says, too, what to split: video tokens, while text, which is short, is on all ranks. Those two work with processors
     of ours only, and get `DenseProcessor()` where they have none.
+
+    Source: DeepSpeed-Ulysses, arXiv 2309.14509: around attention, ranks exchange tokens for heads. Differs from it in
+    that text stays on all ranks and is cut by heads.
 
     Args:
         pipe_or_transformer: a Diffusers pipeline, or its transformer.
@@ -75,7 +75,7 @@ def check_shareable(transformer: Any, ranks: int) -> None:
 def sharding_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
     """What to split and gather: video tokens; None for Wan, of which Diffusers knows it."""
     family = family_of(transformer)
-    return split_video(_ROTARY_DIMS[family.name]) if family.joint else None
+    return split_video(family.rotary_dims) if family.joint else None
 
 
 def _has_ours(transformer: torch.nn.Module) -> bool:

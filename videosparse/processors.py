@@ -340,7 +340,7 @@ class SparseProcessor(Processor):
     logit: FarLogits | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
+        if self.num_steps is not None and (type(self.num_steps) is not int or self.num_steps < 1):
             raise ValueError(
                 f"num_steps must be an int of at least 1 (got {self.num_steps!r}); pass the number of denoising steps."
             )

@@ -8,6 +8,7 @@ import torch
 
 from videosparse.blocks import PackedIndex
 from videosparse.kernels import KernelOptions, attend, block_sums
+from videosparse.kernels.options import own_backend
 from videosparse.kernels.order_search import OrderSelection, search_orders
 from videosparse.kernels.selection import select
 from videosparse.policies.base import LayerPlan, Mode
@@ -66,5 +67,4 @@ def _own(options: KernelOptions) -> KernelOptions:
 
     Never with integers: maps, which stay for many steps, are measured from an exact lse.
     """
-    backend = options.backend if options.backend in ("auto", "triton", "torch") else "auto"
-    return KernelOptions(backend=backend, logit=options.logit)
+    return KernelOptions(backend=own_backend(options.backend), logit=options.logit)

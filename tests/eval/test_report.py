@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
 from videosparse.benchmark.rows import WHERE
-from videosparse.evaluation.maps import _mosaic, _png
+from videosparse.evaluation.maps import mosaic, png_of
 from videosparse.evaluation.prompts import load_prompts
 from videosparse.evaluation.table import write_table
 from videosparse.evaluation.work import COLUMNS
@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
                     write_mp4(path / row["video"], videos[number], FPS)
                 if frames == FRAMES and number == 0 and method in ("radial", "adaspa"):
                     row |= {"map": f"{method}.png", "map_shows": "all layers, all heads, blocks of 64x64"}
-                    (path / row["map"]).write_bytes(_png(_mosaic([[torch.eye(9).bool()]])))
+                    (path / row["map"]).write_bytes(png_of(mosaic([[torch.eye(9).bool()]])))
                 rows.append(row)
     write_table(path / "rows.csv", rows, COLUMNS)
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from videosparse.cases import MODELS
-from videosparse.generation.estimating import RATES, _parameters, estimate
+from videosparse.generation.estimating import RATES, estimate, parameters_of
 from videosparse.generation.planning import plan_run
 from videosparse.generation.sources import find_spec
 
@@ -80,7 +80,7 @@ def test_memory_is_within_20_percent_of_what_was_measured(row):
 
 @pytest.mark.parametrize(("name", "billions"), [("wan2.1-1.3b", 1.42), ("wan2.1-14b", 14.29), ("wan2.2-5b", 5.0)])
 def test_parameters(name, billions):
-    assert _parameters(MODELS[name]) == pytest.approx(1e9 * billions, rel=0.03)
+    assert parameters_of(MODELS[name]) == pytest.approx(1e9 * billions, rel=0.03)
 
 
 def test_what_was_not_measured_has_no_estimate():

@@ -129,6 +129,7 @@ def test_training_with_a_method_that_keeps_state():
         ({"first_steps": 1.5}, r"first_steps must be an int >= 0 or a fraction 0\.\.1"),
         ({"first_steps": -1}, "first_steps must be"),
         ({"num_steps": 0}, "num_steps must be an int of at least 1"),
+        ({"num_steps": True}, "num_steps must be an int of at least 1"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch"),
     ],
 )

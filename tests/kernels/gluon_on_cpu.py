@@ -320,7 +320,7 @@ STAND_INS = {
         arrive=lambda barrier, pred=True: barrier.change(1, 0) if pred else None,
     ),
     "tma": SimpleNamespace(store_wait=store_wait),
-    "_load_tile": load_tile, "_store_tile": store_tile, "_barrier": nothing, "_view": Shared.parts,
+    "load_tile": load_tile, "store_tile": store_tile, "thread_barrier": nothing, "reinterpret": Shared.parts,
     "fence_async_shared": nothing, "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
 }  # fmt: skip
 
@@ -334,7 +334,7 @@ def kernel_on_cpu(*modules):
             if isinstance(x, triton.language.constexpr):
                 names[name] = x.value
             elif isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
-                names[name] = types.FunctionType(function.__code__, names, name)
+                names[name] = types.FunctionType(function.__code__, names, name, function.__defaults__)
     names |= STAND_INS
     return names
 

@@ -34,7 +34,7 @@ def quantize(q, k, v, call, need_lse, kind, reorder):
     """`quantize.quantize` on the CPU."""
     length = q.shape[1]
     padded = padded_length(length)
-    token = torch_int8._tokens(q, call)[:, :, None, None]
+    token = torch_int8.is_token(q, call)[:, :, None, None]
     queries, keys, values = (x.float().masked_fill(~token, 0) for x in (q, k, v))
     used = token & counted(length)[:, None, None]
     mean = keys.masked_fill(~used, 0).sum(1, keepdim=True) / used.sum(1, keepdim=True)

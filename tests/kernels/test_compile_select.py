@@ -82,8 +82,8 @@ def assert_fits(compiled, capability, tmp_path):
 @pytest.mark.parametrize("columns", [5, 591, 1182, 4096, 7200, SELECTION_LIMIT])
 @pytest.mark.parametrize("kernel", ["keep_largest_kernel", "expand_kernel"])
 def test_rows_stay_in_registers(kernel, capability, columns, tmp_path):
-    pad = triton_select._pad(columns)
-    warps = triton_select._warps(pad)
+    pad = triton_select.choose_pad(columns)
+    warps = triton_select.choose_warps(pad)
     compiled = compile_kernel(getattr(triton_select, kernel), capability, {"PAD": pad}, num_warps=warps)
     assert_fits(compiled, capability, tmp_path)
     if warps == 1 and pad >= 256 and kernel == "keep_largest_kernel":  # a row is counted by one instruction

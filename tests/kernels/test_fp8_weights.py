@@ -28,8 +28,8 @@ def weigh(x, hidden=None):
     if hidden is not None:
         scores = scores.masked_fill(hidden, softmax.HIDDEN.value)
     value = gluon_on_cpu.value
-    words, sums = FUNCTIONS["_weigh_in_fp8"](value(scores), value(top), value(STEP * own), tuple(halves), 128)
-    turned = FUNCTIONS["_unpack"](words, 128).as_subclass(torch.Tensor).float()
+    words, sums = FUNCTIONS["weigh_in_fp8"](value(scores), value(top), value(STEP * own), tuple(halves), 128)
+    turned = FUNCTIONS["unpack_weights"](words, 128).as_subclass(torch.Tensor).float()
     weights = torch.empty_like(turned).unflatten(1, (8, 16))
     weights[:, :, list(KEY_ORDER)] = turned.unflatten(1, (8, 16))
     return weights.flatten(1), sums.as_subclass(torch.Tensor).sum(1)

@@ -56,7 +56,7 @@ def on_cpu(monkeypatch):
     """`attend(backend="triton")` launches the kernel as plain Python, with three programs."""
     kernel = gluon_on_cpu.Kernel()
     monkeypatch.setattr(hopper_forward, "describe", gluon_on_cpu.describe)
-    monkeypatch.setattr(hopper_forward, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_forward, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_forward, "compiled", lambda *_, **__: kernel)
     monkeypatch.setattr(hopper_forward, "value_tail", clean_tail)
     take_the_hopper_kernel(monkeypatch)

@@ -128,8 +128,8 @@ def test_refuses(dtype, dim, backend, error, message):
 def test_fp8_needs_its_tensor_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr("videosparse.kernels.ops.choose", lambda *_: "triton")
-    int8_path._has_fp8.cache_clear()
-    assert not int8_path._has_fp8(torch.device("cuda", 3))
+    int8_path.has_fp8.cache_clear()
+    assert not int8_path.has_fp8(torch.device("cuda", 3))
     q = torch.zeros(1, 96, 1, 64).half()
     with pytest.raises(RuntimeError, match=r'needs FP8 tensor cores, compute capability 8.9 .* use "int8-int8"'):
         attend(q, q, q, layout=LAYOUT, options=options("int8-fp8"))

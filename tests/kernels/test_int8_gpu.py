@@ -50,7 +50,7 @@ def _kernel(request):
 
 @pytest.fixture(params=quantized.QUANTS)
 def quant(request):
-    if request.param == "int8-fp8" and not int8_path._has_fp8(torch.device("cuda", torch.cuda.current_device())):
+    if request.param == "int8-fp8" and not int8_path.has_fp8(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("no FP8 tensor cores")
     special = request.getfixturevalue("_kernel") == "special" and gpu.is_hopper(torch.device("cuda", 0))
     if request.param == "int8-int8" and special:

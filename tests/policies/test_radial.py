@@ -9,7 +9,7 @@ import torch
 
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.policies import Mode, RadialPolicy, RunStep
-from videosparse.policies.radial import _most_blocks
+from videosparse.policies.radial import most_blocks
 
 GRIDS = [
     VideoGrid(7, 13, 11),
@@ -142,7 +142,7 @@ def test_the_capacity_on_a_gpu_is_enough_and_modest(size, block, coverage):
         policy = RadialPolicy(decay=0.5, block=block, coverage=coverage)
         block_map = policy.block_map(TokenLayout(VideoGrid(*size), text))
         kept = int(block_map.keep.sum())
-        bound = _most_blocks(policy, VideoGrid(*size), block_map)
+        bound = most_blocks(policy, VideoGrid(*size), block_map)
         assert kept <= bound
         assert bound <= 2 * kept or coverage == "majority"
 

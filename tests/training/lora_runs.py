@@ -40,11 +40,11 @@ def random_data(folder: Path, model: Path, *, clips: int = 8, frames: int = 33, 
     from videosparse.generation.sources import find_model
     from videosparse.training.clips import Size
     from videosparse.training.dataset import EMPTY, packed, write_shard
-    from videosparse.training.encoding import _describe
+    from videosparse.training.encoding import describe_folder
     from videosparse.training.families import TRAINING_FAMILIES
 
     source = find_model(str(model))
-    _describe(folder, source, float(source.defaults.fps))
+    describe_folder(folder, source, float(source.defaults.fps))
     family = TRAINING_FAMILIES[source.spec.family]
     time, space = source.spec.stride
     g = torch.Generator().manual_seed(0)

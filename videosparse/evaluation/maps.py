@@ -49,7 +49,7 @@ def drawn(maps: Sequence[Maps]) -> MapPicture | None:
     if not maps:
         return None
     captions = [m.caption if len(maps) == 1 else f"expert {n + 1}: {m.caption}" for n, m in enumerate(maps)]
-    return MapPicture(_png(_mosaic([row for one in maps for row in one.tiles])), "; ".join(captions))
+    return MapPicture(png_of(mosaic([row for one in maps for row in one.tiles])), "; ".join(captions))
 
 
 def maps_of(transformer: Any) -> Maps | None:
@@ -105,7 +105,7 @@ def _order_names(order: Any) -> list[str]:
     return [AXIS_ORDERS[code] for code in listed]
 
 
-def _mosaic(tiles: list[list[torch.Tensor]]) -> torch.Tensor:
+def mosaic(tiles: list[list[torch.Tensor]]) -> torch.Tensor:
     """uint8 [height, width]: 0 kept, 1 dropped, 2 between maps."""
     columns = max(len(tile) for tile in tiles)
     rows, cols = tiles[0][0].shape
@@ -117,7 +117,7 @@ def _mosaic(tiles: list[list[torch.Tensor]]) -> torch.Tensor:
     return canvas
 
 
-def _png(canvas: torch.Tensor) -> bytes:
+def png_of(canvas: torch.Tensor) -> bytes:
     """A palette picture with nothing drawn between maps, so that a page's own background shows."""
     from PIL import Image
 

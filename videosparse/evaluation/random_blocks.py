@@ -15,7 +15,7 @@ from videosparse.kernels import KernelOptions
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.metrics.attention import random_map
 from videosparse.models import model_variant
-from videosparse.policies.base import DenseSchedule, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
+from videosparse.policies.base import DenseSchedule, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy, check_call
 from videosparse.processors import Processor, Resolved
 
 
@@ -46,6 +46,7 @@ class RandomPolicy(SparsityPolicy):
         heads: int = 1,
     ) -> LayerPlan:
         """Sparse, on the map of this layer."""
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         return LayerPlan(Mode.SPARSE, aligned, _random_index(self, aligned, layer, device))
 

@@ -132,7 +132,8 @@ def _products(spec: ModelSpec) -> float | None:
     return 6.0 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width if spec.ffn else None
 
 
-def _parameters(spec: ModelSpec) -> float:
+def parameters_of(spec: ModelSpec) -> float:
+    """Numbers in the weights of a transformer."""
     width = spec.heads * spec.head_dim
     if spec.family != "wan":
         return _PARAMETERS[spec.family]
@@ -141,7 +142,7 @@ def _parameters(spec: ModelSpec) -> float:
 
 def _weights(spec: ModelSpec, linears: str) -> float:
     """Bytes of a transformer."""
-    return _parameters(spec) * (1 if linears == "fp8" else 2)
+    return parameters_of(spec) * (1 if linears == "fp8" else 2)
 
 
 def _vectors(plan: GenerationPlan) -> float:

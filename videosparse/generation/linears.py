@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from videosparse.checking import check_device
 from videosparse.generation.errors import GenerationError, nearest, one_line
 from videosparse.models import family_of
 from videosparse.wording import install_extra
@@ -30,7 +31,7 @@ def unavailable(device: torch.device | str, dtype: torch.dtype = torch.bfloat16)
     """Why FP8 linears cannot run on a device with weights of a dtype, and what to do; None where they can."""
     if importlib.util.find_spec("torchao") is None:
         return f"torchao is not installed; {install_extra('fp8')}, or drop it"
-    device = torch.device(device)
+    device = check_device(device)
     if device.type != "cuda":
         return f"it needs a GPU of compute capability 8.9 or newer, and this run is on {device}; drop it"
     if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
@@ -64,9 +65,12 @@ def quantize_linears(
     Raises:
         GenerationError: an unknown kind; torchao is missing or cannot run here; weights of another dtype; no layer that
             suits, or a transformer that was quantized before.
-        TypeError: no supported transformer.
+        TypeError: no supported transformer, or device is neither a device nor a name.
+        ValueError: device names none.
     """
     check_kind(kind)
+    if device is not None:
+        device = check_device(device)
     if kind == "none":
         return 0
     names = set(suitable(transformer))

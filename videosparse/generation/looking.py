@@ -22,7 +22,7 @@ from videosparse.generation.errors import GenerationError
 from videosparse.kernels import attend, block_sums
 from videosparse.kernels.order_search import ORDERS, OrderMetric, choose, holdings, in_order, look, sums_by_order
 from videosparse.kernels.selection import columns_of
-from videosparse.layout import TokenLayout, VideoGrid
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.policies.base import LayerPlan
 from videosparse.processors import DenseProcessor
 
@@ -130,7 +130,7 @@ class Shares(Figures):
         Raises:
             GenerationError: the shares are no numbers.
         """
-        count = columns_of(self.density, -(-layout.grid.tokens // self.block[1]))
+        count = columns_of(self.density, ceil_div(layout.grid.tokens, self.block[1]))
         found = torch.empty(q.shape[2], len(ORDERS), dtype=torch.float32, device=q.device)
         for one in holdings(q, k, lse, layout.grid, self.block, count):
             found[one.heads, one.code] = one.share.mean(0)
@@ -202,7 +202,7 @@ class MapSums:
 
     def __init__(self, codes: torch.Tensor, grid: VideoGrid, block: tuple[int, int], first: int = 0) -> None:
         self.codes, self.grid, self.block, self.first = codes, grid, block, first
-        rows, columns = (-(-grid.tokens // b) for b in block)
+        rows, columns = (ceil_div(grid.tokens, b) for b in block)
         self.sums = torch.zeros(*codes.shape, rows, columns, dtype=torch.float32)
 
     def __call__(self, number: int, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, layout: TokenLayout) -> None:

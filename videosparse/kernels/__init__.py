@@ -1,5 +1,5 @@
-"""The only door to the kernels: `attend`, `block_sums` and `block_stats` for methods that look at attention, and
-`norm_rotate` and `reorder` before it.
+"""The only door to attention kernels: `attend`, `block_sums` and `block_stats` for methods that look at attention, and
+`norm_rotate` and `reorder` before it. `selection` and `order_search` make maps and orders of what is looked at.
 
 Importing this package needs neither Triton nor a GPU: Triton is imported when a call first takes its backend.
 """
@@ -102,6 +102,9 @@ def attend(
 
     With `options.quant` the scores are products of integers, and outputs differ from exact ones by about 1 % in the
     mean ("int8"), 1.6 % ("int8-int8") or 4 % ("int8-fp8") for normally distributed q, k and v; see `quantize`.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), forward and backward, whose loops over all key blocks go over the
+    listed ones here.
 
     Returns:
         out [B, L, H, D], contiguous, in the dtype of q. With `return_lse` also lse [B, H, L], float32 (float64 for

@@ -9,7 +9,9 @@ from functools import cache
 
 import torch
 
+from videosparse.checking import check_device
 from videosparse.kernels.gpu import special_title
+from videosparse.kernels.options import own_backend
 
 logger = logging.getLogger("videosparse")
 
@@ -79,8 +81,11 @@ def describe_backend(device: torch.device | str) -> tuple[str, str]:
 
     Returns:
         ("triton" or "torch", why): one line each, for people.
+
+    Raises:
+        TypeError, ValueError: device is none, and names none.
     """
-    device = torch.device(device)
+    device = check_device(device)
     reason = _triton_missing(device)
     return ("triton", _device_name(device)) if reason is None else ("torch", f"no Triton: {reason}")
 
@@ -96,7 +101,7 @@ def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
 
 def choose_own(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "triton" or "torch" for what libraries of attention do not do: asked for one of them, as "auto"."""
-    return choose(backend if backend in ("triton", "torch") else "auto", device, dtype)
+    return choose(own_backend(backend), device, dtype)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:

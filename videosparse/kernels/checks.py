@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.autograd import forward_ad
 
 from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
-from videosparse.checking import check_number, check_tensor, shown
+from videosparse.checking import check_scale, check_tensor, shown
 from videosparse.kernels.backend import TRITON_DTYPES
 from videosparse.kernels.options import KernelOptions
 from videosparse.layout import TokenLayout, ceil_div, check_is_layout
@@ -145,7 +143,5 @@ def scale_of(q: torch.Tensor, scale: float | None) -> float:
     """
     if scale is None:
         return float(q.shape[3] ** -0.5)
-    check_number("scale", scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be a finite number (got {scale}); the default is head_dim ** -0.5.")
+    check_scale(scale)
     return float(scale)

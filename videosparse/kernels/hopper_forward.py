@@ -34,18 +34,19 @@ def unsuited(
     if not (is_aligned(q) and is_aligned(k) and is_aligned(v)):
         return "it takes tensors whose start and strides are multiples of 16 bytes"
     keys = 128 if call.lists is None else call.lists.block[1]
-    if _has_text(call) and ceil_div(length, keys) - call.video // keys > TAIL_BLOCKS.value:
+    if has_text(call) and ceil_div(length, keys) - call.video // keys > TAIL_BLOCKS.value:
         return f"it takes up to {TAIL_BLOCKS.value} key blocks of text"
     return None
 
 
-def _has_text(call: AttentionCall) -> bool:
+def has_text(call: AttentionCall) -> bool:
     """Whether some of the positions below the length hold no tokens."""
     return call.seq_lens is not None or call.text_start > call.video
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many of them a GPU has; every launch asks."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -78,7 +79,7 @@ def forward(
         keys, row_ptr, ids, order = lists.block[1], lists.row_ptr, lists.ids, lists.order
         map_rows, map_heads = lists.samples * lists.heads * rows, lists.heads
     v_desc = tail_desc = describe(v, keys, 64)
-    text, video, text_start, lens = _has_text(call), length, length, counter
+    text, video, text_start, lens = has_text(call), length, length, counter
     if text:
         video, text_start = call.video, call.text_start
         if call.seq_lens is None:
@@ -115,5 +116,5 @@ def forward(
     constants = (keys, head_dim, lists is not None, text, need_lse, call.order is not None)
     key = (device, q.dtype, ids.dtype, constants)
     kernel = compiled(forward_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
-    kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)
+    kernel[(min(multiprocessors(device), total), 1, 1)](*arguments, *constants)
     return out, lse

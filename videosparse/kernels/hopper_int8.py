@@ -8,7 +8,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.compiled import compiled
-from videosparse.kernels.hopper_forward import _has_text, _multiprocessors
+from videosparse.kernels.hopper_forward import has_text, multiprocessors
 from videosparse.kernels.hopper_int8_kernel import int8_kernel
 from videosparse.kernels.hopper_kernel import TAIL_BLOCKS
 from videosparse.kernels.quantize import COPIES, Quantized, quantize
@@ -39,7 +39,7 @@ def unsuited(
     if values is None and not is_aligned(v):
         return "it takes values whose start and strides are multiples of 16 bytes"
     keys = 128 if call.lists is None else call.lists.block[1]
-    if _has_text(call) and ceil_div(length, keys) - call.video // keys > TAIL_BLOCKS.value:
+    if has_text(call) and ceil_div(length, keys) - call.video // keys > TAIL_BLOCKS.value:
         return f"it takes up to {TAIL_BLOCKS.value} key blocks of text"
     return None
 
@@ -94,7 +94,7 @@ def attend_quantized(
     else:
         keys, row_ptr, ids, order = lists.block[1], lists.row_ptr, lists.ids, lists.order
         map_rows, map_heads = lists.samples * lists.heads * rows, lists.heads
-    text, video, text_start, lens = _has_text(call), length, length, counter
+    text, video, text_start, lens = has_text(call), length, length, counter
     if text:
         video, text_start = call.video, call.text_start
         lens = call.seq_lens if call.seq_lens is not None else torch.full_like(counter, length).expand(batch)
@@ -130,5 +130,5 @@ def attend_quantized(
     constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0)
     key = (device, dtype, data.v.dtype, ids.dtype, constants)
     kernel = compiled(int8_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
-    kernel[(min(_multiprocessors(device), total), 1, 1)](*arguments, *constants)
+    kernel[(min(multiprocessors(device), total), 1, 1)](*arguments, *constants)
     return out, data.lse

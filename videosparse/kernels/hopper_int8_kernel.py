@@ -41,36 +41,36 @@ from videosparse.kernels.hopper_int8_softmax import (
     FLAT,
     PEAK,
     SLACK,
-    _hide,
-    _highest,
-    _key_scales,
-    _operand,
-    _poison,
-    _shrink,
-    _sums,
-    _unpack,
-    _weigh,
-    _weigh_in_fp8,
+    as_operand,
+    hide,
+    highest_of_rows,
+    key_scales,
+    poison,
+    shrink_rows,
+    unpack_weights,
+    weigh,
+    weigh_in_fp8,
 )
 from videosparse.kernels.hopper_kernel import (
     FLOOR,
     LN_2,
     MAIL,
-    _barrier,
-    _barriers,
-    _draw,
-    _drawn,
-    _fetch_values,
-    _load_tile,
-    _next,
-    _place,
-    _plan,
-    _slot,
-    _starts,
-    _store_tile,
-    _tell,
-    _told,
-    _view,
+    accumulator,
+    draw,
+    drawn,
+    fetch_values,
+    load_tile,
+    make_barriers,
+    next_slot,
+    plan_row,
+    reinterpret,
+    row_of_item,
+    slot_of,
+    starts_of_tile,
+    store_tile,
+    tell,
+    thread_barrier,
+    told,
 )
 
 QUERY_SLOTS = gl.constexpr(2)  # the row at work and the one ahead
@@ -95,18 +95,18 @@ def _announce(descs, sample, head, block_row, tiles, masked, end, queries, mail,
     q_desc, q_scale_desc = descs
     slots, scales, full, empty = queries
     mbarrier.wait(empty.index(slot), phase)
-    _tell(mail, slot * MAIL, (sample << 16) | head)
-    _tell(mail, slot * MAIL + 1, block_row * 128)
-    _tell(mail, slot * MAIL + 2, tiles)
-    _tell(mail, slot * MAIL + 3, masked)
-    _tell(mail, slot * MAIL + 4, end)
-    _barrier()
+    tell(mail, slot * MAIL, (sample << 16) | head)
+    tell(mail, slot * MAIL + 1, block_row * 128)
+    tell(mail, slot * MAIL + 2, tiles)
+    tell(mail, slot * MAIL + 3, masked)
+    tell(mail, slot * MAIL + 4, end)
+    thread_barrier()
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM + 128 * 4)
     for w in gl.static_range(2):
         start = block_row * 128 + w * 64
-        _load_tile(q_desc, [sample, head, start, 0], full.index(slot), slots.index(slot * 2 + w))
-        _load_tile(q_scale_desc, [sample, head, start], full.index(slot), scales.index(slot * 2 + w))
-    return _next(slot, phase, QUERY_SLOTS)
+        load_tile(q_desc, [sample, head, start, 0], full.index(slot), slots.index(slot * 2 + w))
+        load_tile(q_scale_desc, [sample, head, start], full.index(slot), scales.index(slot * 2 + w))
+    return next_slot(slot, phase, QUERY_SLOTS)
 
 
 @gluon.jit
@@ -118,21 +118,21 @@ def _fetch_keys(
     group: gl.constexpr = 128 // KEYS
     desc, scale_desc = descs
     slots, scales, full, empty = keys
-    slot, phase = _slot(n, _key_slots(HEAD_DIM))
-    parts = _view(slots.index(slot), gl.int8, [group, 1, 1, KEYS, HEAD_DIM], desc.layout)
+    slot, phase = slot_of(n, _key_slots(HEAD_DIM))
+    parts = reinterpret(slots.index(slot), gl.int8, [group, 1, 1, KEYS, HEAD_DIM], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     if TEXT:
-        _tell(spots, slot * 2, key)
-        _tell(spots, slot * 2 + 1, key2)
-        _barrier()
+        tell(spots, slot * 2, key)
+        tell(spots, slot * 2 + 1, key2)
+        thread_barrier()
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM + 2 * 128)
     for i in gl.static_range(2):
         start = key + i * 64
         if group == 2:
             start = key if i == 0 else key2
-        _load_tile(scale_desc, [sample, head, start // 64, 0], full.index(slot), scales.index(slot * 2 + i))
+        load_tile(scale_desc, [sample, head, start // 64, 0], full.index(slot), scales.index(slot * 2 + i))
         if i < group:
-            _load_tile(desc, [sample, head, start, 0], full.index(slot), parts.index(i))
+            load_tile(desc, [sample, head, start, 0], full.index(slot), parts.index(i))
 
 
 @gluon.jit
@@ -140,13 +140,13 @@ def _fetch_turned_values(desc, sample, head, key, key2, values, n, KEYS: gl.cons
     """Copy the n-th tile of fp8 values, [HEAD_DIM, keys]."""
     group: gl.constexpr = 128 // KEYS
     slots, full, empty = values
-    slot, phase = _slot(n, slots.shape[0])
-    parts = _view(slots.index(slot), desc.dtype, [group, 1, 1, HEAD_DIM, KEYS], desc.layout)
+    slot, phase = slot_of(n, slots.shape[0])
+    parts = reinterpret(slots.index(slot), desc.dtype, [group, 1, 1, HEAD_DIM, KEYS], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM)
     for i in gl.static_range(group):
         start = key if i == 0 else key2
-        _load_tile(desc, [sample, head, 0, start], full.index(slot), parts.index(i))
+        load_tile(desc, [sample, head, 0, start], full.index(slot), parts.index(i))
 
 
 @gluon.jit
@@ -158,7 +158,7 @@ def _fetch_any_values(
     if FP8:
         _fetch_turned_values(v_desc, sample, head, key, key2, values, n, KEYS, HEAD_DIM)
     else:
-        _fetch_values(v_desc, tail_desc, tail, sample, head, key, key2, values, n, KEYS, HEAD_DIM, TEXT)
+        fetch_values(v_desc, tail_desc, tail, sample, head, key, key2, values, n, KEYS, HEAD_DIM, TEXT)
 
 
 @gluon.jit
@@ -169,33 +169,35 @@ def _produce(
     """The producer warp: runs ahead of the consumers by as many tiles as there are slots; reads lists a tile ahead."""
     total = work[0]
     tail = layout[1] // KEYS * KEYS
-    ticket = _draw(next_ptr)
+    ticket = draw(next_ptr)
     item = gl.program_id(0)
-    row, block_row, sample, head = _place(item, lists, work, SPARSE)
-    first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
+    row, block_row, sample, head = row_of_item(item, lists, work, SPARSE)
+    first, count, tiles, masked, end = plan_row(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
     q_slot, q_phase = _announce(q_descs, sample, head, block_row, tiles, masked, end, queries, mail, 0, 1, HEAD_DIM)
-    key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
+    key, key2 = starts_of_tile(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
     _fetch_keys(k_descs, sample, head, key, key2, keys, spots, 0, KEYS, HEAD_DIM, TEXT)
     n = 0
     while item < total:
-        item = _drawn(ticket) + gl.num_programs(0)
-        ticket = _draw(next_ptr)
-        after, after2 = _starts(gl.maximum(tiles - 2, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
+        item = drawn(ticket) + gl.num_programs(0)
+        ticket = draw(next_ptr)
+        after, after2 = starts_of_tile(gl.maximum(tiles - 2, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
         for i in range(1, tiles):
             value, value2 = key, key2
             key, key2 = after, after2
-            after, after2 = _starts(gl.maximum(tiles - 2 - i, 0), first, count, lists, layout, KEYS, SPARSE, TEXT)
+            after, after2 = starts_of_tile(
+                gl.maximum(tiles - 2 - i, 0), first, count, lists, layout, KEYS, SPARSE, TEXT
+            )
             _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
             _fetch_any_values(v_descs, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
             n += 1
         value, value2, sample1, head1 = key, key2, sample, head
-        row, block_row, sample, head = _place(gl.where(item < total, item, 0), lists, work, SPARSE)
-        first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
+        row, block_row, sample, head = row_of_item(gl.where(item < total, item, 0), lists, work, SPARSE)
+        first, count, tiles, masked, end = plan_row(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
         q_slot, q_phase = _announce(
             q_descs, sample, head, block_row, gl.where(item < total, tiles, 0), masked, end,
             queries, mail, q_slot, q_phase, HEAD_DIM,
         )  # fmt: skip
-        key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
+        key, key2 = starts_of_tile(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
         _fetch_keys(k_descs, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
         _fetch_any_values(v_descs, tail, sample1, head1, value, value2, values, n, KEYS, HEAD_DIM, TEXT, FP8)
         n += 1
@@ -204,7 +206,7 @@ def _produce(
 @gluon.jit
 def _scores(q, k, HEAD_DIM: gl.constexpr):
     """Start the integer product of 64 queries and a tile of keys."""
-    zero = gl.zeros([64, 128], gl.int32, _sums(128, 8))
+    zero = gl.zeros([64, 128], gl.int32, accumulator(128, 8))
     k = k.reshape([128, HEAD_DIM]).permute((1, 0))
     return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, zero, use_acc=False, is_async=True)
 
@@ -220,8 +222,8 @@ def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl
     """Start the product of weights and a tile of values: fp8 by itself, others on top of acc."""
     if FP8:
         v = v_slots.index(v_slot).reshape([HEAD_DIM, 128]).permute((1, 0))
-        zero = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8))
-        return warpgroup_mma(_unpack(operand, HEAD_DIM), v, zero, use_acc=False, is_async=True)
+        zero = gl.zeros([64, HEAD_DIM], gl.float32, accumulator(HEAD_DIM, 8))
+        return warpgroup_mma(unpack_weights(operand, HEAD_DIM), v, zero, use_acc=False, is_async=True)
     else:
         return warpgroup_mma(operand, v_slots.index(v_slot).reshape([128, HEAD_DIM]), acc, is_async=True)
 
@@ -241,7 +243,7 @@ def _multiply(
     if FP8:
         s_run = warpgroup_mma_wait(0, [s_run])
     else:
-        acc = _shrink(acc, _spread(shrink, acc))
+        acc = shrink_rows(acc, _spread(shrink, acc))
     mbarrier.wait(v_ready, v_phase)
     return s_run, acc, _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
 
@@ -260,14 +262,14 @@ def _open(
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """The softmax of a row's first tile: (top, weights, their sums by lane)."""
-    scores = _hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
-    halves = _key_scales(scales, slot)
-    top = gl.maximum(_highest(scores, own, halves), FLOOR)
+    scores = hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
+    halves = key_scales(scales, slot)
+    top = gl.maximum(highest_of_rows(scores, own, halves), FLOOR)
     if FP8:
-        top += _poison(own, halves)
-        p, total = _weigh_in_fp8(scores, top, own, halves, HEAD_DIM)
+        top += poison(own, halves)
+        p, total = weigh_in_fp8(scores, top, own, halves, HEAD_DIM)
     else:
-        p, total = _weigh(scores, top, own, halves)
+        p, total = weigh(scores, top, own, halves)
     return top, p, total
 
 
@@ -282,8 +284,8 @@ def _continue(
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
-    k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
-    v_slot, v_phase = _slot(n, v_slots.shape[0])
+    k_slot, k_phase = slot_of(n + 1, _key_slots(HEAD_DIM))
+    v_slot, v_phase = slot_of(n, v_slots.shape[0])
     mbarrier.wait(k_full.index(k_slot), k_phase)
     s_run, acc, acc_run = _multiply(
         w, q, k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase, turns, n, operand,
@@ -291,26 +293,26 @@ def _continue(
     )  # fmt: skip
     if FP8:  # ptxas moves no load over the turn, and without what this loads the softmax cannot start
         acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
-    halves = _key_scales(k_scales, k_slot)
+    halves = key_scales(k_scales, k_slot)
     scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
     if TEXT and masked:
-        scores = _hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
+        scores = hide(scores, spots, k_slot, 0, end, layout, KEYS, True)
     mbarrier.arrive(k_empty.index(k_slot))
-    highest = _highest(scores, own, halves)
+    highest = highest_of_rows(scores, own, halves)
     new_top = gl.maximum(top, highest) if FP8 else gl.where(highest > top + SLACK, highest, top)
     new_shrink = gl.exp2(top - new_top)
     if FP8:
-        new_shrink += _poison(own, halves)
+        new_shrink += poison(own, halves)
         mbarrier.arrive(v_empty.index(v_slot))
-        p, more = _weigh_in_fp8(scores, new_top, own, halves, HEAD_DIM)
+        p, more = weigh_in_fp8(scores, new_top, own, halves, HEAD_DIM)
     else:
-        p, more = _weigh(scores, new_top, own, halves)
+        p, more = weigh(scores, new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
     if not FP8:
         acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
         mbarrier.arrive(v_empty.index(v_slot))
         # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
-        p = _operand(p, v_slots.dtype, HEAD_DIM)
+        p = as_operand(p, v_slots.dtype, HEAD_DIM)
     return p, new_top, new_shrink, total, acc
 
 
@@ -338,7 +340,7 @@ def _finish(
     slot = out_slots.index(w)
     slot.reshape([64, HEAD_DIM]).store(acc.to(slot.dtype))
     fence_async_shared()
-    _store_tile(out_desc, [sample, head, start + w * 64, 0], slot)
+    store_tile(out_desc, [sample, head, start + w * 64, 0], slot)
     if NEED_LSE:
         inside = row < length
         place = lse_ptr + line * length + row
@@ -348,7 +350,7 @@ def _finish(
 @gluon.jit
 def _own_scales(scales, slot):
     """The scales of 64 queries."""
-    return _view(scales.index(slot), gl.float32, [64], FLAT).load(gl.SliceLayout(1, _sums(128, 8)))
+    return reinterpret(scales.index(slot), gl.float32, [64], FLAT).load(gl.SliceLayout(1, accumulator(128, 8)))
 
 
 @gluon.jit
@@ -362,19 +364,19 @@ def _consume(
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
     mbarrier.wait(q_full.index(0), 0)
-    where, start, tiles, masked, end = _told(mail, 0), _told(mail, 1), _told(mail, 2), _told(mail, 3), _told(mail, 4)
+    where, start, tiles, masked, end = told(mail, 0), told(mail, 1), told(mail, 2), told(mail, 3), told(mail, 4)
     own = _own_scales(q_scales, w)
     mbarrier.wait(k_full.index(0), 0)
     scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM)])
     top, operand, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8)
     mbarrier.arrive(k_empty.index(0))
     if not FP8:
-        operand = _operand(operand, v_slots.dtype, HEAD_DIM)
+        operand = as_operand(operand, v_slots.dtype, HEAD_DIM)
     q_slot, q_phase = 0, 0
     n = 0
     while tiles > 0:
         q = q_slots.index(q_slot * 2 + w)
-        acc = gl.zeros([64, HEAD_DIM], gl.float32, _sums(HEAD_DIM, 8 if FP8 else 16))
+        acc = gl.zeros([64, HEAD_DIM], gl.float32, accumulator(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
         for tile in range(1, tiles):
             operand, top, shrink, total, acc = _continue(
@@ -384,13 +386,13 @@ def _consume(
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
         mbarrier.arrive(q_empty.index(q_slot))
-        k_slot, k_phase = _slot(n + 1, _key_slots(HEAD_DIM))
-        v_slot, v_phase = _slot(n, v_slots.shape[0])
-        q_slot, q_phase = _next(q_slot, q_phase, QUERY_SLOTS)
+        k_slot, k_phase = slot_of(n + 1, _key_slots(HEAD_DIM))
+        v_slot, v_phase = slot_of(n, v_slots.shape[0])
+        q_slot, q_phase = next_slot(q_slot, q_phase, QUERY_SLOTS)
         mbarrier.wait(q_full.index(q_slot), q_phase)
         letter = q_slot * MAIL
-        where2, start2, tiles = _told(mail, letter), _told(mail, letter + 1), _told(mail, letter + 2)
-        masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
+        where2, start2, tiles = told(mail, letter), told(mail, letter + 1), told(mail, letter + 2)
+        masked, end2 = told(mail, letter + 3), told(mail, letter + 4)
         own = _own_scales(q_scales, q_slot * 2 + w)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         s_run, acc, acc_run = _multiply(
@@ -408,7 +410,7 @@ def _consume(
             acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
         mbarrier.arrive(v_empty.index(v_slot))
         if not FP8:
-            operand = _operand(operand, v_slots.dtype, HEAD_DIM)
+            operand = as_operand(operand, v_slots.dtype, HEAD_DIM)
         tma.store_wait(0)  # by now the row before has left its slot
         _finish(
             w, acc, top, total, where, start, end, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout,
@@ -461,9 +463,9 @@ def int8_kernel(
     k_count: gl.constexpr = _key_slots(HEAD_DIM)
     v_count: gl.constexpr = _value_slots(HEAD_DIM, 8 if FP8 else 16)
     v_tile: gl.constexpr = [HEAD_DIM, 128] if FP8 else [128, HEAD_DIM]
-    q_full, q_empty = _barriers(QUERY_SLOTS)
-    k_full, k_empty = _barriers(k_count)
-    v_full, v_empty = _barriers(v_count)
+    q_full, q_empty = make_barriers(QUERY_SLOTS)
+    k_full, k_empty = make_barriers(k_count)
+    v_full, v_empty = make_barriers(v_count)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)

@@ -13,7 +13,7 @@ as rounded.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from videosparse.kernels.hopper_kernel import _told, _view
+from videosparse.kernels.hopper_kernel import accumulator, reinterpret, told
 
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
 OFFSET_BITS = gl.constexpr(0x4B400000)
@@ -27,27 +27,21 @@ LINES = gl.constexpr("0x63D663D6 0x58685868 0x64006400 0x4EB34EB3")
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
-@gluon.constexpr_function
-def _sums(columns, bits):
-    """Layout of a product of 64 rows by one consumer, of factors of so many bits."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
-
-
 @gluon.jit
 def _as_float(scores):
-    """Integer scores as floats, OFFSET too high; what `_hide` hid is -inf."""
+    """Integer scores as floats, OFFSET too high; what `hide` hid is -inf."""
     return (scores + OFFSET_BITS).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
+def hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
     """The integer scores of a tile without those that belong to no token."""
-    column = gl.arange(0, 128, gl.SliceLayout(0, _sums(128, 8)))
+    column = gl.arange(0, 128, gl.SliceLayout(0, accumulator(128, 8)))
     if TEXT:
         _, video, text_start = layout
-        position = _told(spots, slot * 2) + column
+        position = told(spots, slot * 2) + column
         if KEYS == 64:
-            position = gl.where(column < 64, position, _told(spots, slot * 2 + 1) + column - 64)
+            position = gl.where(column < 64, position, told(spots, slot * 2 + 1) + column - 64)
         token = (position < video) | ((position >= text_start) & (position < end))
     else:
         token = column < masked
@@ -55,10 +49,10 @@ def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl
 
 
 @gluon.jit
-def _key_scales(scales, slot):
+def key_scales(scales, slot):
     """The scales of the two halves of a tile; 1 outside the tensor, where copies read 0."""
-    left = _told(_view(scales.index(slot * 2), gl.float32, [32, 1], FLAT), 0)
-    right = _told(_view(scales.index(slot * 2 + 1), gl.float32, [32, 1], FLAT), 0)
+    left = told(reinterpret(scales.index(slot * 2), gl.float32, [32, 1], FLAT), 0)
+    right = told(reinterpret(scales.index(slot * 2 + 1), gl.float32, [32, 1], FLAT), 0)
     return gl.where(left == 0.0, 1.0, left), gl.where(right == 0.0, 1.0, right)
 
 
@@ -97,7 +91,7 @@ def _highest_of_integers(cut):
 
 
 @gluon.jit
-def _highest(scores, own, halves):
+def highest_of_rows(scores, own, halves):
     """The highest score of each row [64], scaled. `own` are the scales of rows, positive as all are.
 
     Maxima are taken of integers, three by one instruction, and only they are made floats first.
@@ -123,7 +117,7 @@ def _scales(own, top, halves, scores):
 
 
 @gluon.jit
-def _weigh(scores, top, own, halves):
+def weigh(scores, top, own, halves):
     """(weights [64, 128], their sums by lane): 2 ** (scaled score - top)."""
     scale, level = _scales(own, top, halves, scores)
     p = gl.exp2(gl.reshape(_as_float(scores), [64, 2, 64]) * scale - level)
@@ -145,7 +139,7 @@ def _shrink_asm(count):
 
 
 @gluon.jit
-def _shrink(acc, factor):
+def shrink_rows(acc, factor):
     """acc [64, D] times factors of its rows, which are 1 as a rule."""
     count: gl.constexpr = acc.shape[1] // 2  # registers of a thread
     asm: gl.constexpr = _shrink_asm(count)
@@ -196,14 +190,14 @@ def _sum_words(sums):
 
 
 @gluon.jit
-def _weigh_in_fp8(scores, top, own, halves, HEAD_DIM: gl.constexpr):
+def weigh_in_fp8(scores, top, own, halves, HEAD_DIM: gl.constexpr):
     """(weights as words of four fp8 each, int32 [64, 32]; their sums by lane): 2 ** (scaled score - top + PEAK).
 
-    Scores that are hidden get 0, and so do NaN: `_poison` makes those show.
+    Scores that are hidden get 0, and so do NaN: `poison` makes those show.
 
     A thread holds columns 0, 1, 8 and 9 of 16 where the product reads 0..3: values come in that order instead. A word
-    holds four columns, not the one of its place: `_unpack` undoes that, and no byte moves. As bytes, a loop would
-    carry each in a register of its own.
+    holds four columns, not the one of its place: `unpack_weights` undoes that, and no byte moves. As bytes, a loop
+    would carry each in a register of its own.
     """
     scale, level = _scales(own * (8.0 / STEPS), top * (8.0 / STEPS) - (1.0 - CENTRE / STEPS), halves, scores)
     y = gl.inline_asm_elementwise(
@@ -215,7 +209,7 @@ def _weigh_in_fp8(scores, top, own, halves, HEAD_DIM: gl.constexpr):
         pack=1,
     )
     y = gl.permute(gl.reshape(y, [64, 8, 2, 4, 2]), (0, 1, 3, 2, 4))
-    y = gl.convert_layout(gl.reshape(y, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
+    y = gl.convert_layout(gl.reshape(y, [64, 128]), gl.DotOperandLayout(0, accumulator(HEAD_DIM, 8), 4))
     left, right = gl.split(gl.permute(gl.reshape(y, [64, 2, 2, 32]), (0, 3, 2, 1)))
     y0, y1 = gl.split(left)
     y2, y3 = gl.split(right)
@@ -227,14 +221,14 @@ def _weigh_in_fp8(scores, top, own, halves, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def _poison(own, halves):
-    """0 for each row, NaN where a scale is infinite as that of a NaN is: `_weigh_in_fp8` would hide it."""
+def poison(own, halves):
+    """0 for each row, NaN where a scale is infinite as that of a NaN is: `weigh_in_fp8` would hide it."""
     return own * ((halves[0] + halves[1]) * 0.0)
 
 
 @gluon.jit
-def _unpack(words, HEAD_DIM: gl.constexpr):
-    """What `_weigh_in_fp8` made, as the left factor of the product with values."""
+def unpack_weights(words, HEAD_DIM: gl.constexpr):
+    """What `weigh_in_fp8` made, as the left factor of the product with values."""
     p0, p1, p2, p3 = gl.inline_asm_elementwise(
         "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
         "=r,=r,=r,=r,r,r,r,r",
@@ -244,11 +238,11 @@ def _unpack(words, HEAD_DIM: gl.constexpr):
         pack=4,
     )
     p = gl.permute(gl.join(gl.join(p0, p1), gl.join(p2, p3)), (0, 3, 2, 1))
-    return gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, _sums(HEAD_DIM, 8), 4))
+    return gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, accumulator(HEAD_DIM, 8), 4))
 
 
 @gluon.jit
-def _operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
+def as_operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
     """16-bit weights as they wait for the product with values."""
     p = gl.reshape(p, [64, 128]).to(dtype)
-    return gl.convert_layout(p, gl.DotOperandLayout(0, _sums(HEAD_DIM, 16), 2))
+    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(HEAD_DIM, 16), 2))

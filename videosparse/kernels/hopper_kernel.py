@@ -40,16 +40,16 @@ REGISTERS = gl.constexpr([232, 40])  # a thread of the second consumer, and of t
 TAIL_BLOCKS = gl.constexpr(128)  # entries at the end of a list among which the masked ones are counted
 
 # Triton 3.7 renamed these
-_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
 @gluon.constexpr_function
-def _accumulator(columns):
-    """Layout of a product of 64 rows by one consumer."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+def accumulator(columns, bits=16):
+    """Layout of a product of 64 rows by one consumer, of factors of so many bits."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
 
 
 @gluon.constexpr_function
@@ -59,7 +59,7 @@ def _slots(head_dim):
 
 
 @gluon.jit
-def _slot(n, SLOTS: gl.constexpr):
+def slot_of(n, SLOTS: gl.constexpr):
     """(slot, phase of its barriers) of the n-th tile."""
     if SLOTS & (SLOTS - 1):
         return n % SLOTS, (n // SLOTS) & 1
@@ -68,28 +68,28 @@ def _slot(n, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
+def next_slot(slot, phase, SLOTS: gl.constexpr):
     """The slot after this one, and the phase of its barriers, for any number of slots."""
     wrap = slot + 1 == SLOTS
     return gl.where(wrap, 0, slot + 1), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
-def _draw(next_ptr):
-    """Draw a number, for `_drawn` to read later: until then nothing waits for memory."""
+def draw(next_ptr):
+    """Draw a number, for `drawn` to read later: until then nothing waits for memory."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     return gl.atomic_add(next_ptr + lane * 0, lane * 0 + 1, mask=lane == 0, sem="relaxed")
 
 
 @gluon.jit
-def _drawn(ticket):
+def drawn(ticket):
     """The number that was drawn."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     return gl.sum(gl.where(lane == 0, ticket, 0), 0)
 
 
 @gluon.jit
-def _place(item, lists, work, SPARSE: gl.constexpr):
+def row_of_item(item, lists, work, SPARSE: gl.constexpr):
     """(row of the lists, block row, sample, head) of a piece of work: the long rows first, then head by head."""
     order_ptr = lists[2]
     _, rows, heads, map_rows, map_heads, shares = work
@@ -155,7 +155,7 @@ def _block(place, first, count, lists, layout, KEYS: gl.constexpr, SPARSE: gl.co
 
 
 @gluon.jit
-def _plan(
+def plan_row(
     row, block_row, sample, lists, lens_ptr, layout, KEYS: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr
 ):
     """(first entry, entries, tiles, masked, end) of a row.
@@ -185,13 +185,13 @@ def _plan(
 
 
 @gluon.jit
-def _tell(box, i, value):
+def tell(box, i, value):
     """Write a number for the consumers."""
     box.index(i).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
-def _told(box, i):
+def told(box, i):
     """Read a number from the producer."""
     return gl.max(box.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
@@ -204,20 +204,20 @@ def _announce(
     """Copy a row's queries, and tell the consumers about the row; 0 tiles say that there is none left."""
     slots, full, empty = queries
     mbarrier.wait(empty.index(slot), phase)
-    _tell(mail, slot * MAIL, (sample << 16) | head)
-    _tell(mail, slot * MAIL + 1, block_row * 128)
-    _tell(mail, slot * MAIL + 2, tiles)
-    _tell(mail, slot * MAIL + 3, masked)
-    _tell(mail, slot * MAIL + 4, end)
+    tell(mail, slot * MAIL, (sample << 16) | head)
+    tell(mail, slot * MAIL + 1, block_row * 128)
+    tell(mail, slot * MAIL + 2, tiles)
+    tell(mail, slot * MAIL + 3, masked)
+    tell(mail, slot * MAIL + 4, end)
     if ORDER:
         for i in gl.static_range(WAY_BACK):
-            _tell(mail, QUERY_SLOTS * MAIL + slot * WAY_BACK + i, gl.load(table_ptr + head * 8 + 3 + i))
-    _barrier()
+            tell(mail, QUERY_SLOTS * MAIL + slot * WAY_BACK + i, gl.load(table_ptr + head * 8 + 3 + i))
+    thread_barrier()
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM * 2)
     for w in gl.static_range(2):
         place = [sample, head, block_row * 128 + w * 64, 0]
-        _load_tile(desc, place, full.index(slot), slots.index(slot * 2 + w))
-    return _next(slot, phase, QUERY_SLOTS)
+        load_tile(desc, place, full.index(slot), slots.index(slot * 2 + w))
+    return next_slot(slot, phase, QUERY_SLOTS)
 
 
 @gluon.jit
@@ -228,30 +228,30 @@ def _fetch_keys(
     """Copy the n-th tile of keys from one or two positions, 64 columns at a time; with TEXT the positions go along."""
     group: gl.constexpr = 128 // KEYS
     slots, full, empty = keys
-    slot, phase = _slot(n, _slots(HEAD_DIM))
-    parts = _view(slots.index(slot), desc.dtype, [group * (HEAD_DIM // 64), 1, 1, KEYS, 64], desc.layout)
+    slot, phase = slot_of(n, _slots(HEAD_DIM))
+    parts = reinterpret(slots.index(slot), desc.dtype, [group * (HEAD_DIM // 64), 1, 1, KEYS, 64], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     if TEXT:
-        _tell(spots, slot * 2, key)
-        _tell(spots, slot * 2 + 1, key2)
-        _barrier()
+        tell(spots, slot * 2, key)
+        tell(spots, slot * 2 + 1, key2)
+        thread_barrier()
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM * 2)
     for c in gl.static_range(HEAD_DIM // 64):
-        _load_tile(desc, [sample, head, key, c * 64], full.index(slot), parts.index(c * group))
+        load_tile(desc, [sample, head, key, c * 64], full.index(slot), parts.index(c * group))
         if group == 2:
-            _load_tile(desc, [sample, head, key2, c * 64], full.index(slot), parts.index(c * group + 1))
+            load_tile(desc, [sample, head, key2, c * 64], full.index(slot), parts.index(c * group + 1))
 
 
 @gluon.jit
-def _fetch_values(
+def fetch_values(
     desc, tail_desc, tail, sample, head, key, key2, values, n,
     KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr,
 ):  # fmt: skip
     """Copy the n-th tile of values; with TEXT, those from position `tail` on from their clean copy."""
     group: gl.constexpr = 128 // KEYS
     slots, full, empty = values
-    slot, phase = _slot(n, slots.shape[0])
-    parts = _view(slots.index(slot), desc.dtype, [group * (HEAD_DIM // 64), 1, 1, KEYS, 64], desc.layout)
+    slot, phase = slot_of(n, slots.shape[0])
+    parts = reinterpret(slots.index(slot), desc.dtype, [group * (HEAD_DIM // 64), 1, 1, KEYS, 64], desc.layout)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), 128 * HEAD_DIM * 2)
     for i in gl.static_range(group):
@@ -259,14 +259,14 @@ def _fetch_values(
         for c in gl.static_range(HEAD_DIM // 64):
             part = parts.index(c * group + i)
             if TEXT:
-                _load_tile(desc, [sample, head, start, c * 64], full.index(slot), part, pred=start < tail)
-                _load_tile(tail_desc, [sample, head, start - tail, c * 64], full.index(slot), part, pred=start >= tail)
+                load_tile(desc, [sample, head, start, c * 64], full.index(slot), part, pred=start < tail)
+                load_tile(tail_desc, [sample, head, start - tail, c * 64], full.index(slot), part, pred=start >= tail)
             else:
-                _load_tile(desc, [sample, head, start, c * 64], full.index(slot), part)
+                load_tile(desc, [sample, head, start, c * 64], full.index(slot), part)
 
 
 @gluon.jit
-def _starts(tile, first, count, lists, layout, KEYS: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr):
+def starts_of_tile(tile, first, count, lists, layout, KEYS: gl.constexpr, SPARSE: gl.constexpr, TEXT: gl.constexpr):
     """The positions of the one or two list entries of a tile."""
     group: gl.constexpr = 128 // KEYS
     key = _block(tile * group, first, count, lists, layout, KEYS, SPARSE, TEXT) * KEYS
@@ -285,42 +285,42 @@ def _produce(
     q_desc, k_desc, v_desc, tail_desc = descs
     total = work[0]
     tail = layout[1] // KEYS * KEYS
-    ticket = _draw(next_ptr)
+    ticket = draw(next_ptr)
     item = gl.program_id(0)
-    row, block_row, sample, head = _place(item, lists, work, SPARSE)
-    first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
+    row, block_row, sample, head = row_of_item(item, lists, work, SPARSE)
+    first, count, tiles, masked, end = plan_row(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
     q_slot, q_phase = _announce(
         q_desc, sample, head, block_row, tiles, masked, end, table_ptr, queries, mail, 0, 1, HEAD_DIM, ORDER
     )
-    key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
+    key, key2 = starts_of_tile(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
     _fetch_keys(k_desc, sample, head, key, key2, keys, spots, 0, KEYS, HEAD_DIM, TEXT)
     n = 0
     while item < total:
-        item = _drawn(ticket) + gl.num_programs(0)
-        ticket = _draw(next_ptr)
+        item = drawn(ticket) + gl.num_programs(0)
+        ticket = draw(next_ptr)
         for i in range(1, tiles):
             value, value2 = key, key2
-            key, key2 = _starts(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
+            key, key2 = starts_of_tile(tiles - 1 - i, first, count, lists, layout, KEYS, SPARSE, TEXT)
             _fetch_keys(k_desc, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
-            _fetch_values(v_desc, tail_desc, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT)
+            fetch_values(v_desc, tail_desc, tail, sample, head, value, value2, values, n, KEYS, HEAD_DIM, TEXT)
             n += 1
         value, value2, sample1, head1 = key, key2, sample, head
-        row, block_row, sample, head = _place(gl.where(item < total, item, 0), lists, work, SPARSE)
-        first, count, tiles, masked, end = _plan(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
+        row, block_row, sample, head = row_of_item(gl.where(item < total, item, 0), lists, work, SPARSE)
+        first, count, tiles, masked, end = plan_row(row, block_row, sample, lists, lens_ptr, layout, KEYS, SPARSE, TEXT)
         q_slot, q_phase = _announce(
             q_desc, sample, head, block_row, gl.where(item < total, tiles, 0), masked, end,
             table_ptr, queries, mail, q_slot, q_phase, HEAD_DIM, ORDER,
         )  # fmt: skip
-        key, key2 = _starts(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
+        key, key2 = starts_of_tile(tiles - 1, first, count, lists, layout, KEYS, SPARSE, TEXT)
         _fetch_keys(k_desc, sample, head, key, key2, keys, spots, n + 1, KEYS, HEAD_DIM, TEXT)
-        _fetch_values(v_desc, tail_desc, tail, sample1, head1, value, value2, values, n, KEYS, HEAD_DIM, TEXT)
+        fetch_values(v_desc, tail_desc, tail, sample1, head1, value, value2, values, n, KEYS, HEAD_DIM, TEXT)
         n += 1
 
 
 @gluon.jit
 def _scores(q, k, HEAD_DIM: gl.constexpr):
     """Start the product of 64 queries and a tile of keys."""
-    zero = gl.zeros([64, 128], gl.float32, _accumulator(128))
+    zero = gl.zeros([64, 128], gl.float32, accumulator(128))
     k = k.reshape([128, HEAD_DIM]).permute((1, 0))
     return warpgroup_mma(q.reshape([64, HEAD_DIM]), k, zero, use_acc=False, is_async=True)
 
@@ -328,12 +328,12 @@ def _scores(q, k, HEAD_DIM: gl.constexpr):
 @gluon.jit
 def _hide(scores, spots, slot, masked, end, layout, KEYS: gl.constexpr, TEXT: gl.constexpr):
     """-inf for the scores of a tile that belong to no token; selected, so that NaN in memory stays out."""
-    column = gl.arange(0, 128, gl.SliceLayout(0, _accumulator(128)))
+    column = gl.arange(0, 128, gl.SliceLayout(0, accumulator(128)))
     if TEXT:
         _, video, text_start = layout
-        position = _told(spots, slot * 2) + column
+        position = told(spots, slot * 2) + column
         if KEYS == 64:
-            position = gl.where(column < 64, position, _told(spots, slot * 2 + 1) + column - 64)
+            position = gl.where(column < 64, position, told(spots, slot * 2 + 1) + column - 64)
         token = (position < video) | ((position >= text_start) & (position < end))
     else:
         token = column < masked
@@ -350,7 +350,7 @@ def _weigh(scores, top, scale):
 @gluon.jit
 def _operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Weights as the left factor of the product with values."""
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, _accumulator(HEAD_DIM), 2))
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(HEAD_DIM), 2))
 
 
 @gluon.jit
@@ -370,8 +370,8 @@ def _continue(
     """One more tile of a row: its softmax beside the product with the values of the tile before it, the n-th."""
     k_slots, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
-    k_slot, k_phase = _slot(n + 1, _slots(HEAD_DIM))
-    v_slot, v_phase = _slot(n, _slots(HEAD_DIM))
+    k_slot, k_phase = slot_of(n + 1, _slots(HEAD_DIM))
+    v_slot, v_phase = slot_of(n, _slots(HEAD_DIM))
     mbarrier.wait(k_full.index(k_slot), k_phase)
     s_run = _scores(q, k_slots.index(k_slot), HEAD_DIM)
     mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -400,7 +400,7 @@ def _by_row(head_dim):
 def _way_back(mail, slot):
     """What leads from positions of a row's head to raster order, see `ordering.axis_table`."""
     at = QUERY_SLOTS * MAIL + slot * WAY_BACK
-    return _told(mail, at), _told(mail, at + 1), _told(mail, at + 2), _told(mail, at + 3), _told(mail, at + 4)
+    return told(mail, at), told(mail, at + 1), told(mail, at + 2), told(mail, at + 3), told(mail, at + 4)
 
 
 @gluon.jit
@@ -440,10 +440,10 @@ def _consume(
     v_slots, v_full, v_empty = values
     length, video, text_start = layout
     out_desc, out_ptr, ordered = out
-    by_score: gl.constexpr = gl.SliceLayout(1, _accumulator(128))
-    by_out: gl.constexpr = gl.SliceLayout(1, _accumulator(HEAD_DIM))
+    by_score: gl.constexpr = gl.SliceLayout(1, accumulator(128))
+    by_out: gl.constexpr = gl.SliceLayout(1, accumulator(HEAD_DIM))
     mbarrier.wait(q_full.index(0), 0)
-    where, start, tiles, masked, end = _told(mail, 0), _told(mail, 1), _told(mail, 2), _told(mail, 3), _told(mail, 4)
+    where, start, tiles, masked, end = told(mail, 0), told(mail, 1), told(mail, 2), told(mail, 3), told(mail, 4)
     mbarrier.wait(k_full.index(0), 0)
     scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM)])
     top, p, total = _open(scores, spots, 0, masked, end, layout, scale, KEYS, TEXT)
@@ -453,7 +453,7 @@ def _consume(
     n = 0
     while tiles > 0:
         q = q_slots.index(q_slot * 2 + w)
-        acc = gl.zeros([64, HEAD_DIM], gl.float32, _accumulator(HEAD_DIM))
+        acc = gl.zeros([64, HEAD_DIM], gl.float32, accumulator(HEAD_DIM))
         for tile in range(1, tiles):
             operand, top, total, acc = _continue(
                 q, keys, values, spots, n, operand, top, total, acc, tile < masked, end, layout, scale,
@@ -461,13 +461,13 @@ def _consume(
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next
-        k_slot, k_phase = _slot(n + 1, _slots(HEAD_DIM))
-        v_slot, v_phase = _slot(n, _slots(HEAD_DIM))
-        q_slot2, q_phase2 = _next(q_slot, q_phase, QUERY_SLOTS)
+        k_slot, k_phase = slot_of(n + 1, _slots(HEAD_DIM))
+        v_slot, v_phase = slot_of(n, _slots(HEAD_DIM))
+        q_slot2, q_phase2 = next_slot(q_slot, q_phase, QUERY_SLOTS)
         mbarrier.wait(q_full.index(q_slot2), q_phase2)
         letter = q_slot2 * MAIL
-        where2, start2, tiles = _told(mail, letter), _told(mail, letter + 1), _told(mail, letter + 2)
-        masked, end2 = _told(mail, letter + 3), _told(mail, letter + 4)
+        where2, start2, tiles = told(mail, letter), told(mail, letter + 1), told(mail, letter + 2)
+        masked, end2 = told(mail, letter + 3), told(mail, letter + 4)
         mbarrier.wait(k_full.index(k_slot), k_phase)
         s_run = _scores(q_slots.index(q_slot2 * 2 + w), k_slots.index(k_slot), HEAD_DIM)
         mbarrier.wait(v_full.index(v_slot), v_phase)
@@ -507,7 +507,7 @@ def _consume(
             )  # fmt: skip
         else:
             fence_async_shared()
-            _store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
+            store_tile(out_desc, [where >> 16, where & 0xFFFF, start + w * 64, 0], q)
         if NEED_LSE:
             offset = gl.cast((where >> 16) * heads + (where & 0xFFFF), gl.int64) * length
             gl.store(lse_ptr + offset + target, lse, mask=row < length)
@@ -518,7 +518,7 @@ def _consume(
 
 
 @gluon.jit
-def _barriers(SLOTS: gl.constexpr):
+def make_barriers(SLOTS: gl.constexpr):
     """(full, empty) barriers of some slots; both consumers must have left a slot before it is filled again."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -570,9 +570,9 @@ def forward_kernel(
     """All rows of a call; online softmax in base 2, accumulated in fp32."""
     slots: gl.constexpr = _slots(HEAD_DIM)
     words: gl.constexpr = QUERY_SLOTS * (MAIL + WAY_BACK * ORDER)
-    q_full, q_empty = _barriers(QUERY_SLOTS)
-    k_full, k_empty = _barriers(slots)
-    v_full, v_empty = _barriers(slots)
+    q_full, q_empty = make_barriers(QUERY_SLOTS)
+    k_full, k_empty = make_barriers(slots)
+    v_full, v_empty = make_barriers(slots)
     q_slots = gl.allocate_shared_memory(q_desc.dtype, [QUERY_SLOTS * 2, 1, 1, 64, HEAD_DIM], q_desc.layout)
     k_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)
     v_slots = gl.allocate_shared_memory(q_desc.dtype, [slots, 1, 1, 128, HEAD_DIM], q_desc.layout)

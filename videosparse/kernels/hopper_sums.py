@@ -24,13 +24,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from videosparse.kernels.call import LOG2_E, AttentionCall
 from videosparse.kernels.compiled import compiled
+from videosparse.kernels.hopper_kernel import load_tile, next_slot, thread_barrier
 from videosparse.kernels.tma import describe, is_aligned
 from videosparse.layout import ceil_div
 
@@ -44,16 +44,6 @@ COLS = gl.constexpr(gl.SliceLayout(0, MMA.value))
 WARPS = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
 """A number for each warp of a group and each of its lanes."""
 
-# Triton 3.7 renamed these
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _next(slot, phase):
-    """The slot of the ring after this one, and the phase of its barriers."""
-    return gl.where(slot + 1 == RING, 0, slot + 1), gl.where(slot + 1 == RING, phase ^ 1, phase)
-
 
 @gluon.jit
 def _produce(q_desc, k_desc, shared, sample, head, first, tiles, D: gl.constexpr):
@@ -61,13 +51,13 @@ def _produce(q_desc, k_desc, shared, sample, head, first, tiles, D: gl.constexpr
     queries, ring, q_full, full, empty = shared
     mbarrier.expect(q_full.index(0), GROUPS * 64 * D * 2)
     for w in gl.static_range(GROUPS):
-        _load_tile(q_desc, [sample, head, first + w * 64, 0], q_full.index(0), queries.index(w))
+        load_tile(q_desc, [sample, head, first + w * 64, 0], q_full.index(0), queries.index(w))
     slot, phase = 0, 1
     for n in range(tiles):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), 128 * D * 2)
-        _load_tile(k_desc, [sample, head, n * 128, 0], full.index(slot), ring.index(slot))
-        slot, phase = _next(slot, phase)
+        load_tile(k_desc, [sample, head, n * 128, 0], full.index(slot), ring.index(slot))
+        slot, phase = next_slot(slot, phase, RING)
 
 
 @gluon.jit
@@ -145,7 +135,7 @@ def _consume(
     held = q.load(MMA)
     q.store(gl.where(row_valid[:, None], held, 0.0).to(held.dtype))
     fence_async_shared()
-    _barrier()
+    thread_barrier()
 
     slot, phase = 0, 0
     for start in range(0, whole, CHUNK):
@@ -154,7 +144,7 @@ def _consume(
         for n in range(start, stop):
             s = _scores(q, shared, slot, phase, D)
             total = _keep(total, n - start, lane, gl.exp2(_exponents(s, level, scale)), UNIT_N)
-            slot, phase = _next(slot, phase)
+            slot, phase = next_slot(slot, phase, RING)
         _flush(line, total, lane, start, stop - start, limit, UNIT_M, UNIT_N)
     for n in range(whole, tiles):
         s = _scores(q, shared, slot, phase, D)
@@ -163,11 +153,12 @@ def _consume(
         p = gl.exp2(gl.where(valid[None, :], _exponents(s, level, scale), -float("inf")))
         total = _keep(gl.zeros([4, 32], gl.float32, WARPS), 0, lane, p, UNIT_N)
         _flush(line, total, lane, n, 1, limit, UNIT_M, UNIT_N)
-        slot, phase = _next(slot, phase)
+        slot, phase = next_slot(slot, phase, RING)
 
 
 @gluon.jit
-def _barriers(n: gl.constexpr, arrivals: gl.constexpr):
+def _make_barriers(n: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers of n slots, whose phases end with so many arrivals."""
     made = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(n):
         mbarrier.init(made.index(i), count=arrivals)
@@ -218,7 +209,7 @@ def hopper_sums_kernel(
 
     queries = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
     ring = gl.allocate_shared_memory(k_desc.dtype, [RING, 1, 1, 128, D], k_desc.layout)
-    shared = (queries, ring, _barriers(1, 1), _barriers(RING, 1), _barriers(RING, GROUPS))
+    shared = (queries, ring, _make_barriers(1, 1), _make_barriers(RING, 1), _make_barriers(RING, GROUPS))
     whole, layout, units = sure // 128, (video, text_start, end), (rows, columns)
     gl.warp_specialize(
         [

@@ -41,7 +41,7 @@ def unavailable(quant: str, device: torch.device, dtype: torch.dtype, head_dim: 
         return f"it takes float16 and bfloat16 (got {str(dtype).removeprefix('torch.')})"
     if head_dim not in HEAD_DIMS:
         return f"it takes head_dim 64 and 128 (got {head_dim})"
-    if quant == "int8-fp8" and device.type == "cuda" and not _has_fp8(device):
+    if quant == "int8-fp8" and device.type == "cuda" and not has_fp8(device):
         return (
             f"it needs FP8 tensor cores, compute capability 8.9 or newer, which {device} has not; int8-int8 needs none"
         )
@@ -72,7 +72,7 @@ def forward(
     if q.numel() == 0:
         lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]) if need_lse else (0,), device=q.device)
         return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse.float()
-    if values == "fp8" and not _has_fp8(q.device):
+    if values == "fp8" and not has_fp8(q.device):
         raise RuntimeError(
             f'quant="int8-fp8" needs FP8 tensor cores, compute capability 8.9 or newer (got {q.device}); use '
             '"int8-int8", or "int8", which leaves values as they are.'
@@ -88,7 +88,7 @@ def values_of(quant: str) -> str | None:
 
 
 @cache
-def _has_fp8(device: torch.device) -> bool:
+def has_fp8(device: torch.device) -> bool:
     """Whether Triton multiplies FP8 e4m3 on a device, or interprets."""
     if device.type != "cuda":
         return interpreted()

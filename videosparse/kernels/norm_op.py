@@ -14,7 +14,7 @@ from videosparse.checking import check_number, check_tensor, check_whole, shown
 from videosparse.kernels import torch_norm
 from videosparse.kernels.backend import TRITON_DTYPES, choose, missing
 from videosparse.kernels.checks import check_options
-from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.options import KernelOptions, own_backend
 from videosparse.kernels.steps import Steps, steps_of
 from videosparse.kernels.stream import Pair, Stream
 from videosparse.ordering import AnyOrder, check_is_order
@@ -116,6 +116,8 @@ def norm_rotate(
     Computed in float32 (float64 for float64 projections) and rounded once, where step by step each step rounds. The
     call compiles to one node (`torch.compile(fullgraph=True)`) and never waits for the device. No gradient.
 
+    Source: RMS norm, arXiv 1910.07467; rotary embedding, arXiv 2104.09864.
+
     Args:
         video: projections of the video tokens, [B, S, H * D], and their norms.
         text: those of the text tokens, [B, T, H * D], for models whose sequence has them. They are not rotated.
@@ -155,7 +157,7 @@ def norm_rotate(
         of_text = (text.q, text.k, text.q_weight, text.k_weight, text.eps)  # type: ignore[assignment]
     found: Pair = norm_rotate_forward(
         video.q, video.k, video.q_weight, video.k_weight, video.eps, *of_text, cos, sin, heads, text_start,
-        options.backend if options.backend in ("triton", "torch") else "auto", *steps,
+        own_backend(options.backend), *steps,
     )  # fmt: skip
     return found
 

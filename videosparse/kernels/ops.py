@@ -17,6 +17,7 @@ from videosparse.blocks import transpose_lists
 from videosparse.kernels import gpu, int8_path, torch_order, torch_path
 from videosparse.kernels.backend import choose, choose_own
 from videosparse.kernels.call import AttentionCall, Lists, wide
+from videosparse.kernels.options import LIBRARIES
 from videosparse.kernels.reorder_op import move
 from videosparse.kernels.steps import Steps
 from videosparse.layout import ceil_div
@@ -88,7 +89,7 @@ def _run(
         return int8_path.forward(q, k, v, call, need_lse, quant, chosen)
     if chosen == "torch":
         return torch_path.forward(q, k, v, call, need_lse)
-    if chosen in ("fa4", "flex"):
+    if chosen in LIBRARIES:
         return _library(chosen, q, k, v, call, need_lse)
     return gpu.forward(q, k, v, call, need_lse)
 
@@ -303,5 +304,5 @@ def _block_sums_fake(
     *far: Any,
 ) -> torch.Tensor:
     batch, length, heads, _ = q.shape
-    shape = (batch, heads, -(-length // block_rows), -(-length // block_cols))
+    shape = (batch, heads, ceil_div(length, block_rows), ceil_div(length, block_cols))
     return q.new_empty(shape, dtype=torch.float32)

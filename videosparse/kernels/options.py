@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from videosparse.checking import shown
 from videosparse.logits import FarLogits
 
 LIBRARIES = ("fa4", "flex")
@@ -11,6 +12,17 @@ BACKENDS = ("auto", "triton", "torch", *LIBRARIES)
 # queries and keys, then values where they are rounded, too
 QUANTS = (None, "int8", "int8-fp8", "int8-int8")
 FUSED_NORMS = ("auto", "on", "off")
+
+
+def own_backend(backend: str) -> str:
+    """The backend for what libraries of attention do not do: "auto" where one of them is asked for."""
+    return "auto" if backend in LIBRARIES else backend
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless a backend is one of `BACKENDS`."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {shown(backend)}).")
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,7 @@ class KernelOptions:
     fused_norm: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {self.backend!r}).")
+        check_backend(self.backend)
         if self.quant not in QUANTS:
             raise ValueError(f'quant must be None, "int8", "int8-fp8" or "int8-int8" (got {self.quant!r}).')
         if self.quant is not None and self.backend in LIBRARIES:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from videosparse.blocks import PackedIndex
 from videosparse.kernels import selection
 from videosparse.kernels.ops import block_sums
-from videosparse.kernels.options import KernelOptions
+from videosparse.kernels.options import KernelOptions, own_backend
 from videosparse.kernels.reorder_op import reorder
 from videosparse.kernels.stats import BlockStats, block_stats
-from videosparse.layout import TokenLayout, VideoGrid
+from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.logits import FarLogits, arguments
 from videosparse.ordering import AXIS_ORDERS, SearchedOrder, TokenOrder
 
@@ -179,7 +179,7 @@ def holdings(
     for part, code, sums in sums_by_order(q, k, lse, grid, block, scale=scale, options=options):
         counts = torch.full(sums.shape[:2], count, dtype=torch.int32, device=sums.device)
         rows, columns = sums.shape[2:]
-        bits = torch.empty(*sums.shape[:3], -(-columns // 8), dtype=torch.uint8, device=sums.device)
+        bits = torch.empty(*sums.shape[:3], ceil_div(columns, 8), dtype=torch.uint8, device=sums.device)
         kept = selection.kernels_for(options.backend, sums).keep_largest(sums, counts, bits, rows, columns)
         yield Holding(part, code, kept.sum(2) / sums.sum((2, 3)), sums)
 
@@ -211,7 +211,7 @@ def _groups(
 ) -> Iterator[tuple[slice, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """(heads, the video of q, k and lse of these) of each group of heads that is looked at together."""
     video, heads = grid.tokens, q.shape[2]
-    blocks = q.shape[0] * (-(-video // UNIT[0])) * (-(-video // UNIT[1]))
+    blocks = q.shape[0] * ceil_div(video, UNIT[0]) * ceil_div(video, UNIT[1])
     size = max(1, min(heads, _GROUP_BLOCKS // blocks))
     for start in range(0, heads, size):
         part = slice(start, min(heads, start + size))
@@ -377,9 +377,9 @@ def search_orders_op(
     grid, block = VideoGrid(frames, height, width), (block_rows, block_cols)
     metric = OrderMetric(alpha, eps, sigma, by)
     logit = None if far_alpha is None else FarLogits(far_trained, far_alpha)
-    options = KernelOptions(backend=selection.own(backend), logit=logit)
+    options = KernelOptions(backend=own_backend(backend), logit=logit)
     batch, length, heads, _ = q.shape
-    rows, columns = bits.shape[2], -(-length // block_cols)
+    rows, columns = bits.shape[2], ceil_div(length, block_cols)
     sums = torch.zeros(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     video = sums[:, :, :video_rows, :video_cols]
     most = torch.full((heads,), -torch.inf, dtype=torch.float32, device=q.device)

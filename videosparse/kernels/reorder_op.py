@@ -104,7 +104,7 @@ def reorder(
     inverse: bool = False,
     options: KernelOptions = KernelOptions(),  # noqa: B008  frozen, so one instance serves every call
 ) -> torch.Tensor:
-    """The video tokens of x in an order, bit by bit; text and gap stay where they are.
+    """The video tokens of x in an order (PAROAttention, arXiv 2506.16054), bit by bit; text and gap stay.
 
     Args:
         x: [B, L, H, D] in raster order, any dtype and strides; with `text`, [B, V, H, D].

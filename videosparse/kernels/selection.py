@@ -16,6 +16,7 @@ from videosparse.blocks import BlockIndex, PackedIndex, id_dtype, work_order
 from videosparse.checking import check_tensor, shown
 from videosparse.kernels import torch_select
 from videosparse.kernels.backend import choose_own
+from videosparse.kernels.options import check_backend
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: sums of another shape or dtype.
+        ValueError: sums of another shape or dtype, or an unknown backend.
+        RuntimeError: backend is "triton", which cannot run here.
     """
     check_tensor("sums", sums, ", as block_sums gives it")
+    check_backend(backend)
     _check_packed(index)
     if not isinstance(selection, Selection):
         raise TypeError(f"selection must be a Selection (got {shown(selection)}).")
@@ -100,10 +103,17 @@ def select(sums: torch.Tensor, index: PackedIndex, selection: Selection, backend
 def expand(index: PackedIndex, backend: str = "auto") -> BlockIndex:
     """The lists of a map, for one call.
 
+    Args:
+        index: of B samples and H heads.
+        backend: as in `select`.
+
     Raises:
-        TypeError: it is no `PackedIndex`.
+        TypeError: index is no `PackedIndex`.
+        ValueError: an unknown backend.
+        RuntimeError: backend is "triton", which cannot run here.
     """
     _check_packed(index)
+    check_backend(backend)
     row_ptr, order = index.row_ptr, index.order
     ids = expand_blocks(index.bits, row_ptr, index.capacity, index.shape[3], backend)
     if torch.is_grad_enabled():  # a later search writes these in place, and the backward of this call may come after
@@ -245,8 +255,3 @@ def kernels_for(backend: str, x: torch.Tensor) -> Any:
     from videosparse.kernels import triton_select
 
     return triton_select
-
-
-def own(backend: str) -> str:
-    """A backend for what libraries of attention do not do: "auto" where one of them is asked for."""
-    return backend if backend in ("triton", "torch") else "auto"

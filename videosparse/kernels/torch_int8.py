@@ -29,7 +29,7 @@ def forward(
     Returns:
         out [B, L, H, D] in the dtype of q and lse fp32 [B, H, L], which is empty unless `need_lse`.
     """
-    token = _tokens(q, call)[:, :, None, None]
+    token = is_token(q, call)[:, :, None, None]
     queries, keys = (x.float().masked_fill(~token, 0.0) for x in (q, k))
     mean = keys.sum(1, keepdim=True) / token.sum(1, keepdim=True)
     centred = (keys - mean).masked_fill(~token, 0.0)
@@ -48,7 +48,7 @@ def forward(
     return out.to(q.dtype), lse
 
 
-def _tokens(q: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+def is_token(q: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """Bool [B, L]: True at tokens."""
     position = torch.arange(q.shape[1], device=q.device)
     token = (position < call.video) | (position >= call.text_start)

@@ -43,7 +43,7 @@ class _Task:
 
 
 @dataclass(frozen=True, eq=False)
-class _Far:
+class FarScores:
     """How scores of far tokens change: `reach` with tokens int64 [H or 1, L], the raster token of each position."""
 
     reach: Reach
@@ -79,7 +79,7 @@ def forward(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     # scores that are changed have to be held, and then give lse, too
     held = need_lse or call.far is not None
-    lse, far = _lse_like(q, held), _far(call, q)
+    lse, far = _lse_like(q, held), far_scores(call, q)
     for sample, tasks in enumerate(_tasks(q, call)):
         qs, ks, vs = (x[sample].transpose(0, 1).contiguous() for x in (q, k, v))
         outs = out[sample].transpose(0, 1)
@@ -146,9 +146,9 @@ def block_sums(
     # the visited rows, `sample` of each block one after another
     visited = torch.arange(0, length, block[0] // sample, device=q.device)
     step = max(1, SCORE_ENTRIES // (sample * cols * block[1])) * sample
-    far = _far(call, q)
-    for number, end in enumerate(_ends(call, batch, length)):
-        valid = _valid(call, end, length, cols * block[1], q.device)
+    far = far_scores(call, q)
+    for number, end in enumerate(ends_of_text(call, batch, length)):
+        valid = valid_tokens(call, end, length, cols * block[1], q.device)
         factor = _visited_share(valid[:length], block[0], sample)
         for head in range(heads):
             keys = k[number, :, head].float()
@@ -157,7 +157,7 @@ def block_sums(
                 level = torch.where(valid[places], lse[number, head, places].float(), -torch.inf)
                 scores = q[number, places, head].float() @ keys.T * call.scale
                 scores = scores if far is None else far.head(scores, head, places)
-                mass = _mass(scores, level, valid[:length])
+                mass = mass_of(scores, level, valid[:length])
                 mass = F.pad(mass, (0, cols * block[1] - length, 0, -places.shape[0] % sample))
                 found = mass.view(-1, sample, cols, block[1]).sum((1, 3))
                 sums[number, head, start // sample : start // sample + found.shape[0]] = found
@@ -171,7 +171,7 @@ def _visited_share(valid: torch.Tensor, block: int, sample: int) -> torch.Tensor
     return padded.sum(1) / padded[:, :: block // sample].sum(1).clamp(min=1)
 
 
-def _mass(scores: torch.Tensor, level: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def mass_of(scores: torch.Tensor, level: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """exp(scores - level) of valid keys; 0 for the other keys, and for rows whose level is -inf."""
     empty = level == -torch.inf
     scores = scores.sub_(level.masked_fill(empty, 0.0)[:, None])
@@ -179,14 +179,14 @@ def _mass(scores: torch.Tensor, level: torch.Tensor, valid: torch.Tensor) -> tor
     return scores.masked_fill_(~valid | empty[:, None], -torch.inf).exp_()
 
 
-def _far(call: AttentionCall, q: torch.Tensor) -> _Far | None:
+def far_scores(call: AttentionCall, q: torch.Tensor) -> FarScores | None:
     """What changes far scores of a call on q [B, L, H, D]; None where nothing does."""
     if call.far is None:
         return None
     length = q.shape[1]
     if call.order is None:
-        return _Far(call.far, torch.arange(length, device=q.device)[None], call.video)
-    return _Far(call.far, raster_tokens(call.order, call.video, length), call.video)
+        return FarScores(call.far, torch.arange(length, device=q.device)[None], call.video)
+    return FarScores(call.far, raster_tokens(call.order, call.video, length), call.video)
 
 
 def _lse_like(q: torch.Tensor, need_lse: bool) -> torch.Tensor:
@@ -239,7 +239,7 @@ def _add(x: torch.Tensor, task: _Task, update: torch.Tensor) -> None:
         x[task.heads].index_add_(1, task.keys, update)
 
 
-def _ends(call: AttentionCall, batch: int, length: int) -> list[int]:
+def ends_of_text(call: AttentionCall, batch: int, length: int) -> list[int]:
     """Where the text of each sample ends."""
     if call.seq_lens is None:
         return [length] * batch
@@ -254,7 +254,7 @@ def _spans(call: AttentionCall, end: int, length: int) -> list[Span]:
     return [(0, end)] if call.text_start == video else [(0, video), (call.text_start, end)]
 
 
-def _valid(call: AttentionCall, end: int, length: int, size: int, device: torch.device) -> torch.Tensor:
+def valid_tokens(call: AttentionCall, end: int, length: int, size: int, device: torch.device) -> torch.Tensor:
     """Bool [size]: True at the valid tokens of a sample."""
     valid = torch.zeros(size, dtype=torch.bool, device=device)
     for start, stop in _spans(call, end, length):
@@ -273,7 +273,7 @@ def _tasks(q: torch.Tensor, call: AttentionCall) -> Iterator[Iterator[_Task]]:
     batch, length = q.shape[:2]
     lists = call.lists
     host = None if lists is None else _on_host(lists, ceil_div(length, lists.block[1]))
-    for sample, end in enumerate(_ends(call, batch, length)):
+    for sample, end in enumerate(ends_of_text(call, batch, length)):
         spans = _spans(call, end, length)
         if lists is None or host is None:
             yield iter([_Task(slice(None), spans, _join(spans, q.device))])

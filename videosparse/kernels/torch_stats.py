@@ -18,9 +18,9 @@ def block_stats(
     rows, cols = ceil_div(length, block[0]), ceil_div(length, block[1])
     stats = torch.empty(3, batch, heads, rows, cols, dtype=torch.float32, device=q.device)
     step = max(1, torch_path.SCORE_ENTRIES // (block[0] * cols * block[1]))
-    far = torch_path._far(call, q)
-    for sample, end in enumerate(torch_path._ends(call, batch, length)):
-        valid = torch_path._valid(call, end, length, length, q.device)
+    far = torch_path.far_scores(call, q)
+    for sample, end in enumerate(torch_path.ends_of_text(call, batch, length)):
+        valid = torch_path.valid_tokens(call, end, length, length, q.device)
         for head in range(heads):
             keys = k[sample, :, head].float()
             for row in range(0, rows, step):
@@ -29,7 +29,7 @@ def block_stats(
                 scores = q[sample, tokens, head].float() @ keys.T * call.scale
                 if far is not None:
                     scores = far.head(scores, head, torch.arange(tokens.start, tokens.stop, device=q.device))
-                p = torch_path._mass(scores, level, valid)
+                p = torch_path.mass_of(scores, level, valid)
                 p = F.pad(p, (0, cols * block[1] - length, 0, -p.shape[0] % block[0]))
                 p = p.view(-1, block[0], cols, block[1])
                 place = stats[:, sample, head, row : row + p.shape[0]]

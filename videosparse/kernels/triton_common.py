@@ -108,7 +108,7 @@ def shared_kb(device: torch.device) -> int:
     return SHARED_KB.get(torch.cuda.get_device_capability(device), 99)
 
 
-def strides_of(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, token and head; 0 along a dimension of 1, whose stride means nothing but selects a compile."""
-    batch, token, head, _ = x.stride()
-    return batch if x.shape[0] > 1 else 0, token, head if x.shape[2] > 1 else 0
+def strides_of(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the last, whose stride is 1; 0 along a dimension of 1, whose stride means nothing
+    but selects a compile."""
+    return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True))

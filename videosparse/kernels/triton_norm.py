@@ -17,15 +17,16 @@ rounded once at the end.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from videosparse.kernels import gpu
 from videosparse.kernels.steps import Steps
 from videosparse.kernels.stream import Pair, Stream
+from videosparse.kernels.triton_common import strides_of
 from videosparse.kernels.triton_order import load_steps, next_power, place_of
 
 NO_ROTARY = tl.constexpr(0)
@@ -258,8 +259,8 @@ def _launch(
         cos,
         sin,
         None if order is None else order.table,
-        *_strides(q),
-        *_strides(k),
+        *strides_of(q),
+        *strides_of(k),
         stride_token,
         stride_head,
         count,
@@ -285,11 +286,6 @@ def _launch(
     )
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int]:
-    """Strides of batch and token; 0 along a dimension of 1, whose stride means nothing but selects a compile."""
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
-
-
 def forward(
     video: Stream,
     text: Stream | None,
@@ -313,7 +309,7 @@ def forward(
     if rotary is not None and rotary[0].stride() != rotary[1].stride():
         rotary = rotary[0].contiguous(), rotary[1].contiguous()
     work = choose_work(heads, width // heads) if work is None else work
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with gpu.on_device(q):
         _launch(video, (q, k), (0, tokens), 0, rotary, work, order)
         if text is not None:
             _launch(text, (q, k), (tokens, length), text_start, None, work)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from videosparse.kernels import gpu
 from videosparse.kernels.steps import Steps
+from videosparse.kernels.triton_common import strides_of
 
 
 @triton.jit
@@ -111,12 +112,6 @@ def choose_warps(heads: int, head_dim: int, element_size: int) -> int:
     return min(8, next_power(-(-heads * head_dim * element_size // 2560)))
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, token and head; 0 along a dimension of 1, whose stride means nothing but selects a compile."""
-    batch, token, head, _ = (n if size > 1 else 0 for n, size in zip(x.stride(), x.shape, strict=True))
-    return batch, token, head
-
-
 def reorder(x: torch.Tensor, steps: Steps, inverse: bool, out: torch.Tensor | None = None) -> torch.Tensor:
     """The first `steps.video` tokens of x [B, L, H, D] in order, or with `inverse` back in raster order.
 
@@ -141,8 +136,8 @@ def reorder(x: torch.Tensor, steps: Steps, inverse: bool, out: torch.Tensor | No
             x,
             out,
             steps.table,
-            *_strides(x),
-            *_strides(out),
+            *strides_of(x),
+            *strides_of(out),
             video,
             steps.height,
             steps.width,

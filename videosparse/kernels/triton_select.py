@@ -116,7 +116,7 @@ def expand_kernel(bits_ptr, row_ptr, ids_ptr, capacity, columns, PAD: tl.constex
     tl.store(ids_ptr + start.to(tl.int64) + place, column.to(ids_ptr.dtype.element_ty), mask=keep)
 
 
-def _pad(columns: int) -> int:
+def choose_pad(columns: int) -> int:
     """The power of two, at least 8, that a row is padded to."""
     if columns > SELECTION_LIMIT:
         raise ValueError(
@@ -126,7 +126,7 @@ def _pad(columns: int) -> int:
     return max(8, 1 << (columns - 1).bit_length())
 
 
-def _warps(pad: int) -> int:
+def choose_warps(pad: int) -> int:
     """64 elements a thread: a warp by itself counts without waiting for others."""
     return min(8, max(1, pad // 2048))
 
@@ -156,10 +156,10 @@ def keep_largest(
     kept = torch.empty(batch, heads, rows, dtype=torch.float32, device=sums.device)
     if sums.numel() == 0:
         return kept
-    pad = _pad(columns)
+    pad = choose_pad(columns)
     with on_device(sums):
         keep_largest_kernel[(batch * heads * rows,)](
-            sums, counts, bits, kept, rows, columns, video_rows, video_cols, PAD=pad, num_warps=_warps(pad)
+            sums, counts, bits, kept, rows, columns, video_rows, video_cols, PAD=pad, num_warps=choose_warps(pad)
         )
     return kept
 
@@ -183,7 +183,7 @@ def expand(bits: torch.Tensor, row_ptr: torch.Tensor, capacity: int, columns: in
     rows = row_ptr.shape[0] - 1
     if rows == 0 or capacity == 0:
         return ids
-    pad = _pad(columns)
+    pad = choose_pad(columns)
     with on_device(bits):
-        expand_kernel[(rows,)](bits, row_ptr, ids, capacity, columns, PAD=pad, num_warps=_warps(pad))
+        expand_kernel[(rows,)](bits, row_ptr, ids, capacity, columns, PAD=pad, num_warps=choose_warps(pad))
     return ids

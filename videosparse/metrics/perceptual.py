@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from videosparse.checking import check_device
 from videosparse.metrics.fidelity import CONVENTION, Perceptual, convention_named
 from videosparse.metrics.vbench.weights import MissingError, Weights, fit_state, read_state
 
@@ -27,22 +28,23 @@ def load_perceptual(
 
     Raises:
         MissingError: the backbone's file, lpips or torchvision is missing.
-        ValueError: an unknown convention.
+        ValueError: an unknown convention or device.
+        TypeError: device is no name.
     """
-    chosen = convention_named(convention)
+    chosen, place = convention_named(convention), check_device(device)
     path = weights.file(_BACKBONES[chosen.network])
     from lpips import LPIPS
 
     # pnet_rand: the backbone without weights, which would otherwise be downloaded
     model = LPIPS(net=chosen.network, pretrained=True, pnet_rand=True, verbose=False)
     _fill_backbone(model.net, read_state(path), path)
-    model.to(device).eval().requires_grad_(False)
+    model.to(place).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def distance(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         found = []
         for at in range(0, len(video), batch):
-            both = (x[at : at + batch].to(device).float() for x in (video, reference))
+            both = (x[at : at + batch].to(place).float() for x in (video, reference))
             fed = [x * 2 - 1 if chosen.signed else x for x in both]
             found.append(model(*fed).flatten().cpu())
         return torch.cat(found)

@@ -35,7 +35,13 @@ class Quarter:
 
 
 def quarters(video: Tensor, expected: Expected, fps: float) -> list[Quarter]:
-    """Judge the quarters of a video [3, F, H, W], RGB in [0, 1]."""
+    """Judge the quarters of a video.
+
+    Args:
+        video: float [3, F, H, W], RGB in [0, 1]; frames beyond a multiple of four are left out.
+        expected: what its prompt promises.
+        fps: frames per second.
+    """
     frames = video.shape[1] // QUARTERS
     found = []
     for part in range(QUARTERS):

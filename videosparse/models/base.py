@@ -57,6 +57,7 @@ class ModelFamily(ABC):
         variants: published models that differ in what suits them, the plainest first.
         joint: whether text tokens take part in the self-attention.
         stride: pixel frames in one latent frame, after the first.
+        rotary_dims: of joint families: dimensions of the (cos, sin) that their `rope` returns, tokens first.
     """
 
     name: ClassVar[str]
@@ -65,6 +66,7 @@ class ModelFamily(ABC):
     variants: ClassVar[tuple[str, ...]]
     joint: ClassVar[bool]
     stride: ClassVar[int]
+    rotary_dims: ClassVar[int]
 
     @abstractmethod
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:

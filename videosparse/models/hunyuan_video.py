@@ -38,6 +38,7 @@ class HunyuanVideoFamily(ModelFamily):
     variants = ("hunyuan-video",)
     joint = True
     stride = 4
+    rotary_dims = 2
 
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """(1, 2, 2) in every published model."""

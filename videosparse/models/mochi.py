@@ -32,6 +32,7 @@ class MochiFamily(ModelFamily):
     variants = ("mochi",)
     joint = True
     stride = 6
+    rotary_dims = 3
 
     def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """(1, 2, 2) in the published model."""

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, PackedIndex, check_block
-from videosparse.checking import check_flag, check_number
+from videosparse.checking import check_flag, check_share
 from videosparse.kernels.checks import check_sample
-from videosparse.kernels.selection import Selection, expand, select
+from videosparse.kernels.selection import Selection, columns_of, expand, select
 from videosparse.layout import TokenLayout, ceil_div
 from videosparse.policies.base import (
     BLOCK,
@@ -27,6 +27,8 @@ from videosparse.policies.base import (
     Mode,
     RunStep,
     SparsityPolicy,
+    check_call,
+    check_same_size,
     part_of_run,
 )
 
@@ -86,7 +88,7 @@ class AdaSpaPolicy(SparsityPolicy):
     def __post_init__(self) -> None:
         check_block(self.block)
         for name in ("density", "recall_threshold"):
-            _check_share(name, getattr(self, name))
+            check_share(name, getattr(self, name))
         for name in ("head_adaptive", "offload_state"):
             check_flag(name, getattr(self, name))
         if not isinstance(self.refresh, tuple):
@@ -111,9 +113,12 @@ class AdaSpaPolicy(SparsityPolicy):
         """Search where nothing is kept yet, refresh where one is due, else sparse on the map that is kept.
 
         Raises:
+            TypeError: an argument of another type.
             RuntimeError: the sequence is not the one that was searched.
-            ValueError: a fraction of an unknown number of steps in `refresh`, or a map too large for an index.
+            ValueError: a number out of range; a fraction of an unknown number of steps in `refresh`, or a map too large
+                for an index.
         """
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         refreshes = self.refresh_steps(run.total)
         due = sum(step <= run.index + 1 for step in refreshes)
@@ -126,12 +131,7 @@ class AdaSpaPolicy(SparsityPolicy):
             state.update(index=index, lse=lse, done=due)
             return self._plan(Mode.SEARCH, aligned, index, lse)
         index = state["index"]
-        if (index.q_len, *index.shape[:2]) != (aligned.length, samples, heads):
-            raise RuntimeError(
-                f"AdaSpa searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads in "
-                f"branch {run.context}, and now gets {aligned.length} of {samples} and {heads}: one run is one size. "
-                "End it first, or use RadialProcessor()."
-            )
+        check_same_size("AdaSpa", index, aligned, run, samples, heads)
         if due > state["done"]:
             lse = state["lse"]
             state.update(done=due, lse=None if last else lse)
@@ -164,10 +164,10 @@ class AdaSpaPolicy(SparsityPolicy):
     def selection(self, layout: TokenLayout) -> Selection:
         """How many blocks the rows of a layout keep: density x video columns, rounded, at least 1."""
         rows, columns = (ceil_div(layout.video, b) for b in self.block)
-        base = _share_of(columns, self.density)
+        base = columns_of(self.density, columns)
         low = base
         if self.head_adaptive:
-            low = max(_share_of(columns, self.density / 2), 2 * base - columns)
+            low = max(columns_of(self.density / 2, columns), 2 * base - columns)
         # as many heads keep `high` as keep `low`: the mean is `base` to the block
         return Selection(rows, columns, base, low, 2 * base - low, self.recall_threshold, self.sample)
 
@@ -257,18 +257,6 @@ class AdaSpaPolicy(SparsityPolicy):
             "bits": index.bits.numel(),
             "lists": lists,
         }
-
-
-def _share_of(columns: int, share: float) -> int:
-    """A share of the columns, rounding halves up, at least one."""
-    return min(columns, max(1, int(share * columns + 0.5)))
-
-
-def _check_share(name: str, value: float) -> None:
-    """Raise TypeError or ValueError unless `value` is a number in (0, 1]."""
-    check_number(name, value)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in 0..1, 0 excluded (got {value}).")
 
 
 def _check_refresh(value: object) -> None:

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, PackedIndex
-from videosparse.checking import check_number
+from videosparse.checking import check_number, check_whole, shown
 from videosparse.kernels import KernelOptions
 from videosparse.kernels.order_search import OrderSelection
 from videosparse.kernels.selection import Selection
-from videosparse.layout import TokenLayout
+from videosparse.layout import TokenLayout, check_is_layout
 from videosparse.ordering import AnyOrder
 
 BLOCK = (128, 64)
@@ -29,10 +29,10 @@ TRAINING = "training"
 class Mode(StrEnum):
     """What one attention call does; the only Python constant that a compiled block reads from its plan."""
 
-    DENSE = "dense"
-    SPARSE = "sparse"
-    SEARCH = "search"
-    REFRESH = "refresh"
+    DENSE = "dense"  # reads every key
+    SPARSE = "sparse"  # reads the keys that the index lists
+    SEARCH = "search"  # dense; writes the index, and the lse where a refresh will read it
+    REFRESH = "refresh"  # writes the index anew, by the lse of the search, then sparse
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class RunStep:
         total: denoising steps of this run, None when nobody said.
         expert: number of the transformer that is at work, from 0; two share a run of Wan2.2-A14B.
         part: (first, number) of the steps of this run that it makes; None is all of them.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a negative number, or a run of no steps.
     """
 
     context: str
@@ -53,6 +57,16 @@ class RunStep:
     total: int | None = None
     expert: int = 0
     part: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.context, str):
+            raise TypeError(f'RunStep.context must be a str, such as "cond" (got {shown(self.context)}).')
+        check_whole("RunStep.index", self.index, 0)
+        if self.total is not None:
+            check_whole("RunStep.total", self.total)
+        check_whole("RunStep.expert", self.expert, 0)
+        if self.part is not None and not (isinstance(self.part, tuple) and len(self.part) == 2):
+            raise TypeError(f"RunStep.part must be a tuple (first, number) of steps (got {shown(self.part)}).")
 
     @property
     def own(self) -> tuple[int, int | None]:
@@ -95,6 +109,34 @@ LayerState = MutableMapping[str, Any]
 """What a method keeps for one (context, layer) between the steps of one run; the tracker owns and frees it."""
 
 
+def check_call(
+    layout: TokenLayout, run: RunStep, layer: int, state: LayerState, device: torch.device, samples: int, heads: int
+) -> None:
+    """Raise TypeError or ValueError unless these are what `SparsityPolicy.plan` takes, for calls by hand."""
+    check_is_layout(layout)
+    if not isinstance(run, RunStep):
+        raise TypeError(f'run must be a RunStep (got {shown(run)}); pass RunStep("cond", step, steps).')
+    check_whole("layer", layer, 0)
+    if not isinstance(state, MutableMapping):
+        raise TypeError(f"state must be a dict that is kept between steps (got {shown(state)}); begin with {{}}.")
+    if not isinstance(device, torch.device):
+        raise TypeError(f'device must be a torch.device (got {shown(device)}); pass torch.device("cuda").')
+    check_whole("samples", samples)
+    check_whole("heads", heads)
+
+
+def check_same_size(
+    method: str, index: PackedIndex, layout: TokenLayout, run: RunStep, samples: int, heads: int
+) -> None:
+    """Raise RuntimeError where a call is of another size than the one whose map was searched for."""
+    if (index.q_len, *index.shape[:2]) != (layout.length, samples, heads):
+        raise RuntimeError(
+            f"{method} searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads in branch "
+            f"{run.context}, and now gets {layout.length} of {samples} and {heads}: one run is one size. End it first, "
+            "or use RadialProcessor()."
+        )
+
+
 class SparsityPolicy(ABC):
     """A method and its configuration: a frozen dataclass that turns a layout and a moment into a plan.
 
@@ -135,6 +177,9 @@ class SparsityPolicy(ABC):
                 where a step cache skips the layer, the tracker brings them back and asks again at the next forward.
             device: of the tensors.
             samples, heads: of q, k and v, for methods whose maps belong to one of each.
+
+        Raises:
+            TypeError, ValueError: see `check_call`; every method begins with it.
         """
 
     def unlike(self, shift: float | None) -> str | None:

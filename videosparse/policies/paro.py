@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from videosparse.blocks import BlockIndex, PackedIndex, check_block
-from videosparse.checking import check_flag, check_number
+from videosparse.checking import check_flag, check_share
 from videosparse.kernels.order_search import ORDERS, OrderMetric, OrderSelection
 from videosparse.kernels.selection import Selection, columns_of, expand, select
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
@@ -29,8 +29,11 @@ from videosparse.policies.base import (
     Mode,
     RunStep,
     SparsityPolicy,
+    check_call,
+    check_same_size,
 )
-from videosparse.policies.paro_plan import PAROPlan, send
+from videosparse.policies.paro_plan import PAROPlan
+from videosparse.uploading import upload
 
 DENSITY = 0.2
 
@@ -101,9 +104,7 @@ class PAROPolicy(SparsityPolicy):
         """Raise where a value is out of range, or not open any more."""
         plan, density = self.calibrated, self.density
         if density is not None:
-            check_number("density", density)
-            if not 0 < density <= 1:
-                raise ValueError(f"density must lie in 0..1, 0 excluded (got {density}).")
+            check_share("density", density)
         metric = self._metric
         if self.alpha is not None and metric.by == "mass":
             raise ValueError(
@@ -160,9 +161,11 @@ class PAROPolicy(SparsityPolicy):
         """By the plan: sparse. Else search where nothing is kept yet, then sparse on what was found.
 
         Raises:
-            ValueError: the plan is for another grid, or other layers or heads.
+            TypeError: an argument of another type.
+            ValueError: a number out of range; the plan is for another grid, or other layers or heads.
             RuntimeError: the sequence is not the one that was searched.
         """
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         if self.calibrated is not None:
             _check_fits(self.calibrated, layer, heads)
@@ -188,12 +191,7 @@ class PAROPolicy(SparsityPolicy):
             state.update(index=index, order=order)
             return LayerPlan(Mode.SEARCH, layout, index, codes=codes, selection=chosen)
         index = state["index"]
-        if (index.q_len, *index.shape[:2]) != (layout.length, samples, heads):
-            raise RuntimeError(
-                f"PAROAttention searched {index.q_len} tokens of {index.shape[0]} samples and {index.shape[1]} heads "
-                f"in branch {run.context}, and now gets {layout.length} of {samples} and {heads}: one run is one size. "
-                "End it first, or use RadialProcessor()."
-            )
+        check_same_size("PAROAttention", index, layout, run, samples, heads)
         return LayerPlan(Mode.SPARSE, layout, index, order=state["order"], selection=chosen)
 
     def _allocate(
@@ -209,7 +207,7 @@ class PAROPolicy(SparsityPolicy):
         """(int32 [H] codes on the device, the order that they are): the plan's, or what the search will write."""
         if self.calibrated is not None:
             number = _number(self.calibrated, run, layer)
-            return send(self.calibrated.codes[number].int(), device), self.calibrated.order(number, layout.grid)
+            return upload(self.calibrated.codes[number].int(), device), self.calibrated.order(number, layout.grid)
         codes = torch.zeros(heads, dtype=torch.int32, device=device)
         return codes, SearchedOrder(layout.grid, codes)
 

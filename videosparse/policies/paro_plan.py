@@ -27,6 +27,7 @@ from videosparse.blocks import BLOCK_SIZES, PackedIndex, pack_rows
 from videosparse.kernels.selection import write_places
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
+from videosparse.uploading import upload
 
 FORMAT = "videosparse-paro-2"
 ONE_TRANSFORMER = "videosparse-paro-1"
@@ -238,13 +239,13 @@ class PAROPlan:
         # plain tensors also when the caller is in inference mode: the next caller may be training
         with torch.inference_mode(False):
             index = PackedIndex.allocate(layout, block, 1, heads, capacity, device)
-            video = send(self.bits[layer, bucket], device)
+            video = upload(self.bits[layer, bucket], device)
             index.bits[0, :, :video_rows, : video.shape[2]] = video
             if layout.text:
                 text = torch.arange(columns, device=device) >= video_columns
                 index.bits[0, :, :video_rows] |= pack_rows(text)
                 index.bits[0, :, video_rows:] = pack_rows(torch.ones_like(text))
-            kept = send(counts, device)[None]
+            kept = upload(counts, device)[None]
             write_places(kept, index.row_ptr, index.order, (rows, columns), (video_rows, video_columns))
         return index
 
@@ -458,11 +459,6 @@ def write_whole(path: str | Path, data: bytes, overwrite: bool) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-
-
-def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on a device, without waiting for it: only copies from pinned memory do not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from videosparse.blocks import BlockIndex, BlockMap, check_block
-from videosparse.checking import check_flag, check_number
+from videosparse.checking import check_device, check_flag, check_number
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div, check_grid, check_is_layout
-from videosparse.policies.base import BLOCK, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy
+from videosparse.policies.base import BLOCK, LayerPlan, LayerState, Mode, RunStep, SparsityPolicy, check_call
+from videosparse.uploading import upload
 
 COVERAGES = ("majority", "any")
 NEIGHBOURS = ("full", "half")
@@ -51,6 +52,7 @@ class RadialPolicy(SparsityPolicy):
             for Wan until late 2025.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: decay not positive and finite, or an unknown block, coverage or first_neighbour.
 
     Source: section 4 of the paper, and the band, decimation and block rules of the authors' code, whose tables are
@@ -88,7 +90,12 @@ class RadialPolicy(SparsityPolicy):
         samples: int = 1,
         heads: int = 1,
     ) -> LayerPlan:
-        """Sparse, on the one map of this layout: nothing depends on step, layer or data."""
+        """Sparse, on the one map of this layout: nothing depends on step, layer or data.
+
+        Raises:
+            TypeError, ValueError: an argument of another type; and as `block_map`.
+        """
+        check_call(layout, run, layer, state, device, samples, heads)
         aligned = layout.aligned(self.block)
         return LayerPlan(Mode.SPARSE, aligned, self.block_index(layout, device))
 
@@ -104,18 +111,24 @@ class RadialPolicy(SparsityPolicy):
         token-by-token tensor, and cached.
 
         Raises:
-            ValueError: "majority" would leave a query block without keys (frames much smaller than a block).
+            TypeError: layout is no `TokenLayout`, or device neither a device nor a name.
+            ValueError: device names none; "majority" would leave a query block without keys (frames much smaller than a
+                block).
         """
         check_is_layout(layout)
         return _cached_map(self, layout.grid, layout.text, _indexed(device))
 
     def block_index(self, layout: TokenLayout, device: torch.device | str = "cpu") -> BlockIndex:
-        """The query-major lists of `block_map`, cached on their own: a run reads no map."""
+        """The query-major lists of `block_map`, cached on their own: a run reads no map. Errors are as there."""
         check_is_layout(layout)
         return _cached_index(self, layout.grid, layout.text, _indexed(device))
 
     def band(self, grid: VideoGrid) -> list[int]:
-        """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped."""
+        """Half-width of the band in raster tokens for frames 0, 1, 2, ... apart; -1 where the pair is dropped.
+
+        Raises:
+            TypeError: grid is no `VideoGrid`.
+        """
         check_grid("grid", grid)
         tokens, narrowest = grid.frame_tokens, max(self.block)
         power = 1 << tokens.bit_length()
@@ -168,14 +181,8 @@ def _pieces(grid: VideoGrid, block: int, cut: bool, device: torch.device) -> lis
 
 def _place(columns: np.ndarray, device: torch.device) -> _Pieces:
     first, last = int(columns[0, 0]), int(columns[0, -1])
-    number, frame, start, stop = _upload(columns, device)
+    number, frame, start, stop = upload(torch.tensor(columns, dtype=torch.int32), device)
     return _Pieces(number, frame, start, stop, first if last - first + 1 == columns.shape[1] else None)
-
-
-def _upload(numbers: list[int] | np.ndarray, device: torch.device) -> torch.Tensor:
-    """int32 on the device, without waiting for it: only copies from pinned memory do not wait."""
-    tensor = torch.tensor(numbers, dtype=torch.int32)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _inside_any(row: _Pieces, col: _Pieces, width: torch.Tensor) -> torch.Tensor:
@@ -203,7 +210,7 @@ def _video_map(policy: RadialPolicy, grid: VideoGrid, device: torch.device) -> t
     """bool [ceil(V / rows), ceil(V / columns)] of a video."""
     (block_q, block_k), majority = policy.block, policy.coverage == "majority"
     keep = torch.zeros(ceil_div(grid.tokens, block_q), ceil_div(grid.tokens, block_k), dtype=torch.bool, device=device)
-    bands = _upload(policy.band(grid), device)
+    bands = upload(torch.tensor(policy.band(grid), dtype=torch.int32), device)
     column_ranks = _pieces(grid, block_k, majority, device)
     for rows in _pieces(grid, block_q, majority, device):
         for row in _slabs(rows, keep.shape[1]):
@@ -251,7 +258,7 @@ def _keep_partial(keep: torch.Tensor, tokens: int, policy: RadialPolicy) -> None
         )
 
 
-def _most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> int:
+def most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> int:
     """No fewer blocks than the map keeps, from sizes alone."""
     (block_q, block_k), tokens = policy.block, grid.frame_tokens
     _, _, rows, columns = block_map.keep.shape
@@ -271,7 +278,7 @@ def _most_blocks(policy: RadialPolicy, grid: VideoGrid, block_map: BlockMap) -> 
 
 def _indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" alone means another one after `torch.cuda.set_device`."""
-    device = torch.device(device)
+    device = check_device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -304,4 +311,4 @@ def _cached_index(policy: RadialPolicy, grid: VideoGrid, text: int, device: torc
     with torch.inference_mode(False):
         found = _build(policy, grid, text, device)
         # counting the blocks would wait for a GPU
-        return found.index(_most_blocks(policy, grid, found) if device.type == "cuda" else None)
+        return found.index(most_blocks(policy, grid, found) if device.type == "cuda" else None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from videosparse.checking import check_device
 from videosparse.synthetic.motion import centres, path_table
 from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, OUTLINES, Outline, Scene, SceneObject
 
@@ -63,14 +64,15 @@ def render(
         float32 [B, 3, F, H, W], RGB in [0, 1].
 
     Raises:
-        ValueError: if there are no scenes, or a size is not positive.
+        ValueError: if there are no scenes, a size is not positive, or device names none.
+        TypeError: device is no device and no name.
     """
     if not scenes or min(num_frames, height, width) < 1 or fps <= 0:
         raise ValueError(
             "render needs at least one scene and positive num_frames, height, width and fps "
             f"(got {len(scenes)} scenes, {num_frames}, {height}, {width}, {fps})."
         )
-    device = torch.device(device)
+    device = check_device(device)
     out = torch.empty(len(scenes), 3, num_frames, height, width, device=device)
     times = start + torch.arange(num_frames, dtype=torch.float64, device=device) / fps
     pixels = PIXELS_PER_PASS.get(device.type, 1 << 24)

@@ -81,7 +81,7 @@ def prepare(
     rate = float(source.defaults.fps if fps is None else fps)
     if not 1 <= rate <= 240:
         raise ConfigError(f"{names[3]} must be 1 to 240 (got {rate:g}); leave it out for the model's.")
-    _describe(folder, source, rate)
+    describe_folder(folder, source, rate)
     known = {entry["key"] for _, _, entries in shards(folder) for entry in entries}
     todo: dict[Size, list[tuple[str, ClipSource]]] = {}
     asked: set[str] = set()
@@ -195,7 +195,7 @@ def _sizes_of(clip: ClipSource, sizes: Sequence[Size]) -> list[Size]:
     return [size for size in sizes if (size.height, size.width) == (best.height, best.width)]
 
 
-def _describe(folder: Path, source: ModelSource, fps: float) -> None:
+def describe_folder(folder: Path, source: ModelSource, fps: float) -> None:
     """Write `dataset.json`, or check that the data set was made by the same encoders at the same rate."""
     config = json.loads((Path(source.location or "") / "vae/config.json").read_text()) if _is_local(source) else {}
     about = {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from videosparse.checking import check_device
 from videosparse.metrics.vbench.weights import MissingError, Weights, fit_state, read_state
 from videosparse.metrics.video import Video
 
@@ -29,12 +30,18 @@ class Models:
         weights: where they come from.
         device: that they run on.
         batch: frames at once.
+
+    Raises:
+        TypeError, ValueError: device is no name, or names none.
     """
 
     weights: Weights = field(default_factory=Weights)
     device: str = "cpu"
     batch: int = 16
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def load(self, key: str) -> Any:
         """The model with that key of `weights.NEEDED`, in fp32 and in evaluation mode.
