@@ -220,13 +220,9 @@ class RunTracker:
     def _share(self, layout: TokenLayout, resolved: Resolved, training: bool) -> None:
         """Tell the layers what this rank holds of the sequence, where ranks share it."""
         host, joint = self.layers[0][1], self.family.joint
-        check_shared(host, joint=joint, policy=resolved.policy, heads=int(self.config["num_attention_heads"]))
+        heads = int(self.config["num_attention_heads"])
+        check_shared(host, joint=joint, policy=resolved.policy, heads=heads, training=training)
         shard = shard_of(host, layout, resolved.options)
-        if shard is not None and training and resolved.policy is not None and resolved.policy.by_head:
-            raise NotImplementedError(
-                "Context parallelism in training does not work with plans of PAROAttention, whose heads are dealt by "
-                "work; use RadialProcessor, DenseProcessor, or data parallelism, a video a GPU."
-            )
         self._ranks = 1 if shard is None else shard.exchange.ranks
         for _, layer in self.layers:
             layer.shard = shard

@@ -202,7 +202,9 @@ def shard_of(host: HostProcessor, layout: TokenLayout, options: KernelOptions) -
     return None if who is None else Shard.of(Exchange(who), layout, options)
 
 
-def check_shared(host: HostProcessor, *, joint: bool, policy: SparsityPolicy | None, heads: int) -> None:
+def check_shared(
+    host: HostProcessor, *, joint: bool, policy: SparsityPolicy | None, heads: int, training: bool = False
+) -> None:
     """Raise where ranks share an attention in a way that does not work.
 
     Args:
@@ -210,9 +212,10 @@ def check_shared(host: HostProcessor, *, joint: bool, policy: SparsityPolicy | N
         joint: text is part of the sequence.
         policy: the method, None for dense.
         heads: of a self-attention.
+        training: whether gradients are needed.
 
     Raises:
-        NotImplementedError: ring attention that skips keys or has text; orders for all heads with searched maps.
+        NotImplementedError: ring attention that skips keys or has text; a method that cannot plan for some heads.
         ValueError: the ranks cannot share the heads.
     """
     degree = host.ring_degree()
@@ -222,12 +225,8 @@ def check_shared(host: HostProcessor, *, joint: bool, policy: SparsityPolicy | N
             f"{what} does not work with ring attention (ring_degree={degree}): a rank never sees all keys. Use "
             "videosparse.parallelize(pipe), or ContextParallelConfig(ulysses_degree=...)."
         )
-    searches = policy is not None and policy.searches
-    if searches and getattr(policy, "calibrated", None) is not None and host.ulysses_degree() > 1:
-        raise NotImplementedError(
-            "online_maps does not work with context parallelism: a plan's orders are for all heads, and a rank "
-            "searches for its own. Use one GPU, or PAROProcessor() without a plan."
-        )
+    if policy is not None and host.ulysses_degree() > 1:
+        policy.check_ranks(training=training)
     check_heads(heads, host.ulysses_degree())
 
 

@@ -57,6 +57,16 @@ def test_training_reads_the_map_of_the_second_half():
     assert ask(policy, RunStep(TRAINING, 0), 1, state).index is call.index
 
 
+def test_which_ranks_can_share_heads():
+    made = make_plan()
+    for policy in (PAROPolicy(made), PAROPolicy()):
+        policy.check_ranks(training=False)
+    with pytest.raises(NotImplementedError, match="in training does not work with plans of PAROAttention"):
+        PAROPolicy(made).check_ranks(training=True)
+    with pytest.raises(NotImplementedError, match="online_maps does not work with context parallelism"):
+        PAROPolicy(made, online_maps=True).check_ranks(training=False)
+
+
 def test_a_plan_needs_the_number_of_steps():
     with pytest.raises(ValueError, match="pass num_steps= to the processor"):
         PAROPolicy(make_plan()).check_run(DenseSchedule(), None)

@@ -150,11 +150,6 @@ class SparsityPolicy(ABC):
     searches: ClassVar[bool] = False
     block: tuple[int, int]
 
-    @property
-    def by_head(self) -> bool:
-        """Whether heads differ in what they read, so that who attends needs all heads of a layer."""
-        return self.searches
-
     @abstractmethod
     def plan(
         self,
@@ -192,6 +187,9 @@ class SparsityPolicy(ABC):
 
     def check_run(self, schedule: DenseSchedule, total: int | None) -> None:  # noqa: B027  static maps fit any run
         """Raise ValueError where the steps of this method do not fit a run of `total` steps under `schedule`."""
+
+    def check_ranks(self, *, training: bool) -> None:  # noqa: B027  most methods can
+        """Raise NotImplementedError where a rank that has some heads of every layer cannot plan for those alone."""
 
     def densities(self, layout: TokenLayout) -> tuple[float, float] | None:
         """(kept / all blocks, the same among video blocks) of maps that are searched for; None where maps tell."""

@@ -142,11 +142,6 @@ class PAROPolicy(SparsityPolicy):
         """Whether maps are found while a video is made."""
         return self.calibrated is None or self.online_maps
 
-    @property
-    def by_head(self) -> bool:
-        """Every head has an order and a map of its own."""
-        return True
-
     def plan(
         self,
         layout: TokenLayout,
@@ -235,6 +230,19 @@ class PAROPolicy(SparsityPolicy):
             raise ValueError(
                 "Which map of the plan a step reads depends on the number of steps of the run, which is unknown "
                 "without a pipeline; pass num_steps= to the processor."
+            )
+
+    def check_ranks(self, *, training: bool) -> None:
+        """Raise NotImplementedError: maps of a plan's orders are searched on one GPU, plans trained with on one."""
+        if self.searches and self.calibrated is not None:
+            raise NotImplementedError(
+                "online_maps does not work with context parallelism: a plan's orders are for all heads, and a rank "
+                "searches for its own. Use one GPU, or PAROProcessor() without a plan."
+            )
+        if training:
+            raise NotImplementedError(
+                "Context parallelism in training does not work with plans of PAROAttention, whose heads are dealt by "
+                "work; use RadialProcessor, DenseProcessor, or data parallelism, a video a GPU."
             )
 
     def unlike(self, shift: float | None) -> str | None:
