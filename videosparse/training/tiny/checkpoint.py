@@ -43,7 +43,13 @@ def write_backup(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any],
 
 
 def read_backup(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_backup` wrote."""
+    """What `write_backup` wrote.
+
+    Raises:
+        FileNotFoundError: there is no state in the folder.
+    """
+    if not (folder / "state.json").exists():
+        raise FileNotFoundError(f"{folder} is no backup: state.json is missing; give the --backup of another run.")
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("weights-*.safetensors")):
         tensors |= load_file(path)
