@@ -1,10 +1,12 @@
 """Rows survive a killed run, are made once, and become one table."""
 
+import errno
 import json
 
 import pytest
 
 from videosparse.evaluation.table import RowStore, check_table_name, number, read_table, write_table
+from videosparse.files import whole
 
 COLUMNS, KEY = ("setting", "seed", "psnr_db"), ("setting", "seed")
 
@@ -121,3 +123,13 @@ def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path, name):
     with pytest.raises(OSError, match=name):
         write_table(tmp_path / name, [row("dense", 0)], COLUMNS)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    def full(part):
+        part.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*rows.csv"), whole(tmp_path / "rows.csv") as part:
+        full(part)
+    assert not list(tmp_path.iterdir())

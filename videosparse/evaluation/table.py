@@ -113,10 +113,14 @@ class RowStore:
         listed = list(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self.own)
-        with self.own.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in listed)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.own.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in listed)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk names no file
+            error.filename = str(self.own)
+            raise
         self._done |= {self.key_of(row): self._fixed_of(row) for row in listed}
 
     def take(self, paths: Iterable[Path], may_differ: Sequence[str] = ()) -> None:
