@@ -54,7 +54,7 @@ from videosparse.evaluation.detectors import QUESTIONS, check_scene
 from videosparse.evaluation.prompt_lists import balanced, make_list, pairs_of
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
-from videosparse.files import write_text
+from videosparse.files import whole, write_text
 from videosparse.generation.environment import choose_device
 from videosparse.generation.output import WHOLE, check_place, check_writable, slug
 from videosparse.generation.sources import find_model
@@ -191,9 +191,9 @@ def row_of(prompt: Prompt, result: Score, report: WorldReport, args: argparse.Na
 
 def save_videos(folder: Path, prompts: Sequence[Prompt], videos: Tensor) -> None:
     """Write one mp4 per video, named by seed and prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
     for prompt, video in zip(prompts, videos, strict=True):
-        write_mp4(folder / f"{prompt.seed}-{slug(prompt.prompt, WHOLE)}.mp4", video.transpose(0, 1), FPS)
+        with whole(folder / f"{prompt.seed}-{slug(prompt.prompt, WHOLE)}.mp4") as part:
+            write_mp4(part, video.transpose(0, 1), FPS)
 
 
 def check_prompts(path: Path, prompts: Sequence[Prompt], needs_scenes: bool) -> None:
