@@ -36,7 +36,6 @@ from __future__ import annotations
 from videosparse.program import run_program
 
 import argparse
-import csv
 import os
 import re
 import statistics
@@ -54,9 +53,10 @@ import torch
 from videosparse.benchmark.checks import check_backward, check_forward, check_integers, check_quantize, check_sums
 from videosparse.benchmark.contenders import CONTENDERS, INTEGERS, QUANTIZE, Call, Missing
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
-from videosparse.benchmark.rows import WHERE, environment, version, write_rows
+from videosparse.benchmark.rows import WHERE, environment, read_rows, version, write_rows
 from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
 from videosparse.cases import CASES
+from videosparse.generation.output import check_place
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.base import BLOCK
 
@@ -273,11 +273,17 @@ def _line(row: dict[str, Any]) -> str:
     return f"{what}  {text} {row.get('note', '')}"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of an earlier run.
+
+    Raises:
+        ValueError: they cannot be read, or are another program's.
+    """
+    rows = read_rows(path, ("set", "kernel", "p50_ms")) if path.exists() else []
+    other = [str(name) for row in rows for name in row if name not in COLUMNS]
+    if other:
+        raise ValueError(f"{path} has a column {other[0]}, which is not of this program; give another --output.")
+    return rows
 
 
 def chosen(pattern: str) -> Iterator[BenchSet]:
@@ -303,18 +309,25 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name} must be a regular expression ({error} in {getattr(args, name)!r}).")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1 (got {args.rounds}).")
+    for name in ("seconds", "set_seconds"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
     if not list(chosen(args.only)):
         parser.error(f"--only {args.only!r} matches no set; --list names them.")
     if args.list:
         print("\n".join(s.name for s in chosen(args.only)))
         return 0
-    if args.only and args.output.exists() and not args.append:
+    if args.kernels and not any(re.search(args.kernels, e.kernel) for s in chosen(args.only) for e in s.entries):
+        parser.error(f"--kernels {args.kernels!r} matches no kernel of these sets.")
+    if (args.only or args.kernels) and args.output.exists() and not args.append:
         parser.error(f"{args.output} would lose its other rows; give --append, or another --output.")
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
         return 2
+    check_place(args.output)
     start, where = time.perf_counter(), environment(args.commit)
-    rows = read(args.output) if args.append else []
+    rows: list[dict[str, Any]] = [*read(args.output)] if args.append else []
+    failed = []
     for bench in chosen(args.only):
         if time.perf_counter() - start > args.seconds:
             print(f"not run for want of time: {bench.name}")
@@ -325,9 +338,12 @@ def main(argv: list[str] | None = None) -> int:
             write_rows(args.output, rows, COLUMNS)
         except Exception:  # one set, out of memory say, must not take the others along
             traceback.print_exc()
+            failed.append(bench.name)
         torch.cuda.empty_cache()
-    return 0
+    for name in failed:
+        print(f"Failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, (ValueError, OSError))  # rows of before, files

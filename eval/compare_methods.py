@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = RowStore(args.output, COLUMNS, KEY, state.process_index, FIXED)
         with workers(args.workers) as submit:
             order, failed = compare(args, state, submit, store, prompts)
-    except (GenerationError, ValueError) as error:
+    except (ValueError, OSError) as error:
         print(f"Error: {one_line(error, 1000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -298,7 +298,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Failed: {setting}: {why}", file=sys.stderr)
     state.wait_for_everyone()
     if state.is_main_process:
-        found = merge(args, store, order)
+        try:
+            found = merge(args, store, order)
+        except OSError as error:
+            why = f"{args.output} cannot be written ({one_line(error, 1000)})"
+            print(f"Error: {why}; its rows are in {store.folder}, the same command goes on.", file=sys.stderr)
+            return 2
         if len(found) < len(order) and not failed:
             print("The time was up, or another process failed; the same command goes on.", file=sys.stderr)
             return 3
@@ -317,10 +322,10 @@ def merge_tables(args: argparse.Namespace) -> int:
                     before = ", ".join(kinds[row["model"]])
                     raise ValueError(f"{path} has rows of {row['model']} with {', '.join(kind)}, others with {before}.")
         store.take(args.merge, TIMED)
-    except ValueError as error:
+        rows = store.merge([])
+    except (ValueError, OSError) as error:
         print(f"Error: {one_line(error, 1000)}", file=sys.stderr)
         return 2
-    rows = store.merge([])
     summarise(rows, {store.key_of(row) for row in rows}, store)
     print(f"{args.output}: {len(rows)} rows")
     return 0

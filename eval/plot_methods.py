@@ -25,6 +25,7 @@ from videosparse.benchmark.figures import finish
 from videosparse.benchmark.tables import Row, usual
 from videosparse.evaluation.page.summary import Group, sizes_of
 from videosparse.evaluation.table import read_table
+from videosparse.generation.output import check_place
 from videosparse.metrics.bootstrap import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,10 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=ROOT / "assets/results/method_comparison.parquet")
     parser.add_argument("--output", type=Path, default=ROOT / "assets/figures/methods.png")
     args = parser.parse_args(argv)
-    try:
-        rows = read_table(args.rows, NEEDED)
-    except ValueError as error:
-        parser.error(str(error))
+    check_place(args.output)
+    rows = read_table(args.rows, NEEDED)
+    if not rows:
+        raise ValueError(f"{args.rows} has no rows; run eval/compare_methods.py.")
     groups = [group for size in sizes_of(usual(rows)) for group in size.groups]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.2, 4.4), layout="constrained")
     panel(left, by_density(groups, "psnr_db", 1))
@@ -129,4 +130,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, (ValueError, OSError))  # rows, files

@@ -29,6 +29,7 @@ from videosparse.benchmark import (
 from videosparse.benchmark.tables import UNMEASURED, Row, Table, markdown, split
 from videosparse.evaluation import method_table
 from videosparse.evaluation.table import read_table
+from videosparse.files import write_text
 from videosparse.generation.stack import together
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,10 +116,17 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
 
 
 def made(name: str) -> str:
-    """A table in Markdown, with what stands below it; says so where nothing was measured."""
+    """A table in Markdown, with what stands below it; says so where nothing was measured.
+
+    Raises:
+        ValueError: rows that cannot be read, or of which no such table can be made; one line for people.
+    """
     files, *makers = TABLES[name]
     rows = [read(file) for file in files]
-    pieces = [maker(*rows) for maker in makers]
+    try:
+        pieces = [maker(*rows) for maker in makers]
+    except KeyError as error:
+        raise ValueError(f"Table {name}: {' or '.join(files)} in {RESULTS} has no column or row {error}.") from error
     texts = [piece if isinstance(piece, str) else markdown(piece) for piece in pieces]
     return UNMEASURED if texts[0] in ("", UNMEASURED) else "\n\n".join(filter(None, texts))
 
@@ -146,7 +154,7 @@ def main() -> int:
         if new != old:
             stale.append(name)
             if not args.check:
-                page.write_text(new)
+                write_text(page, new)
     if args.check and stale:
         print(f"Out of date: {', '.join(stale)}; run python eval/readme_tables.py", file=sys.stderr)
         return 1
@@ -154,4 +162,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, (ValueError, OSError))  # rows, files

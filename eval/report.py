@@ -21,7 +21,8 @@ from pathlib import Path
 from videosparse.evaluation.page.build import build_page
 from videosparse.evaluation.page.summary import NEEDED, sizes_of
 from videosparse.evaluation.table import read_table
-from videosparse.generation.output import check_writable
+from videosparse.files import write_text
+from videosparse.generation.output import check_place
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,15 +37,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
-        check_writable(args.output.parent)
+        check_place(args.output)
+        if args.videos and not args.videos.is_dir():
+            raise ValueError(f"--videos {args.videos} is no folder; give the one that --keep-videos made.")
         rows = [row for path in args.rows for row in read_table(path, NEEDED)]
         if not rows:
             raise ValueError(f"{args.rows[0]} has no rows; run eval/compare_methods.py.")
-        page = build_page(sizes_of(rows), args.title, args.videos)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        part = args.output.with_name(args.output.name + ".part")
-        part.write_text(page, encoding="utf-8")
-        part.replace(args.output)
+        write_text(args.output, build_page(sizes_of(rows), args.title, args.videos))
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

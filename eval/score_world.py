@@ -32,6 +32,7 @@ from videosparse.program import run_program
 
 import argparse
 import json
+import math
 import os
 import random
 from collections import defaultdict
@@ -53,8 +54,9 @@ from videosparse.evaluation.detectors import QUESTIONS, check_scene
 from videosparse.evaluation.prompt_lists import balanced, make_list, pairs_of
 from videosparse.evaluation.prompts import Prompt, load_prompts
 from videosparse.evaluation.work import workers
-from videosparse.files import write_text
-from videosparse.generation.output import WHOLE, check_writable, slug
+from videosparse.files import whole, write_text
+from videosparse.generation.environment import choose_device
+from videosparse.generation.output import WHOLE, check_place, check_writable, slug
 from videosparse.generation.sources import find_model
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.world import Score, WorldReport, analyse, score
@@ -106,15 +108,11 @@ def look_at(video: Tensor) -> WorldReport:
     return analyse(video, fps=FPS)
 
 
-def pick_device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def load_pipeline(args: argparse.Namespace) -> Any:
     """The pipeline on its device, with the method's attention."""
     from diffusers import DiffusionPipeline
 
-    device = pick_device(args.device)
+    device = str(choose_device(args.device))
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -193,15 +191,29 @@ def row_of(prompt: Prompt, result: Score, report: WorldReport, args: argparse.Na
 
 def save_videos(folder: Path, prompts: Sequence[Prompt], videos: Tensor) -> None:
     """Write one mp4 per video, named by seed and prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
     for prompt, video in zip(prompts, videos, strict=True):
-        write_mp4(folder / f"{prompt.seed}-{slug(prompt.prompt, WHOLE)}.mp4", video.transpose(0, 1), FPS)
+        with whole(folder / f"{prompt.seed}-{slug(prompt.prompt, WHOLE)}.mp4") as part:
+            write_mp4(part, video.transpose(0, 1), FPS)
+
+
+def check_prompts(path: Path, prompts: Sequence[Prompt], needs_scenes: bool) -> None:
+    """Raise ValueError where there is a prompt that cannot be judged; better now than after hours of videos."""
+    for prompt in prompts:
+        try:
+            prompt.expected()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if needs_scenes and not prompt.of_world:
+            raise ValueError(f"--through-vae renders scenes, which {path} has not; see {PROMPTS / 'world64.json'}.")
 
 
 def score_model(args: argparse.Namespace) -> None:
     prompts = load_prompts(args.prompts)[: args.limit]
+    check_prompts(args.prompts, prompts, args.through_vae)
     find_model(args.model).spec.grid(args.frames, args.height, args.width)  # Diffusers would round without a word
-    check_writable(args.output.parent, [args.output.name])
+    check_place(args.output)
+    if args.save:
+        check_writable(args.save)
     pipe = load_pipeline(args)
     make = through_vae if args.through_vae else generate
     rows: list[dict[str, Any]] = []
@@ -289,7 +301,25 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.validate is None and not args.make_prompts and not (args.model and args.output):
         parser.error("give --model and --output, or --validate N, or --make-prompts")
+    check_numbers(parser, args)
     return args
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what would score nothing, or fail only once the model is loaded."""
+    for name in ("validate", "limit", "steps", "text_length", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1 (got {value}).")
+    if args.workers < 0:
+        parser.error(f"--workers must be at least 0 (got {args.workers}).")
+    if not math.isfinite(args.guidance):
+        parser.error(f"--guidance must be a finite number (got {args.guidance}).")
+    if args.flow_shift is not None and not 0 < args.flow_shift < math.inf:
+        parser.error(f"--flow-shift must be a positive number (got {args.flow_shift}).")
+    strange = [option for option in args.set if not option.startswith(f"{args.method}.")]
+    if strange:
+        parser.error(f"--set {strange[0]} is not of --method {args.method}; say {args.method}.OPTION=VALUE.")
 
 
 def main() -> None:

@@ -42,9 +42,9 @@ Once the VAE of a round is finished, the DiT learns its latents, and they change
 trained on, on a GPU of its own beside the DiT. Copy the round's backup as soon as its state.json says that the VAE is
 finished, start from the copy, and put both together. Stages and pairs must be those of the round:
 
-    PYTHONPATH=. python eval/train_tiny_model.py decoder --restore out/backup-copy --stages mixed --pairs 0.5 \
+    PYTHONPATH=. python eval/train_tiny_model.py decoder --restore out/backup-copy --stages mixed --pairs 0.5 \\
         --vae-lr 5e-4 --vae-steps 60000 --minutes 13 --work /tmp/decoder --backup out/decoder
-    PYTHONPATH=. python eval/train_tiny_model.py export --backup out/backup --decoder out/decoder \
+    PYTHONPATH=. python eval/train_tiny_model.py export --backup out/backup --decoder out/decoder \\
         --out assets/tiny-wan --check
 
 It saves every `--save-seconds`, at the end of a stage and on SIGTERM, each file at once by a
@@ -81,6 +81,7 @@ from pathlib import Path
 
 import torch
 
+from videosparse.generation.output import check_writable
 from videosparse.training.tiny.card import update_card
 from videosparse.training.tiny.decoder_phase import take_decoder, train_decoder
 from videosparse.training.tiny.dit_phase import train_dit
@@ -205,7 +206,7 @@ def check_decoder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what would train to nothing."""
+    """Refuse what would train to nothing, or fail only later."""
     for name in ("decay_share", "pairs"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in 0..1 (got {getattr(args, name)}).")
@@ -220,14 +221,23 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "flow_shift",
         "pool_scale",
         "steps",
+        "vae_minutes",
+        "check_steps",
     ):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
-    for name in ("object_weight", "vae_object_weight", "binding"):
+    for name in ("object_weight", "vae_object_weight", "binding", "kl", "workers"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative (got {getattr(args, name)}).")
+    for name in ("stop_after_minutes", "reserve_minutes", "check_seconds", "save_seconds"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative (got {getattr(args, name)}).")
+    if not 0 <= args.ema < 1:
+        parser.error(f"--ema must lie in 0..1, below 1 (got {args.ema}).")
     if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
         parser.error(f"--device must be auto, cpu or cuda (got {args.device!r}).")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no CUDA GPU; use --device cpu.")
 
 
 def limit_smoke(args: argparse.Namespace) -> None:
@@ -244,8 +254,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "card":
             update_card(Path(args.out), args.rows)
             return 0
+        # minutes of training come before the first save
+        for folder in (args.work, args.backup):
+            check_writable(Path(folder))
         return run(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

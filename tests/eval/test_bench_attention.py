@@ -392,9 +392,42 @@ def test_rows_that_cannot_be_used_are_one_line_and_nothing_is_written(goals, tmp
         (["--only", "no such set"], "matches no set"),
         (["--rounds", "0"], "must be at least 1"),
         (["--only", "skew"], "would lose its other rows"),
+        (["--kernels", "ours"], "would lose its other rows"),
+        (["--kernels", "no such kernel"], "matches no kernel"),
+        (["--set-seconds", "nan"], "--set-seconds must be a positive number"),
+        (["--seconds", "-1"], "--seconds must be a positive number"),
     ],
 )
 def test_arguments_of_the_benchmark_are_checked_first(bench, arguments, said, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_the_benchmark_learns_first_whether_its_rows_can_be_kept(bench, tmp_path, monkeypatch, capsys):
+    """Not after half an hour of a GPU; and a set that fails shows in the exit code."""
+    timed = []
+
+    def one_row(found, *_):
+        timed.append(found.name)
+        if "64x64" in found.name:
+            raise RuntimeError("out of memory")
+        return [{"set": found.name, "kernel": "ours"}]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench, "environment", lambda commit: {"commit": "1"})
+    monkeypatch.setattr(bench, "run_set", one_row)
+    other = tmp_path / "other.csv"
+    other.write_text("set,kernel,p50_ms,step_s\na,b,1,2\n")
+    for arguments, said in (
+        (["--append", "--output", str(other)], "has a column step_s"),
+        (["--output", str(other / "rows.csv")], "is not a folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bench.main(["--only", "sums", *arguments])
+    assert not timed
+    output = tmp_path / "rows.csv"
+    assert bench.main(["--only", "sums", "--output", str(output)]) == 1
+    assert len(bench.read(output)) == len(timed) - 1 == 2
+    assert "Failed: sums 12x30720 64x64" in capsys.readouterr().err

@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 from videosparse.evaluation import running
 from videosparse.evaluation.running import Batches
 from videosparse.evaluation.table import read_table, write_table
+from videosparse.evaluation.work import COLUMNS
 from videosparse.policies.paro_plan import PAROPlan
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "compare_methods.py"
@@ -255,6 +256,15 @@ def test_what_cannot_be_run_is_one_line(program, tmp_path, capsys, options, told
     said = capsys.readouterr().err
     assert told in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_table_that_cannot_be_written_is_one_line(program, tmp_path, capsys):
+    rows, output = tmp_path / "rows.csv", tmp_path / "merged.csv"
+    write_table(rows, [], COLUMNS)
+    (tmp_path / "merged.csv.parts").write_text("a file where the folder of the parts should be")
+    assert program.main(["--output", str(output), "--merge", str(rows)]) == 2
+    assert "merged.csv.parts" in capsys.readouterr().err
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("options", [["--block", "32"], ["--batch", "0"], ["--keep-videos", "-1"]])

@@ -74,6 +74,18 @@ def test_a_table_that_nobody_makes_is_named(program, tmp_path, monkeypatch):
         run(program, monkeypatch)
 
 
+def test_rows_of_which_no_table_can_be_made_are_one_line_and_the_page_stays(program, tmp_path, monkeypatch):
+    old = (tmp_path / "page.md").read_text()
+    for text, said in (
+        ("tokens,density\n1,1\n", "Table cpu: cpu_attention in .* has no column or row 'dense_ms'"),
+        ("tokens,density\n1\n", "cpu_attention.csv cannot be read"),
+    ):
+        (tmp_path / "cpu_attention.csv").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            run(program, monkeypatch)
+        assert (tmp_path / "page.md").read_text() == old
+
+
 def test_every_table_of_rows_says_so_where_there_are_none(program):
     """But for those that list what there is to measure, and those made of the code itself."""
     listed = {name for name, (files, *_) in program.TABLES.items() if not files} | {

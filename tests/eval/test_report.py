@@ -149,7 +149,11 @@ def test_what_is_missing_is_told(program, folder, tmp_path, capsys):
     assert "has no rows" in capsys.readouterr().err
     assert program.main([str(folder / "rows.csv"), "--output", str(tmp_path / "empty.csv" / "report.html")]) == 2
     assert "is not a folder; choose another folder" in capsys.readouterr().err
-    assert not path.exists()
+    assert program.main([str(folder / "rows.csv"), "--output", str(tmp_path)]) == 2
+    assert "it is a folder; choose another name" in capsys.readouterr().err
+    assert program.main([str(folder / "rows.csv"), "--videos", str(path), "--output", str(path)]) == 2
+    assert "is no folder; give the one that --keep-videos made" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "empty.csv"], "no page, and no part of one"
 
 
 TIMES = "[...document.querySelectorAll('video')].map((video) => video.currentTime)"

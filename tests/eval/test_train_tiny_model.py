@@ -140,6 +140,32 @@ def test_what_does_not_go_together_is_refused(program, tmp_path, capsys):
     assert "give both, or neither" in capsys.readouterr().err
     assert program.main(["export", "--work", str(tmp_path), "--backup", str(tmp_path), "--device", "cpu"]) == 2
     assert "export needs a trained DiT" in capsys.readouterr().err
+    for options, said in (
+        (["--backup", f"{__file__}/backup"], "is not a folder; choose another folder"),
+        (["--restore", str(tmp_path / "none")], "state.json is missing"),
+    ):
+        assert program.main(["all", "--smoke", "--device", "cpu", "--work", str(tmp_path / "w"), *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_help_shows_every_command_as_it_is_typed(program):
+    """A lone backslash at the end of a line joins it to the next."""
+    assert max(map(len, program.__doc__.splitlines())) <= 120
+
+
+def test_rows_that_the_card_cannot_take_are_one_line_and_change_nothing(program, tmp_path, capsys):
+    (tmp_path / "training.json").write_text("{}")
+    rows = tmp_path / "rows.csv"
+    for text, said in (("a,b\n1,2\n", "has no column colour_right"), ("", "has no column"), (None, "cannot be read")):
+        rows.unlink(missing_ok=True) if text is None else rows.write_text(text)
+        assert program.main(["card", "--out", str(tmp_path), "--rows", str(rows)]) == 2
+        assert said in capsys.readouterr().err
+    for text, said in (('{"a":', "cannot be read"), ("[]", "must hold a JSON object")):
+        (tmp_path / "training.json").write_text(text)
+        assert program.main(["card", "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+        assert (tmp_path / "training.json").read_text() == text
+    assert not (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +178,12 @@ def test_what_does_not_go_together_is_refused(program, tmp_path, capsys):
         ("shift", "-1"),
         ("budget-minutes", "0"),
         ("device", "nonsense"),
+        ("ema", "2"),
+        ("kl", "nan"),
+        ("workers", "-1"),
+        ("vae-minutes", "nan"),
+        ("stop-after-minutes", "nan"),
+        ("save-seconds", "-1"),
     ],
 )
 def test_what_would_train_to_nothing_is_refused(program, option, value, capsys):

@@ -1,10 +1,12 @@
 """Rows survive a killed run, are made once, and become one table."""
 
+import errno
 import json
 
 import pytest
 
 from videosparse.evaluation.table import RowStore, check_table_name, number, read_table, write_table
+from videosparse.files import whole
 
 COLUMNS, KEY = ("setting", "seed", "psnr_db"), ("setting", "seed")
 
@@ -92,3 +94,42 @@ def test_cells_as_numbers():
     assert number({"a": "0.5"}, "a") == 0.5
     assert number({"a": ""}, "a") is None
     assert number({}, "a") is None
+
+
+def test_parquet_keeps_every_text(tmp_path):
+    """Numbers become numbers only where they are written the same way again: a commit may look like one."""
+    pytest.importorskip("pyarrow")
+    texts = {
+        "commit": ["12e4567", "0012345"],
+        "seed": ["3", str(2**70)],
+        "psnr_db": ["20.5", "inf"],
+        "drift": ["", "1"],
+    }
+    rows = [dict(zip(texts, cells, strict=True)) for cells in zip(*texts.values(), strict=True)]
+    write_table(tmp_path / "rows.parquet", rows, list(texts))
+    assert read_table(tmp_path / "rows.parquet") == rows
+
+
+def test_a_cell_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match=r"Column psnr_db must hold numbers \(got 'abc'\)"):
+        number({"psnr_db": "abc"}, "psnr_db")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path, name):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=name):
+        write_table(tmp_path / name, [row("dense", 0)], COLUMNS)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    def full(part):
+        part.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*rows.csv"), whole(tmp_path / "rows.csv") as part:
+        full(part)
+    assert not list(tmp_path.iterdir())

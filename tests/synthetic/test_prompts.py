@@ -15,6 +15,7 @@ from videosparse.evaluation import prompt_lists
 from videosparse.synthetic.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, heldout_triples, triples
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "score_world.py"
+MODEL = PROGRAM.parents[1] / "assets" / "tiny-wan"
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,41 @@ def test_mistakes_end_with_one_line_before_anything_is_loaded(tmp_path, monkeypa
     told = capsys.readouterr().err
     assert re.match(f"Error: .*{message}", told)
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--guidance", "nan"], "--guidance must be a finite number"),
+        (["--flow-shift", "-3"], "--flow-shift must be a positive number"),
+        (["--set", "radial.decay=1"], "is not of --method dense"),
+        (["--validate", "0"], "--validate must be at least 1"),
+    ],
+)
+def test_what_would_score_nothing_is_refused(program, options, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["score_world.py", "--model", "tiny", "--output", "rows.csv", *options])
+    with pytest.raises(SystemExit):
+        program.parse_args()
+    assert said in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_judged_are_refused_before_any_video(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "load_pipeline", lambda args: pytest.fail("loaded"))
+    lines, other = tmp_path / "lines.txt", tmp_path / "other.json"
+    lines.write_text("a red circle bounces\na cat surfing\n")
+    entry = '{"prompt": "a red circle bounces", "seed": "x", "objects": [], "background": ""}'
+    other.write_text(f'{{"prompts": [{entry}]}}')
+    for path, more, said in (
+        (lines, [], "lines.txt: the caption must name a colour and a shape"),
+        (lines, ["--limit", "1", "--through-vae"], "renders scenes"),
+        (other, [], "its seed a whole number"),
+        (program.PROMPTS / "world64.json", ["--save", f"{lines}/videos"], "is not a folder"),
+        (program.PROMPTS / "world64.json", ["--output", str(tmp_path)], "it is a folder"),
+    ):
+        options = ["--model", str(MODEL), "--output", str(tmp_path / "rows.csv"), "--prompts", str(path), *more]
+        monkeypatch.setattr(sys, "argv", ["score_world.py", *options])
+        with pytest.raises(ValueError, match=said):
+            program.main()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 import torch
 
+from videosparse.files import write_tensors
+from videosparse.training.tiny import checkpoint
 from videosparse.training.tiny.card import accuracy, fill_card, update_card
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.optimizing import Progress, adamw
@@ -47,6 +50,22 @@ def test_backup_files_are_small_and_read_back(tmp_path):
     again, meta = read_backup(tmp_path)
     assert meta == {"phase": "vae"}
     assert all(torch.equal(again[k], v) for k, v in tensors.items())
+
+
+def test_a_backup_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    write_backup(tmp_path, {"a": torch.ones(2), "b": torch.ones(2)}, {"step": 1}, limit=8)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = []
+
+    def full(tensors, path):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(write_tensors(tensors, path))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*weights-1.safetensors"):
+        write_backup(tmp_path, {"a": torch.zeros(2), "b": torch.zeros(2)}, {"step": 2}, limit=8)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def state():

@@ -7,6 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from videosparse.files import whole
+
 
 def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None:
     """Name every label of the panels once, below them, write the figure, and say where it is.
@@ -21,16 +23,18 @@ def finish(figure: Any, panels: Sequence[Any], path: Path, columns: int) -> None
     figure.legend(
         handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=columns, frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, 110)
     print(path)
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
-    """Write a figure of matplotlib as a PNG of 128 colours: enough for lines and text, in a third of the room."""
+    """Write a figure of matplotlib, whole or not at all; its folder is made.
+
+    A PNG of 128 colours: enough for lines and text, in a third of the room.
+    """
     from PIL import Image
 
     drawn = BytesIO()
     figure.savefig(drawn, dpi=dpi, format="png")
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+    with Image.open(drawn) as image, whole(path) as part:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(part, "PNG", optimize=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from videosparse.files import whole
+
 WHERE = ("run", "gpu", "driver", "torch", "triton", "cuda", "commit")
 """The columns of `environment`."""
 
@@ -62,13 +64,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str
         rows: at least one, unless columns are given.
         columns: in their order; None takes those of the first row.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns or rows[0]), restval="")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
 
 
 class RowFile:
@@ -93,7 +92,7 @@ class RowFile:
         """All of them; none where there is no file."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -121,7 +120,7 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
         ValueError: there is no such file, it lacks one of the `needed` columns, or it has no rows; one line for people.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError) as error:

@@ -71,6 +71,8 @@ def _of_text(text: str) -> list[Prompt]:
 def _of_world(path: Path, text: str) -> list[Prompt]:
     prompts = []
     for entry in json.loads(text)["prompts"]:
+        if not isinstance(entry["prompt"], str) or type(entry["seed"]) is not int:
+            raise ValueError(f"{path}: a prompt must be text, its seed a whole number (got {entry}).")
         objects = tuple((o["shape"], o["colour"], o["motion"]) for o in entry["objects"])
         prompt = Prompt(entry["prompt"], entry["seed"], objects, entry["background"])
         told = {(o.shape, o.colour, o.motion) for o in prompt.expected().objects}

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.benchmark.rows import write_rows
+from videosparse.files import whole
 from videosparse.wording import install_extra
 
 Row = dict[str, str]
 """Column by name; what a row lacks is ""."""
 
 _PARQUET = ".parquet"
+_EXPECTED = "expected rows of eval/compare_methods.py."
 
 
 def read_table(path: Path, needed: Sequence[str] = ()) -> list[Row]:
@@ -34,7 +36,7 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[Row]:
         raise ValueError(f"{path} cannot be read ({error}); eval/compare_methods.py writes such a file.") from error
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]}; expected rows of eval/compare_methods.py.")
+        raise ValueError(f"{path} has no column {missing[0]}; {_EXPECTED}")
     return rows
 
 
@@ -111,10 +113,14 @@ class RowStore:
         listed = list(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self.own)
-        with self.own.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in listed)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.own.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in listed)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk names no file
+            error.filename = str(self.own)
+            raise
         self._done |= {self.key_of(row): self._fixed_of(row) for row in listed}
 
     def take(self, paths: Iterable[Path], may_differ: Sequence[str] = ()) -> None:
@@ -170,9 +176,23 @@ class RowStore:
 
 
 def number(row: Mapping[str, str], name: str) -> float | None:
-    """A cell as a number; None where it is empty or missing."""
+    """A cell as a number; None where it is empty or missing.
+
+    Raises:
+        ValueError: it is something else; one line for people.
+    """
     text = row.get(name, "")
-    return float(text) if text else None
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(f"Column {name} must hold numbers (got {text!r}); {_EXPECTED}") from None
+
+
+def check_counts(rows: Iterable[Row], names: Sequence[str]) -> None:
+    """Raise ValueError where a cell of these columns is no whole number; one line for people."""
+    for name, text in ((name, row[name]) for row in rows for name in names):
+        if not text.isdigit():
+            raise ValueError(f"Column {name} must hold whole numbers (got {text!r}); {_EXPECTED}")
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -230,17 +250,22 @@ def _read_parquet(path: Path) -> tuple[list[Row], Sequence[str]]:
 def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     arrow = _pyarrow()
     data = {name: _column([_text(row.get(name)) for row in rows]) for name in columns}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    arrow.parquet.write_table(arrow.table(data), part, compression="zstd")
-    part.replace(path)
+    with whole(path) as part:
+        arrow.parquet.write_table(arrow.table(data), part, compression="zstd")
 
 
 def _column(texts: list[str]) -> list[Any]:
-    """Ints or floats where every cell that is not empty is one, else texts."""
+    """Ints or floats where every cell that is not empty comes back as it was, else texts: a commit may be 12e4567."""
     for kind in (int, float):
         try:
-            return [kind(text) if text else None for text in texts]
+            values = [kind(text) if text else None for text in texts]
         except ValueError:
             continue
+        if all(_is_kept(value, text) for value, text in zip(values, texts, strict=True) if text):
+            return values
     return texts
+
+
+def _is_kept(value: int | float | None, text: str) -> bool:
+    """Whether a number is written as the text that it was read from, and fits into 64 bits."""
+    return str(value) == text and not (isinstance(value, int) and value.bit_length() > 63)

@@ -28,6 +28,7 @@ from videosparse.evaluation.prompts import Prompt
 from videosparse.evaluation.running import Batches, Made
 from videosparse.evaluation.settings import Conditions, Setting
 from videosparse.evaluation.table import RowStore
+from videosparse.files import whole, write_tensors
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, slug
 from videosparse.generation.video import write_mp4
@@ -194,7 +195,6 @@ class Comparison:
     def _dense(self, prompts: Sequence[Prompt]) -> Made:
         """The dense videos of a batch: all others are compared with these very tensors, in a resumed run, too."""
         from safetensors import safe_open
-        from safetensors.torch import save_file
 
         path = self._cache(prompts)
         numbers = ("count", "seconds", "denoise_seconds", "video_density", "average_density")
@@ -205,11 +205,9 @@ class Comparison:
                 return Made(videos, latents, int(count), seconds, denoise, video, average)
         made = self._made(Setting("dense"), prompts)
         assert made.latents is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         tensors = {"videos": made.videos.contiguous(), "latents": made.latents.contiguous()}
-        save_file(tensors, part, {name: str(getattr(made, name)) for name in numbers})
-        part.replace(path)
+        with whole(path) as part:
+            write_tensors(tensors, part, {name: str(getattr(made, name)) for name in numbers})
         return made
 
     def _cache(self, prompts: Sequence[Prompt]) -> Path:
@@ -248,10 +246,8 @@ class Comparison:
         folder = Path(f"{slug(run.source.name, WHOLE)}-{run.num_frames}x{run.height}x{run.width}")
         name = slug(setting.name, WHOLE)
         names = {"video": folder / f"{prompt.seed}-{slug(prompt.prompt, 60)}" / f"{name}.mp4"}
-        (self.keep / names["video"]).parent.mkdir(parents=True, exist_ok=True)
-        part = (self.keep / names["video"]).with_suffix(".part")
-        write_mp4(part, seen.video, run.fps)
-        part.replace(self.keep / names["video"])
+        with whole(self.keep / names["video"]) as part:
+            write_mp4(part, seen.video, run.fps)
         if made.picture is not None:
             names["map"] = folder / "maps" / f"{name}.png"
             (self.keep / names["map"]).parent.mkdir(parents=True, exist_ok=True)

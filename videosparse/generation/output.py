@@ -272,6 +272,13 @@ def _check_replaceable(paths: Iterable[Path]) -> None:
             raise GenerationError(f"Cannot overwrite {path}: it is a folder; choose another name.")
 
 
+def check_place(path: Path) -> None:
+    """Raise GenerationError unless a file can be written here, which may be there already; nothing is left behind."""
+    if path.is_dir():
+        raise GenerationError(f"Cannot write to {path}: it is a folder; choose another name.")
+    check_writable(path.parent, [path.name])
+
+
 def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
     """Whether a folder, which may not be there yet, can take files of these names; nothing is left behind.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from videosparse.evaluation.judging import QUARTERS
-from videosparse.evaluation.table import Row, number
+from videosparse.evaluation.table import Row, check_counts, number
 from videosparse.metrics.bootstrap import Interval, interval
 
 NEEDED = ("model", "setting", "method", "prompt", "seed", "frames", "height", "width", "steps", "guidance", "block")
@@ -118,7 +118,12 @@ class Size:
 
 
 def sizes_of(rows: Sequence[Row]) -> list[Size]:
-    """Rows by model and size, shorter videos first; settings in the order of the rows."""
+    """Rows by model and size, shorter videos first; settings in the order of the rows.
+
+    Raises:
+        ValueError: frames, height or width is no whole number.
+    """
+    check_counts(rows, ("frames", "height", "width"))
     names = ("model", "frames", "height", "width", "steps", "guidance", "block", "first_steps")
     keys = dict.fromkeys(tuple(row.get(name, "") for name in names) for row in rows)
     sizes = []

@@ -6,7 +6,6 @@ between `<!-- measured -->` and `<!-- /measured -->`.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Sequence
@@ -15,8 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from videosparse.benchmark.rows import read_rows
+from videosparse.files import write_text
+
 CARD = Path("assets/tiny-wan/README.md")
 QUESTIONS = ("colour", "shape", "motion", "count", "background")
+NEEDED = (
+    *(f"{question}_right" for question in QUESTIONS), "count_expected", "permanence", "method", "settings", "frames",
+    "steps", "guidance",
+)  # fmt: skip
+"""Columns of the rows that accuracy is taken from."""
 
 
 def read_card(out: Path) -> str:
@@ -27,9 +34,10 @@ def read_card(out: Path) -> str:
 
 def write_numbers(out: Path, numbers: dict[str, Any], card: str) -> None:
     """Write `training.json`, and the card with its numbers."""
-    (out / "training.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    filled = fill_card(card, numbers)
+    write_text(out / "training.json", json.dumps(numbers, indent=2) + "\n")
     if card:
-        (out / "README.md").write_text(fill_card(card, numbers))
+        write_text(out / "README.md", filled)
 
 
 def update_card(out: Path, rows: Sequence[Path] = ()) -> None:
@@ -37,17 +45,31 @@ def update_card(out: Path, rows: Sequence[Path] = ()) -> None:
 
     The first are those that the card's text speaks of; all of them become lines of its table.
     """
-    numbers = json.loads((out / "training.json").read_text())
+    numbers = read_numbers(out / "training.json")
     if rows:
         numbers["accuracy"] = accuracy(rows[0])
         numbers["measured"] = [measured(path) for path in rows]
     write_numbers(out, numbers, read_card(out))
 
 
+def read_numbers(path: Path) -> dict[str, Any]:
+    """What `write_numbers` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else; one line for people.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); --out must be a folder that `export` wrote.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object (got {type(found).__name__}); `export` writes it.")
+    return found
+
+
 def accuracy(path: Path) -> dict[str, Any]:
     """Share of right videos with its 95 % bootstrap interval, for each question, from rows of `eval/score_world.py`."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path, NEEDED)
     result: dict[str, Any] = {"rows": path.name, "videos": len(rows)}
     for question in QUESTIONS:
         values = np.array([float(row[f"{question}_right"]) for row in rows])
@@ -67,8 +89,7 @@ def measured(path: Path) -> dict[str, Any]:
 
     `binding` is of prompts with two objects: both have the colour and the shape that the text gives each of them.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path, NEEDED)
     pairs = [row for row in rows if row["count_expected"] == "2"]
     shares = {question: [float(row[f"{question}_right"]) for row in rows] for question in QUESTIONS[:3]}
     shares["binding"] = [float(row["colour_right"] == row["shape_right"] == "1") for row in pairs]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
+from videosparse.files import whole, write_tensors
 from videosparse.training.tiny.models import TinySizes
 
 MIB = 1 << 20
@@ -32,18 +34,29 @@ def shard(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
 
 
 def write_backup(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], limit: int = 14 * MIB) -> None:
-    """Tensors as `weights-*.safetensors` of at most `limit` bytes and `state.json`, replaced one by one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, group in enumerate(shard(tensors, limit)):
-        path = folder / f"weights-{index}.safetensors"
-        save_file(group, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-    (folder / "state.tmp").write_text(json.dumps(meta))
-    (folder / "state.tmp").replace(folder / "state.json")
+    """Tensors as `weights-*.safetensors` of at most `limit` bytes and `state.json`.
+
+    They take the place of an earlier backup once all are written, so that a full disk leaves that one as it was.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with ExitStack() as files:
+        # entered first, so it is replaced last
+        state = files.enter_context(whole(folder / "state.json"))
+        for index, group in enumerate(shard(tensors, limit)):
+            write_tensors(group, files.enter_context(whole(folder / f"weights-{index}.safetensors")))
+        state.write_text(json.dumps(meta))
 
 
 def read_backup(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_backup` wrote."""
+    """What `write_backup` wrote.
+
+    Raises:
+        FileNotFoundError: there is no state in the folder.
+    """
+    if not (folder / "state.json").exists():
+        raise FileNotFoundError(f"{folder} is no backup: state.json is missing; give the --backup of another run.")
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("weights-*.safetensors")):
         tensors |= load_file(path)
