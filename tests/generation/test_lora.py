@@ -126,7 +126,7 @@ def test_files_that_are_none_are_refused(ask, tmp_path):
     save_file({"transformer.other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(GenerationError, match=r"Cannot load the LoRA|has nothing for the transformer"):
         generate(ask(loras=(str(tmp_path / "x.safetensors"),)))
-    with pytest.raises(GenerationError, match="2 scales of LoRAs and 1 LoRAs"):
+    with pytest.raises(GenerationError, match="--lora-scale is given 2 times and --lora 1 times"):
         GenerationRequest(folders.PROMPT, loras=("a",), lora_scales=(1.0, 2.0)).resolve()
     with pytest.raises(GenerationError, match=r"lora_scale must be a finite number \(got nan\)"):
         GenerationRequest(folders.PROMPT, loras=("a",), lora_scales=(float("nan"),)).resolve()

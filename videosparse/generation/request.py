@@ -181,8 +181,8 @@ class GenerationRequest:
         """
         if len(self.lora_scales) > len(self.loras):
             raise GenerationError(
-                f"There are {len(self.lora_scales)} scales of LoRAs and {len(self.loras)} LoRAs; give one --lora for "
-                "each --lora-scale."
+                f"--lora-scale is given {len(self.lora_scales)} times and --lora {len(self.loras)} times; give one "
+                "--lora for each --lora-scale."
             )
         for scale in self.lora_scales:
             if not math.isfinite(scale):

@@ -223,8 +223,8 @@ def test_tables(folder, ledger):
 
 
 def test_an_unknown_dimension(folder, ledger):
-    for name, told in (("colour", "Unknown dimension 'colour'"), ("color", "VBench's dimension 'color'")):
-        with pytest.raises(ValueError, match=rf"{told} is not computed here; these are: subject_consistency"):
+    for name, told in (("colour", "Unknown dimension 'colour'"), ("color", "'color' of VBench is not computed here")):
+        with pytest.raises(ValueError, match=rf"{told}; choose from: subject_consistency"):
             score_folder(folder, ledger, dimensions=[name])
     with pytest.raises(ValueError, match="Did you mean 'motion_smoothness'"):
         score_folder(folder, ledger, dimensions=["motion_smothness"])

@@ -142,10 +142,8 @@ def choose(names: Sequence[str] | None) -> list[Dimension]:
     """
     for name in names or ():
         if name not in DIMENSIONS:
-            what = "VBench's dimension" if name in SCALES else "Unknown dimension"
-            raise ValueError(
-                f"{what} {name!r} is not computed here; these are: {', '.join(DIMENSIONS)}.{nearest(name, DIMENSIONS)}"
-            )
+            what = f"{name!r} of VBench is not computed here" if name in SCALES else f"Unknown dimension {name!r}"
+            raise ValueError(f"{what}; choose from: {', '.join(DIMENSIONS)}.{nearest(name, DIMENSIONS)}")
     return [dimension for name, dimension in DIMENSIONS.items() if names is None or name in names]
 
 
