@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -51,6 +53,19 @@ def write_text(path: Path, text: str) -> None:
     """
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_state(state: Any, path: Path) -> None:
+    """Write what `torch.save` writes, whole or not at all; its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with whole(path) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, "torch could not write it, as on a full disk", str(path)) from error
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from videosparse.files import write_state
 from videosparse.synthetic.captions import caption
 from videosparse.synthetic.render import render
 from videosparse.synthetic.scene import Scene, sample_scene
@@ -195,11 +196,9 @@ def store_pools(run: Run, path: Path) -> None:
 
     def write() -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(host, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            write_state(host, path)
             logger.info("pools stored")
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             logger.info(f"pools not stored: {error}")
 
     thread = threading.Thread(target=write)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from videosparse.files import write_state
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.models import TinySizes
 from videosparse.training.tiny.optimizing import Progress
@@ -133,9 +134,7 @@ class Run:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         self.meta["device"] = name if self.ranks.size == 1 else f"{self.ranks.size} x {name}"
         meta = self.meta | {"sizes": asdict(self.plan.sizes), "spent": round(self.spent(), 3)}
-        self.work.mkdir(parents=True, exist_ok=True)
-        torch.save({"meta": meta, "tensors": self.tensors}, self.work / "checkpoint.tmp")
-        (self.work / "checkpoint.tmp").replace(self.work / "checkpoint.pt")
+        write_state({"meta": meta, "tensors": self.tensors}, self.work / "checkpoint.pt")
         small = {k: v.bfloat16() if k.startswith("ema.") else v for k, v in self.tensors.items()}
         write_backup(self.backup, small, meta)
         logger.info(f"saved ({self.spent():.2f} min in all)")
