@@ -65,6 +65,7 @@ DENSITIES = (0.5, 0.25, 0.1, 0.05)
 ROUNDS = 15
 SET_SECONDS = 20.0
 CEILING = 8192
+DEVICE = torch.device("cuda")
 # products ahead of every call, 1.4 ms each on an H200
 HEATING = 10
 PACKAGES = {"fa3": "fa3-fwd", "fa4": "flash-attn-4", "cudnn": "torch", "fa2": "torch", "flex": "torch"}
@@ -238,14 +239,13 @@ def _row_of(what: str, p: Problem) -> dict[str, Any]:
 
 def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None) -> list[dict[str, Any]]:
     """The rows of a set."""
-    device = torch.device("cuda")
-    inputs = Inputs(bench.workload, device, torch.bfloat16, int.from_bytes(os.urandom(4), "little"))
+    inputs = Inputs(bench.workload, DEVICE, torch.bfloat16, int.from_bytes(os.urandom(4), "little"))
     wanted = [e for e in bench.entries if kernels is None or re.search(kernels, e.kernel)]
     ready = []
     for entry in wanted:
         ready.append(prepare(bench.what, inputs.of(entry)))
         print(f"  {_line(ready[-1].row)}", flush=True)
-    a, b = (torch.randn(CEILING, CEILING, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(CEILING, CEILING, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     calls: dict[Any, Call] = {c: c.call for c in ready if c.call is not None}
     # maps and lists are made by the CPU, too, which work ahead of the call would hide
     before = torch.cuda.synchronize if bench.what == "index" else partial(_heat, a, b)

@@ -236,7 +236,7 @@ def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
     made = {"ours": ours, "fa2": failing, "fa3": contenders.CONTENDERS["fa3"], "portable": lambda p: lambda: p.q}
     monkeypatch.setattr(bench, "CONTENDERS", made)
     monkeypatch.setattr(bench, "CEILING", 8)
-    monkeypatch.setattr(bench.torch, "device", lambda name: CPU)
+    monkeypatch.setattr(bench, "DEVICE", CPU)
     monkeypatch.setattr(torch, "bfloat16", torch.float32)
     monkeypatch.setattr(
         bench, "interleave", lambda calls, rounds, seconds, before: before() or {key: [1.0, 2.0, 3.0] for key in calls}
