@@ -3,7 +3,7 @@
     python eval/bench_attention.py --list                         the sets of calls, without running any
     python eval/bench_attention.py                                all of them, about half an hour of one H200
     python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
-    python eval/bench_attention.py --only backward --append       more rows beside those that are there
+    python eval/bench_attention.py --only backward --append       these sets again, beside the other rows
     python eval/bench_attention.py --only integers --output x.csv integer attention alone, under a minute
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the sets")
     parser.add_argument("--only", default="", metavar="REGEX", help="sets whose name matches")
     parser.add_argument("--kernels", metavar="REGEX", help="kernels whose name matches")
-    parser.add_argument("--append", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--append", action="store_true", help="keep the rows of sets that do not run")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no set after this long")
     parser.add_argument("--set-seconds", type=float, default=SET_SECONDS, help="time for the rounds of one set")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -334,7 +334,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"{bench.name}  (at {time.perf_counter() - start:.0f} s)", flush=True)
         try:
-            rows += [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels)]
+            found = [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels)]
+            again = {(row["set"], row["kernel"]) for row in found}
+            rows = [row for row in rows if (row["set"], row["kernel"]) not in again] + found
             write_rows(args.output, rows, COLUMNS)
         except Exception:  # one set, out of memory say, must not take the others along
             traceback.print_exc()

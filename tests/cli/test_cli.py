@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import folders
 import pytest
@@ -11,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from videosparse.cli import app
+from videosparse.generation.families import PIPELINE_FAMILIES
 from videosparse.generation.video import read_mp4
 
 SMALL = ["--frames", "9", "--height", "64", "--width", "64", "--steps", "2", "--device", "cpu"]
@@ -133,7 +135,8 @@ def test_plan_of_adaspa(run):
 
 def test_demo(run, tmp_path, model_folder, monkeypatch):
     monkeypatch.setattr("videosparse.generation.sources._embedded_candidates", lambda: iter([model_folder]))
-    monkeypatch.setattr("videosparse.generation.sources._FAMILY_DEFAULTS", {"wan": "tiny-wan"})
+    small = {"wan": replace(PIPELINE_FAMILIES["wan"], usual="tiny-wan")}
+    monkeypatch.setattr("videosparse.generation.sources.PIPELINE_FAMILIES", small)
     result = run("demo", "--frames", 9, "--steps", 2, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "PSNR" in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -412,7 +413,7 @@ def test_the_benchmark_learns_first_whether_its_rows_can_be_kept(bench, tmp_path
         timed.append(found.name)
         if "64x64" in found.name:
             raise RuntimeError("out of memory")
-        return [{"set": found.name, "kernel": "ours"}]
+        return [{"set": found.name, "kernel": "ours", "p50_ms": len(timed)}]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -431,3 +432,8 @@ def test_the_benchmark_learns_first_whether_its_rows_can_be_kept(bench, tmp_path
     assert bench.main(["--only", "sums", "--output", str(output)]) == 1
     assert len(bench.read(output)) == len(timed) - 1 == 2
     assert "Failed: sums 12x30720 64x64" in capsys.readouterr().err
+    kept = {row["set"]: row["p50_ms"] for row in bench.read(output)}
+    last = list(kept)[-1]
+    assert bench.main(["--only", f"^{re.escape(last)}$", "--append", "--output", str(output)]) == 0
+    assert {row["set"]: row["p50_ms"] for row in bench.read(output)} == kept | {last: str(len(timed))}
+    assert len(bench.read(output)) == 2

@@ -1,5 +1,6 @@
 """The kernel tests share their inputs, which are new in every run."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import quicken
+
+    quicken()
 
 
 @pytest.fixture(autouse=True)

@@ -59,13 +59,14 @@ def assert_gradients(found, q, k, v, grad, grad_lse, *, layout, block_map=None, 
     kwargs = {"layout": layout, "block_map": block_map, "scale": scale}
     wide = None if grad_lse is None else grad_lse.double()
     truth = plain_gradients(q.double(), k.double(), v.double(), grad.double(), wide, **kwargs)
-    tries = [plain_gradients(q, k, v, grad, grad_lse, **kwargs)]
-    if q.dtype == torch.float32:  # what that loses drowns in 16 bits
-        tries.append(gradients_in_base_2(q, k, v, grad, grad_lse, **kwargs))
-    for _ in range(3):  # the products along head_dim summed in other orders
+    # what an lse of base 2 loses drowns in 16 bits
+    formulas = (plain_gradients, gradients_in_base_2) if q.dtype == torch.float32 else (plain_gradients,)
+    tries = []
+    for _ in range(6):  # the products along head_dim summed in several orders
         order = torch.randperm(q.shape[3], device=q.device)
-        found_so = plain_gradients(*(x[..., order] for x in (q, k, v, grad)), grad_lse, **kwargs)
-        tries.append([x[..., order.argsort()] for x in found_so])
+        for formula in formulas:
+            plain = formula(*(x[..., order] for x in (q, k, v, grad)), grad_lse, **kwargs)
+            tries.append([x[..., order.argsort()] for x in plain])
     invalid = ~layout.key_mask(q.shape[0], q.device)
     for i, name in enumerate(("dq", "dk", "dv")):
         assert found[i].dtype == q.dtype

@@ -9,6 +9,7 @@ from videosparse.kernels.accuracy import allowed_error, worst_row
 from videosparse.layout import ceil_div
 
 EPS = 1e-3
+ORDERS = 16
 
 
 def probabilities(q, k, lse, layout, block, dtype, scale=None, base=math.e):
@@ -32,28 +33,34 @@ def share_below(p, eps):
     return torch.where(entries > 0, share, 1.0)
 
 
+def sums(p):
+    return p.clamp(min=0).sum((3, 5))
+
+
+def peaks(p):
+    return p.clamp(min=0).amax((3, 5))
+
+
 def check_stats(layout, block, make_qkv, dtype, options, **sizes):
     """Sums and largest entries as exact as plain torch in fp32; counts but for entries at the border.
 
-    Plain torch is asked in several orders and bases, as `assert_sums_accurate` does.
+    Plain torch is asked in many orders, and in two bases: an error of a largest entry is that of one score, and of six
+    such errors the largest may be small by chance, as once it was.
     """
     scale = sizes.pop("scale", None)
     q, k, v = make_qkv(layout, dtype, **sizes)
     _, lse = attend(q, k, v, layout=layout, return_lse=True, scale=scale, options=sizes.get("lse_options", options))
     found = block_stats(q, k, lse, layout=layout, block=block, scale=scale, eps=EPS, options=options)
     truth = probabilities(q, k, lse, layout, block, torch.float64, scale)
-    orders = [torch.randperm(q.shape[3], device=q.device) for _ in range(3)]
-    tries = [
-        probabilities(q[..., order], k[..., order], lse, layout, block, torch.float32, scale, base)
-        for order in orders
-        for base in (math.e, 2)
-    ]
-    for ours, reduce in (
-        (found.sums, lambda p: p.clamp(min=0).sum((3, 5))),
-        (found.peaks, lambda p: p.clamp(min=0).amax((3, 5))),
-    ):
-        error, allowed = worst_row(ours, reduce(truth)), max(allowed_error(reduce(truth), reduce(x)) for x in tries)
-        assert error <= allowed, (error, allowed)
+    allowed = [0.0, 0.0]
+    for base in (math.e, 2) * ORDERS:
+        order = torch.randperm(q.shape[3], device=q.device)
+        plain = probabilities(q[..., order], k[..., order], lse, layout, block, torch.float32, scale, base)
+        again = [allowed_error(reduce(truth), reduce(plain)) for reduce in (sums, peaks)]
+        allowed = [max(pair) for pair in zip(allowed, again, strict=True)]
+    for ours, reduce, bound in ((found.sums, sums, allowed[0]), (found.peaks, peaks, allowed[1])):
+        error = worst_row(ours, reduce(truth))
+        assert error <= bound, (error, bound)
     low, high = share_below(truth, EPS * (1 - 1e-4)), share_below(truth, EPS * (1 + 1e-4))
     assert (found.small >= low - 1e-6).all()
     assert (found.small <= high + 1e-6).all()

@@ -31,7 +31,16 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 
 from videosparse.blocks import BlockMap  # noqa: E402
-from videosparse.kernels import KernelOptions, attend, backend, describe_backend, gpu, hopper_forward, torch_order  # noqa: E402
+from videosparse.kernels import (  # noqa: E402
+    KernelOptions,
+    attend,
+    backend,
+    describe_backend,
+    gpu,
+    hopper_forward,
+    hopper_work,
+    torch_order,
+)
 from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
 from videosparse.kernels.hopper_kernel import forward_kernel  # noqa: E402
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div  # noqa: E402
@@ -56,9 +65,9 @@ def on_cpu(monkeypatch):
     """`attend(backend="triton")` launches the kernel as plain Python, with three programs."""
     kernel = gluon_on_cpu.Kernel()
     monkeypatch.setattr(hopper_forward, "describe", gluon_on_cpu.describe)
-    monkeypatch.setattr(hopper_forward, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_work, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_forward, "compiled", lambda *_, **__: kernel)
-    monkeypatch.setattr(hopper_forward, "value_tail", clean_tail)
+    monkeypatch.setattr(hopper_work, "value_tail", clean_tail)
     take_the_hopper_kernel(monkeypatch)
     monkeypatch.setattr(backend, "missing", lambda *_: None)
     monkeypatch.setattr("videosparse.kernels.triton_forward.forward", None)  # must not be reached
@@ -133,8 +142,9 @@ def test_long_rows_and_a_nearly_empty_map(on_cpu):
     keep[:, :, 5] = True
     keep[:, 0, 3] = True
     keep[:, 1, 7] = False
-    run_and_check(layout, BlockMap(keep, (128, 128), 1600, 1600), *make_qkv(layout, torch.bfloat16, batch=1, heads=2))
-    run_and_check(layout, BlockMap(keep[:, :1], (128, 128), 1600, 1600), *make_qkv(layout, torch.bfloat16, heads=3))
+    for kept in (keep, keep[:, :1]):
+        block_map = BlockMap(kept, (128, 128), 1600, 1600)
+        run_and_check(layout, block_map, *make_qkv(layout, torch.bfloat16, batch=1, heads=2))
 
 
 def test_rows_of_valid_tokens_let_nan_through(on_cpu):

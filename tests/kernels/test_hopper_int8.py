@@ -19,7 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 
 from videosparse.blocks import BlockMap  # noqa: E402
-from videosparse.kernels import KernelOptions, attend, backend, gpu, hopper_int8, int8_path  # noqa: E402
+from videosparse.kernels import KernelOptions, attend, backend, gpu, hopper_int8, hopper_work, int8_path  # noqa: E402
 from videosparse.kernels import hopper_int8_kernel as kernel_module  # noqa: E402
 from videosparse.kernels import hopper_int8_softmax as softmax_module  # noqa: E402
 from videosparse.kernels.call import AttentionCall, Lists  # noqa: E402
@@ -34,9 +34,9 @@ def on_cpu(monkeypatch):
     kernel = gluon_on_cpu.Kernel("int8_kernel", softmax_module, kernel_module)
     monkeypatch.setattr(hopper_int8, "_tiles", gluon_on_cpu.describe_tiles)
     monkeypatch.setattr(hopper_int8, "describe", gluon_on_cpu.describe)
-    monkeypatch.setattr(hopper_int8, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_work, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_int8, "compiled", lambda *_, **__: kernel)
-    monkeypatch.setattr(hopper_int8, "value_tail", clean_tail)
+    monkeypatch.setattr(hopper_work, "value_tail", clean_tail)
     monkeypatch.setattr(hopper_int8, "FP8_HEAD_DIMS", (64, 128))
     monkeypatch.setattr(hopper_int8, "quantize", quantized.quantize)
     monkeypatch.setattr(gpu, "is_hopper", lambda device: True)

@@ -7,7 +7,7 @@ import torch
 from inputs import TORCH, TRITON
 from norms import FORMS, assert_parity, make_problem
 
-from videosparse.kernels import KernelOptions, Stream, norm_op, norm_rotate
+from videosparse.kernels import KernelOptions, Stream, backend, norm_op, norm_rotate
 
 HEADS = 3
 
@@ -109,7 +109,7 @@ def test_weights_that_need_gradients_are_fine_without_grad():
 
 
 def test_auto_says_once_what_it_takes(caplog):
-    norm_op._take_automatically.cache_clear()
+    backend._take_automatically.cache_clear()
     with caplog.at_level("INFO", logger="videosparse"):
         for _ in range(2):
             norm_rotate(STREAM, heads=HEADS)

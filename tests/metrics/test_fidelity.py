@@ -11,7 +11,7 @@ from videosparse.metrics.fidelity import (
     CONVENTIONS,
     fidelity,
     psnr,
-    quarters,
+    quarter_means,
     relative_l1,
     ssim,
 )
@@ -142,10 +142,10 @@ def test_conventions_are_named_in_rows(videos):
 
 
 def test_quarters():
-    assert quarters(tuple(range(8))) == (0.5, 2.5, 4.5, 6.5)
+    assert quarter_means(tuple(range(8))) == (0.5, 2.5, 4.5, 6.5)
     # 33 frames: 9, 8, 8 and 8 of them
-    assert quarters(tuple(range(33))) == (4.0, 12.5, 20.5, 28.5)
-    assert [math.isnan(x) for x in quarters((1.0, 2.0))] == [False, True, False, True]
+    assert quarter_means(tuple(range(33))) == (4.0, 12.5, 20.5, 28.5)
+    assert [math.isnan(x) for x in quarter_means((1.0, 2.0))] == [False, True, False, True]
     reference = torch.full((8, 3, 8, 8), 0.5)
     video = reference.clone()
     video[6:] += 0.1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from videosparse.evaluation.prompts import Prompt
-from videosparse.metrics.fidelity import psnr, quarters, relative_l1, ssim
+from videosparse.metrics.fidelity import psnr, quarter_means, relative_l1, ssim
 from videosparse.metrics.vbench import DIMENSIONS as ALL_DIMENSIONS
 from videosparse.metrics.vbench import WITHOUT_WEIGHTS, Context
 from videosparse.metrics.vbench.drift import drift
@@ -58,7 +58,7 @@ def fidelity_columns(
     distance = relative_l1(latents, dense_latents)
     for name, frames in (("psnr_db", noise), ("ssim", ssim(video, dense)), ("latent_l1", distance)):
         row[name] = _round(frames.mean())
-        row |= _by_quarter(name, quarters(tuple(frames.tolist())))
+        row |= _by_quarter(name, quarter_means(tuple(frames.tolist())))
     return row
 
 

@@ -6,24 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from videosparse.cases import ModelSpec
+from videosparse.generation.families import PIPELINE_FAMILIES
 from videosparse.generation.planning import GenerationPlan
 
 BLOCK_ROWS = 128
 """Rows of the blocks that the rate of sparse attention was measured with."""
 _TEXT, _EMBEDDINGS = 512, 0.4e9
 """Of Wan: text tokens of cross-attention, and parameters beside the layers (embeddings, modulation of time), of 14B."""
-
-_PARAMETERS = {"hunyuan_video": 12.82e9, "mochi": 10.03e9}
-"""Of the published transformers."""
-
-_VECTORS: dict[str, dict[tuple[bool, str], tuple[float, float]]] = {
-    "wan": {(False, "none"): (6.6, 1.72), (True, "none"): (5.05, 0.81), (True, "fp8"): (2.4, 1.6)},
-    "hunyuan_video": {(False, "none"): (16.3, 0), (True, "none"): (11.3, 0), (True, "fp8"): (14.4, 0)},
-    "mochi": {(False, "none"): (17.8, 0), (True, "none"): (12.2, 0), (True, "fp8"): (11.6, 0)},
-}
-"""Vectors of the model's width that a token needs at the peak of a forward, and more of them for each time that Wan's
-feed-forward layers are as wide as the model, by (whether blocks are compiled, `linears`): peaks of
-`assets/results/models.csv` less the weights there."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,7 @@ def _products(spec: ModelSpec) -> float | None:
     Mochi have as many, whether the feed-forward layers are four times as wide, gated, or beside attention.
     """
     width = spec.heads * spec.head_dim
-    if spec.family != "wan":
+    if spec.text:
         return 12.0 * width**2
     return 6.0 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width if spec.ffn else None
 
@@ -135,8 +124,9 @@ def _products(spec: ModelSpec) -> float | None:
 def parameters_of(spec: ModelSpec) -> float:
     """Numbers in the weights of a transformer."""
     width = spec.heads * spec.head_dim
-    if spec.family != "wan":
-        return _PARAMETERS[spec.family]
+    known = PIPELINE_FAMILIES[spec.family].parameters
+    if known is not None:
+        return known
     return spec.layers * (8 * width**2 + 2 * width * spec.ffn) + _EMBEDDINGS * (width / 5120) ** 2
 
 
@@ -148,5 +138,5 @@ def _weights(spec: ModelSpec, linears: str) -> float:
 def _vectors(plan: GenerationPlan) -> float:
     """Vectors of the model's width that a token needs beside the weights."""
     spec = plan.source.spec
-    fixed, more = _VECTORS[spec.family][plan.compiled, plan.linears]
+    fixed, more = plan.source.family.vectors[plan.compiled, plan.linears]
     return fixed + more * (spec.ffn or 0) / (spec.heads * spec.head_dim)

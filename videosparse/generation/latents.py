@@ -133,8 +133,7 @@ def load_vae(source: ModelSource, dtype: torch.dtype) -> Any:
     import diffusers
 
     assert source.location is not None  # find_model always knows it
-    kinds = {"wan": "AutoencoderKLWan", "hunyuan_video": "AutoencoderKLHunyuanVideo", "mochi": "AutoencoderKLMochi"}
-    kind = getattr(diffusers, kinds[source.spec.family])
+    kind = getattr(diffusers, source.family.vae)
     try:
         vae = kind.from_pretrained(source.location, subfolder="vae", torch_dtype=dtype)
     except Exception as error:  # several libraries read these files, and each raises its own
@@ -147,5 +146,5 @@ def load_vae(source: ModelSource, dtype: torch.dtype) -> Any:
 
 def prepare_vae(vae: Any, source: ModelSource) -> None:
     """Make a VAE decode in the memory that there usually is."""
-    if source.spec.family != "wan":
-        vae.enable_tiling()  # whole videos do not fit through these VAEs
+    if source.family.vae_tiles:
+        vae.enable_tiling()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.families import PIPELINE_FAMILIES
 from videosparse.generation.hub import fetch, fetch_only
 from videosparse.generation.sources import ModelSource
 
@@ -79,7 +80,9 @@ class LoraFile:
         if self.about.get("method") != method or method == "dense":
             return {}
         first = self.about["first_steps"]
-        if shift is not None and self.shift is not None and 0 < first < 1 and self.about["family"] != "mochi":
+        family = PIPELINE_FAMILIES.get(self.about["family"])
+        by_shift = family is None or not family.halves
+        if shift is not None and self.shift is not None and 0 < first < 1 and by_shift:
             # level / (1 - level) of a noise level is the shift times that of the share of the steps that is left
             first = round(first / (first + (1 - first) * self.shift / shift), 6)
         return {**self.about.get("options", {}), "first_steps": first, "first_layers": self.about["first_layers"]}

@@ -12,6 +12,7 @@ import torch
 
 from videosparse.blocks import BlockMap
 from videosparse.generation.errors import GenerationError
+from videosparse.generation.families import Guidance
 from videosparse.generation.lengths import context, far_logits, seen, trained_length
 from videosparse.generation.linears import check_kind
 from videosparse.generation.methods import Options, refusals, resolve_method, resolved_options, static_map
@@ -133,8 +134,7 @@ class GenerationPlan:
     def sums_bytes(self) -> int:
         """What a search holds for the layer that it is in, beside that: the mass of every block, fp32."""
         rows, columns = self.blocks if self.state_bytes and self.blocks is not None else (0, 0)
-        # Mochi has both branches of guidance in one batch
-        samples = self.branches if self.source.spec.family == "mochi" else 1
+        samples = self.branches if self.source.family.guidance == Guidance.BATCH else 1
         return 4 * samples * self.source.spec.heads * rows * columns
 
     @property
@@ -231,7 +231,7 @@ def plan_run(
     logit = far_logits(source, grid, ultravico, trained_length(source, trained_frames, beyond))
     calls = 1 if windows is None else len(windows.starts(whole.frames))
     layout = TokenLayout(grid, source.spec.text)
-    guided = guidance > 1 and source.spec.family != "hunyuan_video"
+    guided = guidance > 1 and source.family.guidance != Guidance.EMBEDDED
     branches = 2 if guided else 1
     resolved = resolve_method(source, grid, method, options, steps, logit)
     if resolved.policy is None:

@@ -11,6 +11,7 @@ import torch
 
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import GenerationError, nearest
+from videosparse.generation.families import Guidance, Rotary
 from videosparse.generation.lengths import context, far_logits, seen, trained_length, usual_logits
 from videosparse.generation.lora import LoraFile, check_fits, find_lora, trained_for
 from videosparse.generation.methods import (
@@ -115,9 +116,10 @@ class GenerationRequest:
         self.check_words()
         source = find_model(self.model)
         check_text_to_video(source)
-        if self.negative_prompt and source.spec.family == "hunyuan_video":
+        if self.negative_prompt and source.family.guidance == Guidance.EMBEDDED:
             raise GenerationError(
-                "HunyuanVideo is distilled to run without a second branch and ignores a negative prompt; drop it."
+                f"{source.family.title} is distilled to run without a second branch and ignores a negative prompt; "
+                "drop it."
             )
         fitted = self.fitted(source)
         defaults, grid = source.defaults, fitted.grid
@@ -167,7 +169,7 @@ class GenerationRequest:
         windows = context(source, self.context_frames, self.context_overlap)
         grid = seen(source.grid(**sizes), windows)
         request, aside = request.with_usual_logits(source, grid, loras)
-        steps = within("steps", self.steps, defaults.steps, (_least_steps(source), MOST_STEPS))
+        steps = within("steps", self.steps, defaults.steps, (source.family.least_steps, MOST_STEPS))
         return Fitted(
             request, loras, **sizes, steps=steps, grid=grid, windows=windows,
             trained_frames=request._trained_frames(source), notices=aside,
@@ -229,9 +231,10 @@ class GenerationRequest:
                     "trained_frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one."
                 )
             return None
-        if source.spec.family == "mochi":
+        if source.family.rotary == Rotary.LEARNED:
             raise GenerationError(
-                "Mochi learned the frequencies of its rotary embedding, so there is none to stretch; drop --rope."
+                f"{source.family.title} learned the frequencies of its rotary embedding, so there is none to stretch; "
+                "drop --rope."
             )
         return trained_length(source, self.trained_frames)
 
@@ -320,11 +323,6 @@ class Settings:
     windows: Windows | None = None
     stack: Stack = field(default_factory=Stack)
     notices: tuple[str, ...] = ()
-
-
-def _least_steps(source: ModelSource) -> int:
-    """Mochi's scheduler divides by the number of steps after the first."""
-    return 2 if source.spec.family == "mochi" else 1
 
 
 def within(name: str, asked: Number | None, default: Number, limits: tuple[float, float]) -> Number:

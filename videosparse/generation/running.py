@@ -15,6 +15,7 @@ from videosparse.components import targets
 from videosparse.generation.compiling import compile_errors
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.families import Guidance
 from videosparse.generation.latents import keeping, prepare_vae
 from videosparse.generation.lora import check_loaded, load_loras, lora_notices
 from videosparse.generation.memory import knobs
@@ -93,8 +94,8 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     progress("load", 0, 1)
     start = time.perf_counter()
     dtypes = {"default": DTYPES[settings.dtype]}
-    if settings.source.spec.family == "wan":
-        dtypes["vae"] = torch.float32  # Wan's VAE is small and loses detail below fp32
+    if settings.source.family.vae_float32:
+        dtypes["vae"] = torch.float32
     try:
         pipe = DiffusionPipeline.from_pretrained(settings.source.location, torch_dtype=dtypes)
     except Exception as error:  # four libraries read these files, and each raises its own
@@ -312,7 +313,7 @@ def call_arguments(settings: Settings) -> dict[str, Any]:
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "pt",
     }
-    if settings.source.spec.family != "hunyuan_video":
+    if settings.source.family.guidance != Guidance.EMBEDDED:
         arguments["negative_prompt"] = request.negative_prompt
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2

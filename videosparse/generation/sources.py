@@ -15,6 +15,7 @@ from typing import Any
 from videosparse.cases import MODELS, ModelSpec
 from videosparse.clock import shift_of
 from videosparse.generation.errors import GenerationError, nearest, one_line
+from videosparse.generation.families import PIPELINE_FAMILIES, PipelineFamily, Rotary, family_of_pipeline
 from videosparse.generation.hub import fetch
 from videosparse.layout import VideoGrid
 from videosparse.models import find_family, model_variant
@@ -33,25 +34,10 @@ HUB_IDS = {
     "mochi": "genmo/mochi-1-preview",
 }
 
-TEXT_TO_VIDEO = {"WanPipeline": "wan", "HunyuanVideoPipeline": "hunyuan_video", "MochiPipeline": "mochi"}
-_NEEDS_MORE = {
-    "WanImageToVideoPipeline": "an image",
-    "WanVideoToVideoPipeline": "a video",
-    "WanVACEPipeline": "a video or masks",
-    "HunyuanVideoImageToVideoPipeline": "an image",
-}
-_FAMILIES = {
-    **TEXT_TO_VIDEO,
-    **{name: "wan" if name.startswith("Wan") else "hunyuan_video" for name in _NEEDS_MORE},
-}
-
 MOST_TOKENS = 2**21
 """Several times the longest videos that anyone has published; beyond, numbers of blocks grow out of hand."""
 
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-
-# These pipelines refuse other heights and widths, whatever the model's own step is.
-_MULTIPLES = {"wan": 16, "hunyuan_video": 16}
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,6 @@ DEFAULTS = {
     "hunyuan-video": ModelDefaults(129, 720, 1280, 50, 6.0, 256, 24),
     "mochi": ModelDefaults(163, 480, 848, 64, 4.5, 256, 30),
 }
-_FAMILY_DEFAULTS = {"wan": "wan2.1-1.3b", "hunyuan_video": "hunyuan-video", "mochi": "mochi"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +107,11 @@ class ModelSource:
     experts: int = 1
 
     @property
+    def family(self) -> PipelineFamily:
+        """What generation knows of its family."""
+        return PIPELINE_FAMILIES[self.spec.family]
+
+    @property
     def described(self) -> ModelSpec | Mapping[str, Any]:
         """What `Processor.resolve` is asked about: the configuration that a run reads, too, where there is one."""
         return self.spec if self.config is None else self.config
@@ -133,7 +123,7 @@ class ModelSource:
             GenerationError: a size that the model cannot take, with the nearest that it can.
         """
         try:
-            grid = self.spec.grid(num_frames, height, width, _MULTIPLES.get(self.spec.family, 1))
+            grid = self.spec.grid(num_frames, height, width, self.family.multiple)
         except ValueError as error:
             raise GenerationError(str(error)) from None
         if grid.tokens > MOST_TOKENS:
@@ -206,18 +196,20 @@ def find_model(name: str | None = None) -> ModelSource:
     location = _locate(name)
     index = _read_config(location, "model_index.json")
     pipeline_class = index.get("_class_name")
-    if not isinstance(pipeline_class, str) or pipeline_class not in _FAMILIES:
+    family = family_of_pipeline(pipeline_class)
+    if family is None or not isinstance(pipeline_class, str):
+        known = [*text_to_video(), *(name for family in PIPELINE_FAMILIES.values() for name in family.others)]
         raise GenerationError(
             f"{location} is a {pipeline_class or 'folder without a pipeline class'}, which videosparse does not know; "
-            f"supported: {', '.join(_FAMILIES)}."
+            f"supported: {', '.join(known)}."
         )
     transformer = _read_config(location, "transformer/config.json")
     vae = _read_config(location, "vae/config.json")
     _check_tokenizers(location, index)
     experts = _experts(index)
-    spec = _spec(location, _FAMILIES[pipeline_class], transformer, vae, experts)
-    # Wan's rotary table is built once; the others compute theirs for any length
-    longest = _count(location, "transformer", transformer, "rope_max_seq_len", 1024) if spec.family == "wan" else None
+    spec = _spec(location, family, transformer, vae, experts)
+    table = family.rotary == Rotary.TABLE
+    longest = _count(location, "transformer", transformer, "rope_max_seq_len", 1024) if table else None
     defaults = _defaults(spec)
     text = int(min(defaults.max_sequence_length, _tokenizer_length(location)))
     defaults = replace(defaults, max_sequence_length=text)
@@ -233,13 +225,18 @@ def find_spec(name: str | None = None) -> ModelSource:
     return find_model(name)
 
 
+def text_to_video() -> list[str]:
+    """Pipelines that make a video from a prompt alone."""
+    return [family.pipeline for family in PIPELINE_FAMILIES.values()]
+
+
 def check_text_to_video(source: ModelSource) -> None:
     """Raise GenerationError unless the pipeline makes a video from a prompt alone."""
-    if source.pipeline_class not in TEXT_TO_VIDEO:
-        needs = _NEEDS_MORE.get(source.pipeline_class, "more than a prompt")
+    if source.pipeline_class not in text_to_video():
+        needs = source.family.others.get(source.pipeline_class, "more than a prompt")
         raise GenerationError(
             f"{source.name} is a {source.pipeline_class}, which needs {needs} besides the prompt; generate takes "
-            f"{', '.join(TEXT_TO_VIDEO)}. Use videosparse.sparsify(pipe, ...) in Python for the others."
+            f"{', '.join(text_to_video())}. Use videosparse.sparsify(pipe, ...) in Python for the others."
         )
 
 
@@ -353,15 +350,11 @@ def _count(location: str, part: str, config: Mapping[str, Any], key: str, defaul
     return value
 
 
-def _stride(location: str, family: str, vae: Mapping[str, Any]) -> tuple[int, int]:
-    names = {
-        "wan": ("scale_factor_temporal", "scale_factor_spatial"),
-        "hunyuan_video": ("temporal_compression_ratio", "spatial_compression_ratio"),
-    }
-    if family not in names:
-        return 6, 8
-    time, space = names[family]
-    return _count(location, "vae", vae, time, 4), _count(location, "vae", vae, space, 8)
+def _stride(location: str, family: PipelineFamily, vae: Mapping[str, Any]) -> tuple[int, int]:
+    def stride(known: str | int, usual: int) -> int:
+        return known if isinstance(known, int) else _count(location, "vae", vae, known, usual)
+
+    return stride(family.vae_strides[0], 4), stride(family.vae_strides[1], 8)
 
 
 def _patch(location: str, transformer: Mapping[str, Any]) -> int:
@@ -371,29 +364,28 @@ def _patch(location: str, transformer: Mapping[str, Any]) -> int:
 
 
 def _spec(
-    location: str, family: str, transformer: Mapping[str, Any], vae: Mapping[str, Any], experts: int
+    location: str, family: PipelineFamily, transformer: Mapping[str, Any], vae: Mapping[str, Any], experts: int
 ) -> ModelSpec:
     def count(key: str) -> int:
         return _count(location, "transformer", transformer, key)
 
-    layers = count("num_layers") + (count("num_single_layers") if family == "hunyuan_video" else 0)
     heads, head_dim = count("num_attention_heads"), count("attention_head_dim")
     class_name = transformer.get("_class_name")
     found = find_family(str(class_name))
-    if found is None or found.name != family:
+    if found is None or found.name != family.name:
         raise GenerationError(
-            f"{location}/transformer is a {class_name}, which is not the transformer of a {family} pipeline; "
+            f"{location}/transformer is a {class_name}, which is not the transformer of a {family.name} pipeline; "
             "check that the folder's parts belong together."
         )
     spec = ModelSpec(
         name=Path(location).name or location,
-        family=family,
+        family=family.name,
         variant=model_variant(transformer, experts=experts),
-        layers=layers,
+        layers=sum(count(key) for key in family.layers),
         heads=heads,
         head_dim=head_dim,
         stride=_stride(location, family, vae),
-        text=0 if family == "wan" else 256,
+        text=family.text,
         patch=_patch(location, transformer),
     )
     return _named(spec)
@@ -411,4 +403,4 @@ def _named(spec: ModelSpec) -> ModelSpec:
 
 
 def _defaults(spec: ModelSpec) -> ModelDefaults:
-    return DEFAULTS.get(spec.name) or DEFAULTS[_FAMILY_DEFAULTS[spec.family]]
+    return DEFAULTS.get(spec.name) or DEFAULTS[PIPELINE_FAMILIES[spec.family].usual]

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from videosparse.checking import check_device
-from videosparse.kernels.gpu import special_title
+from videosparse.kernels.gpu import OPERATIONS, special_title
 from videosparse.kernels.options import own_backend
 
 logger = logging.getLogger("videosparse")
@@ -65,11 +65,11 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, operation: str = "attend") -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    kernel = special_title(device)
+    kernel = special_title(device, operation) if operation in OPERATIONS else None
     return name if kernel is None else f"{name}, {kernel}"
 
 
@@ -91,11 +91,11 @@ def describe_backend(device: torch.device | str) -> tuple[str, str]:
 
 
 @cache
-def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
+def _take_automatically(operation: str, device: torch.device, dtype: torch.dtype) -> str:
     """What "auto" means for a device and dtype; cached, so that it is logged once."""
     reason = missing(device, dtype)
-    name, why = ("triton", _device_name(device)) if reason is None else ("torch", f"no Triton: {reason}")
-    logger.info("attend takes the %s backend for %s on %s: %s.", name, dtype, device, why)
+    name, why = ("triton", _device_name(device, operation)) if reason is None else ("torch", f"no Triton: {reason}")
+    logger.info("%s takes the %s backend for %s on %s: %s.", operation, name, dtype, device, why)
     return name
 
 
@@ -104,14 +104,14 @@ def choose_own(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return choose(own_backend(backend), device, dtype)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs a call: "triton" or "torch", or the library that was asked for.
+def choose(backend: str, device: torch.device, dtype: torch.dtype, operation: str = "attend") -> str:
+    """The backend that runs a call of an operation: "triton" or "torch", or the library that was asked for.
 
     Raises:
         RuntimeError: an explicit backend cannot run; the message says what is missing.
     """
     if backend == "auto":
-        return _take_automatically(device, dtype)
+        return _take_automatically(operation, device, dtype)
     reason = unavailable(backend, device, dtype)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" cannot run here: {reason}. Use backend="auto" or "torch".')

@@ -6,15 +6,13 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from videosparse.kernels import hopper_work
 from videosparse.kernels.call import AttentionCall
 from videosparse.kernels.compiled import compiled
-from videosparse.kernels.hopper_forward import has_text, multiprocessors
 from videosparse.kernels.hopper_int8_kernel import int8_kernel
-from videosparse.kernels.hopper_kernel import TAIL_BLOCKS
+from videosparse.kernels.hopper_work import Work
 from videosparse.kernels.quantize import COPIES, Quantized, quantize
 from videosparse.kernels.tma import describe, is_aligned
-from videosparse.kernels.value_tail import value_tail
-from videosparse.layout import ceil_div
 
 FP8_HEAD_DIMS = (128,)
 """With which head_dim calls with fp8 values are taken. With 64, outputs did not repeat to the bit on an H200, why is
@@ -32,16 +30,9 @@ def unsuited(
         return "it takes no int8 values: Hopper has FP8 for them"
     if values == "fp8" and head_dim not in FP8_HEAD_DIMS:
         return f"it takes fp8 values with head_dim {FP8_HEAD_DIMS[0]} (got {head_dim})"
-    if call.lists is not None and call.lists.block[0] != 128:
-        return f"it takes blocks of 128 query rows (got {call.lists.block[0]})"
-    if batch >= 2**15 or heads >= 2**16 or batch * heads * ceil_div(length, 128) >= 2**31:
-        return "it takes fewer than 2^15 samples, 2^16 heads and 2^31 rows of blocks"
     if values is None and not is_aligned(v):
         return "it takes values whose start and strides are multiples of 16 bytes"
-    keys = 128 if call.lists is None else call.lists.block[1]
-    if has_text(call) and ceil_div(length, keys) - call.video // keys > TAIL_BLOCKS.value:
-        return f"it takes up to {TAIL_BLOCKS.value} key blocks of text"
-    return None
+    return hopper_work.unsuited(call, batch, length, heads)
 
 
 def _tiles(x: torch.Tensor, *box: int) -> TensorDescriptor:
@@ -84,24 +75,11 @@ def attend_quantized(
     fp8 = data.v_scale is not None
     device = data.q.device
     out = torch.empty(shape, dtype=dtype, device=device)
-    # rows are drawn from this; made anew by every call, see `hopper_forward`
-    counter = torch.zeros(1, dtype=torch.int32, device=device)
-    rows = ceil_div(length, 128)
-    total = batch * heads * rows
-    lists = call.lists
-    if lists is None:
-        keys, row_ptr, ids, order, map_rows, map_heads = 128, counter, counter, counter, total, heads
-    else:
-        keys, row_ptr, ids, order = lists.block[1], lists.row_ptr, lists.ids, lists.order
-        map_rows, map_heads = lists.samples * lists.heads * rows, lists.heads
-    text, video, text_start, lens = has_text(call), length, length, counter
-    if text:
-        video, text_start = call.video, call.text_start
-        lens = call.seq_lens if call.seq_lens is not None else torch.full_like(counter, length).expand(batch)
-        lens = lens.contiguous()
+    work = Work.of(call, batch, length, heads, device)
+    keys = work.keys
     v_desc = tail_desc = _tiles(data.v, 1, 1, head_dim, keys) if fp8 else describe(data.v, keys, 64)
-    if text and not fp8:
-        tail_desc = describe(value_tail(data.v, lens, video // keys * keys, video, text_start), keys, 64)
+    if work.text and not fp8:
+        tail_desc = describe(work.tail(data.v), keys, 64)
     arguments = (
         _tiles(data.q, 1, 1, 64, head_dim),
         _tiles(data.q_scale, 1, 1, 64),
@@ -112,23 +90,10 @@ def attend_quantized(
         describe(out, 64, head_dim),
         data.lse,
         data.q_scale if data.v_scale is None else data.v_scale,
-        row_ptr,
-        ids,
-        order,
-        lens,
-        counter,
-        total,
-        rows,
-        heads,
-        map_rows,
-        map_heads,
-        total // map_rows,
-        length,
-        video,
-        text_start,
+        *work.arguments,
     )
-    constants = (keys, head_dim, lists is not None, text, fp8, data.lse.numel() > 0)
-    key = (device, dtype, data.v.dtype, ids.dtype, constants)
+    constants = (keys, head_dim, work.sparse, work.text, fp8, data.lse.numel() > 0)
+    key = (device, dtype, data.v.dtype, work.lists[1].dtype, constants)
     kernel = compiled(int8_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
-    kernel[(min(multiprocessors(device), total), 1, 1)](*arguments, *constants)
+    kernel[(work.programs, 1, 1)](*arguments, *constants)
     return out, data.lse

@@ -5,21 +5,16 @@ One custom op, which is one node in a compiled graph. The backend is chosen when
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 
 from videosparse.checking import check_number, check_tensor, check_whole, shown
 from videosparse.kernels import torch_norm
-from videosparse.kernels.backend import TRITON_DTYPES, choose, missing
+from videosparse.kernels.backend import TRITON_DTYPES, choose
 from videosparse.kernels.checks import check_options
 from videosparse.kernels.options import KernelOptions, own_backend
 from videosparse.kernels.steps import Steps, steps_of
 from videosparse.kernels.stream import Pair, Stream
 from videosparse.ordering import AnyOrder, check_is_order
-
-logger = logging.getLogger("videosparse")
 
 DTYPES = (*TRITON_DTYPES, torch.float64)
 MAX_WIDTH = 16384
@@ -29,15 +24,6 @@ MAX_WIDTH = 16384
 def row_width(heads: int, head_dim: int) -> int:
     """Elements of a row of heads that are padded to a power of two."""
     return heads << (head_dim - 1).bit_length()
-
-
-@cache
-def _take_automatically(device: torch.device, dtype: torch.dtype) -> str:
-    """What "auto" means for a device and dtype; cached, so that it is logged once."""
-    reason = missing(device, dtype)
-    name, why = ("triton", "it runs here") if reason is None else ("torch", f"no Triton: {reason}")
-    logger.info("norm_rotate takes the %s backend for %s on %s: %s.", name, dtype, device, why)
-    return name
 
 
 @torch.library.custom_op("videosparse::norm_rotate", mutates_args=())
@@ -67,8 +53,7 @@ def norm_rotate_forward(
         text = Stream(text_q, text_k, text_q_weight, text_k_weight, text_eps)
     rotary = None if cos is None or sin is None else (cos, sin)
     order = None if table is None else Steps(table, q.shape[1], height, width)
-    backend = _take_automatically(q.device, q.dtype) if backend == "auto" else choose(backend, q.device, q.dtype)
-    if backend == "torch":
+    if choose(backend, q.device, q.dtype, "norm_rotate") == "torch":
         return torch_norm.forward(video, text, rotary, heads, text_start, order)
     from videosparse.kernels import triton_norm
 

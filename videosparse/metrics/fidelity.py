@@ -90,7 +90,7 @@ class FidelityRow:
     @property
     def per_quarter(self) -> tuple[float, ...]:
         """Mean over the frames of each quarter of the video; NaN where fewer than 4 frames leave one empty."""
-        return quarters(self.per_frame)
+        return quarter_means(self.per_frame)
 
     def as_json(self) -> dict[str, object]:
         """The row for a JSON file, which knows no inf: None stands for it."""
@@ -104,7 +104,7 @@ class FidelityRow:
         }
 
 
-def quarters(per_frame: tuple[float, ...]) -> tuple[float, ...]:
+def quarter_means(per_frame: tuple[float, ...]) -> tuple[float, ...]:
     """Means of the four quarters of a sequence, of which frame i of n is in quarter 4 i // n; NaN for an empty one."""
     groups: list[list[float]] = [[], [], [], []]
     for index, value in enumerate(per_frame):

@@ -21,6 +21,7 @@ from videosparse.kernels.selection import Selection, columns_of, expand, select
 from videosparse.layout import TokenLayout, ceil_div
 from videosparse.policies.base import (
     BLOCK,
+    LOOK_SHARE,
     DenseSchedule,
     LayerPlan,
     LayerState,
@@ -33,9 +34,6 @@ from videosparse.policies.base import (
 )
 
 LSE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# What a search costs beside a dense forward: one of its two matrix products.
-_SEARCH_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ class AdaSpaPolicy(SparsityPolicy):
             return max(0, end - first), 0.0
         passes = experts + sum(max(1, first) < step <= end for step in set(self.refresh_steps(total)))
         share = 1.0 if self.sample is None else self.sample / self.block[0]
-        return experts - (first > 0), passes * _SEARCH_SHARE * share
+        return experts - (first > 0), passes * LOOK_SHARE * share
 
     def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
         """Memory kept between steps for one layer: its lse, the bits of its map, and where its lists start."""

@@ -21,6 +21,8 @@ from videosparse.ordering import AnyOrder
 BLOCK = (128, 64)
 """The block (query rows, key rows) of a method that is not told one. Hopper's kernels are made for 128 query rows, and
 with 64 keys they run at the rate of 128, while maps leave more out."""
+LOOK_SHARE = 0.5
+"""What sums of all blocks of attention cost beside a dense call of it: one of its two matrix products."""
 
 TRAINING = "training"
 """The context of a `RunStep` that is no step of a run."""

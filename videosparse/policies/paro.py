@@ -22,6 +22,7 @@ from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AnyOrder, SearchedOrder
 from videosparse.policies.base import (
     BLOCK,
+    LOOK_SHARE,
     TRAINING,
     DenseSchedule,
     LayerPlan,
@@ -36,9 +37,6 @@ from videosparse.policies.paro_plan import PAROPlan
 from videosparse.uploading import upload
 
 DENSITY = 0.2
-
-# What looking at one order costs beside a dense forward: one of its two matrix products.
-_LOOK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ class PAROPolicy(SparsityPolicy):
         if max(1, first) >= total - last:  # no sparse step is left to search for
             return max(0, total - last - first), 0.0
         looks = len(ORDERS) if self.calibrated is None else 1
-        return experts - (first > 0), experts * looks * _LOOK_SHARE
+        return experts - (first > 0), experts * looks * LOOK_SHARE
 
     def state_bytes(self, layout: TokenLayout, samples: int, heads: int) -> dict[str, int]:
         """Memory kept between steps for one layer: the bits of its map, and where its lists start.

@@ -17,6 +17,7 @@ from torch import Tensor
 from videosparse.files import write_json, write_tensors
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import one_line
+from videosparse.generation.latents import prepare_vae
 from videosparse.generation.output import check_writable
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.training.clips import BrokenClip, ClipSource, Size, check_size, nearest_size, probe
@@ -152,8 +153,7 @@ class _Encoder:
         if self._vae is None:
             names = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             self._vae = load_parts(self.source, self.device, without=names).vae
-            if self.family.name != "wan":
-                self._vae.enable_tiling()
+            prepare_vae(self._vae, self.source)
         if self.family.name == "wan" and not self._vae.config.is_residual and video.numel() <= _WHOLE:
             # four times as fast as Diffusers' loop over chunks, which saves memory that a small clip does not need
             with torch.no_grad():
@@ -173,8 +173,8 @@ def load_parts(source: ModelSource, device: torch.device, without: Sequence[str]
     cls = getattr(diffusers, source.pipeline_class)
     has = set(cls._get_signature_keys(cls)[0]) | set(cls._optional_components)
     dtypes: dict[str, torch.dtype] = {"default": DTYPES[choose_dtype("auto", device)]}
-    if source.spec.family == "wan":
-        dtypes["vae"] = torch.float32  # as in generation
+    if source.family.vae_float32:
+        dtypes["vae"] = torch.float32
     absent = {name: None for name in without if name in has}
     try:
         pipe = cls.from_pretrained(source.location, torch_dtype=dtypes, **absent, **more)

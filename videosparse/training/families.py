@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videosparse.generation.families import PIPELINE_FAMILIES
+
 Text = dict[str, Tensor]
 """What a transformer reads of captions, by the name of its input: [B, ...] each."""
 
@@ -29,7 +31,6 @@ class TrainingFamily:
         target: regular expression of the modules that get adapters: q, k, v and o of the video stream's self-attention.
             Plain names would also hit cross-attention, HunyuanVideo's refiner and Mochi's pooler.
         norms: likewise, of the norms of queries and keys.
-        halves: see `RunSchedule`: how its pipeline spaces the steps of a run.
     """
 
     name: str
@@ -38,7 +39,11 @@ class TrainingFamily:
     rising: bool
     target: str
     norms: str
-    halves: bool = False
+
+    @property
+    def halves(self) -> bool:
+        """How its pipeline spaces the steps of a run, see `RunSchedule`."""
+        return PIPELINE_FAMILIES[self.name].halves
 
     def target_of(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What the transformer is to predict."""
@@ -108,7 +113,6 @@ TRAINING_FAMILIES: dict[str, TrainingFamily] = {
             "mochi", "uniform", 1.0, True,
             target=rf"transformer_blocks\.\d+\.attn1\.{_OUT}",
             norms=r"transformer_blocks\.\d+\.attn1\.norm_[qk]",
-            halves=True,
         ),
     )
 }  # fmt: skip

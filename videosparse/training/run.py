@@ -21,6 +21,7 @@ from torch import Tensor
 from videosparse.attach import sparsify, tracker_of
 from videosparse.generation.environment import peak_memory, reset_peak_memory, versions
 from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.families import Rotary
 from videosparse.generation.lora import FORMAT
 from videosparse.generation.methods import make_processor, refusals
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model, scheduler_shift
@@ -394,8 +395,9 @@ class LoraRun:
         model, defaults = self.config.model, self.source.defaults
         if model.rope == "none":
             return None
-        if self.family.name == "mochi":
-            raise ConfigError('Mochi learned the frequencies of its rotary embedding; model.rope must be "none".')
+        if self.source.family.rotary == Rotary.LEARNED:
+            title = self.source.family.title
+            raise ConfigError(f'{title} learned the frequencies of its rotary embedding; model.rope must be "none".')
         return model.trained_frames or defaults.trained_frames or defaults.num_frames
 
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

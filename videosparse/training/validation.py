@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from videosparse.attach import sparsify
+from videosparse.generation.families import Guidance
 from videosparse.generation.methods import make_processor
 from videosparse.generation.shifts import shifted
 from videosparse.generation.video import side_by_side, write_mp4
@@ -48,7 +49,7 @@ class Validation:
         length = defaults.max_sequence_length
         self.texts: list[Text] = [run.family.encode_text(pipe, [text], length) for text in config.prompts]
         self.negative = None
-        if run.family.name != "hunyuan_video" and config.guidance > 1:
+        if run.source.family.guidance != Guidance.EMBEDDED and config.guidance > 1:
             self.negative = run.family.encode_text(pipe, [""], length)
         del pipe
         gc.collect()
