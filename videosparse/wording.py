@@ -14,7 +14,7 @@ def install_extra(extra: str) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint ("Did you mean 'x'?" after a space) at the known word most like `word`; empty when none is close."""
     lowered = {name.lower(): name for name in known}
-    match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
     return f" Did you mean {lowered[match[0]]!r}?" if match else ""
 
 

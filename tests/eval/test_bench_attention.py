@@ -437,3 +437,21 @@ def test_the_benchmark_learns_first_whether_its_rows_can_be_kept(bench, tmp_path
     assert bench.main(["--only", f"^{re.escape(last)}$", "--append", "--output", str(output)]) == 0
     assert {row["set"]: row["p50_ms"] for row in bench.read(output)} == kept | {last: str(len(timed))}
     assert len(bench.read(output)) == 2
+
+
+def test_a_set_timed_again_takes_its_own_place_as_a_whole(bench):
+    def row(name, kernel, time, gpu="H200"):
+        return {"set": name, "kernel": kernel, "p50_ms": time, "gpu": gpu}
+
+    other = row("other", "ours", "1")
+    before = [other, row("set", "ours", "2"), row("set", "ours", "3"), row("set", "fa4", "3")]
+    again = [row("set", "ours", 4.0), row("set", "ours", 5.0), row("set", "fa4", 5.0)]
+    assert bench.merged(before, again) == [other, *again]
+    for part in (
+        again[:2],
+        again[1:],
+        [*again[:2], row("set", "fa4", "")],  # missing there
+        [one | {"gpu": "H100"} for one in again],
+    ):
+        assert bench.merged(before, part) == [*before, *part]
+    assert bench.merged([other, row("set", "fa4", "")], again) == [other, *again]

@@ -215,6 +215,9 @@ def test_unsupported_pipelines(folder):
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(GenerationError, match=r"is a StableDiffusionPipeline.*supported: WanPipeline"):
         find_model(str(folder))
+    edit(folder / "model_index.json", _class_name=["WanPipeline"])
+    with pytest.raises(GenerationError, match="which videosparse does not know"):
+        find_model(str(folder))
     edit(folder / "model_index.json", _class_name="WanAnimatePipeline")
     with pytest.raises(GenerationError, match=r"is a WanAnimatePipeline, which videosparse does not know"):
         find_model(str(folder))
@@ -262,3 +265,14 @@ def test_retries_of_the_hub_are_not_told(monkeypatch, caplog):
         find_model("someone/else")
     assert not caplog.records
     assert logging.getLogger("huggingface_hub").level == before
+
+
+def test_every_family_can_be_generated_with_and_trained():
+    from videosparse.generation.families import PIPELINE_FAMILIES
+    from videosparse.models import FAMILIES
+    from videosparse.training.families import TRAINING_FAMILIES
+
+    assert FAMILIES.keys() == PIPELINE_FAMILIES.keys() == TRAINING_FAMILIES.keys()
+    for family in PIPELINE_FAMILIES.values():
+        assert MODELS[family.usual].family == family.name
+        assert family.usual in sources.DEFAULTS

@@ -29,6 +29,8 @@ def quicken():
     from triton import language
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # another version, which is as slow as it is
     replace, in_place = interpreter._patch_lang, set()
 
     @cache

@@ -52,14 +52,15 @@ def check_stats(layout, block, make_qkv, dtype, options, **sizes):
     _, lse = attend(q, k, v, layout=layout, return_lse=True, scale=scale, options=sizes.get("lse_options", options))
     found = block_stats(q, k, lse, layout=layout, block=block, scale=scale, eps=EPS, options=options)
     truth = probabilities(q, k, lse, layout, block, torch.float64, scale)
+    true = [sums(truth), peaks(truth)]
     allowed = [0.0, 0.0]
     for base in (math.e, 2) * ORDERS:
         order = torch.randperm(q.shape[3], device=q.device)
         plain = probabilities(q[..., order], k[..., order], lse, layout, block, torch.float32, scale, base)
-        again = [allowed_error(reduce(truth), reduce(plain)) for reduce in (sums, peaks)]
+        again = [allowed_error(x, reduce(plain)) for x, reduce in zip(true, (sums, peaks), strict=True)]
         allowed = [max(pair) for pair in zip(allowed, again, strict=True)]
-    for ours, reduce, bound in ((found.sums, sums, allowed[0]), (found.peaks, peaks, allowed[1])):
-        error = worst_row(ours, reduce(truth))
+    for ours, x, bound in zip((found.sums, found.peaks), true, allowed, strict=True):
+        error = worst_row(ours, x)
         assert error <= bound, (error, bound)
     low, high = share_below(truth, EPS * (1 - 1e-4)), share_below(truth, EPS * (1 + 1e-4))
     assert (found.small >= low - 1e-6).all()

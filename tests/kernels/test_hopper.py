@@ -142,9 +142,9 @@ def test_long_rows_and_a_nearly_empty_map(on_cpu):
     keep[:, :, 5] = True
     keep[:, 0, 3] = True
     keep[:, 1, 7] = False
-    for kept in (keep, keep[:, :1]):
+    for kept, batch, heads in ((keep, 1, 2), (keep[:, :1], 2, 1)):
         block_map = BlockMap(kept, (128, 128), 1600, 1600)
-        run_and_check(layout, block_map, *make_qkv(layout, torch.bfloat16, batch=1, heads=2))
+        run_and_check(layout, block_map, *make_qkv(layout, torch.bfloat16, batch=batch, heads=heads))
 
 
 def test_rows_of_valid_tokens_let_nan_through(on_cpu):

@@ -116,7 +116,7 @@ def _products(spec: ModelSpec) -> float | None:
     Mochi have as many, whether the feed-forward layers are four times as wide, gated, or beside attention.
     """
     width = spec.heads * spec.head_dim
-    if spec.text:
+    if spec.text:  # which attends with the video, so there is no cross-attention
         return 12.0 * width**2
     return 6.0 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width if spec.ffn else None
 
@@ -138,5 +138,5 @@ def _weights(spec: ModelSpec, linears: str) -> float:
 def _vectors(plan: GenerationPlan) -> float:
     """Vectors of the model's width that a token needs beside the weights."""
     spec = plan.source.spec
-    fixed, more = plan.source.family.vectors[plan.compiled, plan.linears]
+    fixed, more = plan.source.pipelines.vectors[plan.compiled, plan.linears]
     return fixed + more * (spec.ffn or 0) / (spec.heads * spec.head_dim)

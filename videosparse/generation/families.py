@@ -41,16 +41,17 @@ class PipelineFamily:
         name: as in `videosparse.models.FAMILIES`; title: for people.
         pipeline: the class that makes a video from a prompt alone.
         others: classes that need more than that, and what.
-        usual: the published model whose settings suit one that is not published.
+        usual: the published model, of `sources.DEFAULTS`, whose settings suit one that is not published.
         guidance, rotary: see there.
         layers: which numbers of the transformer's configuration count its layers.
-        text: tokens that attend with the video; 0 where they only are attended to.
+        text: tokens that attend with the video; 0 where they are only attended to.
         vae: class of its VAE.
         vae_strides: which numbers of its configuration are its compression of time and space, or these themselves.
         vae_float32: whether it loses detail below fp32; vae_tiles: whether whole videos do not fit through it.
         multiple: heights and widths that the pipeline takes are multiples of this, whatever the model's own step.
         least_steps: fewest steps that its scheduler takes.
-        halves: see `training.noise.RunSchedule`: how the pipeline spaces the steps of a run.
+        halves: whether noise levels fall by little in the first half of a run and by ever more in the second; else
+            they fall evenly before the scheduler's shift.
         parameters: of the published transformer; None reckons them from the widths.
         vectors: vectors of the model's width that a token needs at the peak of a forward, and more of them for each
             time that Wan's feed-forward layers are as wide as the model: peaks of `assets/results/models.csv` less the
@@ -144,6 +145,6 @@ PIPELINE_FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType({
 })  # fmt: skip
 
 
-def family_of_pipeline(class_name: object) -> PipelineFamily | None:
+def family_of_pipeline(class_name: str) -> PipelineFamily | None:
     """The family of a pipeline class, None when it is not known."""
     return next((f for f in PIPELINE_FAMILIES.values() if class_name == f.pipeline or class_name in f.others), None)

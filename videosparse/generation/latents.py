@@ -133,7 +133,7 @@ def load_vae(source: ModelSource, dtype: torch.dtype) -> Any:
     import diffusers
 
     assert source.location is not None  # find_model always knows it
-    kind = getattr(diffusers, source.family.vae)
+    kind = getattr(diffusers, source.pipelines.vae)
     try:
         vae = kind.from_pretrained(source.location, subfolder="vae", torch_dtype=dtype)
     except Exception as error:  # several libraries read these files, and each raises its own
@@ -145,6 +145,6 @@ def load_vae(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def prepare_vae(vae: Any, source: ModelSource) -> None:
-    """Make a VAE decode in the memory that there usually is."""
-    if source.family.vae_tiles:
+    """Make a VAE work in the memory that there usually is."""
+    if source.pipelines.vae_tiles:
         vae.enable_tiling()

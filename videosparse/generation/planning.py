@@ -134,7 +134,7 @@ class GenerationPlan:
     def sums_bytes(self) -> int:
         """What a search holds for the layer that it is in, beside that: the mass of every block, fp32."""
         rows, columns = self.blocks if self.state_bytes and self.blocks is not None else (0, 0)
-        samples = self.branches if self.source.family.guidance == Guidance.BATCH else 1
+        samples = self.branches if self.source.pipelines.guidance == Guidance.BATCH else 1
         return 4 * samples * self.source.spec.heads * rows * columns
 
     @property
@@ -231,7 +231,7 @@ def plan_run(
     logit = far_logits(source, grid, ultravico, trained_length(source, trained_frames, beyond))
     calls = 1 if windows is None else len(windows.starts(whole.frames))
     layout = TokenLayout(grid, source.spec.text)
-    guided = guidance > 1 and source.family.guidance != Guidance.EMBEDDED
+    guided = guidance > 1 and source.pipelines.guidance != Guidance.EMBEDDED
     branches = 2 if guided else 1
     resolved = resolve_method(source, grid, method, options, steps, logit)
     if resolved.policy is None:

@@ -116,9 +116,9 @@ class GenerationRequest:
         self.check_words()
         source = find_model(self.model)
         check_text_to_video(source)
-        if self.negative_prompt and source.family.guidance == Guidance.EMBEDDED:
+        if self.negative_prompt and source.pipelines.guidance == Guidance.EMBEDDED:
             raise GenerationError(
-                f"{source.family.title} is distilled to run without a second branch and ignores a negative prompt; "
+                f"{source.pipelines.title} is distilled to run without a second branch and ignores a negative prompt; "
                 "drop it."
             )
         fitted = self.fitted(source)
@@ -169,7 +169,7 @@ class GenerationRequest:
         windows = context(source, self.context_frames, self.context_overlap)
         grid = seen(source.grid(**sizes), windows)
         request, aside = request.with_usual_logits(source, grid, loras)
-        steps = within("steps", self.steps, defaults.steps, (source.family.least_steps, MOST_STEPS))
+        steps = within("steps", self.steps, defaults.steps, (source.pipelines.least_steps, MOST_STEPS))
         return Fitted(
             request, loras, **sizes, steps=steps, grid=grid, windows=windows,
             trained_frames=request._trained_frames(source), notices=aside,
@@ -231,10 +231,10 @@ class GenerationRequest:
                     "trained_frames is for --rope riflex, ntk or pi, or for --ultravico; drop it, or choose one."
                 )
             return None
-        if source.family.rotary == Rotary.LEARNED:
+        if source.pipelines.rotary == Rotary.LEARNED:
             raise GenerationError(
-                f"{source.family.title} learned the frequencies of its rotary embedding, so there is none to stretch; "
-                "drop --rope."
+                f"{source.pipelines.title} learned the frequencies of its rotary embedding, so there is none to "
+                "stretch; drop --rope."
             )
         return trained_length(source, self.trained_frames)
 

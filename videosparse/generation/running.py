@@ -94,7 +94,7 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     progress("load", 0, 1)
     start = time.perf_counter()
     dtypes = {"default": DTYPES[settings.dtype]}
-    if settings.source.family.vae_float32:
+    if settings.source.pipelines.vae_float32:
         dtypes["vae"] = torch.float32
     try:
         pipe = DiffusionPipeline.from_pretrained(settings.source.location, torch_dtype=dtypes)
@@ -313,7 +313,7 @@ def call_arguments(settings: Settings) -> dict[str, Any]:
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "pt",
     }
-    if settings.source.family.guidance != Guidance.EMBEDDED:
+    if settings.source.pipelines.guidance != Guidance.EMBEDDED:
         arguments["negative_prompt"] = request.negative_prompt
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2

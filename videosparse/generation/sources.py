@@ -107,8 +107,8 @@ class ModelSource:
     experts: int = 1
 
     @property
-    def family(self) -> PipelineFamily:
-        """What generation knows of its family."""
+    def pipelines(self) -> PipelineFamily:
+        """What generation knows of its family's pipelines."""
         return PIPELINE_FAMILIES[self.spec.family]
 
     @property
@@ -123,7 +123,7 @@ class ModelSource:
             GenerationError: a size that the model cannot take, with the nearest that it can.
         """
         try:
-            grid = self.spec.grid(num_frames, height, width, self.family.multiple)
+            grid = self.spec.grid(num_frames, height, width, self.pipelines.multiple)
         except ValueError as error:
             raise GenerationError(str(error)) from None
         if grid.tokens > MOST_TOKENS:
@@ -195,13 +195,12 @@ def find_model(name: str | None = None) -> ModelSource:
     """
     location = _locate(name)
     index = _read_config(location, "model_index.json")
-    pipeline_class = index.get("_class_name")
+    pipeline_class = str(index.get("_class_name") or "folder without a pipeline class")
     family = family_of_pipeline(pipeline_class)
-    if family is None or not isinstance(pipeline_class, str):
-        known = [*text_to_video(), *(name for family in PIPELINE_FAMILIES.values() for name in family.others)]
+    if family is None:
+        known = [*text_to_video(), *(other for each in PIPELINE_FAMILIES.values() for other in each.others)]
         raise GenerationError(
-            f"{location} is a {pipeline_class or 'folder without a pipeline class'}, which videosparse does not know; "
-            f"supported: {', '.join(known)}."
+            f"{location} is a {pipeline_class}, which videosparse does not know; supported: {', '.join(known)}."
         )
     transformer = _read_config(location, "transformer/config.json")
     vae = _read_config(location, "vae/config.json")
@@ -233,7 +232,7 @@ def text_to_video() -> list[str]:
 def check_text_to_video(source: ModelSource) -> None:
     """Raise GenerationError unless the pipeline makes a video from a prompt alone."""
     if source.pipeline_class not in text_to_video():
-        needs = source.family.others.get(source.pipeline_class, "more than a prompt")
+        needs = source.pipelines.others.get(source.pipeline_class, "more than a prompt")
         raise GenerationError(
             f"{source.name} is a {source.pipeline_class}, which needs {needs} besides the prompt; generate takes "
             f"{', '.join(text_to_video())}. Use videosparse.sparsify(pipe, ...) in Python for the others."

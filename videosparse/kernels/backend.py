@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from videosparse.checking import check_device
-from videosparse.kernels.gpu import OPERATIONS, special_title
+from videosparse.kernels.gpu import special_title
 from videosparse.kernels.options import own_backend
 
 logger = logging.getLogger("videosparse")
@@ -69,7 +69,7 @@ def _device_name(device: torch.device, operation: str = "attend") -> str:
     if torch.version.hip is not None:
         return f"ROCm on {torch.cuda.get_device_name(device)}"
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    kernel = special_title(device, operation) if operation in OPERATIONS else None
+    kernel = special_title(device, operation)
     return name if kernel is None else f"{name}, {kernel}"
 
 

@@ -94,7 +94,8 @@ def _import(name: str) -> ModuleType | None:
 
 def special_title(device: torch.device, name: str = "attend") -> str | None:
     """What the special kernel of an operation that runs here is called; None where the portable one does."""
-    return None if special_kernel(name, device) is None else OPERATIONS[name].title
+    known = name in OPERATIONS and special_kernel(name, device) is not None
+    return OPERATIONS[name].title if known else None
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:

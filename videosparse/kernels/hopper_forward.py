@@ -63,7 +63,7 @@ def forward(
         call.scale * LOG2_E,
     )
     constants = (work.keys, head_dim, work.sparse, work.text, need_lse, call.order is not None)
-    key = (device, q.dtype, work.lists[1].dtype, constants)
+    key = (device, q.dtype, work.ids.dtype, constants)
     kernel = compiled(forward_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(work.programs, 1, 1)](*arguments, *constants)
     return out, lse

@@ -93,7 +93,7 @@ def attend_quantized(
         *work.arguments,
     )
     constants = (keys, head_dim, work.sparse, work.text, fp8, data.lse.numel() > 0)
-    key = (device, dtype, data.v.dtype, work.lists[1].dtype, constants)
+    key = (device, dtype, data.v.dtype, work.ids.dtype, constants)
     kernel = compiled(int8_kernel, key, *arguments, *constants, num_warps=4, enable_fp_fusion=True)
     kernel[(work.programs, 1, 1)](*arguments, *constants)
     return out, data.lse

@@ -48,7 +48,7 @@ class Work:
         lens: int32 [B], where each sample's text ends; any tensor without text.
         counter: int32 [1], 0: rows are drawn from it.
         counts: rows of blocks in all, of one head, heads; rows of blocks of the map, its heads, how often it is read.
-        tokens: the length, and where the video ends and text starts.
+        tokens: the length, and where the video ends and text starts; three times the length without text.
     """
 
     keys: int
@@ -62,7 +62,7 @@ class Work:
 
     @classmethod
     def of(cls, call: AttentionCall, batch: int, length: int, heads: int, device: torch.device) -> Work:
-        """The work of a call that `unsuited` lets pass, on the current device."""
+        """The work of a call that `unsuited` lets pass, on `device`, which is the current one."""
         # The counter is made anew by every call, so that nothing is left behind by an aborted launch, and a captured
         # graph sets it to 0 in every replay.
         counter = torch.zeros(1, dtype=torch.int32, device=device)
@@ -89,11 +89,16 @@ class Work:
         return (*self.lists, self.lens, self.counter, *self.counts, *self.tokens)
 
     @property
+    def ids(self) -> torch.Tensor:
+        """Numbers of blocks, in one of two widths."""
+        return self.lists[1]
+
+    @property
     def programs(self) -> int:
-        """How many to start: one for each multiprocessor, none without a row."""
+        """How many to start: one for each multiprocessor, but not more than there are rows."""
         return min(multiprocessors(self.counter.device), self.counts[0])
 
     def tail(self, v: torch.Tensor) -> torch.Tensor:
-        """Values [B, T, H, D] behind the last whole block of video, 0 where no token is: see `value_tail`."""
+        """Of values [B, L, H, D] those behind the last whole block of video, 0 where no token is: see `value_tail`."""
         _, video, text_start = self.tokens
         return value_tail(v, self.lens, video // self.keys * self.keys, video, text_start)

@@ -173,7 +173,7 @@ def load_parts(source: ModelSource, device: torch.device, without: Sequence[str]
     cls = getattr(diffusers, source.pipeline_class)
     has = set(cls._get_signature_keys(cls)[0]) | set(cls._optional_components)
     dtypes: dict[str, torch.dtype] = {"default": DTYPES[choose_dtype("auto", device)]}
-    if source.family.vae_float32:
+    if source.pipelines.vae_float32:
         dtypes["vae"] = torch.float32
     absent = {name: None for name in without if name in has}
     try:

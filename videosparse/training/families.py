@@ -42,7 +42,7 @@ class TrainingFamily:
 
     @property
     def halves(self) -> bool:
-        """How its pipeline spaces the steps of a run, see `RunSchedule`."""
+        """Whether its pipeline spaces the steps of a run in two halves, see `RunSchedule`."""
         return PIPELINE_FAMILIES[self.name].halves
 
     def target_of(self, latents: Tensor, noise: Tensor) -> Tensor:

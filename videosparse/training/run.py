@@ -395,8 +395,8 @@ class LoraRun:
         model, defaults = self.config.model, self.source.defaults
         if model.rope == "none":
             return None
-        if self.source.family.rotary == Rotary.LEARNED:
-            title = self.source.family.title
+        if self.source.pipelines.rotary == Rotary.LEARNED:
+            title = self.source.pipelines.title
             raise ConfigError(f'{title} learned the frequencies of its rotary embedding; model.rope must be "none".')
         return model.trained_frames or defaults.trained_frames or defaults.num_frames
 

@@ -49,7 +49,7 @@ class Validation:
         length = defaults.max_sequence_length
         self.texts: list[Text] = [run.family.encode_text(pipe, [text], length) for text in config.prompts]
         self.negative = None
-        if run.source.family.guidance != Guidance.EMBEDDED and config.guidance > 1:
+        if run.source.pipelines.guidance != Guidance.EMBEDDED and config.guidance > 1:
             self.negative = run.family.encode_text(pipe, [""], length)
         del pipe
         gc.collect()
