@@ -154,7 +154,7 @@ class _Encoder:
             names = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             self._vae = load_parts(self.source, self.device, without=names).vae
             prepare_vae(self._vae, self.source)
-        if self.family.name == "wan" and not self._vae.config.is_residual and video.numel() <= _WHOLE:
+        if ParallelVae.fits(self._vae) and video.numel() <= _WHOLE:
             # four times as fast as Diffusers' loop over chunks, which saves memory that a small clip does not need
             with torch.no_grad():
                 mode = ParallelVae(self._vae).encode(video[None].to(self.device) * 2 - 1)[0]

@@ -6,7 +6,7 @@ level s in (0, 1), x_s = (1 - s) x0 + s eps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class TrainingFamily:
         target: regular expression of the modules that get adapters: q, k, v and o of the video stream's self-attention.
             Plain names would also hit cross-attention, HunyuanVideo's refiner and Mochi's pooler.
         norms: likewise, of the norms of queries and keys.
+        read: what the transformer reads of captions, as the family's pipeline makes it; called with the pipeline, the
+            captions and the tokens that each is padded to.
     """
 
     name: str
@@ -39,6 +41,7 @@ class TrainingFamily:
     rising: bool
     target: str
     norms: str
+    read: Callable[[Any, list[str], int], Text]
 
     @property
     def halves(self) -> bool:
@@ -58,7 +61,7 @@ class TrainingFamily:
     ) -> dict[str, Any]:
         """The arguments of the transformer's forward."""
         inputs: dict[str, Any] = {"hidden_states": noisy, "timestep": self.timestep(levels), **text}
-        if self.name == "hunyuan_video" and transformer_config.get("guidance_embeds"):
+        if transformer_config.get("guidance_embeds"):
             # the guidance that was distilled in, times 1000; 1 is none
             inputs["guidance"] = torch.full((len(noisy),), 1000.0, device=noisy.device, dtype=noisy.dtype)
         return inputs
@@ -71,10 +74,11 @@ class TrainingFamily:
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
         """As the transformer sees them; the inverse of what the family's pipeline does before decoding."""
+        # what a family's VAE does without, its config does not name
         config = vae.config
-        scale = 1.0 if self.name == "wan" else float(config.scaling_factor)
+        scale = float(getattr(config, "scaling_factor", None) or 1.0)
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if self.name == "hunyuan_video" or mean is None or std is None:
+        if mean is None or std is None:
             return latents * scale
         shape = (1, -1, 1, 1, 1)
         mean, std = (torch.tensor(x, device=latents.device).view(shape) for x in (mean, std))
@@ -83,15 +87,22 @@ class TrainingFamily:
     @torch.no_grad()
     def encode_text(self, pipe: Any, captions: Sequence[str], length: int) -> Text:
         """What the transformer reads of captions, as the pipeline makes it, padded to `length` tokens."""
-        captions = list(captions)
-        if self.name == "hunyuan_video":
-            embeds, pooled, mask = pipe.encode_prompt(captions, max_sequence_length=length)
-            return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "encoder_attention_mask": mask}
-        arguments = {"do_classifier_free_guidance": False, "max_sequence_length": length}
-        if self.name == "mochi":
-            embeds, mask, *_ = pipe.encode_prompt(captions, **arguments)
-            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-        return {"encoder_hidden_states": pipe.encode_prompt(captions, **arguments)[0]}
+        return self.read(pipe, list(captions), length)
+
+
+def _read_wan(pipe: Any, captions: list[str], length: int) -> Text:
+    embeds, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds}
+
+
+def _read_hunyuan_video(pipe: Any, captions: list[str], length: int) -> Text:
+    embeds, pooled, mask = pipe.encode_prompt(captions, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "encoder_attention_mask": mask}
+
+
+def _read_mochi(pipe: Any, captions: list[str], length: int) -> Text:
+    embeds, mask, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
 _OUT = r"(to_q|to_k|to_v|to_out\.0)"
@@ -103,16 +114,19 @@ TRAINING_FAMILIES: dict[str, TrainingFamily] = {
             "wan", "logit-normal", 3.0, False,
             target=rf"(vace_)?blocks\.\d+\.attn1\.{_OUT}",
             norms=r"(vace_)?blocks\.\d+\.attn1\.norm_[qk]",
+            read=_read_wan,
         ),
         TrainingFamily(
             "hunyuan_video", "logit-normal", 7.0, False,
             target=rf"transformer_blocks\.\d+\.attn\.{_OUT}|single_transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v)",
             norms=r"(single_)?transformer_blocks\.\d+\.attn\.norm_[qk]",
+            read=_read_hunyuan_video,
         ),
         TrainingFamily(
             "mochi", "uniform", 1.0, True,
             target=rf"transformer_blocks\.\d+\.attn1\.{_OUT}",
             norms=r"transformer_blocks\.\d+\.attn1\.norm_[qk]",
+            read=_read_mochi,
         ),
     )
 }  # fmt: skip

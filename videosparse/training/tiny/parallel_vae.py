@@ -37,6 +37,11 @@ class ParallelVae:
             torch.compile(_rms_silu, dynamic=True) if fused else _rms_silu
         )
 
+    @staticmethod
+    def fits(vae: Any) -> bool:
+        """Whether this VAE is of the kind that runs so: Wan 2.1's, not the residual one of Wan 2.2's 5B model."""
+        return isinstance(vae, AutoencoderKLWan) and not vae.config.is_residual
+
     def _norm(self, norm: Any, x: Tensor) -> Tensor:
         gain = norm.gamma * norm.scale
         if self.fused:
