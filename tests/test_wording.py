@@ -4,7 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
-from videosparse.wording import install_extra
+import pytest
+
+from videosparse.wording import install_extra, nearest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "videosparse").rglob("*.py"))
@@ -21,3 +23,12 @@ def test_extras_in_messages_exist():
     named = {name for path in SOURCES for name in re.findall(r"install_extra\([\"'](\w+)[\"']\)", path.read_text())}
     assert {"fp8", "fa4", "eval", "vbench", "parquet"} == named
     assert named <= set(extras)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("radail", "radial"), ("Ada", "adaspa"), ("paro-onlin", "paro-online"), ("moon", None), ("a", None), ("", None)],
+)
+def test_a_hint_is_what_was_begun_or_misspelt(word, hint):
+    known = ["dense", "none", "radial", "adaspa", "paro", "paro-online"]
+    assert nearest(word, known) == ("" if hint is None else f" Did you mean {hint!r}?")

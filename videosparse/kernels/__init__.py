@@ -179,7 +179,10 @@ def _key_major(q: torch.Tensor, index: BlockIndex | None, options: KernelOptions
     if index is None:
         return None
     # they are made outside any graph: a compiled block reads tensors only
-    if not torch.compiler.is_compiling() and choose_own(options.backend, q.device, q.dtype) == "triton":
+    if (
+        not torch.compiler.is_compiling()
+        and choose_own(options.backend, q.device, q.dtype, "gradients of attend") == "triton"
+    ):
         index.prepare_backward()
     return index.key_major
 

@@ -99,9 +99,9 @@ def _take_automatically(operation: str, device: torch.device, dtype: torch.dtype
     return name
 
 
-def choose_own(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_own(backend: str, device: torch.device, dtype: torch.dtype, operation: str) -> str:
     """ "triton" or "torch" for what libraries of attention do not do: asked for one of them, as "auto"."""
-    return choose(own_backend(backend), device, dtype)
+    return choose(own_backend(backend), device, dtype, operation)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, operation: str = "attend") -> str:

@@ -146,7 +146,7 @@ def attend_backward(
     call = _call(*geometry)
     if call.far is not None:
         raise NotImplementedError(NO_GRADIENT)
-    if choose_own(backend, q.device, q.dtype) == "torch":
+    if choose_own(backend, q.device, q.dtype, "gradients of attend") == "torch":
         return torch_path.backward(grad, grad_lse, q, k, v, call)
     if lse.numel() != q.shape[0] * q.shape[1] * q.shape[2]:
         raise RuntimeError("Gradients need the lse of the forward; call attend, or attend_forward with need_grad=True.")
@@ -277,7 +277,7 @@ def block_sums(
     """
     call = AttentionCall(None, seq_lens, video, text_start, scale, table, from_arguments(*far))
     block = block_rows, block_cols
-    if choose_own(backend, q.device, q.dtype) == "torch":
+    if choose_own(backend, q.device, q.dtype, "block_sums") == "torch":
         return torch_path.block_sums(q, k, lse, call, block, sample or block_rows)
     if sample in (0, block_rows):
         return gpu.block_sums(q, k, lse, call, block)

@@ -22,7 +22,7 @@ from videosparse.ordering import AnyOrder
 
 def move(x: torch.Tensor, steps: Steps, inverse: bool, backend: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """`reorder` of the backend that runs here; see `torch_order.reorder` for the arguments."""
-    if choose_own(backend, x.device, x.dtype) == "torch":
+    if choose_own(backend, x.device, x.dtype, "reorder") == "torch":
         return torch_order.reorder(x, steps, inverse, out)
     from videosparse.kernels import triton_order
 

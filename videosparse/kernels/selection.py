@@ -250,7 +250,7 @@ def head_counts(recall: torch.Tensor, base: int, low: int, high: int, threshold:
 
 def kernels_for(backend: str, x: torch.Tensor) -> Any:
     """The module whose kernels run on the device of `x`."""
-    if choose_own(backend, x.device, torch.float32) == "torch":
+    if choose_own(backend, x.device, torch.float32, "selection of blocks") == "torch":
         return torch_select
     from videosparse.kernels import triton_select
 

@@ -130,7 +130,7 @@ def block_stats_op(
     """fp32 [3, B, H, Mq, Nk]: sums, largest entries, and how many entries are at least eps."""
     call = AttentionCall(None, seq_lens, video, text_start, scale, table, from_arguments(*far))
     block = block_rows, block_cols
-    if choose_own(backend, q.device, q.dtype) == "torch":
+    if choose_own(backend, q.device, q.dtype, "block_stats") == "torch":
         return torch_stats.block_stats(q, k, lse, call, block, eps)
     from videosparse.kernels import triton_stats
 
