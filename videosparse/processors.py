@@ -491,7 +491,8 @@ class PAROProcessor(SparseProcessor):
     `PAROPlan`. Without one it is *online*, our extension: the last of the dense first steps looks at all six
     orders and chooses orders and maps for the rest of the run, at the cost of about three dense attention calls per
     layer and branch. Token orders of a plan serve other sizes of video, its maps do not: with `online_maps` that step
-    finds maps in the plan's orders. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2 unless
+    finds maps in the plan's orders. The samples of a batch share the orders that a run finds, so a video that is made
+    online depends on those beside it. Further arguments are those of `SparseProcessor`; `first_steps` is 0.2 unless
     given, and 0 makes an online run search in its first step. Training works with a plan alone.
 
     Args:

@@ -44,10 +44,10 @@ class Batches:
         return Made(videos, videos.transpose(1, 2)[..., ::8, ::8], len(prompts), 1.0, 1.0, 1.0, 1.0)
 
 
-def compare(path, batches, commit="a"):
+def compare(path, batches, commit="a", other=RADIAL):
     store = RowStore(path, COLUMNS, KEY, fixed=FIXED)
     with workers(0) as submit:
-        work = Comparison(batches, CONDITIONS, [DENSE, RADIAL], store, {"commit": commit, "run": "now"}, submit)
+        work = Comparison(batches, CONDITIONS, [DENSE, other], store, {"commit": commit, "run": "now"}, submit)
         work.run(PROMPTS, 0, lambda count: None)
     assert not work.failed
     return {row["setting"]: row for row in store.rows()}
@@ -99,3 +99,9 @@ def test_the_hash_of_weights(tmp_path):
     assert len({weights_id(folder) for folder in (first, second, third)}) == 3
     assert weights_id("org/one") != weights_id("org/two")
     assert weights_id(find_model(None).location) == weights_id(str(find_model(None).location))
+
+
+def test_videos_whose_orders_a_run_finds_are_made_one_by_one(tmp_path):
+    batches = Batches(0.25, "first")
+    row = compare(tmp_path / "rows.csv", batches, other=Setting("paro-online", 0.3))["paro-online 0.3"]
+    assert batches.made == ["dense", "paro-online", "paro-online"] and int(row["batch"]) == 1

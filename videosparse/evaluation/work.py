@@ -144,8 +144,8 @@ class Comparison:
         if not any(wanted for _, wanted in todo):
             return True
         dense: list[Seen] = []
-        for setting, wanted in todo:
-            if not wanted and not setting.is_reference:
+        for setting, wanted in [(setting, part) for setting, all_of in todo for part in setting.batches(all_of)]:
+            if setting.name in self.failed or (not wanted and not setting.is_reference):
                 continue
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self._flush()
