@@ -5,6 +5,7 @@ Written against 0.41 to 0.43. When a release moves one of these names, this is t
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+
+from videosparse.copies import in_copy
 
 _EVENTS = "videosparse"
 _STEP_CACHES = ("fbc_leader_block_hook", "mag_cache_leader_block_hook")
@@ -262,9 +265,14 @@ class FailureEvents:
         before = vars(pipeline).get("progress_bar")
         self._before: Any = before._before if isinstance(before, FailureEvents) else before
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FailureEvents:
+        twin = copy.copy(self)
+        twin._pipeline, twin._on_failure = in_copy(self._pipeline, memo), copy.deepcopy(self._on_failure, memo)
+        return twin
+
     def __call__(self, iterable: Any = None, total: int | None = None) -> _Bar:
         """The pipeline's own bar."""
-        # of a copy whose original is gone, a plain bar
+        # of a shallow copy whose original is gone, a plain bar
         pipeline: Any = self._pipeline() or SimpleNamespace()
         bar = partial(DiffusionPipeline.progress_bar, pipeline) if self._before is None else self._before
         return _Bar(bar(iterable=iterable, total=total), self._on_failure)

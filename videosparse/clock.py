@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from videosparse.copies import in_copy
+
 
 def shift_of(config: Mapping[str, Any]) -> float | None:
     """The shift of the noise levels of a scheduler; None where it has none, or one that changes with the size."""
@@ -45,8 +47,11 @@ class Clock:
         self.index = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Clock:
-        # the copy of a transformer serves the same pipeline, whose scheduler is not copied
-        return copy.copy(self)
+        # the copy of a transformer alone serves the same pipeline, whose scheduler is not copied
+        twin = copy.copy(self)
+        if self._pipeline is not None and (ref := in_copy(self._pipeline, memo)) is not self._pipeline:
+            twin._pipeline, twin._shared = ref, copy.deepcopy(self._shared, memo)
+        return twin
 
     @property
     def follows(self) -> bool:

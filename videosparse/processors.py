@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import weakref
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ import torch
 from videosparse._diffusers import HostProcessor
 from videosparse.blocks import PackedIndex
 from videosparse.cases import ModelSpec
+from videosparse.copies import in_copy
 from videosparse.defaults import RadialDefaults, block_for, radial_defaults
 from videosparse.kernels import KernelOptions, attend
 from videosparse.kernels.dense import OWN, dense_by_library
@@ -178,6 +180,12 @@ class _Binding:
     model: str = ""
     resolved: Resolved | None = None
     record: RunRecord | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Binding:
+        twin = copy.copy(self)
+        twin.transformers = [in_copy(ref, memo) for ref in self.transformers]
+        twin.record = copy.deepcopy(self.record, memo)
+        return twin
 
     def alive(self) -> list[torch.nn.Module]:
         return [t for t in (ref() for ref in self.transformers) if t is not None]

@@ -104,4 +104,5 @@ def test_the_hash_of_weights(tmp_path):
 def test_videos_whose_orders_a_run_finds_are_made_one_by_one(tmp_path):
     batches = Batches(0.25, "first")
     row = compare(tmp_path / "rows.csv", batches, other=Setting("paro-online", 0.3))["paro-online 0.3"]
-    assert batches.made == ["dense", "paro-online", "paro-online"] and int(row["batch"]) == 1
+    assert batches.made == ["dense", "paro-online", "paro-online"]
+    assert int(row["batch"]) == 1

@@ -312,6 +312,32 @@ def test_copies_of_a_clock_follow_the_same_scheduler(pipe_of):
     assert clock._scheduler() is pipe.scheduler
 
 
+def test_the_copy_of_a_bound_pipeline_follows_its_own_scheduler(pipe_of):
+    pipe, kind = pipe_of("wan"), PIPES["wan"]
+    dense = kind.run(pipe, height=96, width=96, num_frames=13)
+    sparsify(pipe, RadialProcessor(first_steps=1, first_layers=0, block=64, decay=0.3, sink=False))
+    expected = kind.run(pipe, height=96, width=96, num_frames=13)
+    assert not torch.equal(dense, expected)
+    twin = copy.deepcopy(pipe)
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the original runs"))
+    for _ in range(2):
+        assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected)
+    with pytest.raises(KeyboardInterrupt):
+        kind.run(
+            twin,
+            height=96,
+            width=96,
+            num_frames=13,
+            callback_on_step_end=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+    assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected), (
+        "a failed run of the copy has ended"
+    )
+    restore(twin)
+    assert not isinstance(twin.transformer.blocks[0].attn1.processor, LayerProcessor)
+    assert isinstance(pipe.transformer.blocks[0].attn1.processor, LayerProcessor)
+
+
 def test_dense_steps_that_cover_the_run_are_reported(pipe_of, caplog):
     pipe, kind = pipe_of("wan"), PIPES["wan"]
     sparsify(pipe, RadialProcessor(first_steps=12))

@@ -116,11 +116,13 @@ def _start_of_tile(
     TILE: tl.constexpr,
     SPARSE: tl.constexpr,
 ):
-    """First position of the tile-th tile that a program walks: of listed blocks, or of the video and then the text."""
+    """First position of the tile-th tile that a program walks: of listed blocks, or of the video and then
+    what its last tile leaves of the text."""
     if SPARSE:
         start = listed(ids_ptr, entry + tile // (BLOCK // TILE)) * BLOCK + tile % (BLOCK // TILE) * TILE
     else:
-        start = tl.where(tile < video_tiles, tile * TILE, text_start + (tile - video_tiles) * TILE)
+        text_first = tl.maximum(text_start, video_tiles * TILE)
+        start = tl.where(tile < video_tiles, tile * TILE, text_first + (tile - video_tiles) * TILE)
     return start
 
 
@@ -147,7 +149,7 @@ def _walk(
         tiles = (tl.load(row_ptr + row + 1) - entry) * (BLOCK // TILE)
     else:
         entry = 0
-        tiles = video_tiles + tl.cdiv(tl.maximum(end - tl.maximum(text_start, video_end), 0), TILE)
+        tiles = video_tiles + tl.cdiv(tl.maximum(end - tl.maximum(text_start, video_tiles * TILE), 0), TILE)
     # a program wholly in the gap or in padding has nothing to do
     if (first >= video) & ((first + OWN <= text_start) | (first >= end)):
         tiles = 0

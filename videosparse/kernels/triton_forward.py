@@ -115,17 +115,18 @@ def forward_kernel(
     k_base = k_ptr + sample * stride_kb + head * stride_kh
     v_base = v_ptr + sample * stride_vb + head * stride_vh
 
-    # dense: tiles over the video, then over the text, which need not start on a tile; one run where they touch
+    # dense: tiles over the video, then over what its last one leaves of the text; one run where they touch
     video_end = video
     if text_start == video:
         video_end = tl.maximum(video, end)
     video_tiles = tl.cdiv(video_end, TILE_N)
+    text_first = tl.maximum(text_start, video_tiles * TILE_N)
     if SPARSE:
         entry = tl.load(row_ptr + row)
         tiles = (tl.load(row_ptr + row + 1) - entry) * (BLOCK_COLS // TILE_N)
     else:
         entry = 0
-        tiles = video_tiles + tl.cdiv(tl.maximum(end - tl.maximum(text_start, video_end), 0), TILE_N)
+        tiles = video_tiles + tl.cdiv(tl.maximum(end - text_first, 0), TILE_N)
     # a tile wholly in the gap or in padding has nothing to do
     if (first >= video) & ((first + TILE_M <= text_start) | (first >= end)):
         tiles = 0
@@ -142,7 +143,7 @@ def forward_kernel(
             block = listed(ids_ptr, entry + tile // (BLOCK_COLS // TILE_N))
             start = block * BLOCK_COLS + tile % (BLOCK_COLS // TILE_N) * TILE_N
         else:
-            start = tl.where(tile < video_tiles, tile * TILE_N, text_start + (tile - video_tiles) * TILE_N)
+            start = tl.where(tile < video_tiles, tile * TILE_N, text_first + (tile - video_tiles) * TILE_N)
         k_pos = start + tl.arange(0, TILE_N)
         k_valid = is_token(k_pos, video, text_start, end)
         k = load_rows(k_base, k_pos, stride_kl, k_valid, HEAD_DIM, HEAD_PAD)
