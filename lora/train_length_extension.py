@@ -66,6 +66,7 @@ def train(config: Config, args: argparse.Namespace) -> int:
                 render_clips(config, str(engine.device))
     run = LoraRun(config, engine)
     begun = run.resume() if args.resume else 0
+    run.cut_log()
     say = engine.print
     if args.resume and not begun:
         say(f"Note: {folder} has no checkpoint to resume; training starts at step 0.")

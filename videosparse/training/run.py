@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from videosparse.attach import sparsify, tracker_of
+from videosparse.files import naming, write_text
 from videosparse.generation.environment import peak_memory, reset_peak_memory, versions
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.families import Rotary
@@ -267,9 +267,20 @@ class LoraRun:
         """Add a line to the run's log, and tell the trackers."""
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=self.done)
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.done, **values}) + "\n")
+            path = self.folder / LOG
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(path), path.open("a", encoding="utf-8") as file:
+                told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+                file.write(json.dumps({"step": self.done, **told}) + "\n")
+
+    def cut_log(self) -> None:
+        """Drop what the log says of steps that are still to be done, and a line that a full disk cut short."""
+        path = self.folder / LOG
+        if not self.accelerator.is_main_process or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # losses before the first step are measured again where a run begins
+        write_text(path, "".join(f"{line}\n" for line in lines if self.done and _step_of(line) <= self.done))
 
     def _work(self, step: Step) -> tuple[int, float]:
         """(video tokens, floating-point operations of the model) of a step over all processes."""
@@ -316,7 +327,7 @@ class LoraRun:
         return path
 
     def resume(self) -> int:
-        """Go on from the newest checkpoint, if there is one; returns the step.
+        """Go on from the newest checkpoint, if there is one; returns the step. `cut_log` is to follow.
 
         Raises:
             ConfigError: the checkpoint is damaged or does not fit.
@@ -339,8 +350,6 @@ class LoraRun:
             for name, value in tensors[checkpoint.EMA].items():
                 copy_into(self.average.values[name], value, name)
         self.done = int(state["step"])
-        if self.accelerator.is_main_process:
-            self._cut_log()
         return self.done
 
     def export(self, folder: Path | None = None) -> Path:
@@ -402,17 +411,6 @@ class LoraRun:
 
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_lora(folder, self.source.pipeline_class, self.transformer, weights, self.about())
-
-    def _cut_log(self) -> None:
-        """Drop what the log says of steps that are done again."""
-        path = self.folder / LOG
-        if not path.is_file():
-            return
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] <= self.done]
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
 
     def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
         """Raise ConfigError where what was changed since a checkpoint would make it another run."""
@@ -487,6 +485,14 @@ def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:
 def change(config: Config, **sections: Mapping[str, Any]) -> Config:
     """A configuration with some keys changed: `change(config, train={"steps": 10})`."""
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinite where the line is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def quantile_text(losses: Mapping[float, float]) -> str:
