@@ -29,7 +29,7 @@ import re
 import sys
 from pathlib import Path
 
-from videosparse.generation.errors import GenerationError
+from videosparse.generation.errors import GenerationError, told
 from videosparse.training.clips import Size, find_clips, synthetic_clips
 from videosparse.training.config import ConfigError
 from videosparse.training.encoding import prepare
@@ -43,6 +43,9 @@ def main() -> int:
         done = prepare(clips, args.output, args.model, sizes, fps=args.fps, device=args.device, report=show)
     except GenerationError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        print(f"Error: {told(error)}; once that is mended, call it again: it adds what is missing.", file=sys.stderr)
         return 2
     print(f"{args.output}: {done.encoded} clips encoded, {done.present} were there, {len(done.skipped)} skipped")
     for name, reason in done.skipped:

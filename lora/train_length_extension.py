@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from videosparse.generation.errors import GenerationError
+from videosparse.generation.errors import GenerationError, told
 from videosparse.generation.output import check_writable
 from videosparse.training.adapters import FORMATS, to_comfy
 from videosparse.training.clips import Size, synthetic_clips
@@ -50,6 +50,10 @@ def main() -> int:
         return train(load_config(args.config, args.set), args)
     except GenerationError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        print(f"Error: {told(error)}; once that is mended, --resume goes on from the newest checkpoint.",
+              file=sys.stderr)  # fmt: skip
         return 2
 
 

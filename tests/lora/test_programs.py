@@ -1,5 +1,6 @@
 """The programs under `lora/`, as they are called: data, training, stopping, going on, and a video from the result."""
 
+import errno
 import importlib.util
 import json
 import signal
@@ -232,3 +233,23 @@ def test_preparing_needs_a_folder_that_can_be_written(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert program("prepare_dataset").main() == 2
     assert "is not a folder; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("train_length_extension", "--resume goes on from the newest checkpoint."),
+        ("prepare_dataset", "call it again: it adds what is missing."),
+    ],
+)
+def test_a_full_disk_is_one_line(name, advice, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/file")
+
+    module = program(name)
+    monkeypatch.setattr(module, {"prepare_dataset": "prepare"}.get(name, "train"), full)
+    argv = ["--synthetic", "1", "--frames", "9", "--size", "64x64", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [name, *(argv if name == "prepare_dataset" else arguments(tmp_path))])
+    assert module.main() == 2
+    said = f"Error: [Errno {errno.ENOSPC}] No space left on device: 'out/file'; once that is mended, {advice}\n"
+    assert capsys.readouterr().err == said

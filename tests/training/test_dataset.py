@@ -1,5 +1,6 @@
 """Data sets: found, encoded once, added to, and read back as the pipeline would make them."""
 
+import errno
 import json
 
 import pytest
@@ -236,3 +237,19 @@ def test_what_cannot_be_a_data_set(tmp_path, wan_folder):
     next((tmp_path / "data").glob("9x*.safetensors")).write_bytes(b"no")
     with pytest.raises(ConfigError, match="is damaged"):
         Dataset(tmp_path / "data")
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(wan_folder, tmp_path, monkeypatch):
+    encode(synthetic_clips(1), tmp_path / "data", wan_folder)
+    before = sorted(path.name for path in (tmp_path / "data").iterdir())
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in ("dataset", "encoding"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"videosparse.training.{module}.write_tensors", full)
+            with pytest.raises(OSError, match=r"No space left on device: '.*/data/.*safetensors'"):
+                encode(synthetic_clips(2), tmp_path / "data", wan_folder)
+        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == before

@@ -1,6 +1,12 @@
 """Going on from a checkpoint: what the log keeps, and what is no run to go on with."""
 
+import errno
 import json
+
+import pytest
+from safetensors import SafetensorError
+
+from videosparse.training import checkpoint
 
 LOSS = '{"step": %d, "loss": 1.0}\n'
 
@@ -37,3 +43,29 @@ def test_the_log_of_a_run_that_begins_again_is_empty(lora_run):
     run.cut_log()
     run.log({"loss": float("nan")})
     assert (run.folder / "log.jsonl").read_text() == '{"step": 0, "loss": null}\n', "JSON knows no NaN"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(lora_run, monkeypatch):
+    run = saved(lora_run())
+    run.train_step()
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_too(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/checkpoints/step-000002'"):
+            run.save()
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers.WanPipeline.save_lora_weights", full_too)
+        with pytest.raises(OSError, match=r"No space left on device .os error 28.: '.*/step-000002'"):
+            run.save()
+        with pytest.raises(OSError, match=r"No space left .*/run/pytorch_lora_weights.safetensors'"):
+            run.export()
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-000001"]
+    assert [path.name for path in run.folder.iterdir()] == ["checkpoints"]
+    assert lora_run().resume() == 1

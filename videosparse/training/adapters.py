@@ -6,6 +6,7 @@ target modules come back, and beside it an entry `videosparse` that says what th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from videosparse.files import write_tensors
+from videosparse.files import naming, write_tensors
+from videosparse.files import whole as whole_file
+from videosparse.generation.errors import one_line
 from videosparse.generation.lora import ABOUT_KEY, NORMS_FILE, WEIGHTS_FILE
 from videosparse.training.config import ConfigError, LoraConfig
 from videosparse.training.families import TrainingFamily
@@ -73,6 +77,9 @@ def save_lora(
         transformer: that has the adapters.
         weights: by name of its parameters, as `trained` gives them.
         about: what the LoRA is for, as JSON values.
+
+    Raises:
+        OSError: it cannot be written.
     """
     import diffusers
 
@@ -81,10 +88,13 @@ def save_lora(
         n.replace(f".{ADAPTER}.", "."): w.detach().cpu().contiguous() for n, w in weights.items() if ".lora_" in n
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
-        getattr(diffusers, pipeline_class).save_lora_weights(
-            place, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
-        )
+    with naming(folder / WEIGHTS_FILE), tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
+        try:
+            getattr(diffusers, pipeline_class).save_lora_weights(
+                place, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
+            )
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(errno.EIO, one_line(error), str(folder / WEIGHTS_FILE)) from error
         written = Path(place) / WEIGHTS_FILE
         header = {**_header(written), ABOUT_KEY: json.dumps(dict(about))}
         part = Path(place) / "with-metadata.safetensors"
@@ -159,9 +169,8 @@ def to_comfy(file: Path, output: Path) -> None:
         stem = f"diffusion_model.{match[1]}.self_attn.{places[match[2]]}"
         tensors[f"{stem}.lora_{'down' if match[3] == 'A' else 'up'}.weight"] = value
         tensors[f"{stem}.alpha"] = torch.tensor(alpha)
-    part = output.with_name(output.name + ".part")
-    write_tensors(tensors, part, metadata={"format": "pt", ABOUT_KEY: header[ABOUT_KEY]})
-    os.replace(part, output)
+    with whole_file(output) as part:
+        write_tensors(tensors, part, metadata={"format": "pt", ABOUT_KEY: header[ABOUT_KEY]})
 
 
 def _header(path: Path) -> dict[str, str]:

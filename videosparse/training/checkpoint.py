@@ -50,19 +50,28 @@ def write_checkpoint(
         state: JSON values.
         keep: checkpoints that stay.
         more: called with the folder while it is not visible yet, to write more files.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
     """
     target = folder / FOLDER / f"step-{step:06d}"
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, values in tensors.items():
-        if values:
-            write_tensors({key: value.contiguous() for key, value in values.items()}, part / name)
-    if more is not None:
-        more(part)
-    (part / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)  # of a run that went past this step before
-    os.replace(part, target)
+    try:
+        part.mkdir(parents=True)
+        for name, values in tensors.items():
+            if values:
+                write_tensors({key: value.contiguous() for key, value in values.items()}, part / name)
+        if more is not None:
+            more(part)
+        (part / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)  # of a run that went past this step before
+        os.replace(part, target)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.filename = str(target)  # the part is gone
+        raise
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target

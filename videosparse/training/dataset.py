@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from videosparse.files import write_tensors
+from videosparse.files import whole, write_tensors
 from videosparse.training.clips import Size
 from videosparse.training.config import ConfigError
 from videosparse.training.families import Text
@@ -50,7 +49,11 @@ class Bucket:
 def write_shard(
     folder: Path, size: Size, clips: Iterable[tuple[str, str, str, Tensor, Text]], dtype: torch.dtype
 ) -> Path:
-    """Write clips (key, name, caption, latents [C, T, h, w], text) as one shard, named by its content."""
+    """Write clips (key, name, caption, latents [C, T, h, w], text) as one shard, named by its content.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
     tensors: dict[str, Tensor] = {}
     header: list[dict[str, str]] = []
     for key, name, caption, latents, text in clips:
@@ -59,9 +62,8 @@ def write_shard(
         header.append({"key": key, "name": name, "caption": caption})
     digest = hashlib.sha256("".join(sorted(entry["key"] for entry in header)).encode()).hexdigest()[:16]
     path = folder / f"{size}-{digest}.safetensors"
-    part = path.with_suffix(".part")
-    write_tensors(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
-    os.replace(part, path)
+    with whole(path) as part:
+        write_tensors(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
     return path
 
 

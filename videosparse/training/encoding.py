@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videosparse.files import write_json, write_tensors
+from videosparse.files import whole, write_json, write_tensors, write_text
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import one_line
 from videosparse.generation.latents import prepare_vae
@@ -74,6 +73,7 @@ def prepare(
         ConfigError: a size that the model cannot take, a rate that is none, or a data set of another model or rate in
             that folder.
         GenerationError: no such model, one that needs more than a prompt, or a folder that cannot be written.
+        OSError: the disk is full; what is there stays, and another call adds the rest.
     """
     source = find_model(model)
     check_text_to_video(source)
@@ -226,9 +226,8 @@ def _is_local(source: ModelSource) -> bool:
 
 
 def _write_empty(folder: Path, text: Text) -> None:
-    part = folder / f"{EMPTY}.part"
-    write_tensors(packed(text, torch.bfloat16), part)
-    os.replace(part, folder / EMPTY)
+    with whole(folder / EMPTY) as part:
+        write_tensors(packed(text, torch.bfloat16), part)
 
 
 def _write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
@@ -236,7 +235,5 @@ def _write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
     if not skipped:
         path.unlink(missing_ok=True)
         return
-    part = path.with_suffix(".part")
     lines = [json.dumps({"video": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped]
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "\n".join(lines) + "\n")
