@@ -84,6 +84,8 @@ def train(config: Config, args: argparse.Namespace) -> int:
     first = validate(run, "before") if begun == 0 else {}
     if videos and begun == 0:
         videos.make()
+    if run.pending:
+        look(run, videos)
     clock = Clock(run)
     for step in run.remaining():
         try:
@@ -93,14 +95,10 @@ def train(config: Config, args: argparse.Namespace) -> int:
             raise GenerationError(f"{error} The state before is in {run.folder}/checkpoints.") from None
         clock.tell(result)
         if asked_to_stop(engine):
-            say(f"Stopped after step {run.done}: {run.save()} is written; --resume goes on from there.")
+            say(f"Stopped after step {run.done}: {run.save(pending=True)} is written; --resume goes on from there.")
             engine.end_training()
             return 128 + (stopped_by or signal.SIGTERM)  # of a rank that was told by another
-        every, video_every = config.validate.every, config.validate.video_every
-        if every and run.done % every == 0 and run.done < config.train.steps:
-            validate(run, f"step {run.done}")
-        if videos and video_every and run.done % video_every == 0 and run.done < config.train.steps:
-            videos.make()
+        look(run, videos)
         if run.done % config.output.save_every == 0 or step + 1 == config.train.steps:
             run.save()
 
@@ -115,6 +113,17 @@ def train(config: Config, args: argparse.Namespace) -> int:
     say(f'LoRA in {folder}; try: videosparse generate "PROMPT" --lora {folder}')
     engine.end_training()
     return 0
+
+
+def look(run: LoraRun, videos: Validation | None) -> None:
+    """The held-out loss and the videos that are due after a step; the last step has its own."""
+    every, video_every = run.config.validate.every, run.config.validate.video_every
+    if run.done == run.config.train.steps:
+        return
+    if every and run.done % every == 0:
+        validate(run, f"step {run.done}")
+    if videos and video_every and run.done % video_every == 0:
+        videos.make()
 
 
 def validate(run: LoraRun, when: str) -> dict[int, float]:

@@ -129,6 +129,11 @@ class Dataset:
     def __deepcopy__(self, memo: dict[int, object]) -> Dataset:
         raise TypeError("A data set holds open files; open it again.")
 
+    def fingerprint(self) -> str:
+        """Hash of which clips are trained and which are held out, whatever their order and their shards."""
+        kept = [sorted(e.key for b in buckets for e in b.entries) for buckets in (self.train, self.held)]
+        return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+
     def of_length(self, buckets: list[Bucket], frames: int) -> list[Bucket]:
         """The buckets of clips of `frames` pixel frames, else of the next longer ones, whose beginning serves.
 

@@ -161,7 +161,7 @@ class LoraRun:
         self.transformer = accelerator.unwrap_model(self.model)  # sharding replaces it in place
         self.parameters = trained(self.transformer)
         self.average = Average(self.parameters, train.ema) if train.ema else None
-        self.done = 0
+        self.done, self.pending = 0, False
         self._densities: dict[int, float] = {}
         reset_peak_memory(accelerator.device)
 
@@ -308,8 +308,15 @@ class LoraRun:
 
     # what is kept
 
-    def save(self) -> Path:
-        """Write a checkpoint, whose folder also is a LoRA; all processes must call."""
+    def save(self, pending: bool = False) -> Path:
+        """Write a checkpoint, whose folder also is a LoRA; all processes must call.
+
+        Args:
+            pending: whether what is due after this step (validation) is left to the run that goes on from here.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
         tensors = {
             checkpoint.WEIGHTS: {name: whole(p) for name, p in self.parameters.items()},
             checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(self.optimizer, self.parameters),
@@ -319,7 +326,10 @@ class LoraRun:
         path = self.folder / checkpoint.FOLDER / f"step-{self.done:06d}"
         if self.accelerator.is_main_process:
             weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
-            state = {"config": self.config.as_dict(), "samples": self.sampler.in_step}
+            state = {
+                "config": self.config.as_dict(), "samples": self.sampler.in_step, "clips": self.data.fingerprint(),
+                "pending": pending,
+            }  # fmt: skip
             path = checkpoint.write_checkpoint(
                 self.folder, self.done, tensors, state, self.config.output.keep, lambda part: self._write(part, weights)
             )
@@ -330,26 +340,20 @@ class LoraRun:
         """Go on from the newest checkpoint, if there is one; returns the step. `cut_log` is to follow.
 
         Raises:
-            ConfigError: the checkpoint is damaged or does not fit.
+            ConfigError: the checkpoint is damaged, is beyond the last step, or is of another run.
         """
         found = checkpoint.checkpoints(self.folder)
         if not found:
             return 0
         tensors, state = checkpoint.read_checkpoint(found[-1])
-        self._check_same(state["config"], found[-1])
-        samples = state.get("samples", self.sampler.in_step)
-        if samples != self.sampler.in_step:
-            raise ConfigError(
-                f"A step had {samples} samples in {found[-1]} and has {self.sampler.in_step} now; start as many "
-                "processes as before, or choose another output.folder."
-            )
+        self._check_same(state, found[-1])
         drop_gathered(self.transformer)
         load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
         checkpoint.load_optimizer(self.optimizer, self.parameters, tensors.get(checkpoint.OPTIMIZER, {}))
         if self.average is not None:
             for name, value in tensors[checkpoint.EMA].items():
                 copy_into(self.average.values[name], value, name)
-        self.done = int(state["step"])
+        self.done, self.pending = state["step"], bool(state.get("pending"))
         return self.done
 
     def export(self, folder: Path | None = None) -> Path:
@@ -412,8 +416,28 @@ class LoraRun:
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_lora(folder, self.source.pipeline_class, self.transformer, weights, self.about())
 
-    def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
+    def _check_same(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise ConfigError where what was changed since a checkpoint would make it another run."""
+        self._check_same_config(state["config"], path)
+        samples = state.get("samples", self.sampler.in_step)
+        if samples != self.sampler.in_step:
+            raise ConfigError(
+                f"A step had {samples} samples in {path} and has {self.sampler.in_step} now; start as many "
+                "processes as before, or choose another output.folder."
+            )
+        now = self.data.fingerprint()
+        if state.get("clips", now) != now:
+            raise ConfigError(
+                f"{self.config.data.path} has other clips than it had in {path}, so that others would be held out; "
+                "give it back its clips, or choose another output.folder."
+            )
+        if state["step"] > self.config.train.steps:
+            raise ConfigError(
+                f"{path} has {state['step']} steps behind it, and train.steps is {self.config.train.steps}; raise it, "
+                "or take the LoRA that is in that folder."
+            )
+
+    def _check_same_config(self, before: Mapping[str, Any], path: Path) -> None:
         now = json.loads(json.dumps(self.config.as_dict()))
         defaults = {name: json.loads(json.dumps(default)) for name, default, _ in describe()}
         free = {"train": ("steps",), "output": None, "validate": None}
