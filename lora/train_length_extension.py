@@ -24,15 +24,17 @@ import argparse
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from videosparse.generation.errors import GenerationError, told
 from videosparse.generation.output import check_writable
-from videosparse.training.adapters import FORMATS, to_comfy
+from videosparse.training.adapters import FORMATS, comfy_names, to_comfy
 from videosparse.training.clips import Size, synthetic_clips
-from videosparse.training.config import Config, describe, load_config
+from videosparse.training.config import Config, ConfigError, describe, load_config
+from videosparse.training.dataset import shards
 from videosparse.training.encoding import prepare
 from videosparse.training.run import Diverged, LoraRun, StepResult, make_accelerator, mean_of, quantile_text
 from videosparse.training.validation import Validation
@@ -69,6 +71,8 @@ def train(config: Config, args: argparse.Namespace) -> int:
             if engine.is_main_process:
                 render_clips(config, str(engine.device))
     run = LoraRun(config, engine)
+    if args.format == "comfy":
+        comfy_names(run.about(), run.parameters)  # what it cannot hold is known before anything is trained
     begun = run.resume() if args.resume else 0
     run.cut_log()
     say = engine.print
@@ -143,20 +147,38 @@ def render_clips(config: Config, device: str) -> None:
     """The data set of a synthetic recipe: clips of its longest length, which serve the others, too.
 
     One that is there stays as it is, unless its encoding was interrupted.
+
+    Raises:
+        ConfigError: what is there is of another size or number.
     """
     folder = Path(config.data.path)
     begun = folder / "unfinished"
+    size = Size(max(config.train.frames), config.data.height, config.data.width)
     if (folder / "dataset.json").is_file() and not begun.is_file():
+        check_clips(folder, size, config.data.synthetic)
         return
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begun.touch()
-    size = Size(max(config.train.frames), config.data.height, config.data.width)
     print(f"encoding {config.data.synthetic} synthetic clips of {size}", flush=True)
     clips = synthetic_clips(config.data.synthetic)
     names = ("train.frames", "data.height", "data.width", "data.fps")
     prepare(clips, folder, config.model.path, [size], fps=config.data.fps or None, names=names, device=device)
     begun.unlink()
+
+
+def check_clips(folder: Path, size: Size, count: int) -> None:
+    """Raise ConfigError where a data set that is there has not the clips that a recipe would make, or longer ones."""
+    found = Counter()
+    for _, there, clips in shards(folder):
+        found[there] += len(clips)
+    fits = [s for s in found if (s.height, s.width) == (size.height, size.width) and s.frames >= size.frames]
+    if count not in [found[there] for there in fits]:
+        has = " and ".join(f"{number} of {there}" for there, number in found.items()) or "none"
+        raise ConfigError(
+            f"The recipe asks for {count} synthetic clips of {size}, and {folder} has {has}; choose another data.path, "
+            "or data.synthetic = 0 to train on what is there."
+        )
 
 
 class Clock:

@@ -69,6 +69,7 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
     from videosparse.training.config import load_config
 
     train, calls = program("train_length_extension"), []
+    monkeypatch.setattr(train, "check_clips", lambda *_: None)
 
     def prepare(clips, folder, *_, **__):
         calls.append(len(clips))
@@ -85,6 +86,35 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
         train.render_clips(config, "cpu")
     assert calls == [4, 4], "once more, and not again when it is whole"
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.parametrize(
+    ("height", "has", "fits"),
+    [
+        (32, [(4, 17)], True),
+        (32, [(4, 33)], True),
+        (32, [(4, 9)], False),
+        (32, [(5, 17)], False),
+        (48, [(4, 17)], False),
+    ],
+)
+def test_synthetic_clips_that_are_there_must_be_those_of_the_recipe(tmp_path, height, has, fits):
+    import torch
+
+    from videosparse.training.clips import Size
+    from videosparse.training.dataset import write_shard
+
+    for count, frames in has:
+        clips = [(f"{n}", f"{n}", "", torch.zeros(1, 1, 1, 1), {}) for n in range(count)]
+        write_shard(tmp_path, Size(frames, height, 32), clips, torch.float32)
+    train = program("train_length_extension")
+    if fits:
+        train.check_clips(tmp_path, Size(17, 32, 32), 4)
+        return
+    (count, frames) = has[0]
+    message = rf"asks for 4 .*17x32x32, and {tmp_path} has {count} of {frames}x{height}x32; choose another data.path"
+    with pytest.raises(train.ConfigError, match=message):
+        train.check_clips(tmp_path, Size(17, 32, 32), 4)
 
 
 @pytest.mark.slow

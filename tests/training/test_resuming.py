@@ -1,12 +1,9 @@
 """Going on from a checkpoint: what the log keeps, and what is no run to go on with."""
 
-import argparse
 import errno
-import importlib.util
 import json
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import lora_runs
@@ -33,22 +30,6 @@ def saved(run, count=1):
 def logged(folder, key="loss"):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if key in line]
-
-
-@pytest.fixture
-def program(monkeypatch):
-    """`program(config, resume, format)` trains as `lora/train_length_extension.py` does; `.module` is that program."""
-    path = Path(__file__).parents[2] / "lora" / "train_length_extension.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def train(config, resume=False, format="diffusers"):
-        return module.train(config, argparse.Namespace(resume=resume, format=format, device="cpu"))
-
-    train.module = module
-    return train
 
 
 def test_a_log_that_a_full_disk_cut_short_is_mended(lora_run):
