@@ -21,7 +21,7 @@ used, the exit code is 1.
 
 from __future__ import annotations
 
-from videosparse.program import run_program
+from videosparse.program import quiet_loading, run_program
 
 import argparse
 import itertools
@@ -37,6 +37,7 @@ from videosparse.training.encoding import prepare
 
 def main() -> int:
     args = arguments()
+    quiet_loading()
     try:
         sizes = sizes_of(args.frames, args.size)
         clips = find_clips(args.videos) if args.videos else synthetic_clips(args.synthetic, args.seed)

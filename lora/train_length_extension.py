@@ -18,7 +18,7 @@ which takes the length, the shift, and the options and schedule of the method fr
 
 from __future__ import annotations
 
-from videosparse.program import run_program
+from videosparse.program import quiet_loading, run_program
 
 import argparse
 import signal
@@ -48,6 +48,7 @@ def main() -> int:
         for name, default, doc in describe():
             print(f"{name} = {default!r}\n    {doc}")
         return 0
+    quiet_loading()
     try:
         return train(load_config(args.config, args.set), args)
     except GenerationError as error:

@@ -237,6 +237,11 @@ def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
 
 
 def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_progress_bar()
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     (tmp_path / "bad.txt").write_text("bad")
     argv = ["prepare", "--videos", str(tmp_path), "--frames", "9", "--size", "64x64", "--output", str(tmp_path / "d")]
@@ -245,8 +250,8 @@ def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
     assert program("prepare_dataset").main() == 1
     said = capsys.readouterr()
     assert "bad.mp4 cannot be decoded" in said.out
-    told = said.err.splitlines()[-1]  # after the bars of what was loaded
-    assert told.startswith(f"Error: none of 1 clips could be used, and {tmp_path}/d has none to train on")
+    assert said.err.count("\n") == 1, "no bars of what was loaded"
+    assert said.err.startswith(f"Error: none of 1 clips could be used, and {tmp_path}/d has none to train on")
 
 
 def test_checkpoints_of_before_are_found_before_anything_is_made(monkeypatch, capsys, tmp_path):
