@@ -68,8 +68,8 @@ def test_from_nothing_to_a_video(tmp_path, monkeypatch, capsys):
 def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
     from videosparse.training.config import load_config
 
-    train, calls = program("train_length_extension"), []
-    monkeypatch.setattr(train, "check_clips", lambda *_: None)
+    train, calls, checked = program("train_length_extension"), [], []
+    monkeypatch.setattr(train, "check_clips", lambda folder, size, count: checked.append((str(size), count)))
 
     def prepare(clips, folder, *_, **__):
         calls.append(len(clips))
@@ -85,6 +85,7 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
     for _ in range(2):
         train.render_clips(config, "cpu")
     assert calls == [4, 4], "once more, and not again when it is whole"
+    assert checked == [("17x32x32", 4)]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["dataset.json"]
 
 

@@ -156,6 +156,8 @@ def test_what_was_due_at_a_stop_is_done_on_going_on(program, wan_folder, wan_dat
         more = {"train": train, "validate": validate, "output": {"save_every": 1}, "data_": {"holdout": 1}}
         return lora_runs.make_config(wan_folder, wan_data, tmp_path / "run", **more)
 
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(LOSS % 1)  # of a run that was killed before its first checkpoint
     program.module.stopped_by = signal.SIGTERM
     assert program(config(3)) == 143
     program.module.stopped_by = None
