@@ -21,7 +21,7 @@ used, the exit code is 1.
 
 from __future__ import annotations
 
-from videosparse.program import run_program
+from videosparse.program import quiet_loading, run_program
 
 import argparse
 import itertools
@@ -29,7 +29,7 @@ import re
 import sys
 from pathlib import Path
 
-from videosparse.generation.errors import GenerationError
+from videosparse.generation.errors import GenerationError, told
 from videosparse.training.clips import Size, find_clips, synthetic_clips
 from videosparse.training.config import ConfigError
 from videosparse.training.encoding import prepare
@@ -37,12 +37,16 @@ from videosparse.training.encoding import prepare
 
 def main() -> int:
     args = arguments()
+    quiet_loading()
     try:
         sizes = sizes_of(args.frames, args.size)
         clips = find_clips(args.videos) if args.videos else synthetic_clips(args.synthetic, args.seed)
         done = prepare(clips, args.output, args.model, sizes, fps=args.fps, device=args.device, report=show)
     except GenerationError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        print(f"Error: {told(error)}; once that is mended, call it again: it adds what is missing.", file=sys.stderr)
         return 2
     print(f"{args.output}: {done.encoded} clips encoded, {done.present} were there, {len(done.skipped)} skipped")
     for name, reason in done.skipped:

@@ -18,21 +18,23 @@ which takes the length, the shift, and the options and schedule of the method fr
 
 from __future__ import annotations
 
-from videosparse.program import run_program
+from videosparse.program import quiet_loading, run_program
 
 import argparse
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from videosparse.generation.errors import GenerationError
+from videosparse.generation.errors import GenerationError, told
 from videosparse.generation.output import check_writable
-from videosparse.training.adapters import FORMATS, to_comfy
+from videosparse.training.adapters import FORMATS, comfy_names, to_comfy
 from videosparse.training.clips import Size, synthetic_clips
-from videosparse.training.config import Config, describe, load_config
+from videosparse.training.config import Config, ConfigError, describe, load_config
+from videosparse.training.dataset import shards
 from videosparse.training.encoding import prepare
 from videosparse.training.run import Diverged, LoraRun, StepResult, make_accelerator, mean_of, quantile_text
 from videosparse.training.validation import Validation
@@ -46,10 +48,15 @@ def main() -> int:
         for name, default, doc in describe():
             print(f"{name} = {default!r}\n    {doc}")
         return 0
+    quiet_loading()
     try:
         return train(load_config(args.config, args.set), args)
     except GenerationError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        print(f"Error: {told(error)}; once that is mended, --resume goes on from the newest checkpoint.",
+              file=sys.stderr)  # fmt: skip
         return 2
 
 
@@ -65,7 +72,10 @@ def train(config: Config, args: argparse.Namespace) -> int:
             if engine.is_main_process:
                 render_clips(config, str(engine.device))
     run = LoraRun(config, engine)
+    if args.format == "comfy":
+        comfy_names(run.about(), run.parameters)  # what it cannot hold is known before anything is trained
     begun = run.resume() if args.resume else 0
+    run.cut_log()
     say = engine.print
     if args.resume and not begun:
         say(f"Note: {folder} has no checkpoint to resume; training starts at step 0.")
@@ -79,6 +89,8 @@ def train(config: Config, args: argparse.Namespace) -> int:
     first = validate(run, "before") if begun == 0 else {}
     if videos and begun == 0:
         videos.make()
+    if run.pending:
+        look(run, videos)
     clock = Clock(run)
     for step in run.remaining():
         try:
@@ -88,14 +100,10 @@ def train(config: Config, args: argparse.Namespace) -> int:
             raise GenerationError(f"{error} The state before is in {run.folder}/checkpoints.") from None
         clock.tell(result)
         if asked_to_stop(engine):
-            say(f"Stopped after step {run.done}: {run.save()} is written; --resume goes on from there.")
+            say(f"Stopped after step {run.done}: {run.save(pending=True)} is written; --resume goes on from there.")
             engine.end_training()
             return 128 + (stopped_by or signal.SIGTERM)  # of a rank that was told by another
-        every, video_every = config.validate.every, config.validate.video_every
-        if every and run.done % every == 0 and run.done < config.train.steps:
-            validate(run, f"step {run.done}")
-        if videos and video_every and run.done % video_every == 0 and run.done < config.train.steps:
-            videos.make()
+        look(run, videos)
         if run.done % config.output.save_every == 0 or step + 1 == config.train.steps:
             run.save()
 
@@ -110,6 +118,17 @@ def train(config: Config, args: argparse.Namespace) -> int:
     say(f'LoRA in {folder}; try: videosparse generate "PROMPT" --lora {folder}')
     engine.end_training()
     return 0
+
+
+def look(run: LoraRun, videos: Validation | None) -> None:
+    """The held-out loss and the videos that are due after a step; the last step has its own."""
+    every, video_every = run.config.validate.every, run.config.validate.video_every
+    if run.done == run.config.train.steps:
+        return
+    if every and run.done % every == 0:
+        validate(run, f"step {run.done}")
+    if videos and video_every and run.done % video_every == 0:
+        videos.make()
 
 
 def validate(run: LoraRun, when: str) -> dict[int, float]:
@@ -129,20 +148,38 @@ def render_clips(config: Config, device: str) -> None:
     """The data set of a synthetic recipe: clips of its longest length, which serve the others, too.
 
     One that is there stays as it is, unless its encoding was interrupted.
+
+    Raises:
+        ConfigError: what is there is of another size or number.
     """
     folder = Path(config.data.path)
     begun = folder / "unfinished"
+    size = Size(max(config.train.frames), config.data.height, config.data.width)
     if (folder / "dataset.json").is_file() and not begun.is_file():
+        check_clips(folder, size, config.data.synthetic)
         return
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begun.touch()
-    size = Size(max(config.train.frames), config.data.height, config.data.width)
     print(f"encoding {config.data.synthetic} synthetic clips of {size}", flush=True)
     clips = synthetic_clips(config.data.synthetic)
     names = ("train.frames", "data.height", "data.width", "data.fps")
     prepare(clips, folder, config.model.path, [size], fps=config.data.fps or None, names=names, device=device)
     begun.unlink()
+
+
+def check_clips(folder: Path, size: Size, count: int) -> None:
+    """Raise ConfigError where a data set that is there has not the clips that a recipe would make, or longer ones."""
+    found = Counter()
+    for _, there, clips in shards(folder):
+        found[there] += len(clips)
+    fits = [s for s in found if (s.height, s.width) == (size.height, size.width) and s.frames >= size.frames]
+    if count not in [found[there] for there in fits]:
+        has = " and ".join(f"{number} of {there}" for there, number in found.items()) or "none"
+        raise ConfigError(
+            f"The recipe asks for {count} synthetic clips of {size}, and {folder} has {has}; choose another data.path, "
+            "or data.synthetic = 0 to train on what is there."
+        )
 
 
 class Clock:

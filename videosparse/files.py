@@ -26,11 +26,21 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        yield part
-        part.replace(path)
-    except BaseException as error:
+        with naming(path):
+            yield part
+            part.replace(path)
+    except BaseException:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of a block that writes a file name it: a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
             error.filename = str(path)
         raise
 

@@ -1,11 +1,16 @@
-"""How programs end: `run_program`. Ctrl-C and what they refuse are one line; SIGTERM runs their clean-up code."""
+"""How programs end: `run_program`. Ctrl-C and what they refuse are one line; SIGTERM runs their clean-up code.
+
+`quiet_loading` leaves what they say to themselves.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -45,6 +50,17 @@ def run_program(
             raise SystemExit(2) from None
     if code:
         raise SystemExit(code)
+
+
+def quiet_loading() -> None:
+    """Hush what Diffusers and Transformers say while they load, in this process: their bars tear a program's lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # their deprecations are for us
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what is an error also comes as an exception
+        library.utils.logging.disable_progress_bar()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The programs under `lora/`, as they are called: data, training, stopping, going on, and a video from the result."""
 
+import errno
 import importlib.util
 import json
 import signal
@@ -67,7 +68,8 @@ def test_from_nothing_to_a_video(tmp_path, monkeypatch, capsys):
 def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
     from videosparse.training.config import load_config
 
-    train, calls = program("train_length_extension"), []
+    train, calls, checked = program("train_length_extension"), [], []
+    monkeypatch.setattr(train, "check_clips", lambda folder, size, count: checked.append((str(size), count)))
 
     def prepare(clips, folder, *_, **__):
         calls.append(len(clips))
@@ -83,7 +85,37 @@ def test_an_interrupted_synthetic_data_set_is_finished(tmp_path, monkeypatch):
     for _ in range(2):
         train.render_clips(config, "cpu")
     assert calls == [4, 4], "once more, and not again when it is whole"
+    assert checked == [("17x32x32", 4)]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.parametrize(
+    ("height", "has", "fits"),
+    [
+        (32, [(4, 17)], True),
+        (32, [(4, 33)], True),
+        (32, [(4, 9)], False),
+        (32, [(5, 17)], False),
+        (48, [(4, 17)], False),
+    ],
+)
+def test_synthetic_clips_that_are_there_must_be_those_of_the_recipe(tmp_path, height, has, fits):
+    import torch
+
+    from videosparse.training.clips import Size
+    from videosparse.training.dataset import write_shard
+
+    for count, frames in has:
+        clips = [(f"{n}", f"{n}", "", torch.zeros(1, 1, 1, 1), {}) for n in range(count)]
+        write_shard(tmp_path, Size(frames, height, 32), clips, torch.float32)
+    train = program("train_length_extension")
+    if fits:
+        train.check_clips(tmp_path, Size(17, 32, 32), 4)
+        return
+    (count, frames) = has[0]
+    message = rf"asks for 4 .*17x32x32, and {tmp_path} has {count} of {frames}x{height}x32; choose another data.path"
+    with pytest.raises(train.ConfigError, match=message):
+        train.check_clips(tmp_path, Size(17, 32, 32), 4)
 
 
 @pytest.mark.slow
@@ -206,6 +238,11 @@ def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
 
 
 def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_progress_bar()
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     (tmp_path / "bad.txt").write_text("bad")
     argv = ["prepare", "--videos", str(tmp_path), "--frames", "9", "--size", "64x64", "--output", str(tmp_path / "d")]
@@ -214,8 +251,8 @@ def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
     assert program("prepare_dataset").main() == 1
     said = capsys.readouterr()
     assert "bad.mp4 cannot be decoded" in said.out
-    told = said.err.splitlines()[-1]  # after the bars of what was loaded
-    assert told.startswith(f"Error: none of 1 clips could be used, and {tmp_path}/d has none to train on")
+    assert said.err.count("\n") == 1, "no bars of what was loaded"
+    assert said.err.startswith(f"Error: none of 1 clips could be used, and {tmp_path}/d has none to train on")
 
 
 def test_checkpoints_of_before_are_found_before_anything_is_made(monkeypatch, capsys, tmp_path):
@@ -232,3 +269,23 @@ def test_preparing_needs_a_folder_that_can_be_written(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert program("prepare_dataset").main() == 2
     assert "is not a folder; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("train_length_extension", "--resume goes on from the newest checkpoint."),
+        ("prepare_dataset", "call it again: it adds what is missing."),
+    ],
+)
+def test_a_full_disk_is_one_line(name, advice, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/file")
+
+    module = program(name)
+    monkeypatch.setattr(module, {"prepare_dataset": "prepare"}.get(name, "train"), full)
+    argv = ["--synthetic", "1", "--frames", "9", "--size", "64x64", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [name, *(argv if name == "prepare_dataset" else arguments(tmp_path))])
+    assert module.main() == 2
+    said = f"Error: [Errno {errno.ENOSPC}] No space left on device: 'out/file'; once that is mended, {advice}\n"
+    assert capsys.readouterr().err == said

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -69,3 +72,19 @@ def lora_run(wan_folder, wan_data, tmp_path):
 
     yield make
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """`program(config, resume, format)` trains as `lora/train_length_extension.py` does; `.module` is that program."""
+    path = Path(__file__).parents[2] / "lora" / "train_length_extension.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def train(config, resume=False, format="diffusers"):
+        return module.train(config, argparse.Namespace(resume=resume, format=format, device="cpu"))
+
+    train.module = module
+    return train

@@ -1,12 +1,17 @@
 """Data sets: found, encoded once, added to, and read back as the pipeline would make them."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from videosparse.generation.sources import find_model
 from videosparse.generation.video import write_mp4
+from videosparse.training import encoding
 from videosparse.training.clips import (
     BrokenClip,
     ClipSource,
@@ -17,7 +22,7 @@ from videosparse.training.clips import (
     synthetic_clips,
 )
 from videosparse.training.config import ConfigError
-from videosparse.training.dataset import Dataset, packed, unpacked
+from videosparse.training.dataset import FORMAT, Dataset, packed, read_about, shards, unpacked, write_shard
 from videosparse.training.encoding import load_parts, prepare
 from videosparse.training.families import TRAINING_FAMILIES
 
@@ -236,3 +241,94 @@ def test_what_cannot_be_a_data_set(tmp_path, wan_folder):
     next((tmp_path / "data").glob("9x*.safetensors")).write_bytes(b"no")
     with pytest.raises(ConfigError, match="is damaged"):
         Dataset(tmp_path / "data")
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(wan_folder, tmp_path, monkeypatch):
+    encode(synthetic_clips(1), tmp_path / "data", wan_folder)
+    before = sorted(path.name for path in (tmp_path / "data").iterdir())
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in ("dataset", "encoding"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"videosparse.training.{module}.write_tensors", full)
+            with pytest.raises(OSError, match=r"No space left on device: '.*/data/.*safetensors'"):
+                encode(synthetic_clips(2), tmp_path / "data", wan_folder)
+        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == before
+
+
+def test_a_video_whose_name_is_no_text_is_listed_and_never_fatal(wan_folder, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for ending, content in (("mp4", b"no video"), ("txt", b"a caption")):
+        (Path(os.fsdecode(bytes(folder))) / os.fsdecode(b"c\xff." + ending.encode())).write_bytes(content)
+    (name,) = [clip.name for clip in find_clips(folder)]
+    done = encode(find_clips(folder), tmp_path / "data", wan_folder)
+    ((skipped, reason),) = done.skipped
+    assert skipped == name == "c\\udcff.mp4"
+    reason.encode()
+    (line,) = (tmp_path / "data" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == {"video": name, "reason": reason}
+    (tmp_path / "videos" / "metadata.jsonl").write_text('{"video": "d\\udcff.mp4", "caption": "\\udcff"}')
+    assert [(clip.name, clip.caption) for clip in find_clips(folder)] == [(r"d\udcff.mp4", r"\udcff")]
+
+
+def test_values_that_are_no_numbers_name_their_clip(wan_folder, tmp_path, monkeypatch):
+    clips = synthetic_clips(3)
+    video = encoding._Encoder.video
+    calls = []
+
+    def broken(self, values):
+        calls.append(values)
+        return video(self, values * torch.nan if len(calls) == 2 else values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding._Encoder, "video", broken)
+        done = encode(clips, tmp_path / "data", wan_folder)
+    assert done.skipped == (("synthetic-0-1", "is encoded as NaN or infinity"),)
+    data = Dataset(tmp_path / "data")
+    (bucket,) = data.train
+    assert all(data.read(entry, 9)[0].isfinite().all() for entry in bucket.entries)
+
+    nan = [("key", "clip 7", "a caption", torch.full((16, 3, 4, 4), torch.nan), {})]
+    write_shard(tmp_path / "data", SIZE, nan, torch.float32)
+    data = Dataset(tmp_path / "data")
+    entry = next(entry for entry in data.train[0].entries if entry.key == "key")
+    with pytest.raises(ConfigError, match=r"clip 7 in .*/9x32x32-.*safetensors has values that are NaN .*delete"):
+        data.read(entry, 9)
+
+    def no_numbers(self, pipe, texts, length):
+        return {"encoder_hidden_states": torch.full((1, 2, 3), torch.nan)}
+
+    monkeypatch.setattr(type(TRAINING_FAMILIES["wan"]), "encode_text", no_numbers)
+    with pytest.raises(ConfigError, match=r"text encoder of .* gives NaN or infinity for the caption ''; look at its"):
+        encode(clips, tmp_path / "other", wan_folder)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"time_stride": None}, "time_stride must be a number .got None.; delete it and prepare the data set again"),
+        ({"fps": "16"}, "fps must be a number .got '16'."),
+        ({"model": 1}, "model must be text .got 1."),
+    ],
+)
+def test_descriptions_that_are_damaged(tmp_path, changed, message):
+    about = {"format": FORMAT, "model": "m", "family": "wan", "time_stride": 4, "fps": 16.0}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    assert read_about(tmp_path) == about
+    (tmp_path / "dataset.json").write_text(json.dumps(about | changed))
+    with pytest.raises(ConfigError, match=rf"dataset.json is damaged: {message}"):
+        read_about(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "clips"), [("9x32", "[]"), ("9xAx32", "[]"), *(("9x32x32", bad) for bad in ("no", "[1]", '[{"key": 1}]'))]
+)
+def test_headers_of_shards_that_are_damaged(tmp_path, size, clips):
+    save_file({"x": torch.zeros(1)}, tmp_path / "9.safetensors", metadata={"size": size, "clips": clips})
+    with pytest.raises(ConfigError, match=r"9.safetensors is damaged .*; delete it and prepare the data set again"):
+        list(shards(tmp_path))

@@ -322,6 +322,34 @@ def test_the_original_layout_loads_as_the_same_lora(lora_run):
     torch.testing.assert_close(*outs, rtol=0, atol=1e-6)
 
 
+def test_the_original_layout_goes_by_the_lora_and_not_by_its_folder(lora_run):
+    file = lora_run(lora={"norms": True}).export() / "pytorch_lora_weights.safetensors"
+    norms = file.with_name("qk_norms.safetensors")
+    with pytest.raises(ConfigError, match=r"comfy cannot hold trained norms"):
+        to_comfy(file, file.with_name("comfy.safetensors"))
+    stale = norms.read_bytes()
+    lora_run().export()
+    assert not norms.exists(), "these weights have no norms"
+    norms.write_bytes(stale)
+    to_comfy(file, file.with_name("comfy.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"norms": True}, "comfy cannot hold trained norms"),
+        ({"target": r"blocks\.\d+\.attn2\.to_q"}, r"comfy knows self-attentions of Wan only .got blocks.0.attn2.to_q"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_told_before_the_first_step(program, lora_run, monkeypatch, lora, message):
+    from videosparse.training.run import LoraRun
+
+    run = lora_run(lora=lora)
+    monkeypatch.setattr(LoraRun, "train_step", lambda self: pytest.fail("a step was trained"))
+    with pytest.raises(ConfigError, match=message):
+        program(run.config, format="comfy")
+
+
 def test_held_out_losses_are_the_same_every_time_and_fall(lora_run):
     run = lora_run(train={"steps": 30, "batch_size": 2}, data_={"caption_dropout": 0.0})
     first = run.held_out(17)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from videosparse.program import quiet_loading
+
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -74,12 +76,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def _quiet_libraries() -> None:
     """Hush what libraries say on import and loading; our bars say what happens."""
     warnings.filterwarnings("ignore")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # what is an error also comes as an exception
-        library.utils.logging.disable_progress_bar()
+    quiet_loading()
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 

@@ -6,19 +6,23 @@ target modules come back, and beside it an entry `videosparse` that says what th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from videosparse.files import write_tensors
+from videosparse.files import naming, write_tensors
+from videosparse.files import whole as whole_file
+from videosparse.generation.errors import one_line
 from videosparse.generation.lora import ABOUT_KEY, NORMS_FILE, WEIGHTS_FILE
 from videosparse.training.config import ConfigError, LoraConfig
 from videosparse.training.families import TrainingFamily
@@ -65,7 +69,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def save_lora(
     folder: Path, pipeline_class: str, transformer: Any, weights: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> Path:
-    """Write adapters as plain Diffusers reads them, and trained norms in a file of their own.
+    """Write adapters as plain Diffusers reads them, and trained norms in a file of their own, which others lose.
 
     Args:
         folder: made if missing; files appear whole or not at all.
@@ -73,6 +77,9 @@ def save_lora(
         transformer: that has the adapters.
         weights: by name of its parameters, as `trained` gives them.
         about: what the LoRA is for, as JSON values.
+
+    Raises:
+        OSError: it cannot be written.
     """
     import diffusers
 
@@ -81,10 +88,13 @@ def save_lora(
         n.replace(f".{ADAPTER}.", "."): w.detach().cpu().contiguous() for n, w in weights.items() if ".lora_" in n
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
-        getattr(diffusers, pipeline_class).save_lora_weights(
-            place, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
-        )
+    with naming(folder / WEIGHTS_FILE), tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:
+        try:
+            getattr(diffusers, pipeline_class).save_lora_weights(
+                place, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
+            )
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(errno.EIO, one_line(error), str(folder / WEIGHTS_FILE)) from error
         written = Path(place) / WEIGHTS_FILE
         header = {**_header(written), ABOUT_KEY: json.dumps(dict(about))}
         part = Path(place) / "with-metadata.safetensors"
@@ -93,6 +103,8 @@ def save_lora(
         if norms:
             write_tensors(norms, Path(place) / NORMS_FILE)
             os.replace(Path(place) / NORMS_FILE, folder / NORMS_FILE)
+        else:
+            (folder / NORMS_FILE).unlink(missing_ok=True)  # of another training
         os.replace(part, folder / WEIGHTS_FILE)
     return folder / WEIGHTS_FILE
 
@@ -132,6 +144,35 @@ def copy_into(tensor: Tensor, value: Tensor, name: str = "tensor") -> None:
     tensor.detach().copy_(distribute_tensor(value.to(mesh.device_type, tensor.dtype), mesh, placements))
 
 
+def comfy_names(about: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """What the original layout of Wan calls weights of adapters.
+
+    Args:
+        about: of the LoRA, as `save_lora` is given it.
+        names: of the weights, as `trained` gives them or as they are in the file, without "transformer.".
+
+    Raises:
+        ConfigError: as by `to_comfy`.
+    """
+    if about.get("family") != "wan":
+        raise ConfigError(
+            f"--format comfy is for Wan only (this LoRA is for {about.get('family', 'an unknown model')}); ComfyUI "
+            "reads the Diffusers layout of the others."
+        )
+    if about.get("norms"):
+        raise ConfigError("--format comfy cannot hold trained norms; train with lora.norms = false.")
+    places = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+    weight = re.compile(rf"(blocks\.\d+)\.attn1\.(to_[qkv]|to_out\.0)\.lora_([AB])(?:\.{ADAPTER})?\.weight")
+    found = []
+    for name in names:
+        match = weight.fullmatch(name)
+        if match is None:
+            raise ConfigError(f"--format comfy knows self-attentions of Wan only (got {name}); drop it.")
+        kind = "down" if match[3] == "A" else "up"
+        found.append(f"diffusion_model.{match[1]}.self_attn.{places[match[2]]}.lora_{kind}.weight")
+    return found
+
+
 def to_comfy(file: Path, output: Path) -> None:
     """Rewrite a Wan LoRA in the key layout of the original model, which ComfyUI reads (and Diffusers, too).
 
@@ -139,29 +180,18 @@ def to_comfy(file: Path, output: Path) -> None:
         ConfigError: another family, for whose original layout there is no reader that tells right from wrong, or
             trained norms, which that layout has no place for.
     """
-    header = _header(file)
-    about = json.loads(header.get(ABOUT_KEY, "{}"))
-    if about.get("family") != "wan":
-        raise ConfigError(
-            f"--format comfy is for Wan only (this LoRA is for {about.get('family', 'an unknown model')}); ComfyUI "
-            "reads the Diffusers layout of the others."
-        )
-    if (file.parent / NORMS_FILE).is_file():
-        raise ConfigError("--format comfy cannot hold trained norms; train with lora.norms = false.")
+    header, weights = _header(file), load_file(file)
+    named = comfy_names(
+        json.loads(header.get(ABOUT_KEY, "{}")), [name.removeprefix("transformer.") for name in weights]
+    )
     peft = json.loads(header["lora_adapter_metadata"])
     alpha = float(peft["transformer.lora_alpha"])
-    places = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
     tensors: dict[str, Tensor] = {}
-    for name, value in load_file(file).items():
-        match = re.fullmatch(r"transformer\.(blocks\.\d+)\.attn1\.(to_[qkv]|to_out\.0)\.lora_([AB])\.weight", name)
-        if match is None:
-            raise ConfigError(f"--format comfy knows self-attentions of Wan only (got {name}); drop it.")
-        stem = f"diffusion_model.{match[1]}.self_attn.{places[match[2]]}"
-        tensors[f"{stem}.lora_{'down' if match[3] == 'A' else 'up'}.weight"] = value
-        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
-    part = output.with_name(output.name + ".part")
-    write_tensors(tensors, part, metadata={"format": "pt", ABOUT_KEY: header[ABOUT_KEY]})
-    os.replace(part, output)
+    for name, value in zip(named, weights.values(), strict=True):
+        tensors[name] = value
+        tensors[f"{name.rpartition('.lora_')[0]}.alpha"] = torch.tensor(alpha)
+    with whole_file(output) as part:
+        write_tensors(tensors, part, metadata={"format": "pt", ABOUT_KEY: header[ABOUT_KEY]})
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from videosparse.files import write_tensors
+from videosparse.generation.errors import one_line
 from videosparse.training.adapters import copy_into, whole
 from videosparse.training.config import ConfigError
 
@@ -50,19 +51,28 @@ def write_checkpoint(
         state: JSON values.
         keep: checkpoints that stay.
         more: called with the folder while it is not visible yet, to write more files.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
     """
     target = folder / FOLDER / f"step-{step:06d}"
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, values in tensors.items():
-        if values:
-            write_tensors({key: value.contiguous() for key, value in values.items()}, part / name)
-    if more is not None:
-        more(part)
-    (part / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)  # of a run that went past this step before
-    os.replace(part, target)
+    try:
+        part.mkdir(parents=True)
+        for name, values in tensors.items():
+            if values:
+                write_tensors({key: value.contiguous() for key, value in values.items()}, part / name)
+        if more is not None:
+            more(part)
+        (part / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)  # of a run that went past this step before
+        os.replace(part, target)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.filename = str(target)  # the part is gone
+        raise
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -72,16 +82,38 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     """(tensors by file name, state) of a checkpoint.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: it is damaged or incomplete.
     """
     try:
         state = json.loads((path / STATE).read_text())
         names = [name for name in (WEIGHTS, OPTIMIZER, EMA) if (path / name).is_file()]
-        return {name: load_file(path / name) for name in names}, state
+        tensors = {name: load_file(path / name) for name in names}
+        _check_complete(tensors, state)
     except Exception as error:  # of JSON, safetensors or the system
         raise ConfigError(
-            f"The checkpoint {path} is damaged ({error}); delete it to go on from the one before."
+            f"The checkpoint {path} is damaged ({one_line(error)}); delete it to go on from the one before."
         ) from error
+    return tensors, state
+
+
+def _check_complete(tensors: Mapping[str, Mapping[str, Tensor]], state: Any) -> None:
+    """Raise ValueError where a run could not go on exactly as before."""
+    for name, kind in (("step", int), ("config", dict)):
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"{STATE} has no {name}")
+    averaged = state["config"].get("train", {}).get("ema", 0)
+    # an optimizer has no state before its first step
+    needed = [WEIGHTS, *([OPTIMIZER] if state["step"] else []), *([EMA] if averaged else [])]
+    for name in needed:
+        if name not in tensors:
+            raise ValueError(f"{name} is missing")
+    weights = tensors[WEIGHTS]
+    if averaged and set(tensors[EMA]) != set(weights):
+        raise ValueError(f"{EMA} is not of the parameters in {WEIGHTS}")
+    for entry, value in tensors.get(OPTIMIZER, {}).items():
+        name, _, key = entry.rpartition(":")
+        if name not in weights or (key.startswith("exp_avg") and value.shape != weights[name].shape):
+            raise ValueError(f"{OPTIMIZER} has {entry}, which is not of a parameter in {WEIGHTS}")
 
 
 def optimizer_tensors(optimizer: Any, names: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def _of_table(table: Path) -> Iterator[ClipSource]:
         caption = row.get("caption") or row.get("text") if isinstance(row, dict) else None
         if not isinstance(video, str) or not isinstance(caption, str):
             raise ConfigError(f"{table}, entry {number}: expected the columns video and caption (got {row!r}).")
-        yield ClipSource(video, caption.strip(), table.parent / video)
+        yield ClipSource(printable(video), printable(caption.strip()), table.parent / video)
 
 
 def _beside_captions(folder: Path) -> Iterator[ClipSource]:
@@ -148,7 +148,12 @@ def _beside_captions(folder: Path) -> Iterator[ClipSource]:
         text = video.with_suffix(".txt")
         if text.is_file():
             caption = text.read_text(encoding="utf-8", errors="replace").strip()
-            yield ClipSource(str(video.relative_to(folder)), caption, video)
+            yield ClipSource(printable(str(video.relative_to(folder))), caption, video)
+
+
+def printable(text: str) -> str:
+    """Text that is UTF-8 for sure: names of files may have other bytes, which are written as in Python."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def _decode(path: Path, frames: int, fps: float) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from videosparse.files import write_tensors
+from videosparse.files import whole, write_tensors
+from videosparse.generation.errors import one_line
 from videosparse.training.clips import Size
 from videosparse.training.config import ConfigError
 from videosparse.training.families import Text
@@ -27,6 +27,7 @@ from videosparse.training.families import Text
 FORMAT = "videosparse-dataset-2"
 EMPTY = "empty.safetensors"
 SKIPPED = "skipped.jsonl"
+_ABOUT = {"model": str, "family": str, "time_stride": int, "fps": int | float}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class Bucket:
 def write_shard(
     folder: Path, size: Size, clips: Iterable[tuple[str, str, str, Tensor, Text]], dtype: torch.dtype
 ) -> Path:
-    """Write clips (key, name, caption, latents [C, T, h, w], text) as one shard, named by its content."""
+    """Write clips (key, name, caption, latents [C, T, h, w], text) as one shard, named by its content.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
     tensors: dict[str, Tensor] = {}
     header: list[dict[str, str]] = []
     for key, name, caption, latents, text in clips:
@@ -59,9 +64,8 @@ def write_shard(
         header.append({"key": key, "name": name, "caption": caption})
     digest = hashlib.sha256("".join(sorted(entry["key"] for entry in header)).encode()).hexdigest()[:16]
     path = folder / f"{size}-{digest}.safetensors"
-    part = path.with_suffix(".part")
-    write_tensors(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
-    os.replace(part, path)
+    with whole(path) as part:
+        write_tensors(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
     return path
 
 
@@ -76,6 +80,11 @@ def packed(text: Mapping[str, Tensor], dtype: torch.dtype) -> Text:
             value = value[: max(1, used)].clone()
         stored[name] = value
     return stored
+
+
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no value is NaN or infinite."""
+    return all(bool(value.isfinite().all()) for value in tensors.values())
 
 
 def unpacked(stored: Mapping[str, Tensor]) -> Text:
@@ -127,6 +136,11 @@ class Dataset:
     def __deepcopy__(self, memo: dict[int, object]) -> Dataset:
         raise TypeError("A data set holds open files; open it again.")
 
+    def fingerprint(self) -> str:
+        """Hash of which clips are trained and which are held out, whatever their order and their shards."""
+        kept = [sorted(e.key for b in buckets for e in b.entries) for buckets in (self.train, self.held)]
+        return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+
     def of_length(self, buckets: list[Bucket], frames: int) -> list[Bucket]:
         """The buckets of clips of `frames` pixel frames, else of the next longer ones, whose beginning serves.
 
@@ -142,10 +156,19 @@ class Dataset:
         return [bucket for bucket in buckets if bucket.size.frames == lengths[0]]
 
     def read(self, entry: Entry, frames: int) -> tuple[Tensor, Text]:
-        """Latents fp32 [C, T, h, w] of the first `frames` pixel frames, and the text, of one clip."""
+        """Latents fp32 [C, T, h, w] of the first `frames` pixel frames, and the text, of one clip.
+
+        Raises:
+            ConfigError: a value is NaN or infinite, which would end the training as if its rate were too high.
+        """
         file = self._file(entry.shard)
         names = [name for name in file.keys() if name.startswith(f"{entry.key}.")]  # noqa: SIM118  no mapping
         tensors = {name.removeprefix(f"{entry.key}."): file.get_tensor(name) for name in names}
+        if not finite(tensors):
+            raise ConfigError(
+                f"The clip {entry.name} in {entry.shard} has values that are NaN or infinite; delete that file and "
+                "prepare the data set again."
+            )
         latents = tensors.pop("latents").float()
         return latents[:, : (frames - 1) // int(self.about["time_stride"]) + 1], unpacked(tensors)
 
@@ -159,7 +182,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What made a data set.
 
     Raises:
-        ConfigError: there is none, or it is of another format.
+        ConfigError: there is none, or it is damaged or of another format.
     """
     path = folder / "dataset.json"
     try:
@@ -169,6 +192,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise ConfigError(f"{path} is of format {found!r}, expected {FORMAT!r}; prepare it again.")
+    for name, kind in _ABOUT.items():
+        if not isinstance(about.get(name), kind):
+            wanted = "a number" if kind is not str else "text"
+            raise ConfigError(
+                f"{path} is damaged: {name} must be {wanted} (got {about.get(name)!r}); delete it and prepare the data "
+                "set again."
+            )
     return dict(about)
 
 
@@ -186,8 +216,14 @@ def shards(folder: Path) -> Iterator[tuple[Path, Size, list[dict[str, str]]]]:
             raise ConfigError(
                 f"{path} is no part of a data set; move it elsewhere, and give the data set a folder of its own."
             )
-        frames, height, width = (int(number) for number in header["size"].split("x"))
-        yield path, Size(frames, height, width), json.loads(header["clips"])
+        try:
+            frames, height, width = (int(number) for number in header["size"].split("x"))
+            clips = [
+                {name: str(clip[name]) for name in ("key", "name", "caption")} for clip in json.loads(header["clips"])
+            ]
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(path, error) from error
+        yield path, Size(frames, height, width), clips
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -195,7 +231,11 @@ def _header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete it and prepare the data set again.") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({one_line(error)}); delete it and prepare the data set again.")
 
 
 def _tensors(path: Path) -> Text:

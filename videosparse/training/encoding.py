@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from videosparse.files import write_json, write_tensors
+from videosparse.files import whole, write_json, write_tensors, write_text
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
 from videosparse.generation.errors import one_line
 from videosparse.generation.latents import prepare_vae
@@ -22,7 +21,7 @@ from videosparse.generation.output import check_writable
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.training.clips import BrokenClip, ClipSource, Size, check_size, nearest_size, probe
 from videosparse.training.config import ConfigError
-from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, packed, read_about, shards, write_shard
+from videosparse.training.dataset import EMPTY, FORMAT, SKIPPED, finite, packed, read_about, shards, write_shard
 from videosparse.training.families import TRAINING_FAMILIES, Text
 from videosparse.training.tiny.parallel_vae import ParallelVae
 
@@ -74,6 +73,7 @@ def prepare(
         ConfigError: a size that the model cannot take, a rate that is none, or a data set of another model or rate in
             that folder.
         GenerationError: no such model, one that needs more than a prompt, or a folder that cannot be written.
+        OSError: the disk is full; what is there stays, and another call adds the rest.
     """
     source = find_model(model)
     check_text_to_video(source)
@@ -144,12 +144,21 @@ class _Encoder:
         for caption in captions:
             text = self.family.encode_text(pipe, [caption], length)
             found[caption] = {name: value[0].cpu() for name, value in text.items()}
+            if not finite(found[caption]):
+                raise ConfigError(
+                    f"The text encoder of {self.source.name} gives NaN or infinity for the caption {caption!r}; look "
+                    "at its weights, or change the caption."
+                )
         del pipe
         gc.collect()
         return found
 
     def video(self, video: Tensor) -> Tensor:
-        """Latents [C, T, h, w] of a video [3, F, H, W]."""
+        """Latents [C, T, h, w] of a video [3, F, H, W].
+
+        Raises:
+            BrokenClip: they are NaN or infinite.
+        """
         if self._vae is None:
             names = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
             self._vae = load_parts(self.source, self.device, without=names).vae
@@ -158,8 +167,12 @@ class _Encoder:
             # four times as fast as Diffusers' loop over chunks, which saves memory that a small clip does not need
             with torch.no_grad():
                 mode = ParallelVae(self._vae).encode(video[None].to(self.device) * 2 - 1)[0]
-            return self.family.normalise(self._vae, mode)[0]
-        return self.family.encode_video(self._vae, video[None])[0]
+            latents = self.family.normalise(self._vae, mode)[0]
+        else:
+            latents = self.family.encode_video(self._vae, video[None])[0]
+        if not finite({"latents": latents}):
+            raise BrokenClip("is encoded as NaN or infinity")
+        return latents
 
 
 def load_parts(source: ModelSource, device: torch.device, without: Sequence[str], **more: Any) -> Any:
@@ -226,9 +239,8 @@ def _is_local(source: ModelSource) -> bool:
 
 
 def _write_empty(folder: Path, text: Text) -> None:
-    part = folder / f"{EMPTY}.part"
-    write_tensors(packed(text, torch.bfloat16), part)
-    os.replace(part, folder / EMPTY)
+    with whole(folder / EMPTY) as part:
+        write_tensors(packed(text, torch.bfloat16), part)
 
 
 def _write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
@@ -236,7 +248,5 @@ def _write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
     if not skipped:
         path.unlink(missing_ok=True)
         return
-    part = path.with_suffix(".part")
     lines = [json.dumps({"video": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped]
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "\n".join(lines) + "\n")

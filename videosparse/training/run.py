@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from videosparse.attach import sparsify, tracker_of
+from videosparse.files import naming, write_text
 from videosparse.generation.environment import peak_memory, reset_peak_memory, versions
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.families import Rotary
@@ -161,7 +161,7 @@ class LoraRun:
         self.transformer = accelerator.unwrap_model(self.model)  # sharding replaces it in place
         self.parameters = trained(self.transformer)
         self.average = Average(self.parameters, train.ema) if train.ema else None
-        self.done = 0
+        self.done, self.pending = 0, False
         self._densities: dict[int, float] = {}
         reset_peak_memory(accelerator.device)
 
@@ -267,9 +267,20 @@ class LoraRun:
         """Add a line to the run's log, and tell the trackers."""
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=self.done)
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.done, **values}) + "\n")
+            path = self.folder / LOG
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(path), path.open("a", encoding="utf-8") as file:
+                told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+                file.write(json.dumps({"step": self.done, **told}) + "\n")
+
+    def cut_log(self) -> None:
+        """Drop what the log says of steps that are still to be done, and a line that a full disk cut short."""
+        path = self.folder / LOG
+        if not self.accelerator.is_main_process or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # losses before the first step are measured again where a run begins
+        write_text(path, "".join(f"{line}\n" for line in lines if self.done and _step_of(line) <= self.done))
 
     def _work(self, step: Step) -> tuple[int, float]:
         """(video tokens, floating-point operations of the model) of a step over all processes."""
@@ -297,8 +308,15 @@ class LoraRun:
 
     # what is kept
 
-    def save(self) -> Path:
-        """Write a checkpoint, whose folder also is a LoRA; all processes must call."""
+    def save(self, pending: bool = False) -> Path:
+        """Write a checkpoint, whose folder also is a LoRA; all processes must call.
+
+        Args:
+            pending: whether what is due after this step (validation) is left to the run that goes on from here.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
         tensors = {
             checkpoint.WEIGHTS: {name: whole(p) for name, p in self.parameters.items()},
             checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(self.optimizer, self.parameters),
@@ -308,7 +326,10 @@ class LoraRun:
         path = self.folder / checkpoint.FOLDER / f"step-{self.done:06d}"
         if self.accelerator.is_main_process:
             weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
-            state = {"config": self.config.as_dict(), "samples": self.sampler.in_step}
+            state = {
+                "config": self.config.as_dict(), "samples": self.sampler.in_step, "clips": self.data.fingerprint(),
+                "pending": pending,
+            }  # fmt: skip
             path = checkpoint.write_checkpoint(
                 self.folder, self.done, tensors, state, self.config.output.keep, lambda part: self._write(part, weights)
             )
@@ -316,31 +337,23 @@ class LoraRun:
         return path
 
     def resume(self) -> int:
-        """Go on from the newest checkpoint, if there is one; returns the step.
+        """Go on from the newest checkpoint, if there is one; returns the step. `cut_log` is to follow.
 
         Raises:
-            ConfigError: the checkpoint is damaged or does not fit.
+            ConfigError: the checkpoint is damaged, is beyond the last step, or is of another run.
         """
         found = checkpoint.checkpoints(self.folder)
         if not found:
             return 0
         tensors, state = checkpoint.read_checkpoint(found[-1])
-        self._check_same(state["config"], found[-1])
-        samples = state.get("samples", self.sampler.in_step)
-        if samples != self.sampler.in_step:
-            raise ConfigError(
-                f"A step had {samples} samples in {found[-1]} and has {self.sampler.in_step} now; start as many "
-                "processes as before, or choose another output.folder."
-            )
+        self._check_same(state, found[-1])
         drop_gathered(self.transformer)
         load_adapters(self.transformer, tensors[checkpoint.WEIGHTS])
         checkpoint.load_optimizer(self.optimizer, self.parameters, tensors.get(checkpoint.OPTIMIZER, {}))
         if self.average is not None:
             for name, value in tensors[checkpoint.EMA].items():
                 copy_into(self.average.values[name], value, name)
-        self.done = int(state["step"])
-        if self.accelerator.is_main_process:
-            self._cut_log()
+        self.done, self.pending = state["step"], bool(state.get("pending"))
         return self.done
 
     def export(self, folder: Path | None = None) -> Path:
@@ -403,19 +416,28 @@ class LoraRun:
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_lora(folder, self.source.pipeline_class, self.transformer, weights, self.about())
 
-    def _cut_log(self) -> None:
-        """Drop what the log says of steps that are done again."""
-        path = self.folder / LOG
-        if not path.is_file():
-            return
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] <= self.done]
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
-
-    def _check_same(self, before: Mapping[str, Any], path: Path) -> None:
+    def _check_same(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise ConfigError where what was changed since a checkpoint would make it another run."""
+        self._check_same_config(state["config"], path)
+        samples = state.get("samples", self.sampler.in_step)
+        if samples != self.sampler.in_step:
+            raise ConfigError(
+                f"A step had {samples} samples in {path} and has {self.sampler.in_step} now; start as many "
+                "processes as before, or choose another output.folder."
+            )
+        now = self.data.fingerprint()
+        if state.get("clips", now) != now:
+            raise ConfigError(
+                f"{self.config.data.path} has other clips than it had in {path}, so that others would be held out; "
+                "give it back its clips, or choose another output.folder."
+            )
+        if state["step"] > self.config.train.steps:
+            raise ConfigError(
+                f"{path} has {state['step']} steps behind it, and train.steps is {self.config.train.steps}; raise it, "
+                "or take the LoRA that is in that folder."
+            )
+
+    def _check_same_config(self, before: Mapping[str, Any], path: Path) -> None:
         now = json.loads(json.dumps(self.config.as_dict()))
         defaults = {name: json.loads(json.dumps(default)) for name, default, _ in describe()}
         free = {"train": ("steps",), "output": None, "validate": None}
@@ -487,6 +509,14 @@ def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:
 def change(config: Config, **sections: Mapping[str, Any]) -> Config:
     """A configuration with some keys changed: `change(config, train={"steps": 10})`."""
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinite where the line is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def quantile_text(losses: Mapping[float, float]) -> str:

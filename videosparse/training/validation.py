@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from videosparse.attach import sparsify
+from videosparse.files import naming
 from videosparse.generation.families import Guidance
 from videosparse.generation.methods import make_processor
 from videosparse.generation.shifts import shifted
@@ -108,6 +109,10 @@ class Validation:
         path = self.run.folder / FOLDER / f"{name}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}")
-        write_mp4(part, video, self.run.fps)
-        part.replace(path)
+        try:
+            with naming(path):
+                write_mp4(part, video, self.run.fps)
+                part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         return path
