@@ -50,7 +50,7 @@ def one_video(args: argparse.Namespace, state: PartialState) -> None:
     place = video_place(args.output, args.prompt, args.seed, args.method, overwrite=args.overwrite)
     find_model(args.model).grid(args.frames, args.height, args.width)
     dtype = torch.bfloat16 if state.device.type == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype={"default": dtype, "vae": torch.float32})
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype={"default": dtype, "vae": torch.float32})
     if not type(pipe).__name__.startswith("Wan"):
         pipe.vae.enable_tiling()
     pipe.to(state.device)

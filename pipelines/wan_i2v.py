@@ -62,9 +62,9 @@ def main() -> None:
     model.grid(args.frames, height, width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
-    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", dtype=torch.float32)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = WanImageToVideoPipeline.from_pretrained(args.model, vae=vae, torch_dtype=dtype)
+    pipe = WanImageToVideoPipeline.from_pretrained(args.model, vae=vae, dtype=dtype)
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=args.shift)
     if args.offload:
         pipe.enable_model_cpu_offload()
