@@ -1,6 +1,6 @@
 """Text to video with Wan 2.1: sparse attention, any length, frames written while they are decoded.
 
-python pipelines/wan_t2v.py "a cat surfing" --output cat.mp4
+python pipelines/wan_t2v.py "a cat surfing" --output outputs/cat.mp4
 python pipelines/wan_t2v.py "a cat surfing" --frames 321 --rope riflex --model Wan-AI/Wan2.1-T2V-14B-Diffusers
 python pipelines/wan_t2v.py "a cat surfing" --method adaspa --compile
 python pipelines/wan_t2v.py "a cat surfing" --frames 161 --lora wan-161.safetensors --offload
