@@ -1,6 +1,7 @@
 """Sparse attention for video diffusion transformers in Diffusers.
 
 ```python
+import torch
 from diffusers import WanPipeline
 from videosparse import RadialProcessor
 
