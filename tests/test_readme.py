@@ -207,7 +207,7 @@ def test_examples_of_the_embedded_model_make_what_the_shell_makes(page, method, 
 def test_weights_are_asked_for_by_the_name_that_diffusers_has_kept():
     """The older one works, with a warning on every run."""
     files = [file for folder in (*FOLDERS, "videosparse") for file in (ROOT / folder).rglob("*.py")]
-    assert not [str(file) for file in (*files, *PAGES) if "torch_dtype" in file.read_text()]
+    assert not [str(file) for file in (*files, *PAGES) if "torch_dtype=" in file.read_text()]
 
 
 def test_the_readme_is_read_in_five_minutes():
