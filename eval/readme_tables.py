@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from videosparse.benchmark import (
+    card_tables,
     declared_tables,
     kernel_tables,
     paro_tables,
@@ -111,6 +112,7 @@ TABLES: dict[str, tuple[tuple[str, ...], *tuple[Maker, ...]]] = {
     ),
     "dimensions": ((), declared_tables.dimensions),
     "speeds": ((), declared_tables.speeds),
+    "cards": (("models",), card_tables.cards),
     "stack": ((), together),
 }  # fmt: skip
 

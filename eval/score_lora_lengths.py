@@ -138,7 +138,7 @@ def load(args: argparse.Namespace) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     # the VAE is small, and loses detail below float32
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype={"default": dtype, "vae": torch.float32})
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype={"default": dtype, "vae": torch.float32})
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

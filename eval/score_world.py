@@ -114,7 +114,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
 
     device = str(choose_device(args.device))
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     if args.method != "dense":
         from videosparse.generation.methods import make_processor, parse_overrides

@@ -65,8 +65,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16, half = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.float32)
     # the transformer is made for bfloat16, the other parts are published in float16
-    transformer = HunyuanVideoTransformer3DModel.from_pretrained(args.model, subfolder="transformer", torch_dtype=bf16)
-    pipe = HunyuanVideoPipeline.from_pretrained(args.model, transformer=transformer, torch_dtype=half)
+    transformer = HunyuanVideoTransformer3DModel.from_pretrained(args.model, subfolder="transformer", dtype=bf16)
+    pipe = HunyuanVideoPipeline.from_pretrained(args.model, transformer=transformer, dtype=half)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=shift)
     pipe.vae.enable_tiling()
     load_loras(pipe, loras)

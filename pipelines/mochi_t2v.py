@@ -64,7 +64,7 @@ def main() -> None:
         print(f"Note: {notice}", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = MochiPipeline.from_pretrained(args.model, torch_dtype=dtype)
+    pipe = MochiPipeline.from_pretrained(args.model, dtype=dtype)
     pipe.vae.enable_tiling()
     load_loras(pipe, loras)
     if args.offload:

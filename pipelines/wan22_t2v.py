@@ -2,8 +2,8 @@
 
     python pipelines/wan22_t2v.py "a cat surfing" --offload
     python pipelines/wan22_t2v.py "a cat surfing" --frames 161 --lora high.safetensors --lora-2 low.safetensors
-    videosparse calibrate --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --shift 12 --prompts prompts.txt -o plan.safetensors
-    python pipelines/wan22_t2v.py "a cat surfing" --method paro --plan plan.safetensors
+    videosparse calibrate --model wan2.2-a14b --shift 12 --prompts outputs/prompts.txt -o outputs/plan.safetensors
+    python pipelines/wan22_t2v.py "a cat surfing" --method paro --plan outputs/plan.safetensors
 
 Both experts hold 28 GB of weights each in bfloat16; --offload keeps the one in use on the GPU.
 """
@@ -74,9 +74,9 @@ def main() -> None:
         print(f"Note: {notice}", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
-    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", dtype=torch.float32)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=dtype)
+    pipe = WanPipeline.from_pretrained(args.model, vae=vae, dtype=dtype)
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
     load_loras(pipe, loras)
     if args.offload:

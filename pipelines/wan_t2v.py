@@ -1,6 +1,6 @@
 """Text to video with Wan 2.1: sparse attention, any length, frames written while they are decoded.
 
-python pipelines/wan_t2v.py "a cat surfing" --output cat.mp4
+python pipelines/wan_t2v.py "a cat surfing" --output outputs/cat.mp4
 python pipelines/wan_t2v.py "a cat surfing" --frames 321 --rope riflex --model Wan-AI/Wan2.1-T2V-14B-Diffusers
 python pipelines/wan_t2v.py "a cat surfing" --method adaspa --compile
 python pipelines/wan_t2v.py "a cat surfing" --frames 161 --lora wan-161.safetensors --offload
@@ -69,9 +69,9 @@ def main() -> None:
         print(f"Note: {notice}", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # the VAE is small, and loses detail below float32
-    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", dtype=torch.float32)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=dtype)
+    pipe = WanPipeline.from_pretrained(args.model, vae=vae, dtype=dtype)
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=shift)
     load_loras(pipe, loras)
     if args.offload:

@@ -1,5 +1,8 @@
 """The pages say what the rows and the tree say, and lead where they say they lead."""
 
+import ast
+import builtins
+import importlib
 import re
 import shlex
 import subprocess
@@ -8,7 +11,10 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import videosparse
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("eval", "lora", "pipelines")
@@ -147,6 +153,61 @@ def test_examples_in_python_can_be_parsed(page):
     for language, block in BLOCK.findall(page.read_text()):
         if language == "python":
             compile(block, str(page), "exec")
+
+
+# what a reader has made before a snippet begins
+GIVEN = {"pipe", "video", "dense"}
+
+
+@each_page
+def test_names_in_examples_in_python_are_there(page):
+    """Imports of a page work, what they are asked for is there, and nothing is used that no snippet before defines."""
+    known = {*dir(builtins), *GIVEN}
+    for language, block in BLOCK.findall(page.read_text()):
+        if language != "python":
+            continue
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                known.add(node.id)
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert names <= known, f"import or make {names - known}"
+        # a folder of the package is there only once it was imported, which another test may have done
+        of_package = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "videosparse"
+        }
+        assert of_package <= set(videosparse.__all__)
+
+
+@pytest.mark.parametrize(("page", "method"), [("README.md", "radial"), ("assets/tiny-wan/README.md", "dense")])
+def test_examples_of_the_embedded_model_make_what_the_shell_makes(page, method, monkeypatch):
+    from videosparse.generation import GenerationRequest, generate
+
+    monkeypatch.chdir(ROOT)
+    blocks = [block for language, block in BLOCK.findall((ROOT / page).read_text()) if language == "python"]
+    block = next(block for block in blocks if "assets/tiny-wan" in block)
+    for usual, small in (("128", "32"), ("33", "5"), ("20", "2")):
+        assert usual in block
+        block = block.replace(usual, small)
+    made = {}
+    exec(compile(block, page, "exec"), made)
+    prompt = re.search(r'"(a red circle[^"]*)"', block)[1]
+    size = {"num_frames": 5, "height": 32, "width": 32, "steps": 2}
+    shell = generate(GenerationRequest(prompt, method=method, device="cpu", **size))
+    assert np.array_equal(made["video"], shell.frames.permute(0, 2, 3, 1).numpy())
+
+
+def test_weights_are_asked_for_by_the_name_that_diffusers_has_kept():
+    """The older one works, with a warning on every run."""
+    files = [file for folder in (*FOLDERS, "videosparse") for file in (ROOT / folder).rglob("*.py")]
+    assert not [str(file) for file in (*files, *PAGES) if "torch_dtype=" in file.read_text()]
 
 
 def test_the_readme_is_read_in_five_minutes():

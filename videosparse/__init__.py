@@ -1,10 +1,11 @@
 """Sparse attention for video diffusion transformers in Diffusers.
 
 ```python
+import torch
 from diffusers import WanPipeline
 from videosparse import RadialProcessor
 
-pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers", torch_dtype=torch.bfloat16).to("cuda")
+pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers", dtype=torch.bfloat16).to("cuda")
 pipe.set_attn_processor(RadialProcessor())
 ```
 

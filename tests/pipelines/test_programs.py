@@ -15,12 +15,16 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
+from videosparse.cases import MODELS
+from videosparse.generation.presets import PRESETS
 from videosparse.generation.video import read_mp4
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(path.name for path in (ROOT / "pipelines").glob("*.py"))
 TINY = ["--height", "32", "--width", "32", "--steps", "2", "--fps", "8"]
 SMALL = ["--frames", "9", *TINY]
+# of libraries, about no fault of a run
+REMARKS = re.compile("split will not be applied|all_gather_tensor|CLIPImageProcessor|torch_dtype")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,7 @@ def run(*parts, given=None):
         [sys.executable, *parts], capture_output=True, text=True, timeout=300, env=environment, input=given
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not REMARKS.search(done.stderr), done.stderr[-3000:]
     return done.stdout
 
 
@@ -62,18 +67,39 @@ def test_mistakes_end_with_one_line(name, monkeypatch, tmp_path, capsys):
     assert re.fullmatch("Error: .*\n", mistake(name, capsys))
 
 
-WITH_LORA = ["wan_t2v.py", "wan22_t2v.py", "hunyuan_video_t2v.py", "mochi_t2v.py"]
-
-
 @pytest.mark.parametrize("text", ["typo", "nobody/typo", "nobody/typo/a.safetensors", "typo.safetensors"])
-@pytest.mark.parametrize("name", WITH_LORA)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_lora_that_is_nowhere_is_one_line(name, text, monkeypatch, tmp_path, models, capsys):
     """As `videosparse generate` tells it, before anything is loaded: the models here have no weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = models[{"wan22": "wan"}.get(name.split("_")[0], name.split("_")[0])]
-    monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(model), "--lora", text, *TINY])
+    model = models[{"wan22": "wan", "multi": "wan"}.get(name.split("_")[0], name.split("_")[0])]
+    size = ["--image", "a.png"] if name == "wan_i2v.py" else TINY
+    monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", str(model), "--lora", text, *size])
     assert re.fullmatch(f"Error: No LoRA at '{text}'.*\\n", mistake(name, capsys))
+
+
+@pytest.mark.parametrize(
+    ("variant", "height", "width", "shift"),
+    [
+        ("wan2.1", 480, 832, 3.0),
+        ("wan2.1", 720, 1280, 5.0),
+        ("wan2.1", 1280, 720, 5.0),
+        ("wan2.2-a14b", 720, 1280, 12.0),
+        ("hunyuan-video", 720, 1280, 7.0),
+        ("mochi", 480, 848, None),
+    ],
+)
+def test_several_gpus_have_the_usual_shift_of_a_model(variant, height, width, shift):
+    program = runpy.run_path(str(ROOT / "pipelines" / "multi_gpu.py"))
+    assert program["usual_shift"](variant, height, width) == shift
+    presets = [preset.values for preset in PRESETS.values()]
+    published = [
+        preset.get("shift")
+        for preset in presets
+        if (preset.get("height"), preset.get("width")) == (height, width) and MODELS[preset["model"]].variant == variant
+    ]
+    assert set(published) <= {shift}, "as the presets say"
 
 
 def save_lora(folder, model, component, about):
@@ -261,22 +287,29 @@ def torchrun(*arguments):
 
 @pytest.mark.slow
 def test_one_video_on_two_processes_is_that_of_one(folder):
-    """Two by `multi_gpu.py`, one by the same calls here."""
+    """Two by `multi_gpu.py`, one by the same calls here; shift and schedule are those of the LoRA."""
     from diffusers import DiffusionPipeline
 
+    import videosparse
     from videosparse import RadialProcessor
     from videosparse.generation import stream_to
+    from videosparse.generation.shifts import shifted
 
     model = folder / "wan"
     wan().save_pretrained(model)
-    out = torchrun(*command("multi_gpu.py", "dance monkey", "--model", model, "--output", folder / "two.mp4", *SMALL))
+    lora = save_lora(folder / "lora of two processes", model, "transformer", {"first_steps": 0.5})
+    more = ["--lora", lora, "--guidance", "3", "--rope", "pi"]
+    out = torchrun(
+        *command("multi_gpu.py", "dance monkey", "--model", model, "--output", folder / "two.mp4", *SMALL, *more)
+    )
     assert "two.mp4" in out
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    pipe.set_attn_processor(RadialProcessor())
-    with stream_to(pipe, folder / "one.mp4", fps=8):
+    pipe.set_attn_processor(RadialProcessor(decay=0.7, first_steps=0.5, first_layers=0))
+    videosparse.extend_rope(pipe, "pi", trained_frames=81)
+    with stream_to(pipe, folder / "one.mp4", fps=8), shifted(pipe, 5.0):
         pipe(
-            "dance monkey", num_frames=9, height=32, width=32, num_inference_steps=2,
+            "dance monkey", num_frames=9, height=32, width=32, num_inference_steps=2, guidance_scale=3.0,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     assert (read_mp4(folder / "two.mp4") - read_mp4(folder / "one.mp4")).abs().max() <= 2 / 255
@@ -295,3 +328,5 @@ def test_a_prompt_file_is_split_between_processes(folder):
     assert sorted(video.name for video in (folder / "videos").glob("*.mp4")) == [
         "001-a-red-circle-0-radial.mp4", "002-a-blue-square-3-radial.mp4", "003-a-star-0-radial.mp4",
     ]  # fmt: skip
+    records = [json.loads(record.read_text()) for record in (folder / "videos").glob("*.json")]
+    assert [record["settings"]["shift"] for record in records] == [3.0] * 3

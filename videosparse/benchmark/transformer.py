@@ -14,7 +14,7 @@ LAST = " last"
 
 
 def build(spec: ModelSpec, layers: int, device: torch.device) -> Any:
-    """A transformer as `from_pretrained(torch_dtype=torch.bfloat16)` would give it, made where it runs.
+    """A transformer as `from_pretrained(dtype=torch.bfloat16)` would give it, made where it runs.
 
     Args:
         spec: the published model.

@@ -135,7 +135,7 @@ def load_vae(source: ModelSource, dtype: torch.dtype) -> Any:
     assert source.location is not None  # find_model always knows it
     kind = getattr(diffusers, source.pipelines.vae)
     try:
-        vae = kind.from_pretrained(source.location, subfolder="vae", torch_dtype=dtype)
+        vae = kind.from_pretrained(source.location, subfolder="vae", dtype=dtype)
     except Exception as error:  # several libraries read these files, and each raises its own
         raise GenerationError(
             f"Cannot load the VAE of {source.location} ({type(error).__name__}: {one_line(error)}); check its files."

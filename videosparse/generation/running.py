@@ -97,7 +97,7 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     if settings.source.pipelines.vae_float32:
         dtypes["vae"] = torch.float32
     try:
-        pipe = DiffusionPipeline.from_pretrained(settings.source.location, torch_dtype=dtypes)
+        pipe = DiffusionPipeline.from_pretrained(settings.source.location, dtype=dtypes)
     except Exception as error:  # four libraries read these files, and each raises its own
         raise GenerationError(
             f"Cannot load {settings.source.location} ({type(error).__name__}: {one_line(error)}); check its files, or "

@@ -190,7 +190,7 @@ def load_parts(source: ModelSource, device: torch.device, without: Sequence[str]
         dtypes["vae"] = torch.float32
     absent = {name: None for name in without if name in has}
     try:
-        pipe = cls.from_pretrained(source.location, torch_dtype=dtypes, **absent, **more)
+        pipe = cls.from_pretrained(source.location, dtype=dtypes, **absent, **more)
     except Exception as error:  # four libraries read these files, and each raises its own
         raise ConfigError(f"Cannot load {source.location} ({type(error).__name__}: {one_line(error)}).") from error
     pipe.set_progress_bar_config(disable=True)

@@ -492,7 +492,7 @@ def load_transformer(source: ModelSource, config: Config, device: torch.device) 
     cls = getattr(diffusers, (source.config or {}).get("_class_name", "WanTransformer3DModel"))
     dtype = frozen_dtype(config, device)
     try:
-        transformer = cls.from_pretrained(source.location, subfolder=config.model.component, torch_dtype=dtype)
+        transformer = cls.from_pretrained(source.location, subfolder=config.model.component, dtype=dtype)
     except Exception as error:  # of four libraries
         raise ConfigError(f"Cannot load {config.model.component} of {source.location}: {one_line(error)}.") from error
     if config.model.fp8:
