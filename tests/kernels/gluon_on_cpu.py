@@ -11,7 +11,6 @@ import threading
 import types
 from types import SimpleNamespace
 
-import ptx_on_cpu
 import torch
 import triton
 
@@ -258,18 +257,13 @@ def allocate_shared_memory(dtype, shape, layout):
     return Shared(memory, layout)
 
 
-def inline_assembly(code, constraints, arguments, dtype, is_pure, pack):
-    """Assembly, run on `pack` elements of each tensor together, which are neighbours in the last dimension."""
+def inline_assembly(code, constraints, arguments, **kwargs):
+    """Weights as FP8, packed and unpacked: four tensors in and out; products; or nothing."""
+    if len(arguments) == 4:
+        return [x.to(torch.float8_e4m3fn) for x in arguments]
     if "vote" in code:  # some warps do without products by 1
         return value(arguments[0] * arguments[1])
-    arguments = torch.broadcast_tensors(*(x.as_subclass(torch.Tensor) for x in arguments))
-    registers = [x for a in arguments for x in a.unflatten(-1, (-1, pack)).unbind(-1)]
-    results = ptx_on_cpu.run(code, constraints.count("="), registers)
-    types = dtype if isinstance(dtype, tuple) else (dtype,)
-    count = len(results) // len(types)
-    joined = [torch.stack(results[i * count : (i + 1) * count], -1).flatten(-2) for i in range(len(types))]
-    outputs = [value(x.view(kind)) for x, kind in zip(joined, types, strict=True)]
-    return outputs if isinstance(dtype, tuple) else outputs[0]
+    return arguments[0]
 
 
 def where(condition, a, b):
@@ -294,8 +288,8 @@ def nothing(*args, **kwargs):
 
 
 GL = SimpleNamespace(
-    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float16=torch.float16,
-    float32=torch.float32, float8e4nv=torch.float8_e4m3fn,
+    int8=torch.int8, int16=torch.int16, int32=torch.int32, int64="barrier", float32=torch.float32,
+    float8e4nv=torch.float8_e4m3fn,
     BlockedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, SwizzledSharedLayout=nothing,
     NVMMADistributedLayout=nothing, convert_layout=lambda x, layout: x, static_range=range, cdiv=ceil_div,
     program_id=lambda axis: _here.program, num_programs=lambda axis: _here.programs,

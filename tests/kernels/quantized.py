@@ -11,8 +11,7 @@ from videosparse.kernels.quantize import COPIES, KEY_ORDER, SCALED_KEYS, Quantiz
 QUANTS = ["int8", "int8-fp8", "int8-int8"]
 LIMITS = {"int8": 0.03, "int8-fp8": 0.05, "int8-int8": 0.03}
 """Largest relative error in the mean square. FP8 e4m3 rounds by 2.5 %, values and weights alike, and INT8 scores add
-1 %: where nothing is common to the values, as here, that is 3.7 % of the output. On Hopper weights are off by 3.1 %
-(see `hopper_int8_softmax`), and that is 4.2 %."""
+1 %: where nothing is common to the values, as here, that is 3.7 % of the output."""
 
 
 def integers(x, dims):

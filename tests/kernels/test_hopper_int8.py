@@ -55,7 +55,7 @@ def run_and_check(quant, layout, block_map, q, k, v, lse=True, limit=None, lse_l
     assert out.is_contiguous()
     # the same numbers are multiplied in plain torch, where only the weights are not rounded
     plain = attend(q, k, v, layout=layout, index=index, options=KernelOptions(backend="torch", quant=quant))
-    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.04) * plain.float().norm()
+    assert (out - plain).float().norm() <= (0.006 if quant == "int8" else 0.035) * plain.float().norm()
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -31,10 +31,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 MIDDLE = VideoGrid(5, 13, 17)
 
-BETWEEN = {"int8": 0.006, "int8-fp8": 0.04, "int8-int8": 0.015}
+BETWEEN = {"int8": 0.006, "int8-fp8": 0.035, "int8-int8": 0.015}
 """How far a kernel may be from plain torch, which rounds the same but for the weights that values are multiplied by."""
-BETWEEN_LSE = {"int8": 0.02, "int8-fp8": 0.06, "int8-int8": 0.02}
-"""The same of the lse. On Hopper it is that of FP8 weights, of which all but the highest may be off by a tenth."""
 
 
 @pytest.fixture(autouse=True, params=["special", "portable"])
@@ -72,7 +70,7 @@ def run_and_check(quant, layout, block_map, q, k, v, limit=None, lse_limit=0.05)
     assert (out - plain).float().norm() <= BETWEEN[quant] * plain.float().norm()
     read = plain_lse > -torch.inf
     # where one key has nearly all the weight, a tie that is rounded the other way shows: a step of one channel
-    torch.testing.assert_close(lse[read], plain_lse[read], rtol=0, atol=max(BETWEEN_LSE[quant], lse_limit / 2))
+    torch.testing.assert_close(lse[read], plain_lse[read], rtol=0, atol=max(0.02, lse_limit / 2))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -223,7 +221,7 @@ def test_fp8_values_on_hopper_repeat(kind, sparse, request):
         assert torch.equal(other, level)
     with gpu.portable_only():
         portable, _ = attend(q, k, v, **call, options=options)
-    assert (first - portable).float().norm() <= 0.05 * portable.float().norm()
+    assert (first - portable).float().norm() <= 0.045 * portable.float().norm()
     assert not torch.equal(first, portable), "the other kernel has run"
 
 

@@ -20,7 +20,6 @@ waited for before the product with fp8 values starts.
 
 The softmax takes longer than the products, so that one consumer's softmax must run beside the other's products. They
 take turns at the tensor cores (FlashAttention-3, arXiv 2407.08608, does so too), each until its products have ended.
-With fp8 these end before the softmax starts, whose weights then wait where those before them were.
 Without fp8 a maximum is kept until scores pass it by 8, base 2, and a warp whose maxima all stay does not shrink its
 output (FlashAttention-4 keeps maxima so, too); fp8 weights have no room for that.
 INT4 is left out: Hopper's wgmma has no 4-bit integers (PTX ISA, wgmma.mma_async: .s8, .u8 and .b1), and Triton's dot,
@@ -41,15 +40,14 @@ from videosparse.kernels.hopper_int8_softmax import (
     FLAT,
     PEAK,
     SLACK,
+    as_float,
     as_operand,
     hide,
     highest_of_rows,
     key_scales,
-    poison,
     shrink_rows,
     unpack_weights,
     weigh,
-    weigh_in_fp8,
 )
 from videosparse.kernels.hopper_kernel import (
     FLOOR,
@@ -229,9 +227,22 @@ def _values_times(operand, v_slots, v_slot, acc, HEAD_DIM: gl.constexpr, FP8: gl
 
 
 @gluon.jit
+def _open(
+    scores, spots, scales, slot, own, masked, end, layout,
+    KEYS: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+):  # fmt: skip
+    """The softmax of a row's first tile: (top, weights, their sums by lane)."""
+    scores = hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
+    halves = key_scales(scales, slot)
+    top = gl.maximum(highest_of_rows(scores, own, halves), FLOOR)
+    p, total = weigh(as_float(scores), top - PEAK if FP8 else top, own, halves)
+    return top, p, total
+
+
+@gluon.jit
 def _multiply(
-    w: gl.constexpr, q, k, v_slots, v_slot, v_ready, v_phase, turns, n, operand, acc, shrink,
-    HEAD_DIM: gl.constexpr, FP8: gl.constexpr,
+    w: gl.constexpr, q, k, v_slots, v_slot, v_ready, v_phase, turns, n, operand, acc, pending, before,
+    HEAD_DIM: gl.constexpr, FP8: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """(scores of a tile, acc, product with the values of the tile before it, the n-th); only fp8's scores have ended.
 
@@ -240,47 +251,26 @@ def _multiply(
     """
     mbarrier.wait(turns.index(w), (n & 1) ^ (1 - w))
     s_run = _scores(q, k, HEAD_DIM)
+    if LATE:
+        acc = acc * _spread(before, acc) + pending
+    elif not FP8:
+        acc = shrink_rows(acc, _spread(before, acc))
     if FP8:
         s_run = warpgroup_mma_wait(0, [s_run])
-    else:
-        acc = shrink_rows(acc, _spread(shrink, acc))
     mbarrier.wait(v_ready, v_phase)
     return s_run, acc, _values_times(operand, v_slots, v_slot, acc, HEAD_DIM, FP8)
 
 
 @gluon.jit
-def _multiplied(w: gl.constexpr, acc, acc_run, shrink, turns, FP8: gl.constexpr):
-    """acc with a product that is waited for; passes on the turn."""
-    product = warpgroup_mma_wait(0, [acc_run])
-    mbarrier.arrive(turns.index(1 - w))
-    return acc * _spread(shrink, acc) + product if FP8 else product
-
-
-@gluon.jit
-def _open(
-    scores, spots, scales, slot, own, masked, end, layout,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
-):  # fmt: skip
-    """The softmax of a row's first tile: (top, weights, their sums by lane)."""
-    scores = hide(scores, spots, slot, masked, end, layout, KEYS, TEXT)
-    halves = key_scales(scales, slot)
-    top = gl.maximum(highest_of_rows(scores, own, halves), FLOOR)
-    if FP8:
-        top += poison(own, halves)
-        p, total = weigh_in_fp8(scores, top, own, halves, HEAD_DIM)
-    else:
-        p, total = weigh(scores, top, own, halves)
-    return top, p, total
-
-
-@gluon.jit
 def _continue(
-    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, masked, end, layout,
-    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr,
+    w: gl.constexpr, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
+    masked, end, layout,
+    KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, TEXT: gl.constexpr, FP8: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """One more tile of a row: scores, softmax, and the product with the values of the tile before it, the n-th.
 
-    `acc` lacks that product, before which it is to be shrunk by `shrink`.
+    `acc` lacks that product. With fp8 it is to be shrunk by `shrink` before that is added. With LATE it lacks `pending`
+    of the tile before, too, and first of all is to be shrunk by `before`, as it is without fp8: both beside the scores.
     """
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -289,10 +279,8 @@ def _continue(
     mbarrier.wait(k_full.index(k_slot), k_phase)
     s_run, acc, acc_run = _multiply(
         w, q, k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase, turns, n, operand,
-        acc, shrink, HEAD_DIM, FP8,
+        acc, pending, before, HEAD_DIM, FP8, LATE,
     )  # fmt: skip
-    if FP8:  # ptxas moves no load over the turn, and without what this loads the softmax cannot start
-        acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
     halves = key_scales(k_scales, k_slot)
     scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
     if TEXT and masked:
@@ -301,19 +289,19 @@ def _continue(
     highest = highest_of_rows(scores, own, halves)
     new_top = gl.maximum(top, highest) if FP8 else gl.where(highest > top + SLACK, highest, top)
     new_shrink = gl.exp2(top - new_top)
-    if FP8:
-        new_shrink += poison(own, halves)
-        mbarrier.arrive(v_empty.index(v_slot))
-        p, more = weigh_in_fp8(scores, new_top, own, halves, HEAD_DIM)
-    else:
-        p, more = weigh(scores, new_top, own, halves)
+    p, more = weigh(as_float(scores), new_top - PEAK if FP8 else new_top, own, halves)
     total = total * _spread(new_shrink, total) + more
-    if not FP8:
-        acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
-        mbarrier.arrive(v_empty.index(v_slot))
-        # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
-        p = as_operand(p, v_slots.dtype, HEAD_DIM)
-    return p, new_top, new_shrink, total, acc
+    product = warpgroup_mma_wait(0, [acc_run])
+    mbarrier.arrive(turns.index(1 - w))
+    if LATE:
+        pending, before = product, shrink
+    elif FP8:
+        acc = acc * _spread(shrink, acc) + product
+    else:
+        acc, before = product, new_shrink
+    mbarrier.arrive(v_empty.index(v_slot))
+    # after the wait: registers of the factor at work must not be written, or ptxas makes all products wait
+    return as_operand(p, v_slots.dtype, HEAD_DIM, FP8), new_top, new_shrink, total, acc, pending, before
 
 
 @gluon.jit
@@ -360,6 +348,7 @@ def _consume(
     NEED_LSE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every row that the producer announces."""
+    late: gl.constexpr = FP8 and not TEXT  # where tiles may be masked, there are no registers left for it
     q_slots, q_scales, q_full, q_empty = queries
     k_slots, k_scales, k_full, k_empty = keys
     v_slots, v_full, v_empty = values
@@ -368,20 +357,20 @@ def _consume(
     own = _own_scales(q_scales, w)
     mbarrier.wait(k_full.index(0), 0)
     scores = warpgroup_mma_wait(0, [_scores(q_slots.index(w), k_slots.index(0), HEAD_DIM)])
-    top, operand, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8)
+    top, p, total = _open(scores, spots, k_scales, 0, own, masked, end, layout, KEYS, TEXT, FP8)
     mbarrier.arrive(k_empty.index(0))
-    if not FP8:
-        operand = as_operand(operand, v_slots.dtype, HEAD_DIM)
+    operand = as_operand(p, v_slots.dtype, HEAD_DIM, FP8)
     q_slot, q_phase = 0, 0
     n = 0
     while tiles > 0:
         q = q_slots.index(q_slot * 2 + w)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, accumulator(HEAD_DIM, 8 if FP8 else 16))
         shrink = top * 0.0
+        pending, before = acc if late else 0.0, shrink
         for tile in range(1, tiles):
-            operand, top, shrink, total, acc = _continue(
-                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, tile < masked, end, layout,
-                KEYS, HEAD_DIM, TEXT, FP8,
+            operand, top, shrink, total, acc, pending, before = _continue(
+                w, q, own, keys, values, turns, spots, n, operand, top, shrink, total, acc, pending, before,
+                tile < masked, end, layout, KEYS, HEAD_DIM, TEXT, FP8, late,
             )  # fmt: skip
             n += 1
         # the last product of this row, beside the first scores of the next; this row's queries have been read
@@ -397,20 +386,16 @@ def _consume(
         mbarrier.wait(k_full.index(k_slot), k_phase)
         s_run, acc, acc_run = _multiply(
             w, q_slots.index(q_slot * 2 + w), k_slots.index(k_slot), v_slots, v_slot, v_full.index(v_slot), v_phase,
-            turns, n, operand, acc, shrink, HEAD_DIM, FP8,
+            turns, n, operand, acc, pending, before, HEAD_DIM, FP8, late,
         )  # fmt: skip
-        if FP8:
-            acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
         scores = s_run if FP8 else warpgroup_mma_wait(1, [s_run])
-        top2, operand, total2 = _open(
-            scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, HEAD_DIM, TEXT, FP8
-        )
+        top2, p, total2 = _open(scores, spots, k_scales, k_slot, own, masked, end2, layout, KEYS, TEXT, FP8)
         mbarrier.arrive(k_empty.index(k_slot))
-        if not FP8:
-            acc = _multiplied(w, acc, acc_run, shrink, turns, FP8)
+        product = warpgroup_mma_wait(0, [acc_run])
+        mbarrier.arrive(turns.index(1 - w))
+        acc = acc * _spread(shrink, acc) + product if FP8 else product
         mbarrier.arrive(v_empty.index(v_slot))
-        if not FP8:
-            operand = as_operand(operand, v_slots.dtype, HEAD_DIM)
+        operand = as_operand(p, v_slots.dtype, HEAD_DIM, FP8)
         tma.store_wait(0)  # by now the row before has left its slot
         _finish(
             w, acc, top, total, where, start, end, out_desc, out_slots, lse_ptr, v_scale_ptr, heads, layout,

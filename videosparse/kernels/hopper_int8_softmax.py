@@ -1,14 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The softmax of `hopper_int8_kernel`: from int32 scores [64, 128] of a consumer to weights, and weights as factors.
-
-FP8 weights are made without exponentials. The bits of a positive floating-point number, read as an integer, grow by
-the same for each doubling, and linearly between: they are a piecewise linear logarithm (N. N. Schraudolph, "A fast,
-compact approximation of the exponential function", Neural Computation 11, 1999). e4m3 has 8 steps an octave, so the
-bits of 2 ** x are about 8 (x + 7) - CENTRE, rounded. That is off by up to 4 %, 2 % in the root mean square, besides the
-2.5 % of rounding; CENTRE makes the mean right. Below 2 ** -6 e4m3 is linear, and a second line, less steep, is the
-higher one: it keeps weights down to 2 ** -9, at 0.84 to 1.14 of what they are on average. Row sums are of the weights
-as rounded.
-"""
+"""The softmax of `hopper_int8_kernel`: from int32 scores [64, 128] of a consumer to weights, and weights as factors."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,18 +8,14 @@ from videosparse.kernels.hopper_kernel import accumulator, reinterpret, told
 
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23: floats beside it are 1 apart
 OFFSET_BITS = gl.constexpr(0x4B400000)
-HIDDEN = gl.constexpr(-(1 << 23) - 0x4B400000)  # the integer that `_as_float` makes -inf
+HIDDEN = gl.constexpr(-(1 << 23) - 0x4B400000)  # the integer that `as_float` makes -inf
 PEAK = gl.constexpr(8.0)  # fp8 weights are at most 2^8: as far above e4m3's smallest as it goes in powers of two
 SLACK = gl.constexpr(8.0)  # by how much scores may pass a maximum that is kept: weights are at most 2^8
-STEPS = gl.constexpr(141.0)  # of FP8 bits between the lowest number that is told from others and a weight of 2^PEAK
-CENTRE = gl.constexpr(0.45)  # steps: what the line lies above the curve, on average over an octave
-LINES = gl.constexpr("0x63D663D6 0x58685868 0x64006400 0x4EB34EB3")
-"""Pairs of fp16: 1,003 + 141 y is the line for weights of 2^-6 and more, 1,024 + 26.8 y that for less."""
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def _as_float(scores):
+def as_float(scores):
     """Integer scores as floats, OFFSET too high; what `hide` hid is -inf."""
     return (scores + OFFSET_BITS).to(gl.float32, bitcast=True)
 
@@ -96,31 +83,25 @@ def highest_of_rows(scores, own, halves):
 
     Maxima are taken of integers, three by one instruction, and only they are made floats first.
     """
-    tops = _as_float(_highest_of_integers(gl.reshape(scores, [64, 2, 8, 4, 2])))
+    tops = as_float(_highest_of_integers(gl.reshape(scores, [64, 2, 8, 4, 2])))
     scale = _of_halves(halves[0], halves[1], gl.SliceLayout(0, gl.SliceLayout(2, tops.type.layout)))
     tops = gl.max(gl.max((tops - OFFSET) * scale[None, :, None], 1), 1)
     return gl.convert_layout(tops, own.type.layout) * own
 
 
 @gluon.jit
-def _scales(own, top, halves, scores):
-    """(scale, level) [64, 2, 1] for scores as `_as_float` makes them: scale x score - level is own x score - top.
+def weigh(scores, top, own, halves):
+    """(weights [64, 128], their sums by lane): 2 ** (scaled score - top).
 
     OFFSET times a scale is rounded to 24 bits: that shifts the scores of a row in a block by less than one step of
     theirs, which rounding queries and keys to integers did a hundred times over.
     """
-    pairs: gl.constexpr = gl.SliceLayout(2, gl.reshape(scores, [64, 2, 64]).type.layout)
+    cut = gl.reshape(scores, [64, 2, 64])
+    pairs: gl.constexpr = gl.SliceLayout(2, cut.type.layout)
     lines: gl.constexpr = gl.SliceLayout(1, pairs)
     scale = gl.convert_layout(own, lines)[:, None] * _of_halves(halves[0], halves[1], gl.SliceLayout(0, pairs))[None, :]
     level = scale * OFFSET + gl.convert_layout(top, lines)[:, None]
-    return scale[:, :, None], level[:, :, None]
-
-
-@gluon.jit
-def weigh(scores, top, own, halves):
-    """(weights [64, 128], their sums by lane): 2 ** (scaled score - top)."""
-    scale, level = _scales(own, top, halves, scores)
-    p = gl.exp2(gl.reshape(_as_float(scores), [64, 2, 64]) * scale - level)
+    p = gl.exp2(cut * scale[:, :, None] - level[:, :, None])
     return p, gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
 
 
@@ -154,81 +135,34 @@ def shrink_rows(acc, factor):
 
 
 @gluon.constexpr_function
-def _fp8_asm(lines):
-    """(code, constraints): 16 numbers, four of each of four tensors, to four words of four weights, and sums by word.
-
-    Numbers are 0..1, from a weight of 0 to the highest. Both lines are computed 1,024 too high, where fp16 numbers are
-    1 apart and the last byte is the integer. Bits of e4m3 are bits 7 to 14 of fp16 numbers 2^-8 as large, subnormal
-    ones as well: what `mad` leaves, once 0x6400, the bits of 1,024, has gone. Sums are pairs of fp16.
-    """
-    code = "".join(f"mov.b32 {name}, {x}; " for name, x in zip(("a0", "a1", "b0", "b1"), lines.split(), strict=True))
-    for j in range(4):
-        for x, first in (("l", 8 + 4 * j), ("h", 10 + 4 * j)):
-            code += f"cvt.rn.f16x2.f32 {x}, ${first + 1}, ${first}; fma.rn.f16x2 m, {x}, b1, b0; "
-            code += f"fma.rn.f16x2 {x}, {x}, a1, a0; max.f16x2 {x}, {x}, m; "
-        code += f"prmt.b32 ${j}, l, h, 0x6420; mad.lo.s32 l, l, 128, -0x320000; mad.lo.s32 h, h, 128, -0x320000; "
-        code += f"add.rn.f16x2 ${4 + j}, l, h; "
-    return "{ .reg .b32 l, h, m, a0, a1, b0, b1; " + code + "}", ",".join(["=&r"] * 8 + ["f"] * 16)
+def _pack_asm():
+    """Sixteen floats, four of each of four tensors, to four words of four fp8 each."""
+    halves = "cvt.rn.satfinite.e4m3x2.f32 l, ${}, ${}; cvt.rn.satfinite.e4m3x2.f32 h, ${}, ${}; mov.b32 ${}, {{l, h}};"
+    parts = [halves.format(4 * j + 5, 4 * j + 4, 4 * j + 7, 4 * j + 6, j) for j in range(4)]
+    return "{ .reg .b16 l, h; " + " ".join(parts) + " }"
 
 
 @gluon.jit
-def _add_pairs(a, b):
-    """Sums of words of two fp16 numbers each."""
-    return gl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _sum_words(sums):
-    """Sums for words [64, 32], pairs of fp16, by lane in fp32 [64, 4]; a lane has 16 weights for each fp16 number."""
-    a, b = gl.split(gl.reshape(sums, [64, 2, 4, 2, 2]))
-    a, b = gl.split(_add_pairs(a, b))
-    a, b = gl.split(gl.permute(_add_pairs(a, b), (0, 2, 1)))
-    pairs = _add_pairs(a, b)
-    low = (pairs & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
-    high = (pairs >> 16).to(gl.int16).to(gl.float16, bitcast=True)
-    return (low.to(gl.float32) + high.to(gl.float32)) * 256.0
-
-
-@gluon.jit
-def weigh_in_fp8(scores, top, own, halves, HEAD_DIM: gl.constexpr):
-    """(weights as words of four fp8 each, int32 [64, 32]; their sums by lane): 2 ** (scaled score - top + PEAK).
-
-    Scores that are hidden get 0, and so do NaN: `poison` makes those show.
+def _pack(p, HEAD_DIM: gl.constexpr):
+    """Weights [64, 128] as words of four fp8 each, int32 [64, 32].
 
     A thread holds columns 0, 1, 8 and 9 of 16 where the product reads 0..3: values come in that order instead. A word
     holds four columns, not the one of its place: `unpack_weights` undoes that, and no byte moves. As bytes, a loop
     would carry each in a register of its own.
     """
-    scale, level = _scales(own * (8.0 / STEPS), top * (8.0 / STEPS) - (1.0 - CENTRE / STEPS), halves, scores)
-    y = gl.inline_asm_elementwise(
-        "fma.rn.sat.f32 $0, $1, $2, $3;",
-        "=f,f,f,f",
-        [gl.reshape(_as_float(scores), [64, 2, 64]), scale, -level],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
+    p = gl.permute(gl.reshape(p, [64, 8, 2, 4, 2]), (0, 1, 3, 2, 4))
+    p = gl.convert_layout(gl.reshape(p, [64, 128]), gl.DotOperandLayout(0, accumulator(HEAD_DIM, 8), 4))
+    left, right = gl.split(gl.permute(gl.reshape(p, [64, 2, 2, 32]), (0, 3, 2, 1)))
+    p0, p1 = gl.split(left)
+    p2, p3 = gl.split(right)
+    return gl.inline_asm_elementwise(
+        _pack_asm(), "=r,=r,=r,=r" + ",r" * 16, [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=4
     )
-    y = gl.permute(gl.reshape(y, [64, 8, 2, 4, 2]), (0, 1, 3, 2, 4))
-    y = gl.convert_layout(gl.reshape(y, [64, 128]), gl.DotOperandLayout(0, accumulator(HEAD_DIM, 8), 4))
-    left, right = gl.split(gl.permute(gl.reshape(y, [64, 2, 2, 32]), (0, 3, 2, 1)))
-    y0, y1 = gl.split(left)
-    y2, y3 = gl.split(right)
-    asm: gl.constexpr = _fp8_asm(LINES)
-    words, sums = gl.inline_asm_elementwise(
-        asm[0], asm[1], [y0, y1, y2, y3], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
-    )
-    return words, _sum_words(sums)
-
-
-@gluon.jit
-def poison(own, halves):
-    """0 for each row, NaN where a scale is infinite as that of a NaN is: `weigh_in_fp8` would hide it."""
-    return own * ((halves[0] + halves[1]) * 0.0)
 
 
 @gluon.jit
 def unpack_weights(words, HEAD_DIM: gl.constexpr):
-    """What `weigh_in_fp8` made, as the left factor of the product with values."""
+    """What `_pack` made, as the left factor of the product with values."""
     p0, p1, p2, p3 = gl.inline_asm_elementwise(
         "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
         "=r,=r,=r,=r,r,r,r,r",
@@ -242,7 +176,10 @@ def unpack_weights(words, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def as_operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """16-bit weights as they wait for the product with values."""
-    p = gl.reshape(p, [64, 128]).to(dtype)
-    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(HEAD_DIM, 16), 2))
+def as_operand(p, dtype: gl.constexpr, HEAD_DIM: gl.constexpr, FP8: gl.constexpr):
+    """Weights as they wait for the product with values."""
+    if FP8:
+        return _pack(p, HEAD_DIM)
+    else:
+        p = gl.reshape(p, [64, 128]).to(dtype)
+        return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(HEAD_DIM, 16), 2))
