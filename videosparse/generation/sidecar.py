@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.generation.environment import device_name, versions
+from videosparse.generation.filing import RECORD_FORMAT
 from videosparse.generation.request import Settings
 from videosparse.generation.running import Run
 from videosparse.metrics.fidelity import FidelityRow
-
-FORMAT = "videosparse-generation-1"
 
 
 def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str, Any]:
     """What made a video, as plain JSON values."""
     request, source = settings.request, settings.source
     return {
-        "format": FORMAT,
+        "format": RECORD_FORMAT,
         "fingerprint": fingerprint(settings),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompt": request.prompt,
