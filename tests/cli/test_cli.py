@@ -19,7 +19,7 @@ SMALL = ["--frames", "9", "--height", "64", "--width", "64", "--steps", "2", "--
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, model_folder):
+def run(tmp_path, monkeypatch, model_folder, no_progress):
     """`run("generate", ...)`: the result of a command in an empty folder; the model folder is called `small`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VIDEOSPARSE_DEBUG", raising=False)
@@ -440,6 +440,7 @@ def test_calibrate_then_generate(run, tmp_path):
                 "--plan", "plan.safetensors")  # fmt: skip
     assert (other.exit_code, other.stderr.count("\n")) == (2, 1)
     assert "this video has grid 4x8x8" in other.stderr
+    assert other.stderr.endswith("--set paro.online_maps=yes.\n"), "what to do is not cut off"
 
 
 @pytest.mark.parametrize(
