@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import folders
 import pytest
@@ -13,6 +15,7 @@ from videosparse.generation.latents import decode_latents, load_latents, save_la
 from videosparse.generation.output import destination
 from videosparse.generation.running import load_pipeline
 from videosparse.generation.sidecar import fingerprint as fingerprint_of
+from videosparse.generation.sidecar import model_state
 from videosparse.generation.video import read_mp4
 
 
@@ -156,6 +159,31 @@ def test_what_counts_as_made(ask, tmp_path):
         save_latents(path, torch.zeros(1, 8, 3, 16, 16), {"fingerprint": fingerprint})
     assert len(plan_batch([ask()], tmp_path, latents=True).done()) == 1, "latents are the video's own"
     assert plan_batch([ask()], tmp_path, overwrite=True).done() == {}
+
+
+def test_a_batch_of_a_model_that_has_changed_is_made_again(ask, model_folder, tmp_path):
+    model, told = tmp_path / "model", []
+    shutil.copytree(model_folder, model)
+
+    def made():
+        told.clear()
+        run_batch(plan_batch([ask(model=str(model), steps=1)], tmp_path), lambda n, result, _: told.append(result))
+        return told[0] is not None
+
+    assert made()
+    assert not made()
+    weights = next((model / "transformer").glob("*.safetensors"))
+    later = weights.stat().st_mtime_ns + 10**9
+    os.utime(weights, ns=(later, later))
+    assert made()
+    assert not made()
+    assert len(list(tmp_path.glob("*.mp4"))) == 2
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["model"]["files"]
+        path.write_text(json.dumps({**record, "settings": {**record["settings"], "shift": None}}))
+    assert not made(), "records of before say nothing of the files, and no shift"
+    assert model_state("org/name") is None
 
 
 def test_batches_that_cannot_be(ask, tmp_path):

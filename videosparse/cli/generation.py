@@ -122,7 +122,8 @@ def generate(
 ) -> None:
     """Make a video from a prompt, or many from a file of them, each with a JSON record of how it was made.
 
-    A batch that was interrupted goes on with the videos that are missing when the same command is given again.
+    A batch that was interrupted goes on with the videos that are missing when the same command is given again, without
+    --overwrite.
     """
     with guard(debug):
         from videosparse.generation.methods import parse_overrides
@@ -146,7 +147,8 @@ def generate(
         chosen |= parse_overrides(with_plan(plan, options))
         many = _generate(chosen, tuple(preset or ()), config, prompts, output, overwrite, compare, save_latents)
         if many is not None:
-            with guard(debug, "Interrupted; the same command goes on with the videos that are missing."):
+            command = "the same command" + (" without --overwrite" if overwrite else "")
+            with guard(debug, f"Interrupted; {command} goes on with the videos that are missing."):
                 _carry_out_batch(many)
 
 

@@ -12,7 +12,7 @@ from videosparse.generation.generating import Generation, generate_to
 from videosparse.generation.output import DEFAULT_FOLDER, Destination, check_places, slug
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, load_pipeline, quiet
-from videosparse.generation.sidecar import fingerprint
+from videosparse.generation.sidecar import fingerprint, model_state
 from videosparse.generation.step_cache import check_measured
 
 Told = Callable[[int, Generation | None, dict[str, Path]], None]
@@ -47,9 +47,12 @@ class Batch:
         found: dict[str, Path] = {}
         if self.overwrite or not self.folder.is_dir():
             return found
+        model = model_state(self.runs[0].source.location)
         for path in sorted(self.folder.glob("*.json")):
             record = read_record(path)
-            if record is not None and "comparison" not in record and self._is_whole(path, record):
+            if record is None or "comparison" in record or (record.get("model") or {}).get("files", model) != model:
+                continue
+            if self._is_whole(path, record):
                 found[str(record.get("fingerprint"))] = path.with_suffix(".mp4")
         return found
 
