@@ -15,7 +15,7 @@ from videosparse.generation.environment import choose_device
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
 from videosparse.generation.filing import LATENTS_METADATA
 from videosparse.generation.output import Destination
-from videosparse.generation.request import within
+from videosparse.generation.request import RATES, within
 from videosparse.generation.sources import ModelSource, find_model
 from videosparse.generation.streaming import decode_stream, replaced_decode, unstreamable
 from videosparse.generation.video import Mp4Writer, write_mp4
@@ -111,7 +111,7 @@ def decode_latents(
             f"These latents have {latents.tensor.shape[1]} channels, and the VAE of {source.name} takes {channels}; "
             f"use the model that made them, {latents.about['model']['location']}."
         )
-    rate = float(within("fps", fps, latents.about["video"]["fps"], (1, 240)))
+    rate = float(within("fps", fps, latents.about["video"]["fps"], RATES))
     place = replace(place, run=latents.about.get("fingerprint"))  # beside the files of their run
     with place.parts() as parts, memory_errors():
         path, z = parts.path(".mp4"), latents.tensor.to(vae.device)

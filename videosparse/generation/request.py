@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from videosparse.windows import Windows
 MOST_STEPS = 1000
 GUIDANCES = 0, 100
 SHIFTS = 0.01, 100
+RATES = 1, 240
 
 _SEED_LIMIT = 2**63
 
@@ -139,7 +141,7 @@ class GenerationRequest:
             steps=fitted.steps,
             guidance=within("guidance", self.guidance, defaults.guidance, GUIDANCES),
             guidance_2=defaults.guidance_2 if self.guidance is None else None,
-            fps=within("fps", self.fps, defaults.fps, (1, 240)),
+            fps=within("fps", self.fps, defaults.fps, RATES),
             device=device,
             dtype=dtype,
             shift=request.shift,
@@ -333,10 +335,16 @@ def within(name: str, asked: Number | None, default: Number, limits: tuple[float
     """
     if asked is None:
         return default
-    if not limits[0] <= asked <= limits[1]:
-        advice = f"; the model's is {default}" if default is not asked else ""
-        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}){advice}.")
+    check_within(name, asked, limits, f"; the model's is {default}" if default is not asked else "")
     return asked
+
+
+def check_within(name: str, value: float, limits: tuple[float, float], advice: str = "") -> None:
+    """Raise GenerationError unless a value is a number within `limits`, both included."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise GenerationError(f"{name} must be a number, {limits[0]} to {limits[1]} (got {value!r}){advice}.")
+    if not limits[0] <= value <= limits[1]:
+        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {value}){advice}.")
 
 
 def _is_text(text: str) -> bool:
