@@ -28,12 +28,16 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_presets(run):
+def test_presets(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = run("presets")
     assert result.exit_code == 0, result.output
     for word in ("wan2.1-14b-720p", "81 frames of 720x1280", "50 steps", "shift 5.0", "12 dense steps", "rope riflex",
                  "offload model", "mochi-480p", "shift of the model"):  # fmt: skip
         assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "radial at density 0.40, 12 dense steps, 1 dense layer\n" in result.stdout
+    assert " 0 dense" not in result.stdout
     one = run("presets", "wan2.1-14b-720p")
     assert 'preset = "wan2.1-14b-720p"\n# model = "wan2.1-14b"\n# frames = 81\n' in one.stdout
     assert "# radial.decay = 0.2\n" in one.stdout
@@ -74,7 +78,7 @@ def test_plan_takes_presets_and_run_files(run, tmp_path):
     )
     preset = run("plan", "--preset", "wan2.1-14b-720p-2x")
     (tmp_path / "run.toml").write_text(
-        'preset = "wan2.1-14b-720p-2x"\nprompts = "p.txt"\nseed = 3\noffload = "model"\nnegative_prompt = "a"\n'
+        'preset = "wan2.1-14b-720p-2x"\nprompts = "p.txt"\nseed = 3\nnegative_prompt = "a"\n'
     )
     from_file = run("plan", "--config", "run.toml")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +19,7 @@ from videosparse.cli.options import (
     Lora,
     LoraScale,
     Method,
+    Offload,
     Plan,
     Preset,
     Set,
@@ -79,10 +80,7 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(help="none, model: keep the part in use on the GPU, or group: a block.", show_default="none"),
-    ] = None,
+    offload: Offload = None,
     step_cache: Annotated[
         str | None,
         typer.Option(
@@ -221,16 +219,17 @@ def _carry_out(
         raise generation.GenerationError("--save-latents and --compare do not go together; leave one.")
     settings = request.resolve()
     place = generation.output_place(request, output, overwrite=overwrite, compare=compare, latents=latents)
+    _notices(settings.notices)
     if not compare:
         with bars() as progress:
             made, paths = generation.generate_to(place, settings, progress=progress)
-        _notices(made.run)
+        _notices(made.run.notices, told=settings.notices)
         _show(settings, made.run, made.load_seconds)
     else:
         with bars() as progress:
             result = generation.compare(settings, progress=progress)
         paths = result.save(place)
-        _notices(result.sparse)
+        _notices(result.sparse.notices, told=settings.notices)
         _show(settings, result.sparse, result.load_seconds)
         _show_comparison(result)
     _files(paths)
@@ -244,7 +243,7 @@ def _carry_out_batch(batch: Batch) -> None:
 
     def told(number: int, made: Generation | None, paths: dict[str, Path]) -> None:
         if made is not None:
-            _notices(made.run)
+            _notices(made.run.notices)
         how = "was there already" if made is None else f"denoising {seconds(made.run.timings.denoise)}"
         rows([(f"{number + 1} of {count}", f"{paths['.mp4']} ({how})")])
 
@@ -272,9 +271,10 @@ def _decode(path: str, given: Mapping[str, object], output: str | None, overwrit
     _files(paths)
 
 
-def _notices(run: Run) -> None:
-    for notice in run.notices:
-        typer.echo(f"Note: {notice}", err=True)
+def _notices(notices: Iterable[str], told: Collection[str] = ()) -> None:
+    for notice in notices:
+        if notice not in told:
+            typer.echo(f"Note: {notice}", err=True)
 
 
 def _files(paths: Mapping[str, Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, TypeVar
@@ -150,7 +150,18 @@ class GenerationRequest:
             logit=logit,
             windows=fitted.windows,
             stack=stack,
-            notices=(*left_out, *fitted.notices),
+            notices=(*left_out, *fitted.notices, *request._untrained(source, grid)),
+        )
+
+    def _untrained(self, source: ModelSource, grid: VideoGrid) -> Iterator[str]:
+        """Whether the model sees more at once than it was trained on, with nothing that helps."""
+        frames, longest = (grid.frames - 1) * source.spec.stride[0] + 1, source.defaults.longest
+        if frames <= longest or self.loras or self.rope != "none" or self.ultravico is not None:
+            return
+        rope = "" if source.pipelines.rotary == Rotary.LEARNED else "--rope riflex, "
+        yield (
+            f"{frames} frames at once are beyond the {longest} that {source.name} was trained on: the video may repeat "
+            f"or fall apart; see --ultravico 0.9, {rope}--context-frames {longest}, or a --lora for that length."
         )
 
     def fitted(self, source: ModelSource) -> Fitted:
