@@ -468,7 +468,6 @@ def test_calibrate_then_generate(run, tmp_path):
                 "--plan", "plan.safetensors")  # fmt: skip
     assert (other.exit_code, other.stderr.count("\n")) == (2, 1)
     assert "this video has grid 4x8x8" in other.stderr
-    assert other.stderr.endswith("--set paro.online_maps=yes.\n"), "what to do is not cut off"
 
 
 @pytest.mark.parametrize(
