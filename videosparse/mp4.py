@@ -41,7 +41,7 @@ class Mp4Writer:
         fps: frames a second.
 
     Raises:
-        ValueError: frames of another shape; at the end, none.
+        ValueError: frames of another shape, or of another size than the first; at the end, none.
         OSError: the file cannot be written.
     """
 
@@ -49,6 +49,7 @@ class Mp4Writer:
         self._path, self._rate = path, Fraction(fps).limit_denominator(65535)
         self._file: Any = None
         self._stream: Any = None
+        self._size: tuple[int, int] | None = None
         self.frames = 0
 
     def add(self, video: torch.Tensor) -> None:
@@ -56,6 +57,11 @@ class Mp4Writer:
         import av
 
         frames = to_uint8(video).numpy()
+        size = frames.shape[1:3]
+        if self._size is not None and size != self._size:  # the encoder would squeeze them
+            got, first = ("x".join(map(str, sides)) for sides in (size, self._size))
+            raise ValueError(f"All frames of a file must have one size (got {got} after {first}); use a file for each.")
+        self._size = size
         odd = [(0, size % 2) for size in frames.shape[1:3]]
         frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
         if self._stream is None:

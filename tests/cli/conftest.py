@@ -27,3 +27,9 @@ def _offline():
 def model_folder(tmp_path_factory):
     """A random-weight WanPipeline folder; see `folders.save_wan`."""
     return folders.save_wan(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def no_progress(monkeypatch):
+    """No lines of progress among what commands say."""
+    monkeypatch.setattr("videosparse.cli.console.Lines.__call__", lambda *_: None)

@@ -19,7 +19,7 @@ SMALL = ["--frames", "9", "--height", "64", "--width", "64", "--steps", "2", "--
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, model_folder):
+def run(tmp_path, monkeypatch, model_folder, no_progress):
     """`run("generate", ...)`: the result of a command in an empty folder; the model folder is called `small`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VIDEOSPARSE_DEBUG", raising=False)
@@ -67,6 +67,18 @@ def test_what_was_done_is_told(run, arguments, words):
     assert all(word in result.stdout for word in words), result.stdout
     assert ("a window" in result.stdout) == ("--context-frames" in arguments)
     assert "none backend" not in result.stdout
+
+
+def test_a_length_that_the_model_does_not_know_is_told_first(run, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videosparse.generation.generating.load_pipeline", stop)
+    told = "Note: 85 frames at once are beyond the 81 that small was trained on: "
+    assert make(run, "--frames", 85).stderr.startswith(told)
+    assert make(run, "--frames", 97, "--context-frames", 85, "--context-overlap", 4).stderr.startswith(told)
+    for more in (["--rope", "pi"], ["--ultravico", 0.9], ["--context-frames", 81], ["--frames", 81]):
+        assert make(run, "--frames", 85, *more).stderr == "Interrupted; nothing was written.\n"
 
 
 def test_a_second_run_gets_a_number(run, tmp_path):
@@ -322,6 +334,22 @@ def test_plan_needs_no_weights(run, tmp_path):
     assert "█" in result.stdout
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert run("plan", "--model", "wan2.1-14b", "--png", "map.png").exit_code == 2
+
+
+def test_plan_counts_the_weights_that_are_on_the_gpu_at_once(run):
+    """The preset of Wan 2.2 keeps one of its two experts there."""
+    rows = {}
+    for offload in (None, "none", "group"):
+        given = () if offload is None else ("--offload", offload)
+        result = run("plan", "--preset", "wan2.2-a14b-720p", *given)
+        assert result.exit_code == 0, result.output
+        rows[offload] = next(line for line in result.stdout.splitlines() if line.startswith("Peak"))
+    assert "about 26.92 GiB of weights" in rows[None]
+    assert rows[None].endswith("offload model)")
+    assert "about 53.83 GiB of weights" in rows["none"]
+    assert rows["none"].endswith("both experts on the GPU)")
+    assert rows["group"].endswith("offload group)")
+    assert "Unknown offload 'disk'; use none, model or group." in run("plan", "--offload", "disk").stderr
 
 
 def test_plan_of_a_folder_and_of_dense(run):

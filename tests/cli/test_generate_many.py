@@ -14,7 +14,7 @@ MAGCACHE = "--step-cache", "magcache", "--magnitudes"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, model_folder):
+def run(tmp_path, monkeypatch, model_folder, no_progress):
     """`run("generate", ...)` in an empty folder; the model folder is called `small`, the run file `run.toml`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VIDEOSPARSE_DEBUG", raising=False)
@@ -28,12 +28,16 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_presets(run):
+def test_presets(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = run("presets")
     assert result.exit_code == 0, result.output
     for word in ("wan2.1-14b-720p", "81 frames of 720x1280", "50 steps", "shift 5.0", "12 dense steps", "rope riflex",
                  "offload model", "mochi-480p", "shift of the model"):  # fmt: skip
         assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "radial at density 0.40, 12 dense steps, 1 dense layer\n" in result.stdout
+    assert " 0 dense" not in result.stdout
     one = run("presets", "wan2.1-14b-720p")
     assert 'preset = "wan2.1-14b-720p"\n# model = "wan2.1-14b"\n# frames = 81\n' in one.stdout
     assert "# radial.decay = 0.2\n" in one.stdout
@@ -74,7 +78,7 @@ def test_plan_takes_presets_and_run_files(run, tmp_path):
     )
     preset = run("plan", "--preset", "wan2.1-14b-720p-2x")
     (tmp_path / "run.toml").write_text(
-        'preset = "wan2.1-14b-720p-2x"\nprompts = "p.txt"\nseed = 3\noffload = "model"\nnegative_prompt = "a"\n'
+        'preset = "wan2.1-14b-720p-2x"\nprompts = "p.txt"\nseed = 3\nnegative_prompt = "a"\n'
     )
     from_file = run("plan", "--config", "run.toml")
 
@@ -255,8 +259,9 @@ def test_an_interrupted_batch_says_how_to_go_on(run, tmp_path, monkeypatch, wher
         (tmp_path / "run.toml").write_text(SMALL + 'prompts = "prompts.txt"\n')
     result = run("generate", "--config", "run.toml", *(["--prompts", "prompts.txt"] if where == "command" else []))
     assert result.exit_code == 130
-    assert "goes on with the videos that are missing" in result.stderr
-    assert "nothing was written" not in result.stderr
+    assert result.stderr == "Interrupted; the same command goes on with the videos that are missing.\n"
+    result = run("generate", "--config", "run.toml", "--prompts", "prompts.txt", "--overwrite")
+    assert "Interrupted; the same command without --overwrite goes on with" in result.stderr
 
 
 def test_interrupted_while_libraries_are_imported(run, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import folders
 import pytest
@@ -12,6 +14,8 @@ from videosparse.generation.batch import plan_batch, run_batch
 from videosparse.generation.latents import decode_latents, load_latents, save_latents
 from videosparse.generation.output import destination
 from videosparse.generation.running import load_pipeline
+from videosparse.generation.sidecar import fingerprint as fingerprint_of
+from videosparse.generation.sidecar import model_state
 from videosparse.generation.video import read_mp4
 
 
@@ -83,6 +87,11 @@ def test_latents_are_decoded_to_the_same_file(ask, pipe, tmp_path):
     again = decode_latents(latents, destination(tmp_path / "b.mp4", "x", (".mp4",)), device="cpu")
     assert again[".mp4"].read_bytes() == paths[".mp4"].read_bytes()
     assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4"]
+    for stem in "ab":  # its own files stay, those of another run go
+        record = {**latents.about, "fingerprint": latents.about["fingerprint"] if stem == "a" else "another"}
+        (tmp_path / f"{stem}.json").write_text(json.dumps(record))
+        decode_latents(latents, destination(tmp_path / f"{stem}.mp4", "x", (".mp4",), overwrite=True), device="cpu")
+    assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4"]
 
 
 def test_latents_of_something_else(tmp_path, ask, pipe):
@@ -145,7 +154,36 @@ def test_what_counts_as_made(ask, tmp_path):
     (tmp_path / "notes.json").write_text("no JSON")
     assert len(batch.done()) == 2
     assert plan_batch([ask()], tmp_path, latents=True).done() == {}
+    for seed, fingerprint in ((1, fingerprint_of(ask(seed=1).resolve())), (2, "of another run")):
+        path = next(tmp_path.glob(f"*-{seed}-radial.mp4")).with_suffix(".safetensors")
+        save_latents(path, torch.zeros(1, 8, 3, 16, 16), {"fingerprint": fingerprint})
+    assert len(plan_batch([ask()], tmp_path, latents=True).done()) == 1, "latents are the video's own"
     assert plan_batch([ask()], tmp_path, overwrite=True).done() == {}
+
+
+def test_a_batch_of_a_model_that_has_changed_is_made_again(ask, model_folder, tmp_path):
+    model, told = tmp_path / "model", []
+    shutil.copytree(model_folder, model)
+
+    def made():
+        told.clear()
+        run_batch(plan_batch([ask(model=str(model), steps=1)], tmp_path), lambda n, result, _: told.append(result))
+        return told[0] is not None
+
+    assert made()
+    assert not made()
+    weights = next((model / "transformer").glob("*.safetensors"))
+    later = weights.stat().st_mtime_ns + 10**9
+    os.utime(weights, ns=(later, later))
+    assert made()
+    assert not made()
+    assert len(list(tmp_path.glob("*.mp4"))) == 2
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["model"]["files"]
+        path.write_text(json.dumps({**record, "settings": {**record["settings"], "shift": None}}))
+    assert not made(), "records of before say nothing of the files, and no shift"
+    assert model_state("org/name") is None
 
 
 def test_batches_that_cannot_be(ask, tmp_path):

@@ -56,6 +56,17 @@ def path(tmp_path):
     return tmp_path / "plan.safetensors"
 
 
+def test_blocks_that_are_offloaded_make_the_same_plan(request_of, pipe, path):
+    request = request_of(prompts=PROMPTS[:1])
+    calibrate(request, path, pipe=pipe)
+    run = request.resolve().runs[0]
+    offloaded, _ = load_pipeline(dataclasses.replace(run, stack=dataclasses.replace(run.stack, offload="group")))
+    other = path.with_name("other.safetensors")
+    calibrate(request, other, pipe=offloaded)
+    for name in ("codes", "counts", "bits"):
+        assert torch.equal(getattr(PAROPlan.load(path), name), getattr(PAROPlan.load(other), name))
+
+
 def test_what_a_plan_holds(request_of, pipe, path):
     processors = {n: m.processor for n, m in pipe.transformer.named_modules() if hasattr(m, "processor")}
     phases = []

@@ -230,7 +230,7 @@ def test_one_expert_alone_is_not_calibrated(folder, pipe, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("offload", ["none", "model"])
+@pytest.mark.parametrize("offload", ["none", "model", "group"])
 def test_calibrating_and_generating_on_a_gpu(folder, tmp_path, offload):
     path, device = tmp_path / "plan.safetensors", {"device": "cuda", "dtype": "bf16", "offload": offload}
     request = request_of(folder, **device, mass=0.9, density=None)

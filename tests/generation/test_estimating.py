@@ -104,6 +104,10 @@ def test_searches_and_dense_steps_cost():
     assert few.seconds < often.seconds
     two = estimate(plan_run(find_spec("wan2.2-a14b")))
     assert two.weights == pytest.approx(2 * default.weights)
+    plan = plan_run(find_spec("wan2.2-a14b"))
+    apart, layers = (estimate(replace(plan, offload=kind)) for kind in ("model", "group"))
+    assert apart.weights == default.weights
+    assert 2 / 40 < layers.weights / default.weights < 0.1, "two layers of 40, and embeddings"
 
 
 def test_a_run_is_its_forwards():

@@ -46,6 +46,7 @@ def test_generate_and_save(ask, tmp_path):
     record = json.loads(paths[".json"].read_text())
     assert (record["prompt"], record["seed"], record["video"]["fps"]) == (folders.PROMPT, 0, 8)
     assert record["settings"]["steps"] == 2
+    assert record["settings"]["shift"] == 3, "the scheduler's"
     assert record["settings"]["max_sequence_length"] == 48
     assert record["method"]["set"] == {"decay": 0.5, "first_steps": 1}
     assert record["method"]["options"]["block"] == [64, 64]

@@ -13,6 +13,7 @@ from videosparse.generation.methods import (
     make_processor,
     option_names,
     parse_overrides,
+    refusals,
     resolve_method,
     resolved_options,
 )
@@ -191,3 +192,8 @@ def test_a_grid_that_the_method_refuses():
 def test_a_backend_that_cannot_run():
     with pytest.raises(GenerationError, match=r"backend=triton cannot run on cpu.*use backend=auto"):
         check_method_fits(WAN, GRID, "radial", {"backend": "triton"}, torch.device("cpu"))
+
+
+def test_a_long_refusal_keeps_what_to_do():
+    with pytest.raises(GenerationError, match=r"; use another\.$"), refusals("Bad option: "):
+        raise ValueError(f"this plan is for {'another ' * 60}grid; use another.")

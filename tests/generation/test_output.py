@@ -1,11 +1,15 @@
 """Names and files: nothing is overwritten by accident, nothing is half-written."""
 
+import json
 import os
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from videosparse.generation import GenerationError, output
+from videosparse.generation.filing import LATENTS_METADATA, RECORD_FORMAT
 from videosparse.generation.output import destination, picture_place, slug
 
 
@@ -170,3 +174,52 @@ def test_pictures(tmp_path):
 )
 def test_slug(prompt, name):
     assert slug(prompt) == name
+
+
+def record_of(folder, stem, **more):
+    (folder / f"{stem}.json").write_text(json.dumps({"format": RECORD_FORMAT, "fingerprint": "a", **more}))
+
+
+def latents_of(folder, stem, metadata):
+    save_file({"latents": torch.zeros(1)}, folder / f"{stem}.safetensors", metadata=metadata)
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(tmp_path):
+    """Else its latents, or the dense side of its comparison, would be taken for the new run's."""
+    for ending in (".mp4", "-dense.mp4", "-compare.mp4"):
+        (tmp_path / f"a{ending}").touch()
+    record_of(tmp_path, "a", comparison={})
+    latents_of(tmp_path, "a", {LATENTS_METADATA: '{"fingerprint": "a"}'})
+    destination(tmp_path / "a.mp4", "unused", overwrite=True).publish(writers())
+    assert names(tmp_path) == ["a.json", "a.mp4"]
+    record_of(tmp_path, "a")
+    destination(tmp_path / "a.mp4", "unused", (".mp4",), overwrite=True).publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == ["a.mp4"], "a program that writes no record"
+
+
+def test_overwrite_keeps_the_files_of_others(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.json").write_text('{"notes": 1}')
+    (tmp_path / "a-compare.mp4").touch()
+    latents_of(tmp_path, "a", {"lora": "of somebody"})
+    before = names(tmp_path)
+    place = destination(tmp_path / "a.mp4", "unused", (".mp4",), overwrite=True)
+    place.publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == before
+    record_of(tmp_path, "a", comparison={})
+    (tmp_path / "a-dense.mp4").touch()
+    record_of(tmp_path, "a-dense")
+    place.publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == ["a-dense.json", "a-dense.mp4", "a.mp4", "a.safetensors"], "a run called a-dense"
+
+
+def test_a_failed_run_removes_nothing(tmp_path):
+    def fail(path):
+        raise RuntimeError
+
+    (tmp_path / "a.mp4").touch()
+    record_of(tmp_path, "a")
+    latents_of(tmp_path, "a", {LATENTS_METADATA: "{}"})
+    with pytest.raises(RuntimeError):
+        destination(tmp_path / "a.mp4", "unused", overwrite=True).publish({".mp4": fail})
+    assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors"]

@@ -10,7 +10,7 @@ import torch
 from videosparse.generation import GenerationError, video_place
 from videosparse.generation import streaming as module
 from videosparse.generation.streaming import decode_stream, stream_to, streaming
-from videosparse.generation.video import Mp4Writer, write_mp4
+from videosparse.generation.video import Mp4Writer, read_mp4, write_mp4
 
 # name: pipeline, channels, latent frames, rows and columns of latents, tiled
 CASES = {
@@ -207,6 +207,33 @@ def test_refusals(monkeypatch):
         decode_stream(wan_vae(), torch.zeros(1, 16, 1, 4, 4), print)
 
 
+def test_a_second_video_is_refused_and_the_first_is_kept(tmp_path):
+    pipe = wan()
+    latents = torch.zeros(1, 16, 2, 4, 4)
+
+    def two():
+        with stream_to(pipe, tmp_path / "a.mp4", fps=16):
+            pipe.vae.decode(latents)
+            pipe.vae.decode(latents)
+
+    with pytest.raises(GenerationError, match=r"writes one video.*the first is .*a\.mp4; open a block for each"):
+        two()
+    assert len(read_mp4(tmp_path / "a.mp4")) == 5
+    assert "decode" not in vars(pipe.vae)
+
+
+def test_a_stream_in_a_stream_is_refused(tmp_path):
+    pipe = wan()
+    with stream_to(pipe, tmp_path / "a.mp4", fps=16):
+        with (
+            pytest.raises(GenerationError, match="go to a file already; leave that stream_to block first"),
+            stream_to(pipe, tmp_path / "b.mp4", fps=16),
+        ):
+            pytest.fail("the work began")
+        pipe.vae.decode(torch.zeros(1, 16, 1, 4, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_another_number_of_frames_is_told(monkeypatch):
     vae = wan_vae()
     monkeypatch.setitem(module._DECODERS, "AutoencoderKLWan", lambda vae, stock, latents, emit: None)
@@ -214,9 +241,10 @@ def test_another_number_of_frames_is_told(monkeypatch):
         decode_stream(vae, torch.zeros(1, 16, 2, 4, 4), print)
 
 
-@pytest.mark.parametrize("fps", [0, -1, 1000, float("nan")])
+@pytest.mark.parametrize("fps", [0, -1, 1000, float("nan"), "16", None, True])
 def test_rates_that_no_file_has(tmp_path, fps):
-    with pytest.raises(GenerationError, match="fps must be 1 to 240"), stream_to(wan(), tmp_path / "a.mp4", fps=fps):
+    message = r"fps must be (a number, )?1 to 240 \(got"
+    with pytest.raises(GenerationError, match=message), stream_to(wan(), tmp_path / "a.mp4", fps=fps):
         pass
     assert not list(tmp_path.iterdir())
 

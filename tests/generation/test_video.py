@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from videosparse.generation.video import DIVIDER, read_mp4, side_by_side, to_uint8, write_mp4
+from videosparse.generation.video import DIVIDER, Mp4Writer, read_mp4, side_by_side, to_uint8, write_mp4
 
 
 def ramp(frames, height, width):
@@ -67,3 +67,13 @@ def test_errors(tmp_path):
         side_by_side(torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 4, 4))
     with pytest.raises(ValueError, match=r"frames, 3, height, width.*output_type"):
         write_mp4(tmp_path / "a.mp4", torch.zeros(2, 4, 4, 3), 16)
+
+
+def test_frames_of_another_size_are_refused(tmp_path):
+    """The encoder would squeeze them into the first size."""
+    message = r"must have one size \(got 16x32 after 16x16\); use a file for each"
+    with Mp4Writer(tmp_path / "a.mp4", 8) as file:
+        file.add(torch.zeros(1, 3, 16, 16))
+        with pytest.raises(ValueError, match=message):
+            file.add(torch.zeros(1, 3, 16, 32))
+    assert len(read_mp4(tmp_path / "a.mp4")) == 1

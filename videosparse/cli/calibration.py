@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from videosparse.cli.console import Debug, bars, guard, memory, rows, seconds
-from videosparse.cli.options import Frames, Guidance, Height, Lora, LoraScale, Shift, Steps, Width
+from videosparse.cli.options import Frames, Guidance, Height, Lora, LoraScale, Offload, Shift, Steps, Width
 
 if TYPE_CHECKING:
     from videosparse.generation.calibrating import Calibration
@@ -57,7 +57,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same plan.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    offload: Annotated[str, typer.Option(help="none, or model: keep only the part in use on the GPU.")] = "none",
+    offload: Offload = None,
     lora: Lora = None,
     lora_scale: LoraScale = None,
     ultravico: Annotated[float | None, typer.Option(hidden=True)] = None,
@@ -100,7 +100,7 @@ def calibrate(
             seed=seed,
             device=device,
             dtype=dtype,
-            offload=offload,
+            offload=offload or "none",
             loras=tuple(lora or ()),
             lora_scales=tuple(lora_scale or ()),
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from videosparse.program import quiet_loading
 
 import logging
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -90,21 +92,56 @@ class Bars:
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a phase are finished."""
         if phase not in self._tasks:
-            *run, kind = phase.split(" ")
-            label = " ".join([*run, _PHASES.get(kind, kind)])
-            self._tasks[phase] = self._progress.add_task(label, total=None if total == 1 and not done else total)
+            self._tasks[phase] = self._progress.add_task(
+                _label(phase), total=None if total == 1 and not done else total
+            )
         self._progress.update(self._tasks[phase], completed=done, total=total if total > 1 or done else None)
 
 
-@contextmanager
-def bars() -> Iterator[Bars]:
-    """Progress bars for the time of a block; they are gone afterwards, errors included."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+class Lines:
+    """Progress for a log on stderr: a line for each phase, and for each tenth of its steps; call it as `Bars`."""
 
-    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._tenths: dict[str, int] = {}
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Tell that `done` of `total` parts of a phase are finished, where that is worth a line."""
+        tenth = 0 if total == 1 else done * 10 // total
+        if self._tenths.get(phase) == tenth:
+            return
+        self._tenths[phase] = tenth
+        count = "" if total == 1 else f" {done}/{total}"
+        passed = timedelta(seconds=int(time.monotonic() - self._start))
+        typer.echo(f"[{passed}] {_label(phase)}{count}", err=True)
+
+
+def _label(phase: str) -> str:
+    """What users call a phase; a run's name may stand before it."""
+    *run, kind = phase.split(" ")
+    return " ".join([*run, _PHASES.get(kind, kind)])
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress for the time of a block: bars, which are gone afterwards, errors included; lines off a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:
+        yield Lines()
+        return
+    times = TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left")
+    columns = (TextColumn("{task.description:<26}"), BarColumn(20), MofNCompleteColumn(), *times)
+    with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress)
 
 

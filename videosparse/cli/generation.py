@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +19,7 @@ from videosparse.cli.options import (
     Lora,
     LoraScale,
     Method,
+    Offload,
     Plan,
     Preset,
     Set,
@@ -79,10 +80,7 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(help="none, model: keep the part in use on the GPU, or group: a block.", show_default="none"),
-    ] = None,
+    offload: Offload = None,
     step_cache: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +120,8 @@ def generate(
 ) -> None:
     """Make a video from a prompt, or many from a file of them, each with a JSON record of how it was made.
 
-    A batch that was interrupted goes on with the videos that are missing when the same command is given again.
+    A batch that was interrupted goes on with the videos that are missing when the same command is given again, without
+    --overwrite.
     """
     with guard(debug):
         from videosparse.generation.methods import parse_overrides
@@ -146,7 +145,8 @@ def generate(
         chosen |= parse_overrides(with_plan(plan, options))
         many = _generate(chosen, tuple(preset or ()), config, prompts, output, overwrite, compare, save_latents)
         if many is not None:
-            with guard(debug, "Interrupted; the same command goes on with the videos that are missing."):
+            command = "the same command" + (" without --overwrite" if overwrite else "")
+            with guard(debug, f"Interrupted; {command} goes on with the videos that are missing."):
                 _carry_out_batch(many)
 
 
@@ -219,16 +219,17 @@ def _carry_out(
         raise generation.GenerationError("--save-latents and --compare do not go together; leave one.")
     settings = request.resolve()
     place = generation.output_place(request, output, overwrite=overwrite, compare=compare, latents=latents)
+    _notices(settings.notices)
     if not compare:
         with bars() as progress:
             made, paths = generation.generate_to(place, settings, progress=progress)
-        _notices(made.run)
+        _notices(made.run.notices, told=settings.notices)
         _show(settings, made.run, made.load_seconds)
     else:
         with bars() as progress:
             result = generation.compare(settings, progress=progress)
         paths = result.save(place)
-        _notices(result.sparse)
+        _notices(result.sparse.notices, told=settings.notices)
         _show(settings, result.sparse, result.load_seconds)
         _show_comparison(result)
     _files(paths)
@@ -242,7 +243,7 @@ def _carry_out_batch(batch: Batch) -> None:
 
     def told(number: int, made: Generation | None, paths: dict[str, Path]) -> None:
         if made is not None:
-            _notices(made.run)
+            _notices(made.run.notices)
         how = "was there already" if made is None else f"denoising {seconds(made.run.timings.denoise)}"
         rows([(f"{number + 1} of {count}", f"{paths['.mp4']} ({how})")])
 
@@ -270,9 +271,10 @@ def _decode(path: str, given: Mapping[str, object], output: str | None, overwrit
     _files(paths)
 
 
-def _notices(run: Run) -> None:
-    for notice in run.notices:
-        typer.echo(f"Note: {notice}", err=True)
+def _notices(notices: Iterable[str], told: Collection[str] = ()) -> None:
+    for notice in notices:
+        if notice not in told:
+            typer.echo(f"Note: {notice}", err=True)
 
 
 def _files(paths: Mapping[str, Path]) -> None:

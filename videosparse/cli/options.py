@@ -29,6 +29,11 @@ Linears = Annotated[str | None, typer.Option(help="Linear layers of the blocks: 
 
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks.", show_default="no")]
 
+Offload = Annotated[
+    str | None,
+    typer.Option(help="none, model: keep the part in use on the GPU, or group: a block.", show_default="none"),
+]
+
 Lora = Annotated[
     list[str] | None,
     typer.Option(help="A LoRA's file, folder or hub id; one of ours sets length and schedule. May be repeated."),

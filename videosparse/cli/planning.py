@@ -18,6 +18,7 @@ from videosparse.cli.options import (
     Linears,
     Lora,
     Method,
+    Offload,
     Plan,
     Preset,
     Set,
@@ -51,6 +52,7 @@ def plan(
     shift: Shift = None,
     linears: Linears = None,
     compile: Compile = None,
+    offload: Offload = None,
     ultravico: Ultravico = None,
     trained_frames: TrainedFrames = None,
     context_frames: ContextFrames = None,
@@ -74,9 +76,9 @@ def plan(
 
         given: dict[str, object] = {
             "model": model, "method": method, "frames": frames, "height": height, "width": width, "steps": steps,
-            "guidance": guidance, "shift": shift, "linears": linears, "compile": compile, "ultravico": ultravico,
-            "trained_frames": trained_frames, "context_frames": context_frames, "context_overlap": context_overlap,
-            "lora": lora or None,
+            "guidance": guidance, "shift": shift, "linears": linears, "compile": compile, "offload": offload,
+            "ultravico": ultravico, "trained_frames": trained_frames, "context_frames": context_frames,
+            "context_overlap": context_overlap, "lora": lora or None,
         }  # fmt: skip
         chosen = {key: value for key, value in given.items() if value is not None}
         chosen |= parse_overrides(with_plan(plan_file, options))
@@ -175,8 +177,15 @@ def _estimate(result: GenerationPlan) -> list[tuple[str, str]]:
     needed = f"about {memory(round(found.weights))} of weights and {memory(round(found.activations))} beside them"
     return [
         ("Time", f"{time} (transformer alone, {how})"),
-        ("Peak", f"{needed} (transformer alone, {blocks}, {linears})"),
+        ("Peak", f"{needed} (transformer alone, {blocks}, {linears}{_place(result)})"),
     ]
+
+
+def _place(result: GenerationPlan) -> str:
+    """Where weights are, which is what their share of the peak depends on."""
+    if result.offload != "none":
+        return f", offload {result.offload}"
+    return ", both experts on the GPU" if result.source.spec.experts > 1 else ""
 
 
 def _state(result: GenerationPlan) -> list[tuple[str, str]]:

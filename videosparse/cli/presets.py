@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 _PLANNED = ("height", "width", "steps", "guidance", "ultravico", "context_frames", "context_overlap")
 """Keys that a plan goes by, under its own names."""
+_HELD = "\N{NO-BREAK SPACE}"
 
 
 def presets(
@@ -31,12 +34,24 @@ def presets(
             return
         typer.echo("Models, at the settings that suit them:")
         for preset in PRESETS.values():
-            typer.echo(f"{preset.name:<24}{preset.about}")
-            typer.echo(f"{'':<24}{_settings(preset)}")
-        typer.echo("Speeds, for any model, by a preset of those or not (--preset wan2.1-14b-720p --preset fast):")
+            _tell(preset.name, preset.about, _settings(preset))
+        typer.echo("Speeds, for any model (--preset wan2.1-14b-720p --preset fast):")
         for speed in SPEEDS.values():
-            typer.echo(f"{speed.name:<24}{speed.about}")
-            typer.echo(f"{'':<24}{', '.join(f'{key} {value}' for key, value in speed.values.items())}")
+            _tell(speed.name, speed.about, [f"{key} {value}" for key, value in speed.values.items()])
+
+
+def _tell(name: str, about: str, settings: list[str]) -> None:
+    """Print a preset in the width of the terminal; a setting is never cut in two."""
+    whole = ", ".join(setting.replace(" ", _HELD) for setting in settings)
+    width = max(60, shutil.get_terminal_size().columns)
+    for text, label in ((about, name), (whole, "")):
+        told = textwrap.fill(text, width, initial_indent=f"{label:<24}", subsequent_indent=" " * 24)
+        typer.echo(told.replace(_HELD, " "))
+
+
+def _count(number: int, what: str) -> list[str]:
+    """A number of things; nothing of none."""
+    return [f"{number} {what}{'' if number == 1 else 's'}"] if number else []
 
 
 def _as_values(speed: Speed | None) -> dict[str, object]:
@@ -47,7 +62,7 @@ def _as_values(speed: Speed | None) -> dict[str, object]:
     return values if quant is None else {**values, "radial": {"quant": quant}}
 
 
-def _settings(preset: Preset) -> str:
+def _settings(preset: Preset) -> list[str]:
     """Model, size, frames, steps, shift, method with its options, schedule and memory options, defaults filled in."""
     from videosparse.generation.planning import plan_run
     from videosparse.generation.sources import find_spec
@@ -60,13 +75,13 @@ def _settings(preset: Preset) -> str:
     defaults = source.defaults
     height, width = (values.get(key) or getattr(defaults, key) for key in ("height", "width"))
     first, last = run.schedule.dense_steps(run.steps)
-    parts = [
+    return [
         source.name,
         f"{values.get('frames') or defaults.num_frames} frames of {height}x{width}",
         f"{run.steps} steps",
         f"shift {values.get('shift', 'of the model')}",
-        f"{method} at density {run.video_density:.2f}, {first + last} dense steps, "
-        f"{run.schedule.first_layers + run.schedule.last_layers} dense layers",
+        f"{method} at density {run.video_density:.2f}",
+        *_count(first + last, "dense step"),
+        *_count(run.schedule.first_layers + run.schedule.last_layers, "dense layer"),
         *(f"{key} {values[key]}" for key in ("rope", "ultravico", "context_frames", "offload") if key in values),
     ]
-    return ", ".join(parts)

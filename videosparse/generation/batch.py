@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from videosparse.generation.errors import GenerationError
-from videosparse.generation.generating import Generation, endings, generate_to
+from videosparse.generation.filing import LATENTS, endings, read_record, record_of_latents
+from videosparse.generation.generating import Generation, generate_to
 from videosparse.generation.output import DEFAULT_FOLDER, Destination, check_places, slug
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, load_pipeline, quiet
-from videosparse.generation.sidecar import FORMAT, fingerprint
+from videosparse.generation.sidecar import fingerprint, model_state
 from videosparse.generation.step_cache import check_measured
 
 Told = Callable[[int, Generation | None, dict[str, Path]], None]
@@ -47,16 +47,23 @@ class Batch:
         found: dict[str, Path] = {}
         if self.overwrite or not self.folder.is_dir():
             return found
-        for record in sorted(self.folder.glob("*.json")):
-            video = record.with_suffix(".mp4")
-            try:
-                data = json.loads(record.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue  # somebody else's file
-            whole = all(_has_content(record.with_suffix(ending)) for ending in endings(latents=self.latents))
-            if isinstance(data, dict) and data.get("format") == FORMAT and whole and "comparison" not in data:
-                found[str(data.get("fingerprint"))] = video
+        model = model_state(self.runs[0].source.location)
+        for path in sorted(self.folder.glob("*.json")):
+            record = read_record(path)
+            if record is None or "comparison" in record or (record.get("model") or {}).get("files", model) != model:
+                continue
+            if self._is_whole(path, record):
+                found[str(record.get("fingerprint"))] = path.with_suffix(".mp4")
         return found
+
+    def _is_whole(self, path: Path, record: Mapping[str, object]) -> bool:
+        """Whether all files of the video are beside its record, and latents are its own."""
+        if not all(_has_content(path.with_suffix(ending)) for ending in endings(latents=self.latents)):
+            return False
+        if not self.latents:
+            return True
+        kept = record_of_latents(path.with_suffix(LATENTS))
+        return kept is not None and kept.get("fingerprint") == record.get("fingerprint")
 
 
 def plan_batch(

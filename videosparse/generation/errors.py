@@ -11,6 +11,7 @@ import torch
 from videosparse.wording import nearest, one_line
 
 __all__ = [
+    "LONGEST",
     "OPTION_OF",
     "GenerationError",
     "calling",
@@ -45,6 +46,9 @@ OPTION_OF = {
 }
 """How the command line and the programs call the fields that messages begin with."""
 
+LONGEST = 1000
+"""Letters of a message: what to do stands at its end, and must not be cut off."""
+
 _PLACE = r"(?:Prompt \d+ of \d+: |.*, line \d+: )?"
 
 
@@ -74,7 +78,7 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
         raise GenerationError(message) from error
 
 
-def told(error: BaseException, limit: int = 1000) -> str:
+def told(error: BaseException, limit: int = LONGEST) -> str:
     """What a program says of an error: one line, which names options instead of fields."""
     return renamed(one_line(error, limit), OPTION_OF)
 

@@ -50,7 +50,8 @@ class Estimate:
         gpu: what it is for.
         seconds: all steps; dense_seconds: the same with dense attention.
         dense_forward, sparse_forward: seconds of a forward of a dense and of a sparse step.
-        weights: bytes of all experts, in bfloat16, or layers as FP8.
+        weights: bytes on the GPU at once, in bfloat16, or layers as FP8: of all experts; of one where models are
+            offloaded; of two layers and what is beside the layers where groups are.
         activations: bytes beside them at the peak of a forward.
     """
 
@@ -97,7 +98,7 @@ def estimate(plan: GenerationPlan, gpu: str = "NVIDIA H200") -> Estimate | None:
         dense_seconds=calls * (around + attention / rates.dense),
         dense_forward=dense_forward,
         sparse_forward=dense_forward if plan.block is None else sparse_forward,
-        weights=spec.experts * _weights(spec, plan.linears),
+        weights=_resident(spec, plan.offload) * (1 if plan.linears == "fp8" else 2),
         activations=2 * spec.heads * spec.head_dim * plan.layout.length * _vectors(plan),
     )
 
@@ -127,12 +128,20 @@ def parameters_of(spec: ModelSpec) -> float:
     known = PIPELINE_FAMILIES[spec.family].parameters
     if known is not None:
         return known
-    return spec.layers * (8 * width**2 + 2 * width * spec.ffn) + _EMBEDDINGS * (width / 5120) ** 2
+    return spec.layers * (8 * width**2 + 2 * width * spec.ffn) + _beside(spec)
 
 
-def _weights(spec: ModelSpec, linears: str) -> float:
-    """Bytes of a transformer."""
-    return parameters_of(spec) * (1 if linears == "fp8" else 2)
+def _beside(spec: ModelSpec) -> float:
+    """Numbers in the weights beside the layers, as in Wan."""
+    return _EMBEDDINGS * (spec.heads * spec.head_dim / 5120) ** 2
+
+
+def _resident(spec: ModelSpec, offload: str) -> float:
+    """Numbers in the weights that are on the GPU at once."""
+    whole, beside = parameters_of(spec), _beside(spec)
+    if offload == "group":  # a layer comes while the one before works
+        return beside + (whole - beside) * 2 / spec.layers
+    return whole if offload == "model" else whole * spec.experts
 
 
 def _vectors(plan: GenerationPlan) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from videosparse.generation.errors import GenerationError
+from videosparse.generation.filing import LATENTS, endings
 from videosparse.generation.latents import save_latents
 from videosparse.generation.methods import Options, option_names
 from videosparse.generation.output import Destination, Writer, video_place
@@ -20,10 +21,6 @@ from videosparse.generation.step_cache import check_measured
 from videosparse.generation.streaming import unstreamable
 from videosparse.generation.video import Mp4Writer, side_by_side, write_mp4
 from videosparse.metrics.fidelity import FidelityRow, fidelity
-
-ENDINGS = (".mp4", ".json")
-LATENTS = ".safetensors"
-COMPARE_ENDINGS = (".mp4", "-dense.mp4", "-compare.mp4", ".json")
 
 _WARM_UP_STEPS = 2
 _CLEAR_GAIN = 1.1
@@ -161,12 +158,6 @@ def output_place(
         output, request.prompt, request.seed, request.method, endings=endings(compare=compare, latents=latents),
         overwrite=overwrite,
     )  # fmt: skip
-
-
-def endings(*, compare: bool = False, latents: bool = False) -> tuple[str, ...]:
-    """Endings of the files of one run."""
-    found = COMPARE_ENDINGS if compare else ENDINGS
-    return (*found, LATENTS) if latents else found
 
 
 def generate(request: GenerationRequest | Settings, *, pipe: Any = None, progress: Progress = quiet) -> Generation:

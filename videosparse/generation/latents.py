@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 
 from videosparse.generation.environment import choose_device
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.filing import LATENTS_METADATA
 from videosparse.generation.output import Destination
-from videosparse.generation.request import within
+from videosparse.generation.request import RATES, within
 from videosparse.generation.sources import ModelSource, find_model
 from videosparse.generation.streaming import decode_stream, replaced_decode, unstreamable
 from videosparse.generation.video import Mp4Writer, write_mp4
 
 FORMAT = "videosparse-latents-1"
-_METADATA = "videosparse_latents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def save_latents(path: Path, tensor: torch.Tensor, about: Mapping[str, Any]) -> 
     """
     from safetensors.torch import save
 
-    metadata = {_METADATA: json.dumps({**about, "latents_format": FORMAT}, default=str)}
+    metadata = {LATENTS_METADATA: json.dumps({**about, "latents_format": FORMAT}, default=str)}
     path.write_bytes(save({"latents": tensor.contiguous()}, metadata))
 
 
@@ -73,7 +73,7 @@ def load_latents(path: str | Path) -> Latents:
         raise GenerationError(f"There are no latents at {path}; videosparse generate --save-latents makes such a file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})[_METADATA])
+            about = json.loads((file.metadata() or {})[LATENTS_METADATA])
             tensor = file.get_tensor("latents")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = "none of ours" if isinstance(error, KeyError) else one_line(error, 100)
@@ -111,7 +111,8 @@ def decode_latents(
             f"These latents have {latents.tensor.shape[1]} channels, and the VAE of {source.name} takes {channels}; "
             f"use the model that made them, {latents.about['model']['location']}."
         )
-    rate = float(within("fps", fps, latents.about["video"]["fps"], (1, 240)))
+    rate = float(within("fps", fps, latents.about["video"]["fps"], RATES))
+    place = replace(place, run=latents.about.get("fingerprint"))  # beside the files of their run
     with place.parts() as parts, memory_errors():
         path, z = parts.path(".mp4"), latents.tensor.to(vae.device)
         if unstreamable(vae) is None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from videosparse.blocks import BlockMap
-from videosparse.generation.errors import GenerationError, memory_errors, nearest, one_line
+from videosparse.generation.errors import LONGEST, GenerationError, memory_errors, nearest, one_line
 from videosparse.generation.sources import ModelSource
 from videosparse.kernels import int8_path
 from videosparse.kernels.backend import unavailable
@@ -55,7 +55,7 @@ def refusals(before: str = "") -> Iterator[None]:
     except GenerationError:
         raise
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise GenerationError(before + one_line(error)) from error
+        raise GenerationError(before + one_line(error, LONGEST)) from error
 
 
 def check_method(name: str) -> None:

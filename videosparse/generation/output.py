@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.filing import ENDINGS, leftovers
 
 DEFAULT_FOLDER = "outputs"
 
@@ -32,7 +33,9 @@ class Destination:
         stem: name without ending.
         endings: of the files, such as (".mp4", ".json").
         number: whether a taken stem is numbered ("x-2.mp4") or refused.
-        overwrite: whether existing files may be replaced.
+        overwrite: whether existing files may be replaced. Those of a video that its new run does not make go, too: they
+            would be taken for the new run's.
+        run: fingerprint of an earlier run that the new files belong to: its others stay.
     """
 
     folder: Path
@@ -40,6 +43,7 @@ class Destination:
     endings: tuple[str, ...]
     number: bool = False
     overwrite: bool = False
+    run: str | None = None
 
     def publish(self, writers: Mapping[str, Writer]) -> dict[str, Path]:
         """Write all files under temporary names in the same folder, then give them their names.
@@ -97,8 +101,11 @@ class Destination:
             finals = {ending: self.folder / f"{stem}{ending}" for ending in parts}
             if self.overwrite:
                 _check_replaceable(finals.values())
+                before = leftovers(self.folder, stem, finals, self.run) if ".mp4" in finals else []
                 for ending, part in parts.items():
                     part.replace(finals[ending])
+                for path in before:
+                    path.unlink(missing_ok=True)
                 return finals
             if not self.taken(stem) and _link_all([(parts[e], finals[e]) for e in parts]):
                 return finals
@@ -130,7 +137,7 @@ class Parts:
 
 
 def destination(
-    output: str | Path | None, default_stem: str, endings: tuple[str, ...] = (".mp4", ".json"), overwrite: bool = False
+    output: str | Path | None, default_stem: str, endings: tuple[str, ...] = ENDINGS, overwrite: bool = False
 ) -> Destination:
     """Decide where results go, before anything expensive runs.
 

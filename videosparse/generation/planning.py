@@ -18,7 +18,7 @@ from videosparse.generation.linears import check_kind
 from videosparse.generation.methods import Options, refusals, resolve_method, resolved_options, static_map
 from videosparse.generation.request import GUIDANCES, MOST_STEPS, GenerationRequest, within
 from videosparse.generation.sources import ModelSource, find_spec
-from videosparse.generation.stack import Stack, check_together, parts_of, sped_up
+from videosparse.generation.stack import Stack, check_offload, check_together, parts_of, sped_up
 from videosparse.generation.step_cache import parse_step_cache
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.logits import FarLogits
@@ -51,6 +51,7 @@ class GenerationPlan:
         windows: calls of the transformer a step and branch, each on the tokens of `layout`.
         compiled: whether blocks are compiled.
         linears: "none" or "fp8".
+        offload: "none", "model" or "group".
         notices: what the user should know before, a sentence each.
     """
 
@@ -75,6 +76,7 @@ class GenerationPlan:
     windows: int = 1
     compiled: bool = False
     linears: str = "none"
+    offload: str = "none"
     notices: tuple[str, ...] = ()
 
     @property
@@ -160,7 +162,7 @@ class GenerationPlan:
 def plan_request(request: GenerationRequest) -> GenerationPlan:
     """Work out the run of a request, as `GenerationRequest.resolve` would on a card that can do everything.
 
-    Its prompt, seed, dtype and device do not matter, nor where weights are kept. A step cache is not counted.
+    Its prompt, seed, dtype and device do not matter. A step cache is not counted, nor the time that offloading takes.
 
     Raises:
         GenerationError: see `plan_run`; or LoRAs or accelerations that the request could not have.
@@ -172,7 +174,9 @@ def plan_request(request: GenerationRequest) -> GenerationPlan:
     cached = parse_step_cache("none" if request.step_cache is None else request.step_cache) is not None
     linears = "none" if request.linears is None else request.linears
     check_kind(linears)
-    check_together(parts_of(request, Stack(linears=linears, compiled=bool(request.compile)), source.experts))
+    check_offload(request.offload)
+    stack = Stack(linears=linears, compiled=bool(request.compile), offload=request.offload)
+    check_together(parts_of(request, stack, source.experts))
     for_rope = request.ultravico is None and (request.rope != "none" or request.usual_ultravico is not None)
     plan = plan_run(
         source,
@@ -191,7 +195,7 @@ def plan_request(request: GenerationRequest) -> GenerationPlan:
     )
     what = "What the step cache skips is not counted: that a run decides by itself."
     notices = (*left_out, *fitted.notices, *([what] if cached else []))
-    return replace(plan, compiled=bool(request.compile), linears=linears, notices=notices)
+    return replace(plan, compiled=stack.compiled, linears=linears, offload=stack.offload, notices=notices)
 
 
 def plan_run(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from videosparse.windows import Windows
 MOST_STEPS = 1000
 GUIDANCES = 0, 100
 SHIFTS = 0.01, 100
+RATES = 1, 240
 
 _SEED_LIMIT = 2**63
 
@@ -139,7 +141,7 @@ class GenerationRequest:
             steps=fitted.steps,
             guidance=within("guidance", self.guidance, defaults.guidance, GUIDANCES),
             guidance_2=defaults.guidance_2 if self.guidance is None else None,
-            fps=within("fps", self.fps, defaults.fps, (1, 240)),
+            fps=within("fps", self.fps, defaults.fps, RATES),
             device=device,
             dtype=dtype,
             shift=request.shift,
@@ -148,7 +150,18 @@ class GenerationRequest:
             logit=logit,
             windows=fitted.windows,
             stack=stack,
-            notices=(*left_out, *fitted.notices),
+            notices=(*left_out, *fitted.notices, *request._untrained(source, grid)),
+        )
+
+    def _untrained(self, source: ModelSource, grid: VideoGrid) -> Iterator[str]:
+        """Whether the model sees more at once than it was trained on, with nothing that helps."""
+        frames, longest = (grid.frames - 1) * source.spec.stride[0] + 1, source.defaults.longest
+        if frames <= longest or self.loras or self.rope != "none" or self.ultravico is not None:
+            return
+        rope = "" if source.pipelines.rotary == Rotary.LEARNED else "--rope riflex, "
+        yield (
+            f"{frames} frames at once are beyond the {longest} that {source.name} was trained on: the video may repeat "
+            f"or fall apart; see --ultravico 0.9, {rope}--context-frames {longest}, or a --lora for that length."
         )
 
     def fitted(self, source: ModelSource) -> Fitted:
@@ -333,10 +346,16 @@ def within(name: str, asked: Number | None, default: Number, limits: tuple[float
     """
     if asked is None:
         return default
-    if not limits[0] <= asked <= limits[1]:
-        advice = f"; the model's is {default}" if default is not asked else ""
-        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {asked}){advice}.")
+    check_within(name, asked, limits, f"; the model's is {default}" if default is not asked else "")
     return asked
+
+
+def check_within(name: str, value: float, limits: tuple[float, float], advice: str = "") -> None:
+    """Raise GenerationError unless a value is a number within `limits`, both included."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise GenerationError(f"{name} must be a number, {limits[0]} to {limits[1]} (got {value!r}){advice}.")
+    if not limits[0] <= value <= limits[1]:
+        raise GenerationError(f"{name} must be {limits[0]} to {limits[1]} (got {value}){advice}.")
 
 
 def _is_text(text: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from videosparse.attach import restore, sparsify
+from videosparse.clock import shift_of
 from videosparse.components import targets
 from videosparse.generation.compiling import compile_errors
 from videosparse.generation.environment import DTYPES, now, peak_memory, reset_peak_memory
@@ -60,6 +61,7 @@ class Run:
 
     Args:
         method: its name.
+        shift: of the noise levels; None where the scheduler has none, or one that changes with the size.
         given: the options that the user set.
         options: all options in force.
         report: what attention did.
@@ -72,6 +74,7 @@ class Run:
     """
 
     method: str
+    shift: float | None
     given: Options
     options: Options
     report: RunReport
@@ -162,6 +165,7 @@ def run_method(
             _windows(pipe, settings),
             step_cached(pipe, cache, settings.steps) as count,
         ):
+            shift = shift_of(pipe.scheduler.config)
             frames, timings = _call(pipe, settings, progress)
         resolved = processor.binding.resolved
         assert resolved is not None  # the tracker sets it at the first forward
@@ -173,6 +177,7 @@ def run_method(
         notices = (*notices, f"No step was skipped: this run measured magnitudes for later ones into {cache.file}.")
     return Run(
         method=method,
+        shift=shift,
         given=dict(options),
         options=resolved_options(resolved),
         report=report,

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.generation.environment import device_name, versions
+from videosparse.generation.filing import RECORD_FORMAT
 from videosparse.generation.request import Settings
 from videosparse.generation.running import Run
 from videosparse.metrics.fidelity import FidelityRow
 
-FORMAT = "videosparse-generation-1"
+_MODEL_FILES = ".json", ".safetensors", ".bin"
 
 
 def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str, Any]:
     """What made a video, as plain JSON values."""
     request, source = settings.request, settings.source
     return {
-        "format": FORMAT,
+        "format": RECORD_FORMAT,
         "fingerprint": fingerprint(settings),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompt": request.prompt,
@@ -33,6 +34,7 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "asked": request.model,
             "location": source.location,
             "pipeline": source.pipeline_class,
+            "files": model_state(source.location),
         },
         "video": {
             "num_frames": settings.num_frames,
@@ -52,7 +54,7 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "speed": request.speed,
             "linears": settings.stack.linears,
             "compile": settings.stack.compiled,
-            "shift": settings.shift,
+            "shift": run.shift,
             "rope": request.rope,
             "trained_frames": settings.trained_frames,
             "ultravico": _logit(settings),
@@ -73,7 +75,8 @@ def fingerprint(settings: Settings) -> str:
     """A hash of all that decides a video, by which a batch knows what it has made already.
 
     The device is not part of it: another one rounds otherwise, and makes the same video. LoRAs and plans count by what
-    their files are now: one that was trained again under the same name makes another video.
+    their files are now: one that was trained again under the same name makes another video. So does a model, but its
+    `model_state` stands by itself, since records of before have none.
     """
     request = settings.request
     options = dict(request.options.get(request.method, {}))
@@ -98,7 +101,11 @@ def fingerprint(settings: Settings) -> str:
         "loras": [[file_state(lora.path), lora.scale] for lora in settings.loras],
         "plan": file_state(plan) if isinstance(plan, str | Path) else None,
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return _hash(decides)
+
+
+def _hash(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _logit(settings: Settings) -> dict[str, Any] | None:
@@ -117,6 +124,14 @@ def file_state(path: str | Path) -> list[object]:
     except OSError:
         return [str(place)]
     return [str(place), status.st_size, status.st_mtime_ns]
+
+
+def model_state(location: str | None) -> str | None:
+    """A hash of what the weights and configurations in a model's folder are now; None for one of the hub."""
+    if location is None or not (folder := Path(location).expanduser()).is_dir():
+        return None
+    files = [path for kind in _MODEL_FILES for depth in ("", "*/") for path in folder.glob(f"{depth}*{kind}")]
+    return _hash([[str(path.relative_to(folder)), *file_state(path)[1:]] for path in sorted(files)])
 
 
 def comparison_record(

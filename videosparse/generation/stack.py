@@ -106,17 +106,19 @@ def resolve_stack(
     check_kind(linears)
     if linears != "none" and (reason := unavailable(device, dtype)):
         raise GenerationError(f"linears={linears} cannot run: {reason}.")
-    if request.offload not in OFFLOADS:
-        *others, last = OFFLOADS
-        raise GenerationError(
-            f"Unknown offload {request.offload!r}; use {', '.join(others)} or {last}."
-            f"{nearest(request.offload, OFFLOADS)}"
-        )
+    check_offload(request.offload)
     if request.offload != "none" and device.type != "cuda":
         raise GenerationError(f"offload={request.offload!r} frees GPU memory, and this run is on {device}; drop it.")
     stack = Stack(_step_cache(request, source), linears, bool(request.compile), request.offload)
     check_together(parts_of(request, stack, source.experts))
     return request, stack, left_out
+
+
+def check_offload(name: str) -> None:
+    """Raise GenerationError unless `name` is a way to offload weights."""
+    if name not in OFFLOADS:
+        *others, last = OFFLOADS
+        raise GenerationError(f"Unknown offload {name!r}; use {', '.join(others)} or {last}.{nearest(name, OFFLOADS)}")
 
 
 def parts_of(request: GenerationRequest, stack: Stack, experts: int = 1) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import torch
 
 from videosparse.generation.errors import GenerationError
 from videosparse.generation.output import Destination, destination
+from videosparse.generation.request import RATES, check_within
 from videosparse.generation.video import Mp4Writer
 
 Sink = Callable[[torch.Tensor], None]
@@ -79,20 +80,43 @@ def decode_stream(vae: Any, latents: torch.Tensor, sink: Sink) -> None:
 def streaming(pipe: Any, sink: Sink) -> Iterator[None]:
     """Let the videos of a pipeline go to `sink` while they are decoded; the pipeline then returns none of their frames.
 
+    Args:
+        pipe: called once inside the block.
+        sink: gets the frames.
+
     Raises:
         NotImplementedError: see `check_streamable`.
+        GenerationError: a block inside of such a block, or a second video.
     """
     vae = pipe.vae
     check_streamable(vae)
-    stock = vae.decode
+    if isinstance(vars(vae).get("decode"), _Streamed):
+        raise GenerationError(
+            "The videos of this pipeline go to a file already; leave that stream_to block first, or give the new one "
+            "another pipeline."
+        )
+    with replaced_decode(vae, _Streamed(vae, sink)):
+        yield
 
-    def decode(z: torch.Tensor, return_dict: bool = True) -> Any:
-        _decode(vae, stock, z, sink)
+
+class SecondVideoError(GenerationError):
+    """A pipeline made another video where one was expected."""
+
+
+class _Streamed:
+    """Stands for the decode of a VAE, whose one video goes to `sink`."""
+
+    def __init__(self, vae: Any, sink: Sink) -> None:
+        self._vae, self._stock, self._sink = vae, vae.decode, sink
+        self._used = False
+
+    def __call__(self, z: torch.Tensor, return_dict: bool = True) -> Any:
+        if self._used:
+            raise SecondVideoError("A stream takes one video, and this is another one; open a block for each.")
+        self._used = True
+        _decode(self._vae, self._stock, z, self._sink)
         none = z.new_zeros(1, 3, 0, 1, 1)
         return _output(none) if return_dict else (none,)
-
-    with replaced_decode(vae, decode):
-        yield
 
 
 @contextmanager
@@ -131,13 +155,13 @@ def stream_to(
 
     Raises:
         NotImplementedError: see `check_streamable`.
-        GenerationError: the file is there already, or cannot be written; another rate; frames that are not finite.
+        GenerationError: the file is there already, or cannot be written; another rate; frames that are not finite; a
+            block inside of such a block; or a second video, once the first is in its file.
         ValueError: nothing was generated.
     """
     place = output if isinstance(output, Destination) else destination(output, "video", (".mp4",), overwrite)
-    if not 1 <= fps <= 240:
-        raise GenerationError(f"fps must be 1 to 240 (got {fps}).")
-    found = StreamedVideo()
+    check_within("fps", fps, RATES)
+    found, second = StreamedVideo(), None
 
     def add(frames: torch.Tensor) -> None:
         if not bool(frames.isfinite().all()):
@@ -148,8 +172,16 @@ def stream_to(
 
     with place.files() as parts:
         with Mp4Writer(parts.path(".mp4"), fps) as video, streaming(pipe, add):
-            yield found
+            try:
+                yield found
+            except SecondVideoError as error:  # the first is whole
+                second = error
         found.path = parts.publish()[".mp4"]
+    if second is not None:
+        raise GenerationError(
+            f"stream_to writes one video, and the pipeline made another in its block: the first is {found.path}; open "
+            "a block for each."
+        ) from second
 
 
 def _output(sample: torch.Tensor) -> Any:
