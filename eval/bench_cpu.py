@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from videosparse.program import run_program
 
-import csv
+import argparse
 import platform
 import statistics
 import subprocess
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from videosparse.benchmark.rows import write_rows
 from videosparse.cases import CASES
 from videosparse.kernels import attend
 from videosparse.policies import RadialPolicy
@@ -99,6 +100,9 @@ def rows_of(name: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -108,11 +112,7 @@ def main() -> None:
     }  # fmt: skip
     with torch.no_grad():
         rows = [row | where for name in SIZES for row in rows_of(name)]
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    with OUTPUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from videosparse.program import run_program
 
-import csv
+import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from videosparse.benchmark.rows import write_rows
 from videosparse.cases import CASES, Case
 from videosparse.policies import RadialPolicy
 from videosparse.processors import RadialProcessor
@@ -50,13 +51,12 @@ def row_of(case: Case) -> dict[str, object]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
     torch.set_num_threads(2)
     rows = [row_of(case) for case in CASES.values()]
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    with OUTPUT.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.output, rows)
     for row in rows:
         print(row)
 

@@ -114,7 +114,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
 
     device = str(choose_device(args.device))
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(find_model(args.model).location, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     if args.method != "dense":
         from videosparse.generation.methods import make_processor, parse_overrides
@@ -231,7 +231,7 @@ def score_model(args: argparse.Namespace) -> None:
         for prompt, future in track(pending, "score"):
             report = future.result()
             rows.append(row_of(prompt, score(report, prompt.expected(), frames=args.frames), report, args))
-            write_rows(args.output, rows)  # again and again: the file is always complete and readable
+    write_rows(args.output, rows)
     summarise(rows)
     print(f"{args.output}: {len(rows)} videos")
 
