@@ -16,8 +16,8 @@ DiT's, in one round of its own that is added to those in `training.json`:
     PYTHONPATH=. python eval/train_tiny_model.py all --from-pipeline assets/tiny-wan --stages mixed --pairs 0.6 \\
         --binding 0.1 --budget-minutes 24 --stop-after-minutes 9.4 --work /tmp/tiny --backup out/backup --resume
 
-The rounds so far left motions unbound: which of two objects moves how is drawn at random, since the text encoder does
-not tell. `--binding` adds a loss for that (`videosparse/training/tiny/binding.py`), which has run on CPUs only so far.
+The first six rounds left motions unbound: which of two objects moves how was drawn at random, since the text encoder
+did not tell. `--binding` adds a loss for that (`videosparse/training/tiny/binding.py`), which the seventh had.
 
 Export as above. Score the result with `eval/score_world.py`, write the accuracy into the card (its text speaks of the
 first rows, its table has a line for each file), and correct the card's last section, which is written by hand:

@@ -144,7 +144,7 @@ def test_sizes_of_earlier_weights_are_named(rows):
     now = {"run": "2026-11-23T00:00:00Z", "weights": "sha256:b"}
     before = {"run": "2026-11-22T00:00:00Z", "weights": "sha256:a", "frames": "33", "height": "120", "width": "136"}
     mixed = [{**rows[0], **now}, {**rows[0], **before}]
-    assert earlier_weights(mixed) == "Of the model before its last round of training: 33x120x136."
+    assert earlier_weights(mixed) == "Of the model before its last rounds of training: 33x120x136."
     assert earlier_weights(mixed[:1]) == earlier_weights(rows) == earlier_weights([]) == ""
 
 

@@ -55,6 +55,14 @@ def test_dense_without_a_gap(kind):
     run_and_check(layout, None, *make_qkv(layout, torch.float16, heads=1, dim=16))
 
 
+@pytest.mark.parametrize("lens", [None, [150, 190]])
+def test_dense_with_a_gap_that_ends_inside_a_tile(lens):
+    """The last tile of the video reaches into the text."""
+    lens = None if lens is None else torch.tensor(lens, dtype=torch.int32)
+    layout = TokenLayout(SMALL, 40, text_start=150, seq_lens=lens)
+    run_and_check(layout, None, *make_qkv(layout, torch.float16, heads=1, dim=16))
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_blocks_and_dtypes(block, dtype):

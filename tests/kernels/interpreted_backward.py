@@ -73,6 +73,11 @@ def test_text_without_a_gap(kind, block, kernels):
     run_and_check(layout, block_map, *make_qkv(layout, torch.float16, heads=1, dim=16))
 
 
+def test_a_gap_that_ends_inside_a_tile(kernels):
+    layout = TokenLayout(SMALL, 40, text_start=150)
+    run_and_check(layout, None, *make_qkv(layout, torch.float16, heads=1, dim=16))
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_blocks_and_dtypes(block, dtype):

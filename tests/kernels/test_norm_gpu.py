@@ -122,7 +122,8 @@ def test_no_recompiles_over_lengths_batches_and_gaps():
         return len(norm_rotate_kernel.device_caches[torch.cuda.current_device()][0])
 
     for form in ("wan", "hunyuan dual"):
-        call(form, VideoGrid(3, 5, 7), 23, 2, 40)
+        for gap in (23, 0):  # which are two
+            call(form, VideoGrid(3, 5, 7), gap, 2, 40)
         before = compiled()
         for grid, gap, batch, text in [
             (VideoGrid(1, 4, 4), 0, 1, 16), (VideoGrid(5, 8, 16), 128, 1, 256), (VideoGrid(2, 3, 4), 1, 3, 7),

@@ -104,7 +104,7 @@ def earlier_weights(rows: list[Row]) -> str:
     earlier = [row for row in rows if row.get("weights") != newest]
     titles = {"x".join(row[name] for name in ("frames", "height", "width")) for row in earlier}
     listed = ", ".join(title for title in SIZES if title in titles)
-    return f"Of the model before its last round of training: {listed}." if listed else ""
+    return f"Of the model before its last rounds of training: {listed}." if listed else ""
 
 
 def methods(rows: list[Row]) -> str:
