@@ -111,6 +111,14 @@ def test_tests_that_are_named_exist(page):
     assert named <= there
 
 
+@pytest.mark.parametrize(
+    "path", sorted(p for f in ("eval", "lora", "pipelines") for p in (ROOT / f).glob("*.py")), ids=str
+)
+def test_every_program_shows_its_manual(path):
+    """Instead of starting at once, and writing over the rows of before."""
+    assert "parse_args(" in path.read_text()
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_program_is_named_on_the_page_of_its_folder(folder):
     text = (ROOT / folder / "README.md").read_text()

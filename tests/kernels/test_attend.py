@@ -146,12 +146,13 @@ def test_scores_are_held_a_few_rows_at_a_time(monkeypatch):
     run_and_check(layout, make_map(layout, (64, 64)), *make_qkv(layout, torch.float32))
 
 
-def test_empty_batch():
+@pytest.mark.parametrize(("batch", "heads"), [(0, 3), (2, 0)])
+def test_nothing_to_attend(batch, heads):
     layout = make_layout("video")
-    q = torch.zeros(0, layout.length, 3, 64)
+    q = torch.zeros(batch, layout.length, heads, 64)
     out, lse = attend(q, q, q, layout=layout, return_lse=True)
     assert out.shape == q.shape
-    assert lse.shape == (0, 3, layout.length)
+    assert lse.shape == (batch, heads, layout.length)
 
 
 def test_a_default_device_is_not_mixed_in():

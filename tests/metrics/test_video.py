@@ -1,5 +1,6 @@
 """Videos and the files they come from: what is taken, and one clear line about what is not."""
 
+import os
 from fractions import Fraction
 
 import footage
@@ -157,3 +158,9 @@ def test_finding_videos(tmp_path):
         find_videos(tmp_path / "absent")
     with pytest.raises(VideoError, match="holds no videos"):
         find_videos(tmp_path / "scores")
+
+
+def test_a_name_that_tables_cannot_hold_is_told_before_anything_is_scored(tmp_path):
+    (tmp_path / os.fsdecode(b"b\xff-0.mp4")).touch()
+    with pytest.raises(VideoError, match=r"^b\\udcff-0.mp4 in .* rename it"):
+        find_videos(tmp_path)

@@ -129,7 +129,8 @@ def cards(rows: list[Row]) -> Table:
 
 def _request(name: str, more: Mapping[str, object]) -> GenerationRequest:
     # dense: as much memory as with a static map, which need not be built for this; what offloading spares is in `peaks`
-    return request_from({**merge([preset_values([name]), {"method": "dense", "offload": "none"}, more]), "prompt": "any"})
+    plain = {"method": "dense", "offload": "none"}
+    return request_from({**merge([preset_values([name]), plain, more]), "prompt": "any"})
 
 
 def _estimate(name: str, more: Mapping[str, object]) -> Estimate:

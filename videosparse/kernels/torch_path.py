@@ -218,7 +218,7 @@ def _attend_with_lse(
 
 def _chunks(spans: list[Span], width: int) -> Iterator[Span]:
     """Cut spans of rows so that rows x width stays near SCORE_ENTRIES."""
-    step = max(16, SCORE_ENTRIES // width)
+    step = max(16, SCORE_ENTRIES // max(1, width))
     for start, stop in spans:
         for first in range(start, stop, step):
             yield first, min(first + step, stop)

@@ -162,7 +162,7 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
     other tensors, such as LoRAs, are left out.
 
     Raises:
-        VideoError: there is no such folder, it has no videos, or two decoded files share a stem.
+        VideoError: there is no such folder, it has no videos, two decoded files share a stem, or a name is no UTF-8.
     """
     if not folder.is_dir():
         raise VideoError(f"{folder}: no such folder; give one that holds videos ({', '.join(ENDINGS)}).")
@@ -173,6 +173,9 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
         kind = _kind(path) if path.suffix == RAW_ENDING else "decoded" if path.suffix.lower() in ENDINGS else ""
         if not kind:
             continue
+        readable = path.name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+        if readable != path.name:
+            raise VideoError(f"{readable} in {folder}: its name is no UTF-8, which tables of scores are; rename it.")
         files = found.setdefault(path.stem, {})
         if kind in files:
             raise VideoError(f"{path} and {files[kind].name} are of one name; keep one of them.")

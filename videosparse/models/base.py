@@ -140,7 +140,8 @@ class ModelFamily(ABC):
 def valid_text(inputs: Mapping[str, Any]) -> tuple[int, torch.Tensor]:
     """(padded, int32 [B] valid) text tokens from `encoder_hidden_states` [B, T, C] and `encoder_attention_mask` [B, T].
 
-    The mask is read as a length, as both joint families do: valid tokens come first.
+    The mask is read as a length: both families' pipelines pad behind the text, so valid tokens come first. A mask with
+    holes, which Mochi's transformer alone would take, is not told apart from one without.
     """
     text = int(inputs["encoder_hidden_states"].shape[1])
     return text, inputs["encoder_attention_mask"].sum(dim=1, dtype=torch.int32)

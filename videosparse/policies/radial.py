@@ -57,7 +57,8 @@ class RadialPolicy(SparsityPolicy):
 
     Source: section 4 of the paper, and the band, decimation and block rules of the authors' code, whose tables are
     the published ones. Differs from the code in: text starts on a fresh block, so no video block is dense because text
-    shares it; `block[0] != block[1]` is allowed, the larger one then bounds the band from below.
+    shares it; `block[0] != block[1]` is allowed, the larger one then bounds the band from below;
+    neighbouring frames are never thinned out, as they are by the published rule where frames have under 128 tokens.
     """
 
     decay: float = 1.0
