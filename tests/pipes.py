@@ -460,18 +460,28 @@ def _shared(
 ) -> Iterator[Callable[[str], Any]]:
     from videosparse import restore
 
-    used = []
+    used: list[tuple[Any, int]] = []
 
     def get(name: str) -> Any:
         key = prefix + name
         if key not in built:
             built[key] = builders[key]()
-        used.append(built[key])
+        used.append((built[key], _hooks(built[key])))
         return built[key]
 
     yield get
-    for model in used:
+    for model, _ in used:
         restore(model)
+    assert all(_hooks(model) <= before for model, before in used), "the test leaves its hooks on a shared model"
+
+
+def _hooks(model: Any) -> int:
+    """How many forward hooks the transformers carry (text encoders of transformers hang up some of their own)."""
+    models = (
+        [model] if isinstance(model, torch.nn.Module) else [model.transformer, getattr(model, "transformer_2", None)]
+    )
+    modules = [module for part in models if part is not None for module in part.modules()]
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
 @pytest.fixture(autouse=True)

@@ -319,20 +319,23 @@ def test_the_copy_of_a_bound_pipeline_follows_its_own_scheduler(pipe_of):
     expected = kind.run(pipe, height=96, width=96, num_frames=13)
     assert not torch.equal(dense, expected)
     twin = copy.deepcopy(pipe)
-    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the original runs"))
-    for _ in range(2):
-        assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected)
-    with pytest.raises(KeyboardInterrupt):
-        kind.run(
-            twin,
-            height=96,
-            width=96,
-            num_frames=13,
-            callback_on_step_end=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the original runs"))
+    try:
+        for _ in range(2):
+            assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected)
+        with pytest.raises(KeyboardInterrupt):
+            kind.run(
+                twin,
+                height=96,
+                width=96,
+                num_frames=13,
+                callback_on_step_end=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+            )
+        assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected), (
+            "a failed run of the copy has ended"
         )
-    assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected), (
-        "a failed run of the copy has ended"
-    )
+    finally:
+        hook.remove()
     restore(twin)
     assert not isinstance(twin.transformer.blocks[0].attn1.processor, LayerProcessor)
     assert isinstance(pipe.transformer.blocks[0].attn1.processor, LayerProcessor)
