@@ -7,8 +7,7 @@ Every call of the embedded model (both branches of guidance, all layers) at four
 kind of integers; "made" inputs are normally distributed but for what their name says, as real models are reported to
 have it. Errors are relative, in the mean square, against attention in fp64 of the very same bf16 tensors, each head by
 itself. One row of `assets/results/integer_errors.csv` per inputs and kind, over all calls and heads. Plain torch rounds
-as the kernels do but for the weights that values are multiplied by, which stay fp32; the kernels round those to FP8,
-that of Hopper for head_dim 128 by the bits of the format (`hopper_int8_softmax`), which is less exact.
+as the kernels do but for the weights that values are multiplied by, which stay fp32; the kernels round those to FP8.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from random_plans import CONFIG, GRID, make_plan
 from safetensors.torch import load_file, save_file
 
-from videosparse.blocks import unpack_rows
+from videosparse.blocks import pack_rows, unpack_rows
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.policies.paro_plan import PAROPlan, bucket_of, plain_config
 
@@ -75,6 +75,20 @@ def test_a_flipped_bit(path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="its contents do not match their checksum"):
         PAROPlan.load(path)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda plan: plan.counts[1, 0].fill_(1), lambda plan: plan.bits[1, 2, 0, 1].fill_(0)]
+)
+def test_bits_and_counts_that_say_different_things(change):
+    plan = make_plan()
+    plan.counts[1, 0] = 2
+    plan.bits[1, 0] = pack_rows(torch.arange(plan.blocks[1]) < 2)
+    whole = [plan.codes, plan.counts, plan.bits, plan.facts]
+    PAROPlan(*whole)
+    change(plan)
+    with pytest.raises(ValueError, match="the bits of attention 1 keep other numbers of blocks than its counts"):
+        PAROPlan(*whole)
 
 
 def test_some_other_safetensors(path):

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from videosparse.blocks import BLOCK_SIZES, PackedIndex, pack_rows
+from videosparse.blocks import BLOCK_SIZES, PackedIndex, count_rows, pack_rows
 from videosparse.kernels.selection import write_places
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
@@ -166,6 +166,10 @@ class PAROPlan:
             raise ValueError(f"codes must be below {len(AXIS_ORDERS)} (got {int(self.codes.max())})")
         if int(self.counts.min()) < 1 or int(self.counts.max()) > columns:
             raise ValueError(f"counts must be 1..{columns} (got {int(self.counts.min())}..{int(self.counts.max())})")
+        for layer, (bits, own) in enumerate(zip(self.bits, self.counts, strict=True)):
+            # lists are allotted by counts and filled from bits: others would end in what memory held
+            if not bool((count_rows(bits, columns) == own[..., None]).all()):
+                raise ValueError(f"the bits of attention {layer} keep other numbers of blocks than its counts")
 
     @property
     def grid(self) -> VideoGrid:
@@ -374,11 +378,11 @@ def _read(name: str, changed: int, size: int) -> PAROPlan:
             f"{name} is no whole safetensors file ({' '.join(str(error).split())}); copy it again, or calibrate anew "
             "with --overwrite."
         ) from error
-    return PAROPlan(**_checked(name, about, tensors), source=Path(name).name)
+    return _checked(name, about, tensors)
 
 
-def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What a plan is made of, from what a file holds.
+def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> PAROPlan:
+    """The plan, from what its file holds.
 
     Raises:
         ValueError: it is no plan, of another format, or damaged.
@@ -392,12 +396,10 @@ def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> 
         facts = PlanFacts.from_json(about)
         if set(tensors) != {"bits", "codes", "counts"} or _checksum(tensors) != found["checksum"]:
             raise ValueError("its contents do not match their checksum")
-        # the same checks, told with the name of the file
-        PAROPlan(tensors["codes"], tensors["counts"], tensors["bits"], facts)
+        return PAROPlan(**tensors, facts=facts, source=Path(name).name)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{name} is no plan that can be used: {reason}; calibrate anew with --overwrite.") from error
-    return {**tensors, "facts": facts}
 
 
 def bucket_of(index: int, total: int, buckets: int) -> int:
