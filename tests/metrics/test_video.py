@@ -160,6 +160,12 @@ def test_finding_videos(tmp_path):
         find_videos(tmp_path / "scores")
 
 
+def test_both_videos_side_by_side_are_none_to_judge(tmp_path):
+    for name in ("a.mp4", "a-dense.mp4", "a-compare.mp4", "b-compare.mp4"):
+        (tmp_path / name).touch()
+    assert list(find_videos(tmp_path)) == ["a-dense", "a", "b-compare"]
+
+
 def test_a_name_that_tables_cannot_hold_is_told_before_anything_is_scored(tmp_path):
     (tmp_path / os.fsdecode(b"b\xff-0.mp4")).touch()
     with pytest.raises(VideoError, match=r"^b\\udcff-0.mp4 in .* rename it"):

@@ -7,9 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from videosparse.metrics import video as videos
+
 ENDINGS = (".mp4", ".json")
 LATENTS = ".safetensors"
-COMPARED = ("-dense.mp4", "-compare.mp4")
+COMPARED = tuple(f"{what}.mp4" for what in videos.COMPARED)
 
 RECORD_FORMAT = "videosparse-generation-1"
 LATENTS_METADATA = "videosparse_latents"

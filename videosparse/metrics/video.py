@@ -17,6 +17,10 @@ RAW_ENDING = ".safetensors"
 """Of files that hold the frames as a model gave them; see `save_raw`."""
 
 
+COMPARED = ("-dense", "-compare")
+"""What `--compare` adds to a video's name for the dense one, and for both side by side."""
+
+
 class VideoError(ValueError):
     """A video that cannot be judged; the message names it and says why in one line."""
 
@@ -159,7 +163,7 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
     """The files of every video in a folder by its stem, in order: "decoded", "raw" or both, and "latents".
 
     A file of latents alone, as `videosparse generate --save-latents` writes it, goes with the video beside it; files of
-    other tensors, such as LoRAs, are left out.
+    other tensors, such as LoRAs, are left out; so is what `--compare` shows of two videos side by side.
 
     Raises:
         VideoError: there is no such folder, it has no videos, two decoded files share a stem, or a name is no UTF-8.
@@ -180,7 +184,9 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
         if kind in files:
             raise VideoError(f"{path} and {files[kind].name} are of one name; keep one of them.")
         files[kind] = path
-    found = {stem: files for stem, files in found.items() if files.keys() != {"latents"}}
+    dense, both = COMPARED
+    shown = {stem + both for stem in found if stem + dense in found}
+    found = {stem: files for stem, files in found.items() if files.keys() != {"latents"} and stem not in shown}
     if not found:
         raise VideoError(f"{folder}: holds no videos ({', '.join(ENDINGS)}, or raw frames as {RAW_ENDING}).")
     return found

@@ -127,6 +127,38 @@ def test_the_network_is_asked_last(tmp_path, monkeypatch):
     assert asked == [NEEDED["laion-head"].source]
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def load(name, local_files_only):
+        asked.append((name, local_files_only))
+        raise OSError("We couldn't connect") from LocalEntryNotFoundError("not in the cache")
+
+    weights = Weights(tmp_path)
+    with pytest.raises(MissingError, match=r"the hub did not give it \(We couldn't connect\)"):
+        weights.pretrained("dino", load)
+    with pytest.raises(MissingError, match=r"the hub did not answer before \(We couldn't connect\); run `hf download"):
+        weights.pretrained("clip-l14", load)
+    names = [NEEDED["dino"].source, NEEDED["clip-l14"].source]
+    assert asked == [(names[0], True), (names[0], False), (names[1], True)]
+
+
+def test_what_the_hub_has_not_got_says_nothing_of_others(tmp_path):
+    asked = []
+
+    def load(name, local_files_only):
+        asked.append(local_files_only)
+        raise OSError("no such repository")
+
+    weights = Weights(tmp_path)
+    for key in ("dino", "clip-l14"):
+        with pytest.raises(MissingError, match="the hub did not give it"):
+            weights.pretrained(key, load)
+    assert asked == [True, False, True, False]
+
+
 def test_damaged_weights(tmp_path, weights_folder):
     head = tmp_path / NEEDED["laion-head"].name
     head.write_bytes(b"junk")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +85,7 @@ class Weights:
 
     folder: Path | None = None
     download: bool = True
+    _silent: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def packages(self, key: str) -> None:
         """Check that what runs a model is installed.
@@ -132,14 +133,19 @@ class Weights:
                 except Exception as error:  # transformers raises many kinds for a damaged or partial folder
                     told = f"{own} cannot be loaded ({_told(error)}); it must hold {', '.join(needed.parts)}."
                     raise MissingError(told) from error
-        last: Exception | None = None
-        for local in (True, False) if self.download else (True,):
-            try:
-                return load(needed.source, local_files_only=local)
-            except Exception as error:  # not in the cache, no network, a mirror that fails: all mean missing here
-                last = error
-        how = f"and the hub did not give it ({_told(last)})" if self.download else "and downloads are off"
-        raise self._missing(needed, how) from last
+        try:
+            return load(needed.source, local_files_only=True)
+        except Exception as error:  # of many kinds, all of which mean that the cache has not got it
+            if not self.download:
+                raise self._missing(needed, "and downloads are off") from error
+        if self._silent:
+            raise self._missing(needed, f"and the hub did not answer before ({self._silent[0]})")
+        try:
+            return load(needed.source, local_files_only=False)
+        except Exception as error:  # no network, no such repository, a mirror that fails: all mean missing here
+            if _unanswered(error):
+                self._silent.append(_told(error))
+            raise self._missing(needed, f"and the hub did not give it ({_told(error)})") from error
 
     def stamp(self, key: str) -> str:
         """Changes when the folder's own copy of a model does; "" for a model as published, from cache or network."""
@@ -188,5 +194,14 @@ def fit_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> Non
         raise MissingError(f"{path} holds the weights of another model ({_told(error)}); fetch it again.") from error
 
 
-def _told(error: BaseException | None) -> str:
-    return "without a reason" if error is None else one_line(error, 120)
+def _unanswered(error: BaseException | None) -> bool:
+    """Whether no connection was behind it: the hub is asked for three quarters of a minute before that is told."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _told(error: BaseException) -> str:
+    return one_line(error, 120)
