@@ -267,7 +267,8 @@ class FailureEvents:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FailureEvents:
         twin = copy.copy(self)
-        twin._pipeline, twin._on_failure = in_copy(self._pipeline, memo), copy.deepcopy(self._on_failure, memo)
+        twin._pipeline = in_copy(self._pipeline, memo)
+        twin._on_failure, twin._before = copy.deepcopy((self._on_failure, self._before), memo)
         return twin
 
     def __call__(self, iterable: Any = None, total: int | None = None) -> _Bar:

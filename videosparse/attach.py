@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from videosparse.policies.base import (
     SparsityPolicy,
 )
 from videosparse.processors import DensePlan, LayerProcessor, Processor, Resolved
+from videosparse.remarks import say_if_left_alone, warn_if_all_dense, warn_if_unlike
 from videosparse.report import RunRecord
 from videosparse.sharing import Shard, check_shared, shard_of
 from videosparse.windows import current_window
@@ -39,9 +41,6 @@ from videosparse.windows import current_window
 logger = logging.getLogger(__name__)
 
 _TRACKER = "_videosparse_tracker"
-
-# Share of dense steps to suggest: the published 12 of 50.
-_USUAL_SHARE = 0.24
 
 
 @dataclass(eq=False)
@@ -53,6 +52,13 @@ class _Session:
     experts: int
     grid: VideoGrid | None = None
     active: RunTracker | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Session:
+        # a copy is in no run; by way of `active` the other expert's tracker would be copied before its transformer
+        twin = memo[id(self)] = copy.copy(self)
+        twin.processor, twin.clock = copy.deepcopy((self.processor, self.clock), memo)
+        twin.active = None
+        return twin
 
     def enter(self, tracker: RunTracker, grid: VideoGrid, policy: SparsityPolicy | None) -> None:
         """Another grid is another run; another expert needs nothing of what the one before has kept.
@@ -106,6 +112,15 @@ class RunTracker:
         self._calls: dict[tuple[str | None, int | None], int] = {}
         self._warned = False
         self._handles: list[Any] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunTracker:
+        twin = memo[id(self)] = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        binding = self.session.processor.binding
+        for transformer in binding.alive():
+            if vars(transformer).get(_TRACKER) is self and id(transformer) in memo:
+                twin.session.processor.binding.join(memo[id(transformer)], binding.resolved)
+        return twin
 
     def attach(self, transformer: torch.nn.Module) -> None:
         """Put a `LayerProcessor` on every self-attention and start following, in place of what followed before."""
@@ -234,7 +249,7 @@ class RunTracker:
             self._resolved = session.processor.resolve(self.config, experts=session.experts, grid=grid)
             session.processor.binding.resolved = self._resolved
             self._grid = grid
-            _say_if_left_alone(self._resolved, grid)
+            say_if_left_alone(self._resolved, grid)
         return self._resolved
 
     def _now(
@@ -247,8 +262,8 @@ class RunTracker:
         self.session.enter(self, dense.layout.grid, self._resolved.policy)
         clock.tick(timestep)
         if clock.run != before or binding.record is None:
-            _warn_if_all_dense(self._resolved, clock.total())
-            _warn_if_unlike(self._resolved, clock.shift())
+            warn_if_all_dense(self._resolved, clock.total())
+            warn_if_unlike(self._resolved, clock.shift())
             runs_dense = self.layers[0][1].backend_name() if dense.kernel is None else title(dense, device)
             runs_sparse = _backend(self._resolved, device)
             binding.record = RunRecord(dense.layout, runs_sparse, runs_dense, self._resolved.options.quant)
@@ -365,39 +380,6 @@ def _training(transformer: torch.nn.Module) -> bool:
     if not torch.is_grad_enabled():
         return False
     return transformer.training or any(parameter.requires_grad for parameter in transformer.parameters())
-
-
-def _say_if_left_alone(resolved: Resolved, grid: VideoGrid) -> None:
-    """Say so where a logit was asked for, and the video is short enough to do without."""
-    logit = resolved.options.logit
-    if logit is not None and logit.reach(grid) is None:
-        logger.info("%s leaves this video alone: it has %d latent frames.", logit, grid.frames)
-
-
-def _warn_if_unlike(resolved: Resolved, shift: float | None) -> None:
-    """Say so where a method was made ready for other runs than this one."""
-    if resolved.policy is not None and (why := resolved.policy.unlike(shift)):
-        logger.warning("%s", why)
-
-
-def _warn_if_all_dense(resolved: Resolved, total: int | None) -> None:
-    """Say so when the dense steps leave no sparse one."""
-    if resolved.policy is None or total is None:
-        return
-    schedule = resolved.schedule
-    dense = sum(schedule.dense_steps(total))
-    if dense == 0 and total == 1 and resolved.policy.searches:
-        logger.warning("A run of one step has no map to search for: every call is dense; use at least 2 steps.")
-    if dense >= total:
-        logger.warning(
-            "first_steps=%s and last_steps=%s cover all %d steps of this run: every call is dense; use %d, or the "
-            "fraction %s.",
-            schedule.first_steps,
-            schedule.last_steps,
-            total,
-            int(_USUAL_SHARE * total + 0.5),
-            _USUAL_SHARE,
-        )
 
 
 def _backend(resolved: Resolved, device: torch.device) -> str:

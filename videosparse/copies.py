@@ -7,7 +7,7 @@ from typing import Any
 
 
 def in_copy(ref: weakref.ref[Any], memo: dict[int, Any]) -> weakref.ref[Any]:
-    """A weak reference of a deep copy: to the copy of what `ref` refers to, if that is being copied, too, else `ref`.
+    """A weak reference of a deep copy: to the copy of what `ref` refers to, if that was begun before, else `ref`.
 
     Args:
         ref: what `copy.deepcopy` would take as it is, so that the copy followed the original.

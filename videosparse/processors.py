@@ -16,7 +16,6 @@ import torch
 from videosparse._diffusers import HostProcessor
 from videosparse.blocks import PackedIndex
 from videosparse.cases import ModelSpec
-from videosparse.copies import in_copy
 from videosparse.defaults import RadialDefaults, block_for, radial_defaults
 from videosparse.kernels import KernelOptions, attend
 from videosparse.kernels.dense import OWN, dense_by_library
@@ -182,10 +181,8 @@ class _Binding:
     record: RunRecord | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Binding:
-        twin = copy.copy(self)
-        twin.transformers = [in_copy(ref, memo) for ref in self.transformers]
-        twin.record = copy.deepcopy(self.record, memo)
-        return twin
+        # copies of transformers join as they are made: where there are two, the first is made before the second
+        return _Binding(model=self.model, record=copy.deepcopy(self.record, memo))
 
     def alive(self) -> list[torch.nn.Module]:
         return [t for t in (ref() for ref in self.transformers) if t is not None]
@@ -193,6 +190,11 @@ class _Binding:
     def bind(self, transformers: list[torch.nn.Module], model: str, resolved: Resolved) -> None:
         self.transformers = [weakref.ref(t) for t in transformers]
         self.model, self.resolved, self.record = model, resolved, None
+
+    def join(self, transformer: torch.nn.Module, resolved: Resolved | None) -> None:
+        """Bind one more, for which these are the choices."""
+        self.transformers.append(weakref.ref(transformer))
+        self.resolved = resolved
 
     def release(self, transformer: torch.nn.Module) -> None:
         """Unbind one; the report of the last run stays."""

@@ -4,12 +4,14 @@ import copy
 import gc
 import weakref
 from pipes import PIPES, TINY
+from types import MethodType
 
 import pytest
 import torch
 from probes import FullMap, Probe
 
 from videosparse import DenseProcessor, RadialProcessor, restore, sparsify
+from videosparse.attach import tracker_of
 from videosparse.clock import Clock
 from videosparse.policies.base import DenseSchedule
 from videosparse.processors import LayerProcessor
@@ -312,33 +314,67 @@ def test_copies_of_a_clock_follow_the_same_scheduler(pipe_of):
     assert clock._scheduler() is pipe.scheduler
 
 
-def test_the_copy_of_a_bound_pipeline_follows_its_own_scheduler(pipe_of):
-    pipe, kind = pipe_of("wan"), PIPES["wan"]
-    dense = kind.run(pipe, height=96, width=96, num_frames=13)
+@pytest.mark.parametrize("name", ["wan", "wan22"])
+def test_the_copy_of_a_bound_pipeline_follows_its_own_scheduler(pipe_of, name):
+    pipe, kind = pipe_of(name), PIPES[name]
+
+    def run(pipe, **more):
+        return kind.run(pipe, height=96, width=96, num_frames=13, **more)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    dense = run(pipe)
     sparsify(pipe, RadialProcessor(first_steps=1, first_layers=0, block=64, decay=0.3, sink=False))
-    expected = kind.run(pipe, height=96, width=96, num_frames=13)
+    expected = run(pipe)
     assert not torch.equal(dense, expected)
     twin = copy.deepcopy(pipe)
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the original runs"))
     try:
         for _ in range(2):
-            assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected)
+            assert torch.equal(run(twin), expected)
         with pytest.raises(KeyboardInterrupt):
-            kind.run(
-                twin,
-                height=96,
-                width=96,
-                num_frames=13,
-                callback_on_step_end=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
-            )
-        assert torch.equal(kind.run(twin, height=96, width=96, num_frames=13), expected), (
-            "a failed run of the copy has ended"
-        )
+            run(twin, callback_on_step_end=fail)
+        assert torch.equal(run(twin), expected), "a failed run of the copy has ended"
     finally:
         hook.remove()
     restore(twin)
     assert not isinstance(twin.transformer.blocks[0].attn1.processor, LayerProcessor)
     assert isinstance(pipe.transformer.blocks[0].attn1.processor, LayerProcessor)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22"])
+def test_the_copy_of_a_bound_pipeline_is_bound_by_itself(pipe_of, tiny_of, name):
+    pipe, processor = pipe_of(name), RadialProcessor()
+    sparsify(pipe, processor)
+    twin = copy.deepcopy(pipe)
+    parts = [getattr(twin, part) for part in ("transformer", "transformer_2") if getattr(twin, part, None) is not None]
+    own = tracker_of(twin.transformer).session.processor
+    assert own is not processor
+    assert {id(t) for t in own.binding.alive()} == {id(t) for t in parts}
+    assert repr(own) == repr(processor)
+    with pytest.raises(ValueError, match="is bound to another WanTransformer3DModel"):
+        sparsify(tiny_of("wan"), own)
+    restore(pipe)
+    assert own.binding.resolved is not None
+    restore(twin)
+    assert (own.binding.alive(), own.binding.resolved) == ([], None)
+    sparsify(tiny_of("wan"), own)
+
+
+def test_the_copy_of_a_bound_processor_is_free(pipe_of, tiny_of):
+    processor = RadialProcessor()
+    sparsify(pipe_of("wan"), processor)
+    sparsify(tiny_of("wan"), copy.deepcopy(processor))
+
+
+def test_the_copy_of_a_pipeline_has_the_bar_of_its_own(pipe_of):
+    pipe = copy.deepcopy(pipe_of("wan"))
+    pipe.progress_bar = MethodType(lambda pipe, **_: pipe, pipe)
+    sparsify(pipe, RadialProcessor())
+    twin = copy.deepcopy(pipe)
+    restore(twin)
+    assert twin.progress_bar() is twin
 
 
 def test_dense_steps_that_cover_the_run_are_reported(pipe_of, caplog):
