@@ -5,6 +5,7 @@
     python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
     python eval/bench_attention.py --only backward --append       these sets again, beside the other rows
     python eval/bench_attention.py --only integers --output x.csv integer attention alone, under a minute
+    python eval/bench_attention.py --only integers --clocks 3     what bounds a call: its clock, power and energy, too
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
 
@@ -21,6 +22,10 @@ TFLOP/s on visited blocks, their percentage of the matrix product, and the memor
 
 Maps of Radial Attention are those that users get for the model, blocks of 128x64. Rows of before that was the default
 are of 128x128: column `block` says which.
+
+With `--clocks` each call then runs alone, over and over, for so many seconds: `steady_ms`, at the median clock `sm_mhz`
+and power `watts` of the card, and the `joules` of a call. A call whose clock falls is bound by power, and gains from
+doing less; one whose clock stays is bound by its order of instructions.
 
 Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
 in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose. Rows
@@ -53,6 +58,8 @@ import torch
 
 from videosparse.benchmark.checks import check_backward, check_forward, check_integers, check_quantize, check_sums
 from videosparse.benchmark.contenders import CONTENDERS, INTEGERS, QUANTIZE, Call, Missing
+from videosparse.benchmark.gauge import COLUMNS as STEADY
+from videosparse.benchmark.gauge import Gauge, steady_columns
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
 from videosparse.benchmark.rows import WHERE, environment, read_rows, version, write_rows
 from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
@@ -73,7 +80,7 @@ PACKAGES = {"fa3": "fa3-fwd", "fa4": "flash-attn-4", "cudnn": "torch", "fa2": "t
 COLUMNS = (
     "set", "case", "tokens", "batch", "heads", "head_dim", "dtype", "pass", "kernel", "version", "policy", "share",
     "block", "density", "error", "allowed", "p20_ms", "p50_ms", "p80_ms", "tflops", "ceiling_tflops",
-    "percent_of_ceiling", "extra_mb", "extra_percent", "lists_mb", "rounds", "note", *WHERE,
+    "percent_of_ceiling", "extra_mb", "extra_percent", "lists_mb", "rounds", *STEADY, "note", *WHERE,
 )  # fmt: skip
 
 
@@ -238,8 +245,10 @@ def _row_of(what: str, p: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a set."""
+def run_set(
+    bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None, clocks: float = 0.0
+) -> list[dict[str, Any]]:
+    """The rows of a set; with `clocks`, seconds that each call is repeated for to read the card's clock and power."""
     inputs = Inputs(bench.workload, DEVICE, torch.bfloat16, int.from_bytes(os.urandom(4), "little"))
     wanted = [e for e in bench.entries if kernels is None or re.search(kernels, e.kernel)]
     ready = []
@@ -254,6 +263,8 @@ def run_set(bench: BenchSet, rounds: int, seconds: float, kernels: str | None = 
     ceiling = 2 * CEILING**3 / statistics.median(times["ceiling"]) / 1e9
     for contestant in calls:
         contestant.row |= timed_columns(times[contestant], contestant.flops, ceiling)
+        if clocks:
+            contestant.row |= steady_columns(calls[contestant], clocks)
         print(f"  {_line(contestant.row)}", flush=True)
     return [{"set": bench.name, **contestant.row} for contestant in ready]
 
@@ -286,7 +297,9 @@ def _line(row: dict[str, Any]) -> str:
     what = f"{row['kernel']:17} {row['policy']:14} {row['block']:8} {row['density']}"
     if "p50_ms" in row:
         rate = f"{row['tflops']:>6} TFLOP/s {row['percent_of_ceiling']:>5} %" if "tflops" in row else ""
-        return f"{what}  {row['p50_ms']:>9} ms ({row['p20_ms']}..{row['p80_ms']}) {rate} of {row['ceiling_tflops']}"
+        steady = "  {steady_ms} ms at {sm_mhz} MHz, {watts} W".format(**row) if "steady_ms" in row else ""
+        spread = f"({row['p20_ms']}..{row['p80_ms']})"
+        return f"{what}  {row['p50_ms']:>9} ms {spread} {rate} of {row['ceiling_tflops']}{steady}"
     text = f"error {row['error']} of {row['allowed']}" if "error" in row else ""
     return f"{what}  {text} {row.get('note', '')}"
 
@@ -317,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no set after this long")
     parser.add_argument("--set-seconds", type=float, default=SET_SECONDS, help="time for the rounds of one set")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--clocks", type=float, default=0.0, metavar="SECONDS", help="also repeat each call so long")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
@@ -330,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("seconds", "set_seconds"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
+    if not 0 <= args.clocks < float("inf"):
+        parser.error(f"--clocks must be seconds, 0 for none (got {args.clocks}).")
     if not list(chosen(args.only)):
         parser.error(f"--only {args.only!r} matches no set; --list names them.")
     if args.list:
@@ -343,6 +359,11 @@ def main(argv: list[str] | None = None) -> int:
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
         return 2
     check_place(args.output)
+    if args.clocks:
+        try:
+            Gauge()
+        except ModuleNotFoundError:
+            parser.error("--clocks reads them with nvidia-ml-py; pip install nvidia-ml-py.")
     start, where = time.perf_counter(), environment(args.commit)
     rows: list[dict[str, Any]] = [*read(args.output)] if args.append else []
     failed = []
@@ -352,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"{bench.name}  (at {time.perf_counter() - start:.0f} s)", flush=True)
         try:
-            found = [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels)]
+            found = [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels, args.clocks)]
             rows = merged(rows, found)
             write_rows(args.output, rows, COLUMNS)
         except Exception:  # one set, out of memory say, must not take the others along

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from eval_programs import load
 
 pytest.importorskip("diffusers")
 
-from videosparse.benchmark import checks, contenders, kernel_tables, problems, timing
+from videosparse.benchmark import checks, contenders, gauge, kernel_tables, problems, timing
 from videosparse.benchmark.problems import Entry, Inputs, Workload
 from videosparse.benchmark.rows import write_rows
 from videosparse.kernels import KernelOptions, attend, block_sums
@@ -225,6 +226,51 @@ def test_the_same_work_comes_ahead_of_every_call(no_gpu):
     assert sorted(ran[1::2]) == ["fast"] * 6 + ["other"] * 6
 
 
+@pytest.fixture
+def meter(no_gpu, monkeypatch):
+    """A card at 1,200 MHz and 600 W while it works, at 1,900 MHz and 100 W else."""
+    busy = []
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1200 if busy else 1900)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda: 600_000 if busy else 100_000)
+    return busy
+
+
+def test_a_card_is_read_while_it_does_nothing_but_repeat_a_call(meter, monkeypatch):
+    monkeypatch.setattr(gauge, "_SETTLING", 0.0)
+    found = gauge.steady_columns(lambda: (meter.append(1), time.sleep(0.002)), 0.2)
+    assert (found["sm_mhz"], found["watts"]) == ("1200", "600")
+    assert 2.0 <= float(found["steady_ms"]) < 20.0
+    assert float(found["joules"]) == pytest.approx(0.6 * float(found["steady_ms"]), abs=1e-3)
+    assert set(found) == set(gauge.COLUMNS)
+
+
+def test_a_slow_call_is_repeated_once_at_least(no_gpu):
+    calls = []
+    assert gauge._repeat(lambda: (calls.append(1), time.sleep(0.01)), 0.0) >= 10.0
+    assert calls == [1]
+
+
+def test_a_gauge_stops_with_its_block(meter):
+    with pytest.raises(ZeroDivisionError), gauge.Gauge() as found:
+        raise ZeroDivisionError
+    assert len(found.mhz) == len(found.watts) >= 1
+    assert not found._thread.is_alive()
+
+
+def test_clocks_need_what_reads_them(bench, monkeypatch, tmp_path, capsys):
+    def absent():
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "clock_rate", absent)
+    with pytest.raises(SystemExit):
+        bench.main(["--clocks", "1", "--output", str(tmp_path / "rows.csv")])
+    assert "pip install nvidia-ml-py" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--clocks", "nan"])
+    assert "--clocks must be seconds, 0 for none (got nan)" in capsys.readouterr().err
+
+
 def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
     """Right kernels are timed; a wrong, a failing and a missing one get a row that says so."""
 
@@ -243,7 +289,11 @@ def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
         bench, "interleave", lambda calls, rounds, seconds, before: before() or {key: [1.0, 2.0, 3.0] for key in calls}
     )
     entries = [Entry("ours"), *(Entry(k, "uniform", 0.4, BLOCK) for k in ("ours", "fa2", "portable")), Entry("fa3")]
-    rows = bench.run_set(bench.BenchSet("forward", "64x64", TINY, tuple(entries)), rounds=3, seconds=1)
+    monkeypatch.setattr(bench, "steady_columns", lambda call, seconds: {"steady_ms": "2", "sm_mhz": "3", "watts": "4"})
+    tiny = bench.BenchSet("forward", "64x64", TINY, tuple(entries))
+    assert "steady_ms" not in str(bench.run_set(tiny, rounds=3, seconds=1))
+    rows = bench.run_set(tiny, rounds=3, seconds=1, clocks=1)
+    assert ["steady_ms" in row for row in rows] == ["p50_ms" in row for row in rows]
     assert [row["note"].split(":")[0] for row in rows if "note" in row] == ["failed", "error above allowed", "missing"]
     assert [row["p50_ms"] for row in rows if "p50_ms" in row] == ["2.0000", "2.0000"]
     where = {"run": "now", "gpu": "none", "commit": "c"}

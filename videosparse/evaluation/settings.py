@@ -75,7 +75,7 @@ class Setting:
         """Whether others are compared with its videos."""
         return self == Setting("dense")
 
-    def batches(self, places: list[int]) -> list[list[int]]:
+    def made_together(self, places: list[int]) -> list[list[int]]:
         """What of a batch is made at once: all of it, but one by one where samples of a batch share what a run finds,
         as token orders; else a video would depend on those beside it, and on how many the free memory allows."""
         return [[place] for place in places] if self.method == "paro-online" else [places]

@@ -144,7 +144,7 @@ class Comparison:
         if not any(wanted for _, wanted in todo):
             return True
         dense: list[Seen] = []
-        for setting, wanted in [(one, part) for one, places in todo for part in one.batches(places)]:
+        for setting, wanted in [(one, part) for one, places in todo for part in one.made_together(places)]:
             if setting.name in self.failed or (not wanted and not setting.is_reference):
                 continue
             if self.deadline is not None and time.monotonic() > self.deadline:
