@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from videosparse.generation import GenerationError, output
-from videosparse.generation.filing import LATENTS_METADATA, RECORD_FORMAT
+from videosparse.generation.filing import LATENTS_METADATA, RECORD_FORMAT, latents_metadata
 from videosparse.generation.output import destination, picture_place, slug
 
 
@@ -189,7 +189,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(tmp_path):
     for ending in (".mp4", "-dense.mp4", "-compare.mp4"):
         (tmp_path / f"a{ending}").touch()
     record_of(tmp_path, "a", comparison={})
-    latents_of(tmp_path, "a", {LATENTS_METADATA: '{"fingerprint": "a"}'})
+    latents_of(tmp_path, "a", latents_metadata({"fingerprint": "a"}))
     destination(tmp_path / "a.mp4", "unused", overwrite=True).publish(writers())
     assert names(tmp_path) == ["a.json", "a.mp4"]
     record_of(tmp_path, "a")
@@ -213,13 +213,21 @@ def test_overwrite_keeps_the_files_of_others(tmp_path):
     assert names(tmp_path) == ["a-dense.json", "a-dense.mp4", "a.mp4", "a.safetensors"], "a run called a-dense"
 
 
+@pytest.mark.parametrize("header", ["{}", '{"latents_format": "videosparse-latents-2", "fingerprint": "a"}', "a"])
+def test_overwrite_keeps_latents_of_another_format(tmp_path, header):
+    (tmp_path / "a.mp4").touch()
+    latents_of(tmp_path, "a", {LATENTS_METADATA: header})
+    destination(tmp_path / "a.mp4", "unused", (".mp4",), overwrite=True).publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == ["a.mp4", "a.safetensors"]
+
+
 def test_a_failed_run_removes_nothing(tmp_path):
     def fail(path):
         raise RuntimeError
 
     (tmp_path / "a.mp4").touch()
     record_of(tmp_path, "a")
-    latents_of(tmp_path, "a", {LATENTS_METADATA: "{}"})
+    latents_of(tmp_path, "a", latents_metadata({"fingerprint": "a"}))
     with pytest.raises(RuntimeError):
         destination(tmp_path / "a.mp4", "unused", overwrite=True).publish({".mp4": fail})
     assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors"]

@@ -35,7 +35,7 @@ class Destination:
         number: whether a taken stem is numbered ("x-2.mp4") or refused.
         overwrite: whether existing files may be replaced. Those of a video that its new run does not make go, too: they
             would be taken for the new run's.
-        run: fingerprint of an earlier run that the new files belong to: its others stay.
+        fingerprint: of an earlier run that the new files belong to: its others stay.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Destination:
     endings: tuple[str, ...]
     number: bool = False
     overwrite: bool = False
-    run: str | None = None
+    fingerprint: str | None = None
 
     def publish(self, writers: Mapping[str, Writer]) -> dict[str, Path]:
         """Write all files under temporary names in the same folder, then give them their names.
@@ -101,7 +101,7 @@ class Destination:
             finals = {ending: self.folder / f"{stem}{ending}" for ending in parts}
             if self.overwrite:
                 _check_replaceable(finals.values())
-                before = leftovers(self.folder, stem, finals, self.run) if ".mp4" in finals else []
+                before = leftovers(self.folder, stem, finals, self.fingerprint) if ".mp4" in finals else []
                 for ending, part in parts.items():
                     part.replace(finals[ending])
                 for path in before:
