@@ -181,6 +181,10 @@ def test_latents(run, tmp_path):
     decoded = run("generate", "--from-latents", "a.safetensors", "--device", "cpu", "-o", "b.mp4")
     assert decoded.exit_code == 0, decoded.output
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "a.mp4").unlink()
+    again = run("generate", "--from-latents", "a.safetensors", "--device", "cpu", "-o", "a.mp4")
+    assert again.exit_code == 0, again.output
+    assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4", "prompts.txt", "run.toml", "small"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,19 @@ def test_latents_are_decoded_to_the_same_file(ask, pipe, tmp_path):
     assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4"]
 
 
+def test_latents_that_are_decoded_stay(ask, pipe, tmp_path):
+    """Also where they do not tell of which run they are."""
+    _, paths = generate_to(output_place(ask(), tmp_path / "a.mp4", latents=True), ask(), pipe=pipe)
+    latents = load_latents(paths[".safetensors"])
+    about = {key: value for key, value in latents.about.items() if key != "fingerprint"}
+    save_latents(tmp_path / "b.safetensors", latents.tensor, about)
+    (tmp_path / "b.mp4").touch()
+    for stem in "ab":
+        read = load_latents(tmp_path / f"{stem}.safetensors")
+        decode_latents(read, destination(tmp_path / f"{stem}.mp4", "x", (".mp4",), overwrite=True), device="cpu")
+    assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4", "b.safetensors"]
+
+
 def test_latents_of_something_else(tmp_path, ask, pipe):
     from safetensors.torch import save_file
 

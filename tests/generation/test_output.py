@@ -221,6 +221,30 @@ def test_overwrite_keeps_latents_of_another_format(tmp_path, header):
     assert names(tmp_path) == ["a.mp4", "a.safetensors"]
 
 
+def test_overwrite_keeps_latents_of_a_video_that_is_gone(tmp_path):
+    """They may be all that is left of it; its record would be taken for the new video's."""
+    record_of(tmp_path, "a")
+    latents_of(tmp_path, "a", latents_metadata({"fingerprint": "a"}))
+    destination(tmp_path / "a.mp4", "unused", (".mp4",), overwrite=True).publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == ["a.mp4", "a.safetensors"]
+
+
+def test_the_name_of_an_earlier_run_is_taken_while_its_record_or_latents_are_there(tmp_path):
+    """Else a new video would be taken for the one that was deleted."""
+    record_of(tmp_path, "a")
+    latents_of(tmp_path, "b", latents_metadata({"fingerprint": "b"}))
+    latents_of(tmp_path, "c", {"lora": "of somebody"})
+    (tmp_path / "c.json").write_text('{"notes": 1}')
+    for stem, ending in (("a", "json"), ("b", "safetensors")):
+        with pytest.raises(GenerationError, match=rf"{stem}\.{ending} exists; choose another name, or pass"):
+            destination(tmp_path / f"{stem}.mp4", "unused", (".mp4",))
+        made = destination(tmp_path, stem, (".mp4",)).publish(writers(endings=(".mp4",)))
+        assert made[".mp4"].name == f"{stem}-2.mp4"
+        own = destination(tmp_path / f"{stem}.mp4", "unused", (".mp4",), fingerprint=stem)
+        assert own.publish(writers(endings=(".mp4",)))[".mp4"].name == f"{stem}.mp4"
+    assert destination(tmp_path, "c", (".mp4",)).publish(writers(endings=(".mp4",)))[".mp4"].name == "c.mp4"
+
+
 def test_a_failed_run_removes_nothing(tmp_path):
     def fail(path):
         raise RuntimeError

@@ -264,7 +264,7 @@ def _decode(path: str, given: Mapping[str, object], output: str | None, overwrit
     if others:
         raise GenerationError(f"--from-latents only decodes: {others[0].replace('_', '-')} is decided there; drop it.")
     latents = load_latents(path)
-    place = destination(output, Path(path).stem, (".mp4",), overwrite)
+    place = destination(output, Path(path).stem, (".mp4",), overwrite, latents.about.get("fingerprint"))
     with bars() as progress:
         progress("decode", 0, 1)
         paths = decode_latents(latents, place, model=model, device=device or "auto", fps=fps)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def record_of_latents(path: Path) -> dict[str, Any] | None:
 def leftovers(folder: Path, stem: str, written: Collection[str], fingerprint: str | None = None) -> list[Path]:
     """Files under a name that an earlier run of ours made and a new one does not replace; look before it does.
 
-    Other files stay, such as a LoRA of that name, or a video that has a record of its own.
+    Other files stay, such as a LoRA of that name, latents that tell no run, or a video that has a record of its own.
 
     Args:
         folder, stem: the name.
@@ -80,6 +80,6 @@ def leftovers(folder: Path, stem: str, written: Collection[str], fingerprint: st
         found.append(".json")
         if "comparison" in record:
             found += [ending for ending in COMPARED if read_record(place(ending).with_suffix(".json")) is None]
-    if latents is not None and (fingerprint is None or latents.get("fingerprint") != fingerprint):
+    if latents is not None and latents.get("fingerprint") not in (None, fingerprint):
         found.append(LATENTS)
     return [place(ending) for ending in found if ending not in written and place(ending).is_file()]
