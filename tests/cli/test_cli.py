@@ -81,6 +81,13 @@ def test_a_length_that_the_model_does_not_know_is_told_first(run, monkeypatch):
         assert make(run, "--frames", 85, *more).stderr == "Interrupted; nothing was written.\n"
 
 
+def test_a_plan_tells_of_a_length_that_the_model_does_not_know(run):
+    told = "Note: 161 frames at once are beyond the 81 that wan2.1-14b was trained on: the video may repeat"
+    plan = "plan", "--model", "wan2.1-14b", "--frames", 161
+    assert run(*plan).stderr.startswith(told)
+    assert not run(*plan, "--ultravico", 0.9).stderr
+
+
 def test_a_second_run_gets_a_number(run, tmp_path):
     for _ in range(2):
         assert make(run, "--method", "dense", "--seed", 7).exit_code == 0

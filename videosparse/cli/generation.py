@@ -236,14 +236,16 @@ def _carry_out(
 
 
 def _carry_out_batch(batch: Batch) -> None:
-    """Make what is missing, telling of each video when it is there."""
+    """Make what is missing, telling first what is known before, then of each video when it is there."""
     from videosparse.generation.batch import run_batch
 
     count = len(batch.runs)
+    before = dict.fromkeys(notice for settings in batch.runs for notice in settings.notices)
+    _notices(before)
 
     def told(number: int, made: Generation | None, paths: dict[str, Path]) -> None:
         if made is not None:
-            _notices(made.run.notices)
+            _notices(made.run.notices, told=before)
         how = "was there already" if made is None else f"denoising {seconds(made.run.timings.denoise)}"
         rows([(f"{number + 1} of {count}", f"{paths['.mp4']} ({how})")])
 
