@@ -32,3 +32,7 @@ def test_extras_in_messages_exist():
 def test_a_hint_is_what_was_begun_or_misspelt(word, hint):
     known = ["dense", "none", "radial", "adaspa", "paro", "paro-online"]
     assert nearest(word, known) == ("" if hint is None else f" Did you mean {hint!r}?")
+
+
+def test_of_words_that_begin_so_the_hint_is_the_shortest():
+    assert nearest("in", ["int8-fp8", "int8"]) == " Did you mean 'int8'?"

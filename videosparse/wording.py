@@ -12,12 +12,12 @@ def install_extra(extra: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint ("Did you mean 'x'?" after a space) at the known word that begins with `word`, or else is most like it;
-    empty when none is close."""
+    """A hint ("Did you mean 'x'?" after a space) at the shortest known word that begins with `word`, or else at the one
+    that is most like it; empty when none is close."""
     lowered = {name.lower(): name for name in known}
     asked = word.lower()
     begins = [name for name in lowered if len(asked) > 1 and name.startswith(asked)]
-    match = begins or difflib.get_close_matches(asked, lowered, n=1, cutoff=0.6)
+    match = sorted(begins, key=len) or difflib.get_close_matches(asked, lowered, n=1, cutoff=0.6)
     return f" Did you mean {lowered[match[0]]!r}?" if match else ""
 
 

@@ -81,6 +81,13 @@ def test_a_length_that_the_model_does_not_know_is_told_first(run, monkeypatch):
         assert make(run, "--frames", 85, *more).stderr == "Interrupted; nothing was written.\n"
 
 
+def test_a_plan_tells_of_a_length_that_the_model_does_not_know(run):
+    told = "Note: 161 frames at once are beyond the 81 that wan2.1-14b was trained on: the video may repeat"
+    plan = "plan", "--model", "wan2.1-14b", "--frames", 161
+    assert run(*plan).stderr.startswith(told)
+    assert not run(*plan, "--ultravico", 0.9).stderr
+
+
 def test_a_second_run_gets_a_number(run, tmp_path):
     for _ in range(2):
         assert make(run, "--method", "dense", "--seed", 7).exit_code == 0
@@ -344,10 +351,11 @@ def test_plan_counts_the_weights_that_are_on_the_gpu_at_once(run):
         result = run("plan", "--preset", "wan2.2-a14b-720p", *given)
         assert result.exit_code == 0, result.output
         rows[offload] = next(line for line in result.stdout.splitlines() if line.startswith("Peak"))
-    assert "about 26.92 GiB of weights" in rows[None]
+    assert "about 26.60 GiB of weights" in rows[None]
     assert rows[None].endswith("offload model)")
-    assert "about 53.83 GiB of weights" in rows["none"]
+    assert "about 53.21 GiB of weights" in rows["none"]
     assert rows["none"].endswith("both experts on the GPU)")
+    assert "about 1.74 GiB of weights" in rows["group"]
     assert rows["group"].endswith("offload group)")
     assert "Unknown offload 'disk'; use none, model or group." in run("plan", "--offload", "disk").stderr
 

@@ -89,7 +89,9 @@ def test_plan_takes_presets_and_run_files(run, tmp_path):
     assert told(preset) == told(by_hand) == told(from_file)
     fast = run("plan", "--preset", "wan2.1-14b-720p", "--preset", "fast", "--frames", 161)
     assert fast.exit_code == 0, fast.output
-    assert fast.stderr == "Note: What the step cache skips is not counted: that a run decides by itself.\n"
+    length, cache = fast.stderr.splitlines()
+    assert length.startswith("Note: 161 frames at once are beyond the 81 ")
+    assert cache == "Note: What the step cache skips is not counted: that a run decides by itself."
     assert "quant=int8" in fast.stdout
     short = run("plan", "--preset", "wan2.1-14b-720p-2x", "--frames", 81)
     assert short.exit_code == 0, short.output
@@ -174,6 +176,22 @@ def test_a_batch_and_again(run, tmp_path):
     assert len(names(tmp_path / "out")) == 4
 
 
+def test_what_is_known_before_a_batch_is_told_once(run, tmp_path, monkeypatch):
+    (tmp_path / "long.txt").write_text("a cat --f 85\na dog --f 85\na cow --f 89\n")
+    command = ("generate", "--config", "run.toml", "--prompts", "long.txt", "-o", "out", "--method", "dense")
+    told = [f"Note: {n} frames at once are beyond the 81 that small was trained on: " for n in (85, 89)]
+    result = run(*command, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, told, strict=True)] == told
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videosparse.generation.batch.load_pipeline", stop)
+    assert run(*command).stderr.splitlines()[:2] == lines, "before the first video"
+
+
 def test_latents(run, tmp_path):
     made = run("generate", folders.PROMPT, "--config", "run.toml", "--save-latents", "-o", "a.mp4")
     assert made.exit_code == 0, made.output
@@ -181,6 +199,10 @@ def test_latents(run, tmp_path):
     decoded = run("generate", "--from-latents", "a.safetensors", "--device", "cpu", "-o", "b.mp4")
     assert decoded.exit_code == 0, decoded.output
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "a.mp4").unlink()
+    again = run("generate", "--from-latents", "a.safetensors", "--device", "cpu", "-o", "a.mp4")
+    assert again.exit_code == 0, again.output
+    assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4", "prompts.txt", "run.toml", "small"]
 
 
 @pytest.mark.parametrize(

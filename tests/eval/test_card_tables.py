@@ -5,7 +5,9 @@ import torch
 
 from videosparse.benchmark import card_tables
 from videosparse.benchmark.card_tables import FITS_NOT, Peaks, Rest, peaks
-from videosparse.generation.estimating import Estimate
+from videosparse.generation.estimating import Estimate, estimate
+from videosparse.generation.planning import plan_request
+from videosparse.generation.request import GenerationRequest
 
 
 @pytest.mark.parametrize(
@@ -33,10 +35,22 @@ def needs(weights, activations):
 
 
 def test_parts_that_are_offloaded_take_turns():
-    """An expert of two with what it needs, or the larger encoder; by blocks one of ten layers and the next."""
-    rest = Rest(encoders=(70, 3), vae=2)
-    found = peaks(needs(100, 40), needs(100, 30), needs(50, 35), experts=2, layers=10, rest=rest)
-    assert found == Peaks(plain=215, parts=90, parts_compiled=80, parts_fp8=70, blocks=52)
+    """An expert of two with what it needs, or the larger encoder; by blocks the VAE stays beside what is there."""
+    ways = needs(100, 40), needs(100, 30), needs(50, 35), needs(12, 40)
+    found = peaks(*ways, experts=2, rest=Rest(encoders=(70, 3), vae=2))
+    assert found == Peaks(plain=215, parts=90, parts_compiled=80, parts_fp8=70, blocks=72)
+    for most, blocks in ((60, 62), (9, 54)):
+        assert peaks(*ways, experts=2, rest=Rest(encoders=(70, 3), vae=2, by_blocks=most)).blocks == blocks
+
+
+def test_blocks_need_what_a_plan_with_groups_tells(monkeypatch):
+    asked = []
+    monkeypatch.setattr(card_tables, "SHOWN", ("wan2.1-14b-480p",))
+    monkeypatch.setattr(card_tables, "peaks", lambda *ways: (asked.extend(ways), peaks(*ways))[1])
+    card_tables.cards([])
+    told = estimate(plan_request(GenerationRequest("any", "wan2.1-14b", method="dense", offload="group")))
+    assert asked[3] == told
+    assert told.weights == pytest.approx(2**30 * 1.74, rel=0.01)
 
 
 def test_only_whole_transformers_count_as_measured():
@@ -68,8 +82,11 @@ def test_weights_beside_the_transformer_are_those_of_the_published_configuration
     def size(build, config, each):
         return each * count(build(config))
 
+    def config(layers):
+        return LlamaConfig(vocab_size=128320, num_hidden_layers=layers, **llama)
+
     xxl = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
-    llama = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    llama = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     wan22 = {
         "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "in_channels": 12, "out_channels": 12,
         "is_residual": True, "patch_size": 2, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
@@ -79,7 +96,6 @@ def test_weights_beside_the_transformer_are_those_of_the_published_configuration
         gated = {**xxl, "feed_forward_proj": "gated-gelu"}
         umt5 = size(UMT5EncoderModel, UMT5Config(vocab_size=256384, **gated), 2)
         t5 = size(T5EncoderModel, T5Config(vocab_size=32128, **gated), 2)
-        llama3 = size(LlamaModel, LlamaConfig(vocab_size=128320, num_key_value_heads=8, **llama), 2)
         clip = size(CLIPTextModel, CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12), 2)
         vaes = {
             "wan2.1": 4 * count(AutoencoderKLWan()),
@@ -88,7 +104,10 @@ def test_weights_beside_the_transformer_are_those_of_the_published_configuration
             "hunyuan-video": 2 * count(AutoencoderKLHunyuanVideo()),
             "mochi": 2 * count(AutoencoderKLMochi()),
         }
-    encoders = {"hunyuan-video": (llama3, clip), "mochi": (t5,)}
+        one, whole = (size(LlamaModel, config(layers), 2) for layers in (1, 32))
+    layer = (whole - one) / 31
+    assert card_tables._REST["hunyuan-video"].by_blocks == pytest.approx(one + layer, rel=2e-3)
+    encoders = {"hunyuan-video": (whole, clip), "mochi": (t5,)}
     for variant, rest in card_tables._REST.items():
         assert rest.encoders == pytest.approx(encoders.get(variant, (umt5,)), rel=2e-3)
         assert rest.vae == pytest.approx(vaes[variant], rel=5e-3)

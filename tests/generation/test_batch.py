@@ -15,7 +15,7 @@ from videosparse.generation.latents import decode_latents, load_latents, save_la
 from videosparse.generation.output import destination
 from videosparse.generation.running import load_pipeline
 from videosparse.generation.sidecar import fingerprint as fingerprint_of
-from videosparse.generation.sidecar import model_state
+from videosparse.generation.states import model_state
 from videosparse.generation.video import read_mp4
 
 
@@ -92,6 +92,19 @@ def test_latents_are_decoded_to_the_same_file(ask, pipe, tmp_path):
         (tmp_path / f"{stem}.json").write_text(json.dumps(record))
         decode_latents(latents, destination(tmp_path / f"{stem}.mp4", "x", (".mp4",), overwrite=True), device="cpu")
     assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4"]
+
+
+def test_latents_that_are_decoded_stay(ask, pipe, tmp_path):
+    """Also where they do not tell of which run they are."""
+    _, paths = generate_to(output_place(ask(), tmp_path / "a.mp4", latents=True), ask(), pipe=pipe)
+    latents = load_latents(paths[".safetensors"])
+    about = {key: value for key, value in latents.about.items() if key != "fingerprint"}
+    save_latents(tmp_path / "b.safetensors", latents.tensor, about)
+    (tmp_path / "b.mp4").touch()
+    for stem in "ab":
+        read = load_latents(tmp_path / f"{stem}.safetensors")
+        decode_latents(read, destination(tmp_path / f"{stem}.mp4", "x", (".mp4",), overwrite=True), device="cpu")
+    assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors", "b.mp4", "b.safetensors"]
 
 
 def test_latents_of_something_else(tmp_path, ask, pipe):
@@ -184,6 +197,40 @@ def test_a_batch_of_a_model_that_has_changed_is_made_again(ask, model_folder, tm
         path.write_text(json.dumps({**record, "settings": {**record["settings"], "shift": None}}))
     assert not made(), "records of before say nothing of the files, and no shift"
     assert model_state("org/name") is None
+
+
+def test_a_model_that_changes_during_a_batch_is_not_taken_for_the_one_that_was_loaded(ask, model_folder, tmp_path):
+    model, made = tmp_path / "model", []
+    shutil.copytree(model_folder, model)
+    weights = next((model / "transformer").glob("*.safetensors"))
+
+    def batch():
+        return plan_batch([ask(seed=seed, model=str(model), steps=1) for seed in range(2)], tmp_path / "out")
+
+    def trained_again(number, result, paths):
+        if number:
+            return
+        later = weights.stat().st_mtime_ns + 10**9
+        os.utime(weights, ns=(later, later))
+
+    run_batch(batch(), trained_again)
+    run_batch(batch(), lambda number, result, paths: made.append(result is not None))
+    assert made == [True, True], "both are of the old weights"
+    made.clear()
+    run_batch(batch(), lambda number, result, paths: made.append(result is not None))
+    assert made == [False, False]
+
+
+def test_a_batch_into_the_folder_of_its_model_goes_on(ask, model_folder, tmp_path, monkeypatch):
+    model, made = tmp_path / "model", []
+    shutil.copytree(model_folder, model)
+    monkeypatch.chdir(model)
+    for output in (".", "outputs"):
+        for expected in (True, False):
+            (model / "notes.json").write_text(str(expected))
+            made.clear()
+            run_batch(plan_batch([ask(model=".", steps=1)], output), lambda n, result, _: made.append(result))
+            assert (made[0] is not None) == expected
 
 
 def test_batches_that_cannot_be(ask, tmp_path):

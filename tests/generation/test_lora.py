@@ -95,6 +95,15 @@ def test_the_record_names_them(ask, make_lora, tmp_path):
     assert any("was trained for 17 frames; this video has 21" in notice for notice in data["notices"])
 
 
+def test_only_a_lora_that_knows_a_length_helps_with_one(ask, make_lora):
+    """One that does not say, such as of a style, leaves the notice of the model's own length."""
+    length, style = str(make_lora(10)), str(make_lora(11, about=None))
+    for loras, notices in (((), 1), ((style,), 1), ((length,), 0), ((style, length), 0)):
+        found = ask(num_frames=85, loras=loras).resolve().notices
+        assert len(found) == notices
+        assert all("85 frames at once are beyond the 81" in notice for notice in found)
+
+
 def test_a_window_is_what_a_lora_has_to_know(ask, make_lora):
     """The video may be longer than it was trained for."""
     lora = str(make_lora(9))

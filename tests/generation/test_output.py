@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from videosparse.generation import GenerationError, output
-from videosparse.generation.filing import LATENTS_METADATA, RECORD_FORMAT
+from videosparse.generation.filing import LATENTS_METADATA, RECORD_FORMAT, latents_metadata
 from videosparse.generation.output import destination, picture_place, slug
 
 
@@ -189,7 +189,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(tmp_path):
     for ending in (".mp4", "-dense.mp4", "-compare.mp4"):
         (tmp_path / f"a{ending}").touch()
     record_of(tmp_path, "a", comparison={})
-    latents_of(tmp_path, "a", {LATENTS_METADATA: '{"fingerprint": "a"}'})
+    latents_of(tmp_path, "a", latents_metadata({"fingerprint": "a"}))
     destination(tmp_path / "a.mp4", "unused", overwrite=True).publish(writers())
     assert names(tmp_path) == ["a.json", "a.mp4"]
     record_of(tmp_path, "a")
@@ -213,13 +213,45 @@ def test_overwrite_keeps_the_files_of_others(tmp_path):
     assert names(tmp_path) == ["a-dense.json", "a-dense.mp4", "a.mp4", "a.safetensors"], "a run called a-dense"
 
 
+@pytest.mark.parametrize("header", ["{}", '{"latents_format": "videosparse-latents-2", "fingerprint": "a"}', "a"])
+def test_overwrite_keeps_latents_of_another_format(tmp_path, header):
+    (tmp_path / "a.mp4").touch()
+    latents_of(tmp_path, "a", {LATENTS_METADATA: header})
+    destination(tmp_path / "a.mp4", "unused", (".mp4",), overwrite=True).publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == ["a.mp4", "a.safetensors"]
+
+
+def test_overwrite_keeps_latents_of_a_video_that_is_gone(tmp_path):
+    """They may be all that is left of it; its record would be taken for the new video's."""
+    record_of(tmp_path, "a")
+    latents_of(tmp_path, "a", latents_metadata({"fingerprint": "a"}))
+    destination(tmp_path / "a.mp4", "unused", (".mp4",), overwrite=True).publish(writers(endings=(".mp4",)))
+    assert names(tmp_path) == ["a.mp4", "a.safetensors"]
+
+
+def test_the_name_of_an_earlier_run_is_taken_while_its_record_or_latents_are_there(tmp_path):
+    """Else a new video would be taken for the one that was deleted."""
+    record_of(tmp_path, "a")
+    latents_of(tmp_path, "b", latents_metadata({"fingerprint": "b"}))
+    latents_of(tmp_path, "c", {"lora": "of somebody"})
+    (tmp_path / "c.json").write_text('{"notes": 1}')
+    for stem, ending in (("a", "json"), ("b", "safetensors")):
+        with pytest.raises(GenerationError, match=rf"{stem}\.{ending} exists; choose another name, or pass"):
+            destination(tmp_path / f"{stem}.mp4", "unused", (".mp4",))
+        made = destination(tmp_path, stem, (".mp4",)).publish(writers(endings=(".mp4",)))
+        assert made[".mp4"].name == f"{stem}-2.mp4"
+        own = destination(tmp_path / f"{stem}.mp4", "unused", (".mp4",), fingerprint=stem)
+        assert own.publish(writers(endings=(".mp4",)))[".mp4"].name == f"{stem}.mp4"
+    assert destination(tmp_path, "c", (".mp4",)).publish(writers(endings=(".mp4",)))[".mp4"].name == "c.mp4"
+
+
 def test_a_failed_run_removes_nothing(tmp_path):
     def fail(path):
         raise RuntimeError
 
     (tmp_path / "a.mp4").touch()
     record_of(tmp_path, "a")
-    latents_of(tmp_path, "a", {LATENTS_METADATA: "{}"})
+    latents_of(tmp_path, "a", latents_metadata({"fingerprint": "a"}))
     with pytest.raises(RuntimeError):
         destination(tmp_path / "a.mp4", "unused", overwrite=True).publish({".mp4": fail})
     assert names(tmp_path) == ["a.json", "a.mp4", "a.safetensors"]

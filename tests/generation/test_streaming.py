@@ -1,6 +1,7 @@
 """Decoding as a stream: the frames of the stock decode, without ever holding them all."""
 
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from pipes import hunyuan, mochi, wan, wan22_5b, wan_vae
 
@@ -220,6 +221,41 @@ def test_a_second_video_is_refused_and_the_first_is_kept(tmp_path):
         two()
     assert len(read_mp4(tmp_path / "a.mp4")) == 5
     assert "decode" not in vars(pipe.vae)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_video_that_was_cut_off_is_not_published(tmp_path, again):
+    """Whether the block tries again, or goes on without it."""
+    pipe = wan()
+    latents, calls = torch.zeros(1, 16, 3, 4, 4), []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+
+    def cut():
+        with stream_to(pipe, tmp_path / "a.mp4", fps=16):
+            with suppress(torch.OutOfMemoryError):
+                pipe.vae.decode(latents)
+            if again:
+                pipe.vae.decode(latents)
+
+    hook = pipe.vae.decoder.register_forward_pre_hook(fail)
+    with pytest.raises(GenerationError, match="Decoding failed after some frames had been passed on"):
+        cut()
+    hook.remove()
+    assert not list(tmp_path.iterdir())
+    assert "decode" not in vars(pipe.vae)
+
+
+def test_a_decode_that_failed_before_its_first_frame_can_be_tried_again(tmp_path):
+    pipe = wan()
+    with stream_to(pipe, tmp_path / "a.mp4", fps=16):
+        with pytest.raises(ValueError, match="One video is decoded at a time"):
+            pipe.vae.decode(torch.zeros(2, 16, 2, 4, 4))
+        pipe.vae.decode(torch.zeros(1, 16, 2, 4, 4))
+    assert len(read_mp4(tmp_path / "a.mp4")) == 5
 
 
 def test_a_stream_in_a_stream_is_refused(tmp_path):

@@ -32,20 +32,28 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Rest:
-    """Bytes of the weights beside the transformer, as `videosparse generate` loads them on a GPU."""
+    """Bytes of the weights beside the transformer, as `videosparse generate` loads them on a GPU.
+
+    Args:
+        encoders: of text.
+        vae: which `--offload group` leaves on the GPU.
+        by_blocks: most of an encoder that is there at once under `--offload group`; None for the largest encoder, since
+            what lists no blocks of its own, as the stack of a T5, comes whole.
+    """
 
     encoders: tuple[float, ...]
     vae: float
+    by_blocks: float | None = None
 
 
 # Parameters are those of the published configurations, counted: encoders (UMT5-XXL; Llama 3 8B without its head, and
-# CLIP-L; T5-XXL) take 2 bytes each, Wan's VAE 4.
+# CLIP-L; T5-XXL) take 2 bytes each, Wan's VAE 4. Of Llama, by blocks, these are its embeddings and two of its layers.
 _WAN_TEXT = (2 * 5.681e9,)
 _REST = {
     "wan2.1": Rest(_WAN_TEXT, 4 * 0.127e9),
     "wan2.2-a14b": Rest(_WAN_TEXT, 4 * 0.127e9),
     "wan2.2-5b": Rest(_WAN_TEXT, 4 * 0.705e9),
-    "hunyuan-video": Rest((2 * 7.505e9, 2 * 0.123e9), 2 * 0.246e9),
+    "hunyuan-video": Rest((2 * 7.505e9, 2 * 0.123e9), 2 * 0.246e9, by_blocks=2 * 0.962e9),
     "mochi": Rest((2 * 4.762e9,), 2 * 0.460e9),
 }
 
@@ -81,8 +89,8 @@ class Peaks:
         return found
 
 
-def peaks(eager: Estimate, compiled: Estimate, fp8: Estimate, experts: int, layers: int, rest: Rest) -> Peaks:
-    """What a run needs, by what its transformer needs eagerly, compiled, and compiled with FP8 linears."""
+def peaks(eager: Estimate, compiled: Estimate, fp8: Estimate, group: Estimate, experts: int, rest: Rest) -> Peaks:
+    """What a run needs, by what its transformer needs eagerly, compiled, with FP8 linears, too, and by blocks."""
     encoder = max(rest.encoders)  # one part at a time where parts are offloaded, and one expert
 
     def parts(estimate: Estimate) -> float:
@@ -93,8 +101,7 @@ def peaks(eager: Estimate, compiled: Estimate, fp8: Estimate, experts: int, laye
         parts=parts(eager),
         parts_compiled=parts(compiled),
         parts_fp8=parts(fp8),
-        # a block and the next, beside the VAE, which stays
-        blocks=2 * eager.weights / experts / layers + eager.activations + rest.vae,
+        blocks=max(group.weights + group.activations, rest.by_blocks or encoder) + rest.vae,
     )
 
 
@@ -107,11 +114,12 @@ def cards(rows: list[Row]) -> Table:
     lines = []
     fp8_linears = {"compile": True, "linears": "fp8"}
     for name in SHOWN:
-        eager, compiled, fp8 = (_estimate(name, more) for more in ({}, {"compile": True}, fp8_linears))
+        ways: tuple[dict[str, object], ...] = {}, {"compile": True}, fp8_linears, {"offload": "group"}
+        eager, compiled, fp8, group = (_estimate(name, more) for more in ways)
         plan = plan_request(_request(name, {}))
         spec = plan.source.spec
         rest = _REST[spec.variant]
-        found = peaks(eager, compiled, fp8, spec.experts, spec.layers, rest)
+        found = peaks(eager, compiled, fp8, group, spec.experts, rest)
         values = PRESETS[name].values
         case = f"{values['model']} {values['height']}x{values['width']}x{values['frames']}"
         cells = []

@@ -236,14 +236,16 @@ def _carry_out(
 
 
 def _carry_out_batch(batch: Batch) -> None:
-    """Make what is missing, telling of each video when it is there."""
+    """Make what is missing, telling first what is known before, then of each video when it is there."""
     from videosparse.generation.batch import run_batch
 
     count = len(batch.runs)
+    before = dict.fromkeys(notice for settings in batch.runs for notice in settings.notices)
+    _notices(before)
 
     def told(number: int, made: Generation | None, paths: dict[str, Path]) -> None:
         if made is not None:
-            _notices(made.run.notices)
+            _notices(made.run.notices, told=before)
         how = "was there already" if made is None else f"denoising {seconds(made.run.timings.denoise)}"
         rows([(f"{number + 1} of {count}", f"{paths['.mp4']} ({how})")])
 
@@ -264,7 +266,7 @@ def _decode(path: str, given: Mapping[str, object], output: str | None, overwrit
     if others:
         raise GenerationError(f"--from-latents only decodes: {others[0].replace('_', '-')} is decided there; drop it.")
     latents = load_latents(path)
-    place = destination(output, Path(path).stem, (".mp4",), overwrite)
+    place = destination(output, Path(path).stem, (".mp4",), overwrite, latents.about.get("fingerprint"))
     with bars() as progress:
         progress("decode", 0, 1)
         paths = decode_latents(latents, place, model=model, device=device or "auto", fps=fps)  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ from videosparse.generation.generating import Generation, generate_to
 from videosparse.generation.output import DEFAULT_FOLDER, Destination, check_places, slug
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, load_pipeline, quiet
-from videosparse.generation.sidecar import fingerprint, model_state
+from videosparse.generation.sidecar import fingerprint
+from videosparse.generation.states import model_state
 from videosparse.generation.step_cache import check_measured
 
 Told = Callable[[int, Generation | None, dict[str, Path]], None]

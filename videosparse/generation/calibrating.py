@@ -33,7 +33,7 @@ from videosparse.generation.partial import Partial
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
 from videosparse.generation.shifts import shifted
-from videosparse.generation.sidecar import file_state
+from videosparse.generation.states import file_state
 from videosparse.kernels.order_search import OrderMetric
 from videosparse.kernels.selection import columns_of, kernels_for
 from videosparse.policies.paro import DENSITY

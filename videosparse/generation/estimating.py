@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from videosparse.cases import ModelSpec
-from videosparse.generation.families import PIPELINE_FAMILIES
+from videosparse.generation.families import PIPELINE_FAMILIES, Parameters
 from videosparse.generation.planning import GenerationPlan
 
 BLOCK_ROWS = 128
 """Rows of the blocks that the rate of sparse attention was measured with."""
-_TEXT, _EMBEDDINGS = 512, 0.4e9
-"""Of Wan: text tokens of cross-attention, and parameters beside the layers (embeddings, modulation of time), of 14B."""
+_TEXT, _TEXT_WIDTH, _FREQUENCIES = 512, 4096, 256
+"""Of Wan: text tokens of cross-attention, their width, and numbers that a time is embedded as."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Estimate:
         seconds: all steps; dense_seconds: the same with dense attention.
         dense_forward, sparse_forward: seconds of a forward of a dense and of a sparse step.
         weights: bytes on the GPU at once, in bfloat16, or layers as FP8: of all experts; of one where models are
-            offloaded; of two layers and what is beside the layers where groups are.
+            offloaded; of two of the largest layers and what is beside the layers where groups are.
         activations: bytes beside them at the peak of a forward.
     """
 
@@ -122,26 +122,22 @@ def _products(spec: ModelSpec) -> float | None:
     return 6.0 * width**2 + 2 * width * spec.ffn + 2 * _TEXT * width if spec.ffn else None
 
 
-def parameters_of(spec: ModelSpec) -> float:
-    """Numbers in the weights of a transformer."""
-    width = spec.heads * spec.head_dim
+def parameters_of(spec: ModelSpec) -> Parameters:
+    """Numbers in the weights of a transformer: those that were counted, else Wan's, from its widths."""
     known = PIPELINE_FAMILIES[spec.family].parameters
     if known is not None:
         return known
-    return spec.layers * (8 * width**2 + 2 * width * spec.ffn) + _beside(spec)
-
-
-def _beside(spec: ModelSpec) -> float:
-    """Numbers in the weights beside the layers, as in Wan."""
-    return _EMBEDDINGS * (spec.heads * spec.head_dim / 5120) ** 2
+    width = spec.heads * spec.head_dim
+    beside = (6 + 1 + 1) * width**2 + (_TEXT_WIDTH + _FREQUENCIES) * width  # modulation, time, text
+    return Parameters(beside, ((spec.layers, 8 * width**2 + 2 * width * spec.ffn),))
 
 
 def _resident(spec: ModelSpec, offload: str) -> float:
     """Numbers in the weights that are on the GPU at once."""
-    whole, beside = parameters_of(spec), _beside(spec)
+    parameters = parameters_of(spec)
     if offload == "group":  # a layer comes while the one before works
-        return beside + (whole - beside) * 2 / spec.layers
-    return whole if offload == "model" else whole * spec.experts
+        return parameters.beside + 2 * parameters.largest
+    return parameters.total * (1 if offload == "model" else spec.experts)
 
 
 def _vectors(plan: GenerationPlan) -> float:

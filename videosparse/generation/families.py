@@ -34,6 +34,29 @@ class Rotary(StrEnum):
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """How many numbers are in the weights of a transformer.
+
+    Args:
+        beside: beside its layers: embeddings, modulation by time.
+        layers: of each kind of layer, how many there are and the numbers in one.
+    """
+
+    beside: float
+    layers: tuple[tuple[int, float], ...]
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.beside + sum(count * size for count, size in self.layers)
+
+    @property
+    def largest(self) -> float:
+        """Those of the largest layer."""
+        return max(size for _, size in self.layers)
+
+
+@dataclass(frozen=True)
 class PipelineFamily:
     """The facts of one family that no configuration file gives.
 
@@ -73,7 +96,7 @@ class PipelineFamily:
     vae_tiles: bool
     multiple: int
     vectors: Vectors
-    parameters: float | None = None
+    parameters: Parameters | None = None
     least_steps: int = 1
     halves: bool = False
 
@@ -115,7 +138,7 @@ _HUNYUAN_VIDEO = PipelineFamily(
     vae_float32=False,
     vae_tiles=True,
     multiple=16,
-    parameters=12.82e9,
+    parameters=Parameters(0.3607e9, ((20, 0.33983e9), (40, 0.14159e9))),  # with two streams, with one
     vectors=MappingProxyType({(False, "none"): (16.3, 0), (True, "none"): (11.3, 0), (True, "fp8"): (14.4, 0)}),
 )
 
@@ -134,7 +157,7 @@ _MOCHI = PipelineFamily(
     vae_float32=False,
     vae_tiles=True,
     multiple=1,
-    parameters=10.03e9,
+    parameters=Parameters(0.0986e9, ((47, 0.20764e9), (1, 0.16989e9))),  # the last drops its text
     vectors=MappingProxyType({(False, "none"): (17.8, 0), (True, "none"): (12.2, 0), (True, "fp8"): (11.6, 0)}),
     least_steps=2,  # its scheduler divides by the number of steps after the first
     halves=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,14 +12,12 @@ import torch
 
 from videosparse.generation.environment import choose_device
 from videosparse.generation.errors import GenerationError, memory_errors, one_line
-from videosparse.generation.filing import LATENTS_METADATA
+from videosparse.generation.filing import carried_record, latents_metadata
 from videosparse.generation.output import Destination
 from videosparse.generation.request import RATES, within
 from videosparse.generation.sources import ModelSource, find_model
 from videosparse.generation.streaming import decode_stream, replaced_decode, unstreamable
 from videosparse.generation.video import Mp4Writer, write_mp4
-
-FORMAT = "videosparse-latents-1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +54,7 @@ def save_latents(path: Path, tensor: torch.Tensor, about: Mapping[str, Any]) -> 
     """
     from safetensors.torch import save
 
-    metadata = {LATENTS_METADATA: json.dumps({**about, "latents_format": FORMAT}, default=str)}
-    path.write_bytes(save({"latents": tensor.contiguous()}, metadata))
+    path.write_bytes(save({"latents": tensor.contiguous()}, latents_metadata(about)))
 
 
 def load_latents(path: str | Path) -> Latents:
@@ -73,17 +69,16 @@ def load_latents(path: str | Path) -> Latents:
         raise GenerationError(f"There are no latents at {path}; videosparse generate --save-latents makes such a file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})[LATENTS_METADATA])
+            about = carried_record(file.metadata())
             tensor = file.get_tensor("latents")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = "none of ours" if isinstance(error, KeyError) else one_line(error, 100)
         raise GenerationError(
             f"{path} holds no latents of videosparse ({reason}); use a file that generate --save-latents wrote."
         ) from error
-    whole = isinstance(about, dict) and about.get("latents_format") == FORMAT
-    if whole:  # what decoding reads
-        whole = "location" in about.get("model", ()) and "fps" in about.get("video", ())
-    if not whole or tensor.dim() != 5 or tensor.shape[0] != 1 or not tensor.isfinite().all():
+    # what decoding reads
+    whole = about is not None and "location" in about.get("model", ()) and "fps" in about.get("video", ())
+    if about is None or not whole or tensor.dim() != 5 or tensor.shape[0] != 1 or not tensor.isfinite().all():
         raise GenerationError(f"{path} is of another version, or damaged; make it again with --save-latents.")
     return Latents(tensor, about)
 
@@ -112,7 +107,7 @@ def decode_latents(
             f"use the model that made them, {latents.about['model']['location']}."
         )
     rate = float(within("fps", fps, latents.about["video"]["fps"], RATES))
-    place = replace(place, run=latents.about.get("fingerprint"))  # beside the files of their run
+    place = replace(place, fingerprint=latents.about.get("fingerprint"))  # beside the files of their run
     with place.parts() as parts, memory_errors():
         path, z = parts.path(".mp4"), latents.tensor.to(vae.device)
         if unstreamable(vae) is None:

@@ -8,7 +8,7 @@ import re
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ class Destination:
         endings: of the files, such as (".mp4", ".json").
         number: whether a taken stem is numbered ("x-2.mp4") or refused.
         overwrite: whether existing files may be replaced. Those of a video that its new run does not make go, too: they
-            would be taken for the new run's.
-        run: fingerprint of an earlier run that the new files belong to: its others stay.
+            would be taken for the new run's. Where the video is gone, only its record does.
+        fingerprint: of an earlier run that the new files belong to: its others stay.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Destination:
     endings: tuple[str, ...]
     number: bool = False
     overwrite: bool = False
-    run: str | None = None
+    fingerprint: str | None = None
 
     def publish(self, writers: Mapping[str, Writer]) -> dict[str, Path]:
         """Write all files under temporary names in the same folder, then give them their names.
@@ -90,8 +90,19 @@ class Destination:
                     self.folder.rmdir()
 
     def taken(self, stem: str) -> list[Path]:
-        """Existing files of that stem."""
-        return [path for ending in self.endings if os.path.lexists(path := self.folder / f"{stem}{ending}")]
+        """Existing files of that stem, and those of an earlier run that would be taken for the new video's."""
+        found = [path for ending in self.endings if os.path.lexists(path := self.folder / f"{stem}{ending}")]
+        return [*found, *self._leftovers(stem, self.endings)]
+
+    def _leftovers(self, stem: str, written: Collection[str]) -> list[Path]:
+        return leftovers(self.folder, stem, written, self.fingerprint) if ".mp4" in written else []
+
+    def _replaced(self, stem: str, written: Collection[str]) -> list[Path]:
+        """What goes when a video is overwritten; where it is gone, its latents may be all that is left of it."""
+        found = self._leftovers(stem, written)
+        if os.path.lexists(self.folder / f"{stem}.mp4"):
+            return found
+        return [path for path in found if path.suffix == ".json"]
 
     def name(self, parts: Mapping[str, Path]) -> dict[str, Path]:
         """Move the finished files; another run may have taken the name meanwhile."""
@@ -101,7 +112,7 @@ class Destination:
             finals = {ending: self.folder / f"{stem}{ending}" for ending in parts}
             if self.overwrite:
                 _check_replaceable(finals.values())
-                before = leftovers(self.folder, stem, finals, self.run) if ".mp4" in finals else []
+                before = self._replaced(stem, finals)
                 for ending, part in parts.items():
                     part.replace(finals[ending])
                 for path in before:
@@ -137,13 +148,18 @@ class Parts:
 
 
 def destination(
-    output: str | Path | None, default_stem: str, endings: tuple[str, ...] = ENDINGS, overwrite: bool = False
+    output: str | Path | None,
+    default_stem: str,
+    endings: tuple[str, ...] = ENDINGS,
+    overwrite: bool = False,
+    fingerprint: str | None = None,
 ) -> Destination:
     """Decide where results go, before anything expensive runs.
 
     Args:
         output: an .mp4 file, a folder (exists, or ends in a slash), or None for outputs/.
         default_stem: file name where `output` gives none; numbered when it is taken.
+        endings, overwrite, fingerprint: see `Destination`.
 
     Raises:
         GenerationError: another ending, a name that is taken and not to be overwritten, or a folder that cannot be
@@ -154,14 +170,14 @@ def destination(
         raise GenerationError("--output must not be empty; give an .mp4 file or a folder, or leave it out.")
     is_folder = output is None or text.endswith(("/", os.sep)) or _is_folder(text)
     if is_folder:
-        place = Destination(
-            Path(text or DEFAULT_FOLDER), default_stem, endings, number=not overwrite, overwrite=overwrite
-        )
+        folder, stem = Path(text or DEFAULT_FOLDER), default_stem
     else:
         path = Path(text)
         if path.suffix != ".mp4":
             raise GenerationError(f"--output must end in .mp4, or be a folder (got {text!r}); use {path.stem}.mp4.")
-        place = Destination(path.parent, path.stem, endings, overwrite=overwrite)
+        folder, stem = path.parent, path.stem
+    numbered = is_folder and not overwrite
+    place = Destination(folder, stem, endings, number=numbered, overwrite=overwrite, fingerprint=fingerprint)
     check_places([place])
     return place
 

@@ -150,13 +150,15 @@ class GenerationRequest:
             logit=logit,
             windows=fitted.windows,
             stack=stack,
-            notices=(*left_out, *fitted.notices, *request._untrained(source, grid)),
+            notices=(*left_out, *fitted.notices),
         )
 
-    def _untrained(self, source: ModelSource, grid: VideoGrid) -> Iterator[str]:
+    def _untrained(self, source: ModelSource, grid: VideoGrid, loras: tuple[LoraFile, ...]) -> Iterator[str]:
         """Whether the model sees more at once than it was trained on, with nothing that helps."""
         frames, longest = (grid.frames - 1) * source.spec.stride[0] + 1, source.defaults.longest
-        if frames <= longest or self.loras or self.rope != "none" or self.ultravico is not None:
+        if frames <= longest or self.rope != "none" or self.ultravico is not None:
+            return
+        if any(lora.frames is not None for lora in loras):  # of shorter ones `lora_notices` tells
             return
         rope = "" if source.pipelines.rotary == Rotary.LEARNED else "--rope riflex, "
         yield (
@@ -185,7 +187,8 @@ class GenerationRequest:
         steps = within("steps", self.steps, defaults.steps, (source.pipelines.least_steps, MOST_STEPS))
         return Fitted(
             request, loras, **sizes, steps=steps, grid=grid, windows=windows,
-            trained_frames=request._trained_frames(source), notices=aside,
+            trained_frames=request._trained_frames(source),
+            notices=(*aside, *request._untrained(source, grid, loras)),
         )  # fmt: skip
 
     def found_loras(self, source: ModelSource) -> tuple[LoraFile, ...]:

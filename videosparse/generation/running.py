@@ -24,11 +24,14 @@ from videosparse.generation.methods import Options, make_processor, refusals, re
 from videosparse.generation.request import Settings
 from videosparse.generation.shifts import shifted
 from videosparse.generation.stack import apply_stack
+from videosparse.generation.states import model_state
 from videosparse.generation.step_cache import CacheCount, step_cached, write_magnitudes
 from videosparse.generation.streaming import Sink, streaming
 from videosparse.models.rope import stretches
 from videosparse.report import RunReport
 from videosparse.stretching import context_windows, extend_rope
+
+_FILES = "_videosparse_files"  # attribute of a pipeline: what the files that it was loaded from were then
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("load", "prompt", "denoise", "decode"), steps done and steps in all (0 of 1 when it starts)."""
@@ -71,6 +74,8 @@ class Run:
         notices: what the user should know about this run, a sentence each.
         latents: [1, C, F, h, w] as the VAE takes them, on the CPU; None where they were not asked for.
         cache: what the step cache did; None without one.
+        model_files: `model_state` of the files that the pipeline was loaded from; of another's pipeline, as they were
+            when the run began.
     """
 
     method: str
@@ -84,6 +89,7 @@ class Run:
     notices: tuple[str, ...] = ()
     latents: torch.Tensor | None = None
     cache: CacheCount | None = None
+    model_files: str | None = None
 
 
 def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, float]:
@@ -99,6 +105,7 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
     dtypes = {"default": DTYPES[settings.dtype]}
     if settings.source.pipelines.vae_float32:
         dtypes["vae"] = torch.float32
+    files = model_state(settings.source.location)  # before they are read: at worst a video is made once more
     try:
         pipe = DiffusionPipeline.from_pretrained(settings.source.location, dtype=dtypes)
     except Exception as error:  # four libraries read these files, and each raises its own
@@ -111,6 +118,7 @@ def load_pipeline(settings: Settings, progress: Progress = quiet) -> tuple[Any, 
             raise GenerationError(
                 f"Cannot load {settings.source.location}: weights of its {name} are missing; download the model again."
             )
+    setattr(pipe, _FILES, files)
     load_loras(pipe, settings.loras)
     pipe.set_progress_bar_config(disable=True)
     prepare_vae(pipe.vae, settings.source)
@@ -145,6 +153,7 @@ def run_method(
             little memory, or frames that are not finite. What goes wrong inside the pipeline comes through as it is.
     """
     check_loaded(pipe, settings.loras)
+    files = vars(pipe)[_FILES] if _FILES in vars(pipe) else model_state(settings.source.location)
     processor = make_processor(method, options, settings.logit)
     notices = (*settings.notices, *_cuts(pipe, settings), *_beyond(settings), *_windowless(settings))
     cache = settings.stack.step_cache if method == settings.request.method else None
@@ -187,6 +196,7 @@ def run_method(
         notices=notices,
         latents=kept[0] if kept else None,
         cache=None if cache is None else count,
+        model_files=files,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -14,9 +13,8 @@ from videosparse.generation.environment import device_name, versions
 from videosparse.generation.filing import RECORD_FORMAT
 from videosparse.generation.request import Settings
 from videosparse.generation.running import Run
+from videosparse.generation.states import digest, file_state
 from videosparse.metrics.fidelity import FidelityRow
-
-_MODEL_FILES = ".json", ".safetensors", ".bin"
 
 
 def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str, Any]:
@@ -34,7 +32,7 @@ def record(settings: Settings, run: Run, load_seconds: float | None) -> dict[str
             "asked": request.model,
             "location": source.location,
             "pipeline": source.pipeline_class,
-            "files": model_state(source.location),
+            "files": run.model_files,
         },
         "video": {
             "num_frames": settings.num_frames,
@@ -76,7 +74,7 @@ def fingerprint(settings: Settings) -> str:
 
     The device is not part of it: another one rounds otherwise, and makes the same video. LoRAs and plans count by what
     their files are now: one that was trained again under the same name makes another video. So does a model, but its
-    `model_state` stands by itself, since records of before have none.
+    files stand by themselves (`Run.model_files`), since records of before have none.
     """
     request = settings.request
     options = dict(request.options.get(request.method, {}))
@@ -101,11 +99,7 @@ def fingerprint(settings: Settings) -> str:
         "loras": [[file_state(lora.path), lora.scale] for lora in settings.loras],
         "plan": file_state(plan) if isinstance(plan, str | Path) else None,
     }
-    return _hash(decides)
-
-
-def _hash(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest(decides)
 
 
 def _logit(settings: Settings) -> dict[str, Any] | None:
@@ -114,24 +108,6 @@ def _logit(settings: Settings) -> dict[str, Any] | None:
 
 def _windows(settings: Settings) -> dict[str, Any] | None:
     return None if settings.windows is None else asdict(settings.windows)
-
-
-def file_state(path: str | Path) -> list[object]:
-    """Where a file is, its size and when it changed; only where, once it is gone."""
-    place = Path(path).expanduser().absolute()
-    try:
-        status = place.stat()
-    except OSError:
-        return [str(place)]
-    return [str(place), status.st_size, status.st_mtime_ns]
-
-
-def model_state(location: str | None) -> str | None:
-    """A hash of what the weights and configurations in a model's folder are now; None for one of the hub."""
-    if location is None or not (folder := Path(location).expanduser()).is_dir():
-        return None
-    files = [path for kind in _MODEL_FILES for depth in ("", "*/") for path in folder.glob(f"{depth}*{kind}")]
-    return _hash([[str(path.relative_to(folder)), *file_state(path)[1:]] for path in sorted(files)])
 
 
 def comparison_record(

@@ -86,7 +86,7 @@ def streaming(pipe: Any, sink: Sink) -> Iterator[None]:
 
     Raises:
         NotImplementedError: see `check_streamable`.
-        GenerationError: a block inside of such a block, or a second video.
+        GenerationError: a block inside of such a block, a second video, or one that was cut off.
     """
     vae = pipe.vae
     check_streamable(vae)
@@ -95,28 +95,43 @@ def streaming(pipe: Any, sink: Sink) -> Iterator[None]:
             "The videos of this pipeline go to a file already; leave that stream_to block first, or give the new one "
             "another pipeline."
         )
-    with replaced_decode(vae, _Streamed(vae, sink)):
+    decode = _Streamed(vae, sink)
+    with replaced_decode(vae, decode):
         yield
+    if decode.cut:  # and the block went on
+        raise GenerationError(_CUT)
 
 
 class SecondVideoError(GenerationError):
     """A pipeline made another video where one was expected."""
 
 
+_CUT = "Decoding failed after some frames had been passed on, which cannot be taken back; try again in a new block."
+
+
 class _Streamed:
-    """Stands for the decode of a VAE, whose one video goes to `sink`."""
+    """Stands for the decode of a VAE, whose one video goes to `sink`.
+
+    `cut`: frames went there, and the video is not whole.
+    """
 
     def __init__(self, vae: Any, sink: Sink) -> None:
         self._vae, self._stock, self._sink = vae, vae.decode, sink
-        self._used = False
+        self._whole = self.cut = False
 
     def __call__(self, z: torch.Tensor, return_dict: bool = True) -> Any:
-        if self._used:
+        if self._whole:
             raise SecondVideoError("A stream takes one video, and this is another one; open a block for each.")
-        self._used = True
-        _decode(self._vae, self._stock, z, self._sink)
+        if self.cut:
+            raise GenerationError(_CUT)
+        _decode(self._vae, self._stock, z, self._pass_on)
+        self._whole, self.cut = True, False
         none = z.new_zeros(1, 3, 0, 1, 1)
         return _output(none) if return_dict else (none,)
+
+    def _pass_on(self, frames: torch.Tensor) -> None:
+        self.cut = True
+        self._sink(frames)
 
 
 @contextmanager
@@ -156,7 +171,8 @@ def stream_to(
     Raises:
         NotImplementedError: see `check_streamable`.
         GenerationError: the file is there already, or cannot be written; another rate; frames that are not finite; a
-            block inside of such a block; or a second video, once the first is in its file.
+            block inside of such a block; a video that was cut off, of which nothing is left; or a second video, once
+            the first is in its file.
         ValueError: nothing was generated.
     """
     place = output if isinstance(output, Destination) else destination(output, "video", (".mp4",), overwrite)
