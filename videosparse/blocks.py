@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from videosparse.checking import check_device, check_flag, check_tensor, check_whole, shown
@@ -436,13 +435,6 @@ def unpack_rows(bits: torch.Tensor, columns: int) -> torch.Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     keep: torch.Tensor = (bits[..., None] >> shifts & 1).flatten(-2)
     return keep[..., :columns].bool()
-
-
-def count_rows(bits: torch.Tensor, columns: int) -> torch.Tensor:
-    """int32 [...], how many of its columns each row of `pack_rows` keeps; uint8 [..., ceil(columns / 8)] on the CPU."""
-    last = bits[..., -1].numpy() & (0xFF >> -columns % 8)
-    whole = np.bitwise_count(bits[..., :-1].numpy()).sum(-1, dtype=np.int32)
-    return torch.from_numpy(whole + np.bitwise_count(last))
 
 
 def transpose_lists(

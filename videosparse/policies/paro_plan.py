@@ -21,9 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from videosparse.blocks import BLOCK_SIZES, PackedIndex, count_rows, pack_rows
+from videosparse.blocks import BLOCK_SIZES, PackedIndex, pack_rows
 from videosparse.kernels.selection import write_places
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
@@ -168,7 +169,7 @@ class PAROPlan:
             raise ValueError(f"counts must be 1..{columns} (got {int(self.counts.min())}..{int(self.counts.max())})")
         for layer, (bits, own) in enumerate(zip(self.bits, self.counts, strict=True)):
             # lists are allotted by counts and filled from bits: others would end in what memory held
-            if not bool((count_rows(bits, columns) == own[..., None]).all()):
+            if not bool((_kept(bits, columns) == own[..., None]).all()):
                 raise ValueError(f"the bits of attention {layer} keep other numbers of blocks than its counts")
 
     @property
@@ -400,6 +401,13 @@ def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> 
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{name} is no plan that can be used: {reason}; calibrate anew with --overwrite.") from error
+
+
+def _kept(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """int32 [...], how many of its columns each row of `pack_rows` keeps; uint8 [..., ceil(columns / 8)] on the CPU."""
+    last = bits[..., -1].numpy() & (0xFF >> -columns % 8)
+    whole = np.bitwise_count(bits[..., :-1].numpy()).sum(-1, dtype=np.int32)
+    return torch.from_numpy(whole + np.bitwise_count(last))
 
 
 def bucket_of(index: int, total: int, buckets: int) -> int:
