@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from videosparse.training import checkpoint
 from videosparse.training.config import ConfigError
+from videosparse.training.run import LoraRun
 from videosparse.training.validation import Validation
 
 LOSS = '{"step": %d, "loss": 1.0}\n'
@@ -161,7 +162,15 @@ def test_what_was_due_at_a_stop_is_done_on_going_on(program, wan_folder, wan_dat
     program.module.stopped_by = signal.SIGTERM
     assert program(config(3)) == 143
     program.module.stopped_by = None
-    for steps in (3, 4):
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraRun, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):  # in the step after what was due
+            program(config(3), resume=True)
+    for steps in (3, 3, 4, 4):  # a run that has ended measures its last step again
         assert program(config(steps), resume=True) == 0
     assert logged(tmp_path / "run", "held_out/17/0.5") == [0, 1, 2, 3, 4]
     assert logged(tmp_path / "run") == [1, 2, 3, 4]

@@ -274,11 +274,13 @@ class LoraRun:
                 file.write(json.dumps({"step": self.done, **told}) + "\n")
 
     def cut_log(self) -> None:
-        """Drop what the log says of steps that are still to be done, and a line that a full disk cut short."""
+        """Drop what the log says of what is still to be done, and a line that a full disk cut short."""
         path = self.folder / LOG
         if not self.accelerator.is_main_process or not path.is_file():
             return
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if self.pending or self.done == self.config.train.steps:  # held-out losses of this step are measured again
+            lines = [line for line in lines if _step_of(line) < self.done or '"held_out/' not in line]
         # losses before the first step are measured again where a run begins
         write_text(path, "".join(f"{line}\n" for line in lines if self.done and _step_of(line) <= self.done))
 
