@@ -186,8 +186,9 @@ def test_a_data_set_has_one_rate(wan_folder, tmp_path):
     assert Dataset(tmp_path / "data").about["fps"] == 16
     with pytest.raises(ConfigError, match=r"encoded with another fps .16.0, now 24.0.; use another folder"):
         prepare(clips, tmp_path / "data", str(wan_folder), [SIZE], fps=24, device="cpu")
-    with pytest.raises(ConfigError, match=r"--fps must be 1 to 240 .got 0"):
-        prepare(clips, tmp_path / "other", str(wan_folder), [SIZE], fps=0, device="cpu")
+    for rate, message in ((0, "1 to 240 .got 0"), ("16", "a number, 1 to 240 .got '16'"), (True, "a number, .*True")):
+        with pytest.raises(ConfigError, match=f"--fps must be {message}.; leave it out for the model's"):
+            prepare(clips, tmp_path / "other", str(wan_folder), [SIZE], fps=rate, device="cpu")
     prepare(clips, tmp_path / "slow", str(wan_folder), [SIZE], fps=8, device="cpu")
     assert Dataset(tmp_path / "slow").about["fps"] == 8
     moving = synthetic_clips(6)
