@@ -329,8 +329,9 @@ class LoraRun:
         if self.accelerator.is_main_process:
             weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
             state = {
-                "config": self.config.as_dict(), "samples": self.sampler.in_step, "clips": self.data.fingerprint(),
-                "pending": pending,
+                "config": self.config.as_dict(), "samples": self.sampler.in_step, "pending": pending,
+                "clips": self.data.fingerprint(self.data.train, self.data.held),
+                "held_out": self.data.fingerprint(self.data.held),
             }  # fmt: skip
             path = checkpoint.write_checkpoint(
                 self.folder, self.done, tensors, state, self.config.output.keep, lambda part: self._write(part, weights)
@@ -427,10 +428,11 @@ class LoraRun:
                 f"A step had {samples} samples in {path} and has {self.sampler.in_step} now; start as many "
                 "processes as before, or choose another output.folder."
             )
-        now = self.data.fingerprint()
-        if state.get("clips", now) != now:
+        clips, held = self.data.fingerprint(self.data.train, self.data.held), self.data.fingerprint(self.data.held)
+        if state.get("clips", clips) != clips:
+            others = "trained" if state.get("held_out", held) == held else "held out"
             raise ConfigError(
-                f"{self.config.data.path} has other clips than it had in {path}, so that others would be held out; "
+                f"{self.config.data.path} has other clips than it had in {path}, so that others would be {others}; "
                 "give it back its clips, or choose another output.folder."
             )
         if state["step"] > self.config.train.steps:
