@@ -9,10 +9,9 @@ by that of the GPUs. Every method works, and memory for activations falls with t
 A prompt file: every GPU has the whole model and makes its own videos; what is there already is not made again.
 """
 
-from videosparse.program import run_program
+from videosparse.program import leave_out, run_program
 
 import argparse
-import logging
 import sys
 import warnings
 
@@ -142,8 +141,7 @@ def keep_quiet() -> None:
 
     Wan's time step is one number for all tokens, so that there is nothing to split.
     """
-    log = logging.getLogger("diffusers.hooks.context_parallel")
-    log.addFilter(lambda record: "split will not be applied" not in record.getMessage())
+    leave_out("split will not be applied", "diffusers.hooks.context_parallel")
     warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)
 
 

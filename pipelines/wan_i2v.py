@@ -5,10 +5,9 @@ python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png --area 720x
 python pipelines/wan_i2v.py "the cat begins to surf" --image cat.png --frames 161 --lora wan-161.safetensors
 """
 
-from videosparse.program import run_program
+from videosparse.program import leave_out, run_program
 
 import argparse
-import logging
 import re
 import sys
 from math import sqrt
@@ -71,8 +70,7 @@ def size_of(area: str, shape: float, step: int) -> tuple[int, int]:
 def main() -> None:
     args = parse()
     # without torchvision transformers has another image processor, which does the same, and says so on import
-    log = logging.getLogger("transformers.utils.import_utils")
-    log.addFilter(lambda record: "CLIPImageProcessor" not in record.getMessage())
+    leave_out("CLIPImageProcessor", "transformers.utils.import_utils")
     from diffusers import WanImageToVideoPipeline
 
     # names and sizes are checked before anything is loaded

@@ -1,7 +1,8 @@
 """How programs and the command end on Ctrl-C and on SIGTERM, also while libraries are imported."""
 
-from videosparse.program import leaving_on_sigterm, run_program
+from videosparse.program import leave_out, leaving_on_sigterm, run_program
 
+import logging
 import os
 import signal
 import subprocess
@@ -148,3 +149,12 @@ def test_sigterm_runs_the_clean_up_code():
 def test_every_program_ends_so():
     for program in PROGRAMS:
         assert "    run_program(main" in program.read_text().partition('if __name__ == "__main__":')[2], program.name
+
+
+def test_a_remark_is_left_out_by_one_filter(caplog):
+    log = logging.getLogger("a library")
+    for remark in ("noise", "noise", "chatter"):
+        leave_out(remark, log.name)
+    for said in ("some noise", "chatter", "news"):
+        log.warning(said)
+    assert (caplog.messages, len(log.filters)) == (["news"], 2)

@@ -116,7 +116,31 @@ def test_tests_that_are_named_exist(page):
 )
 def test_every_program_shows_its_manual(path):
     """Instead of starting at once, and writing over the rows of before."""
-    assert "parse_args(" in path.read_text()
+    assert before_parsing(path.read_text()) == []
+
+
+def before_parsing(source: str) -> list[str]:
+    """What `main` of a program does before it parses its arguments, itself or by a function, but make the parser."""
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    parsing = {name for name, node in functions.items() if name != "main" and ".parse_args(" in ast.unparse(node)}
+    done = []
+    for statement in functions["main"].body:
+        called = [ast.unparse(node.func) for node in ast.walk(statement) if isinstance(node, ast.Call)]
+        if any(name in parsing or name.endswith(".parse_args") for name in called):
+            return done
+        if not re.match(r"parser = argparse\.|parser\.add_", ast.unparse(statement)):
+            done.append(ast.unparse(statement))
+    return [*done, "no arguments are parsed"]
+
+
+def test_programs_that_work_before_they_parse_are_found():
+    program = (
+        "def main():\n    parser = argparse.ArgumentParser()\n    {}\n    args = parser.parse_args()\n    work()\n"
+    )
+    assert before_parsing(program.format("parser.add_argument('--rows')")) == []
+    assert before_parsing(program.format("measure()")) == ["measure()"]
+    assert before_parsing("def parse():\n    return parser.parse_args()\ndef main():\n    args = parse()") == []
+    assert before_parsing("def main():\n    work()") == ["work()", "no arguments are parsed"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,6 +1,6 @@
 """How programs end: `run_program`. Ctrl-C and what they refuse are one line; SIGTERM runs their clean-up code.
 
-`quiet_loading` leaves what they say to themselves.
+`quiet_loading` and `leave_out` leave what libraries say to themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NoReturn
 
 from videosparse import interrupts
@@ -61,6 +62,17 @@ def quiet_loading() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what is an error also comes as an exception
         library.utils.logging.disable_progress_bar()
+
+
+def leave_out(remark: str, logger: str) -> None:
+    """Leave out what a library's logger says with `remark` in it, in this process; again changes nothing."""
+    logging.getLogger(logger).addFilter(_without(remark))
+
+
+@cache
+def _without(remark: str) -> Callable[[logging.LogRecord], bool]:
+    """One filter for each remark: a logger takes the same one once."""
+    return lambda record: remark not in record.getMessage()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from pipes import PIPES, TINY
+from pipes import PIPES, TINY, _shared
 from types import MethodType
 
 import pytest
@@ -432,3 +432,20 @@ def test_layers_share_plans(tiny_of):
     assert len({id(plan) for plan in plans[:2]}) == 1
     assert len({id(plan) for plan in plans[2:]}) == 1
     assert plans[0].key_mask.shape == (2, 5 * 15 * 25 + 12)
+
+
+def test_a_hook_that_a_test_leaves_is_told_once_and_gone():
+    built = {}
+
+    def a_test_that(does):
+        fixture = _shared(built, {"tiny wan": TINY["wan"].build}, "tiny ")
+        does(next(fixture)("wan"))
+        next(fixture, None)
+
+    def leave_hook(model):
+        model.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("of another test"))
+
+    a_test_that(lambda model: sparsify(model, RadialProcessor()))
+    with pytest.raises(AssertionError, match="leaves its hooks"):
+        a_test_that(leave_hook)
+    a_test_that(TINY["wan"].forward)

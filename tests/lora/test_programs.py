@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -238,11 +239,6 @@ def test_preparing_refuses_a_bad_size(monkeypatch, capsys, tmp_path):
 
 
 def test_preparing_nothing_is_an_error(monkeypatch, capsys, tmp_path):
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.enable_progress_bar()
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     (tmp_path / "bad.txt").write_text("bad")
     argv = ["prepare", "--videos", str(tmp_path), "--frames", "9", "--size", "64x64", "--output", str(tmp_path / "d")]
@@ -289,3 +285,16 @@ def test_a_full_disk_is_one_line(name, advice, tmp_path, monkeypatch, capsys):
     assert module.main() == 2
     said = f"Error: [Errno {errno.ENOSPC}] No space left on device: 'out/file'; once that is mended, {advice}\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_libraries_that_a_test_hushed_are_heard_in_the_next(time):
+    from videosparse.program import quiet_loading
+
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        assert library.utils.logging.get_verbosity() <= logging.WARNING
+        assert library.utils.logging.is_progress_bar_enabled()
+    quiet_loading()

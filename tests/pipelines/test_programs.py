@@ -1,6 +1,7 @@
 """The generation programs, each run once as a user runs it, on tiny pipelines that were saved to a folder."""
 
 import json
+import logging
 import os
 import re
 import runpy
@@ -175,6 +176,23 @@ def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
     image = ["--image", "a.png"] if name == "wan_i2v.py" else []
     monkeypatch.setattr(sys, "argv", [name, "a cat", "--model", "none", *image])
     assert mistake(name, capsys, 130) == "Interrupted; no file is left half-written.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "remark"),
+    [
+        ("multi_gpu.py", "diffusers.hooks.context_parallel", "split will not be applied"),
+        ("wan_i2v.py", "transformers.utils.import_utils", "CLIPImageProcessor"),
+    ],
+)
+def test_remarks_of_libraries_are_left_out_by_one_filter(name, library, remark, monkeypatch, capsys):
+    log = logging.getLogger(library)
+    monkeypatch.setattr(log, "filters", [])
+    for _ in range(2):
+        test_an_interrupt_is_one_line(name, monkeypatch, capsys)
+    (left_out,) = log.filters
+    kept = [bool(left_out(logging.makeLogRecord({"msg": said}))) for said in (f"a {remark}", "another")]
+    assert kept == [False, True]
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from videosparse.generation.sources import find_model
 from videosparse.generation.video import write_mp4
@@ -186,8 +188,9 @@ def test_a_data_set_has_one_rate(wan_folder, tmp_path):
     assert Dataset(tmp_path / "data").about["fps"] == 16
     with pytest.raises(ConfigError, match=r"encoded with another fps .16.0, now 24.0.; use another folder"):
         prepare(clips, tmp_path / "data", str(wan_folder), [SIZE], fps=24, device="cpu")
-    with pytest.raises(ConfigError, match=r"--fps must be 1 to 240 .got 0"):
-        prepare(clips, tmp_path / "other", str(wan_folder), [SIZE], fps=0, device="cpu")
+    for rate, message in ((0, "1 to 240 .got 0"), ("16", "a number, 1 to 240 .got '16'"), (True, "a number, .*True")):
+        with pytest.raises(ConfigError, match=f"--fps must be {message}.; leave it out for the model's"):
+            prepare(clips, tmp_path / "other", str(wan_folder), [SIZE], fps=rate, device="cpu")
     prepare(clips, tmp_path / "slow", str(wan_folder), [SIZE], fps=8, device="cpu")
     assert Dataset(tmp_path / "slow").about["fps"] == 8
     moving = synthetic_clips(6)
@@ -206,8 +209,6 @@ def test_the_same_clip_twice_is_encoded_once(wan_folder, tmp_path):
 
 def test_models_that_need_more_than_a_prompt_are_refused(wan_folder, tmp_path):
     """Training knows no first frame."""
-    import shutil
-
     from videosparse.generation.errors import GenerationError
 
     folder = tmp_path / "i2v"
@@ -293,11 +294,10 @@ def test_values_that_are_no_numbers_name_their_clip(wan_folder, tmp_path, monkey
     assert all(data.read(entry, 9)[0].isfinite().all() for entry in bucket.entries)
 
     nan = [("key", "clip 7", "a caption", torch.full((16, 3, 4, 4), torch.nan), {})]
-    write_shard(tmp_path / "data", SIZE, nan, torch.float32)
-    data = Dataset(tmp_path / "data")
-    entry = next(entry for entry in data.train[0].entries if entry.key == "key")
-    with pytest.raises(ConfigError, match=r"clip 7 in .*/9x32x32-.*safetensors has values that are NaN .*delete"):
-        data.read(entry, 9)
+    shard = write_shard(tmp_path / "data", SIZE, nan, torch.float32)
+    with pytest.raises(ConfigError, match=rf"clip 7 in {shard} has values that are NaN .*delete that file and prepare"):
+        Dataset(tmp_path / "data")
+    shard.unlink()
 
     def no_numbers(self, pipe, texts, length):
         return {"encoder_hidden_states": torch.full((1, 2, 3), torch.nan)}
@@ -306,6 +306,21 @@ def test_values_that_are_no_numbers_name_their_clip(wan_folder, tmp_path, monkey
     with pytest.raises(ConfigError, match=r"text encoder of .* gives NaN or infinity for the caption ''; look at its"):
         encode(clips, tmp_path / "other", wan_folder)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["dataset.json"]
+
+
+def test_shards_that_do_not_say_that_they_are_finite_are_read(wan_data, tmp_path):
+    data = Path(shutil.copytree(wan_data, tmp_path / "data"))
+    (path,) = data.glob("33x*.safetensors")
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header.pop("finite") == "true"
+    tensors = load_file(path)
+    save_file(tensors, path, metadata=header)  # as before shards said so
+    assert Dataset(data).train[0].entries
+    next(x for name, x in tensors.items() if name.endswith(".latents")).view(-1)[-1] = torch.inf
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ConfigError, match=rf"The clip clip \d in {path} has values that are NaN or infinite"):
+        Dataset(data)
 
 
 @pytest.mark.parametrize(

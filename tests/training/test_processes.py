@@ -3,6 +3,7 @@
 Run as a program, this file is one of the processes.
 """
 
+import errno
 import json
 import os
 import socket
@@ -68,6 +69,29 @@ def train_here(
         "shards": {tuple(p.to_local().shape) for p in run.parameters.values()} if launch else set(),
         "videos": videos.before if videos else [], "written": len(paths),
     }  # fmt: skip
+
+
+def fill_disk(model: str, data: str, out: str) -> list[str]:
+    """What is told where only the main process writes, and cannot; all go on together once it can."""
+    from videosparse.training.run import LOG, LoraRun, make_accelerator
+
+    config = lora_runs.make_config(model, data, out, train={"frames": [17], "steps": 2})
+    run, told = LoraRun(config, make_accelerator(config, "cpu")), []
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if run.accelerator.is_main_process:
+            patch.setattr("videosparse.training.checkpoint.write_tensors", full)
+            patch.setattr("videosparse.training.run.save_lora", full)
+            (Path(out) / LOG).mkdir(parents=True)
+        for write in (run.save, run.export, lambda: run.log({"loss": 1.0})):
+            with pytest.raises(OSError, match=out) as error:
+                write()
+            told.append(str(error.value))
+    assert run.save().is_dir()
+    return told
 
 
 def shard_on_cpus(patch: pytest.MonkeyPatch) -> None:
@@ -160,6 +184,16 @@ def test_two_processes_equal_one(wan_folder, wan_data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_all(wan_folder, wan_data, tmp_path):
+    out = tmp_path / "run"
+    ((one, two),) = train_in_two(
+        tmp_path, [{"does": "fill_disk", "model": str(wan_folder), "data": str(wan_data), "out": str(out)}]
+    )
+    full, folder = (f"[Errno {n}] {os.strerror(n)}: '{out}" for n in (errno.ENOSPC, errno.EISDIR))
+    assert one == two == [f"{full}/checkpoints/step-000000'", f"{full}'", f"{folder}/log.jsonl'"]
+
+
+@pytest.mark.slow
 def test_sharded_weights_equal_whole_ones(wan_folder, wan_data, tmp_path):
     """FSDP2 by accelerate: blocks named, none and found; uneven parts; shared clips; bf16; all families."""
     wan = {"model": str(wan_folder), "data": str(wan_data)}
@@ -243,4 +277,5 @@ def of_family(name: str, tmp_path: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     todo, target = sys.argv[1:]
-    torch.save([train_here(**job) for job in json.loads(todo)], target)
+    kinds = {job.__name__: job for job in (train_here, fill_disk)}
+    torch.save([kinds[job.pop("does", "train_here")](**job) for job in json.loads(todo)], target)

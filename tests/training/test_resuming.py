@@ -13,7 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from videosparse.training import checkpoint
+from videosparse.training.clips import Size
 from videosparse.training.config import ConfigError
+from videosparse.training.dataset import write_shard
+from videosparse.training.run import LoraRun
 from videosparse.training.validation import Validation
 
 LOSS = '{"step": %d, "loss": 1.0}\n'
@@ -132,11 +135,19 @@ def test_other_clips_are_another_run(lora_run, wan_folder, wan_data, tmp_path):
     run = saved(lora_run(data=data))
     assert lora_run(data=data).resume() == 1
     (path,) = checkpoint.checkpoints(run.folder)
-    lora_runs.random_data(data, wan_folder, clips=9)
-    with pytest.raises(
-        ConfigError, match=r"/data has other clips than it had in .*step-000001.*held out; give it back"
-    ):
-        lora_run(data=data).resume()
+    more = lora_runs.random_data(tmp_path / "more", wan_folder, clips=9)
+
+    def refused(others):
+        message = rf"/data has other clips than it had in .*step-000001, so that others would be {others}; give it back"
+        with pytest.raises(ConfigError, match=message):
+            lora_run(data=data).resume()
+
+    (taken,) = data.glob("33x*.safetensors")
+    shutil.copy(next(more.glob("33x*.safetensors")), data)
+    refused("trained")
+    taken.unlink()
+    write_shard(data, Size(33, 32, 32), [("0", "the first", "", torch.zeros(16, 9, 4, 4), {})], torch.float32)
+    refused("held out")
     state = json.loads((path / "state.json").read_text())
     del state["clips"]  # as before they were kept
     (path / "state.json").write_text(json.dumps(state))
@@ -161,7 +172,15 @@ def test_what_was_due_at_a_stop_is_done_on_going_on(program, wan_folder, wan_dat
     program.module.stopped_by = signal.SIGTERM
     assert program(config(3)) == 143
     program.module.stopped_by = None
-    for steps in (3, 4):
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraRun, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):  # in the step after what was due
+            program(config(3), resume=True)
+    for steps in (3, 3, 4, 4):  # a run that has ended measures its last step again
         assert program(config(steps), resume=True) == 0
     assert logged(tmp_path / "run", "held_out/17/0.5") == [0, 1, 2, 3, 4]
     assert logged(tmp_path / "run") == [1, 2, 3, 4]

@@ -27,6 +27,8 @@ from videosparse.training.families import Text
 FORMAT = "videosparse-dataset-2"
 EMPTY = "empty.safetensors"
 SKIPPED = "skipped.jsonl"
+FINITE = "finite"
+"""What the header of a shard calls whether all its values are numbers."""
 _ABOUT = {"model": str, "family": str, "time_stride": int, "fps": int | float}
 
 
@@ -65,7 +67,8 @@ def write_shard(
     digest = hashlib.sha256("".join(sorted(entry["key"] for entry in header)).encode()).hexdigest()[:16]
     path = folder / f"{size}-{digest}.safetensors"
     with whole(path) as part:
-        write_tensors(tensors, part, metadata={"clips": json.dumps(header), "size": str(size), "format": FORMAT})
+        about = {"clips": json.dumps(header), "size": str(size), "format": FORMAT, FINITE: json.dumps(finite(tensors))}
+        write_tensors(tensors, part, metadata=about)
     return path
 
 
@@ -108,7 +111,7 @@ class Dataset:
         holdout: clips of every size that are kept for validation; the same ones whenever the data set is the same.
 
     Raises:
-        ConfigError: nothing there, a damaged shard, or too few clips.
+        ConfigError: nothing there, a damaged shard, a clip that is NaN or infinite somewhere, or too few clips.
     """
 
     def __init__(self, folder: str | Path, holdout: int = 0) -> None:
@@ -117,6 +120,7 @@ class Dataset:
         self._open: dict[Path, Any] = {}
         found: dict[Size, list[Entry]] = {}
         for path, size, clips in shards(self.folder):
+            _check_finite(path, clips)
             found.setdefault(size, []).extend(Entry(c["key"], c["name"], c["caption"], path) for c in clips)
         self.train: list[Bucket] = []
         self.held: list[Bucket] = []
@@ -136,9 +140,9 @@ class Dataset:
     def __deepcopy__(self, memo: dict[int, object]) -> Dataset:
         raise TypeError("A data set holds open files; open it again.")
 
-    def fingerprint(self) -> str:
-        """Hash of which clips are trained and which are held out, whatever their order and their shards."""
-        kept = [sorted(e.key for b in buckets for e in b.entries) for buckets in (self.train, self.held)]
+    def fingerprint(self, *parts: list[Bucket]) -> str:
+        """Hash of which clips are in each part, such as `train` and `held`, whatever their order and their shards."""
+        kept = [sorted(e.key for b in buckets for e in b.entries) for buckets in parts]
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
 
     def of_length(self, buckets: list[Bucket], frames: int) -> list[Bucket]:
@@ -156,19 +160,8 @@ class Dataset:
         return [bucket for bucket in buckets if bucket.size.frames == lengths[0]]
 
     def read(self, entry: Entry, frames: int) -> tuple[Tensor, Text]:
-        """Latents fp32 [C, T, h, w] of the first `frames` pixel frames, and the text, of one clip.
-
-        Raises:
-            ConfigError: a value is NaN or infinite, which would end the training as if its rate were too high.
-        """
-        file = self._file(entry.shard)
-        names = [name for name in file.keys() if name.startswith(f"{entry.key}.")]  # noqa: SIM118  no mapping
-        tensors = {name.removeprefix(f"{entry.key}."): file.get_tensor(name) for name in names}
-        if not finite(tensors):
-            raise ConfigError(
-                f"The clip {entry.name} in {entry.shard} has values that are NaN or infinite; delete that file and "
-                "prepare the data set again."
-            )
+        """Latents fp32 [C, T, h, w] of the first `frames` pixel frames, and the text, of one clip."""
+        tensors = _clip(self._file(entry.shard), entry.key)
         latents = tensors.pop("latents").float()
         return latents[:, : (frames - 1) // int(self.about["time_stride"]) + 1], unpacked(tensors)
 
@@ -224,6 +217,28 @@ def shards(folder: Path) -> Iterator[tuple[Path, Size, list[dict[str, str]]]]:
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged(path, error) from error
         yield path, Size(frames, height, width), clips
+
+
+def _clip(shard: Any, key: str) -> Text:
+    """The tensors of a clip in an open shard."""
+    names = [name for name in shard.keys() if name.startswith(f"{key}.")]  # noqa: SIM118  no mapping
+    return {name.removeprefix(f"{key}."): shard.get_tensor(name) for name in names}
+
+
+def _check_finite(path: Path, clips: Iterable[Mapping[str, str]]) -> None:
+    """Raise ConfigError for a value that would end the training as if its rate were too high.
+
+    Shards that say of themselves that there is none are not read, so that a large data set is opened at once.
+    """
+    if _header(path).get(FINITE) == "true":
+        return
+    with safe_open(path, framework="pt") as file:
+        for clip in clips:
+            if not finite(_clip(file, clip["key"])):
+                raise ConfigError(
+                    f"The clip {clip['name']} in {path} has values that are NaN or infinite; delete that file and "
+                    "prepare the data set again, which leaves out a clip that is encoded so once more."
+                )
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from videosparse.files import whole, write_json, write_tensors, write_text
 from videosparse.generation.environment import DTYPES, choose_device, choose_dtype
-from videosparse.generation.errors import one_line
+from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.latents import prepare_vae
 from videosparse.generation.output import check_writable
+from videosparse.generation.request import RATES, check_within
 from videosparse.generation.sources import ModelSource, check_text_to_video, find_model
 from videosparse.training.clips import BrokenClip, ClipSource, Size, check_size, nearest_size, probe
 from videosparse.training.config import ConfigError
@@ -79,9 +80,12 @@ def prepare(
     check_text_to_video(source)
     for size in sizes:
         check_size(source, size.frames, size.height, size.width, names[:3])
-    rate = float(source.defaults.fps if fps is None else fps)
-    if not 1 <= rate <= 240:
-        raise ConfigError(f"{names[3]} must be 1 to 240 (got {rate:g}); leave it out for the model's.")
+    rate = source.defaults.fps if fps is None else fps
+    try:
+        check_within(names[3], rate, RATES, "; leave it out for the model's")
+    except GenerationError as error:
+        raise ConfigError(str(error)) from None
+    rate = float(rate)
     describe_folder(folder, source, rate)
     known = {entry["key"] for _, _, entries in shards(folder) for entry in entries}
     todo: dict[Size, list[tuple[str, ClipSource]]] = {}

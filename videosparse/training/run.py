@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,21 +264,30 @@ class LoraRun:
         return found
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Add a line to the run's log, and tell the trackers."""
+        """Add a line to the run's log, and tell the trackers; all processes must call.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=self.done)
-        if self.accelerator.is_main_process:
+        told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+        def write() -> None:
             path = self.folder / LOG
             path.parent.mkdir(parents=True, exist_ok=True)
             with naming(path), path.open("a", encoding="utf-8") as file:
-                told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
                 file.write(json.dumps({"step": self.done, **told}) + "\n")
 
+        self.on_main(write)
+
     def cut_log(self) -> None:
-        """Drop what the log says of steps that are still to be done, and a line that a full disk cut short."""
+        """Drop what the log says of what is still to be done, and a line that a full disk cut short."""
         path = self.folder / LOG
         if not self.accelerator.is_main_process or not path.is_file():
             return
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if self.pending or self.done == self.config.train.steps:  # held-out losses of this step are measured again
+            lines = [line for line in lines if _step_of(line) < self.done or '"held_out/' not in line]
         # losses before the first step are measured again where a run begins
         write_text(path, "".join(f"{line}\n" for line in lines if self.done and _step_of(line) <= self.done))
 
@@ -308,6 +317,24 @@ class LoraRun:
 
     # what is kept
 
+    def on_main(self, write: Callable[[], object]) -> None:
+        """Let the main process write something, for which the others wait; all processes must call.
+
+        Raises:
+            OSError: it could not, such as on a full disk. It comes on all of them, as none can go on alone.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        failed: OSError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except OSError as error:
+                failed = error
+        (failed,) = broadcast_object_list([failed])
+        if failed is not None:
+            raise failed
+
     def save(self, pending: bool = False) -> Path:
         """Write a checkpoint, whose folder also is a LoRA; all processes must call.
 
@@ -324,16 +351,18 @@ class LoraRun:
         if self.average is not None:
             tensors[checkpoint.EMA] = {name: whole(value) for name, value in self.average.values.items()}
         path = self.folder / checkpoint.FOLDER / f"step-{self.done:06d}"
-        if self.accelerator.is_main_process:
-            weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
-            state = {
-                "config": self.config.as_dict(), "samples": self.sampler.in_step, "clips": self.data.fingerprint(),
-                "pending": pending,
-            }  # fmt: skip
-            path = checkpoint.write_checkpoint(
-                self.folder, self.done, tensors, state, self.config.output.keep, lambda part: self._write(part, weights)
+        weights = tensors.get(checkpoint.EMA, tensors[checkpoint.WEIGHTS])
+        state = {
+            "config": self.config.as_dict(), "samples": self.sampler.in_step, "pending": pending,
+            "clips": self.data.fingerprint(self.data.train, self.data.held),
+            "held_out": self.data.fingerprint(self.data.held),
+        }  # fmt: skip
+        keep = self.config.output.keep
+        self.on_main(
+            lambda: checkpoint.write_checkpoint(
+                self.folder, self.done, tensors, state, keep, lambda part: self._write(part, weights)
             )
-        self.accelerator.wait_for_everyone()
+        )
         return path
 
     def resume(self) -> int:
@@ -357,13 +386,15 @@ class LoraRun:
         return self.done
 
     def export(self, folder: Path | None = None) -> Path:
-        """Write the LoRA: the moving average where there is one; all processes must call."""
+        """Write the LoRA: the moving average where there is one; all processes must call.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         values: Mapping[str, Tensor] = self.parameters if self.average is None else self.average.values
         weights = {name: whole(value) for name, value in values.items()}
         folder = folder or self.folder
-        if self.accelerator.is_main_process:
-            self._write(folder, weights)
-        self.accelerator.wait_for_everyone()
+        self.on_main(lambda: self._write(folder, weights))
         return folder
 
     def about(self) -> dict[str, Any]:
@@ -425,10 +456,11 @@ class LoraRun:
                 f"A step had {samples} samples in {path} and has {self.sampler.in_step} now; start as many "
                 "processes as before, or choose another output.folder."
             )
-        now = self.data.fingerprint()
-        if state.get("clips", now) != now:
+        clips, held = self.data.fingerprint(self.data.train, self.data.held), self.data.fingerprint(self.data.held)
+        if state.get("clips", clips) != clips:
+            others = "trained" if state.get("held_out", held) == held else "held out"
             raise ConfigError(
-                f"{self.config.data.path} has other clips than it had in {path}, so that others would be held out; "
+                f"{self.config.data.path} has other clips than it had in {path}, so that others would be {others}; "
                 "give it back its clips, or choose another output.folder."
             )
         if state["step"] > self.config.train.steps:

@@ -56,21 +56,28 @@ class Validation:
         gc.collect()
 
     def make(self) -> list[Path]:
-        """Write the videos as the LoRA is now; all processes must call where the model is sharded."""
+        """Write the videos as the LoRA is now; all processes must call.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         run = self.run
         sharded = run.config.train.sequence_parallel > 1 or run.accelerator.is_fsdp2
-        paths: list[Path] = []
+        videos: list[Tensor] = []
         if run.accelerator.is_main_process or sharded:
             with run.averaged():
                 videos = self._videos()
             if not self.before:
                 self.before = videos
-            if run.accelerator.is_main_process:
-                paths = [self._write(f"step-{run.done:06d}-{n}", video) for n, video in enumerate(videos)]
-                if run.done:
-                    both = zip(self.before, videos, strict=True)
-                    paths += [self._write(f"before-after-{n}", side_by_side(a, b)) for n, (a, b) in enumerate(both)]
-        run.accelerator.wait_for_everyone()
+        paths: list[Path] = []
+
+        def write() -> None:
+            paths.extend(self._write(f"step-{run.done:06d}-{n}", video) for n, video in enumerate(videos))
+            if run.done:
+                both = zip(self.before, videos, strict=True)
+                paths.extend(self._write(f"before-after-{n}", side_by_side(a, b)) for n, (a, b) in enumerate(both))
+
+        run.on_main(write)
         return paths
 
     def _videos(self) -> list[Tensor]:
