@@ -19,6 +19,7 @@ LAYERS = {
     "models": 3,
     "processors": 4, "searching": 4, "attach": 4, "dense_plans": 4, "report": 4, "clock": 4, "_diffusers": 4,
     "sharing": 4, "parallel": 4, "stretching": 4, "defaults": 4, "components": 4, "windows": 4,
+    "remarks": 4,
     "files": 5, "generation": 5, "training": 5, "metrics": 5, "synthetic": 5, "benchmark": 5,
     "evaluation": 5, "mp4": 5, "program": 5,
     "cli": 6, "__main__": 6, "__init__": 6,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from videosparse.blocks import pack_rows, unpack_rows
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.policies.paro_plan import PAROPlan, _kept, bucket_of, plain_config
+from videosparse.policies.paro_plan import PAROPlan, blocks_kept, bucket_of, plain_config
 
 CPU = torch.device("cpu")
 
@@ -95,9 +95,9 @@ def test_bits_and_counts_that_say_different_things(change):
 def test_blocks_are_counted_up_to_the_last_column(columns):
     keep = torch.rand(2, 3, columns) > 0.5
     bits = pack_rows(keep)
-    assert torch.equal(_kept(bits, columns), keep.sum(-1, dtype=torch.int32))
+    assert torch.equal(blocks_kept(bits, columns), keep.sum(-1, dtype=torch.int32))
     bits[..., -1] |= 0xFF << ((columns - 1) % 8 + 1) & 0xFF
-    assert torch.equal(_kept(bits, columns), keep.sum(-1, dtype=torch.int32))
+    assert torch.equal(blocks_kept(bits, columns), keep.sum(-1, dtype=torch.int32))
 
 
 def test_some_other_safetensors(path):

@@ -169,7 +169,7 @@ class PAROPlan:
             raise ValueError(f"counts must be 1..{columns} (got {int(self.counts.min())}..{int(self.counts.max())})")
         for layer, (bits, own) in enumerate(zip(self.bits, self.counts, strict=True)):
             # lists are allotted by counts and filled from bits: others would end in what memory held
-            if not bool((_kept(bits, columns) == own[..., None]).all()):
+            if not bool((blocks_kept(bits, columns) == own[..., None]).all()):
                 raise ValueError(f"the bits of attention {layer} keep other numbers of blocks than its counts")
 
     @property
@@ -403,7 +403,7 @@ def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> 
         raise ValueError(f"{name} is no plan that can be used: {reason}; calibrate anew with --overwrite.") from error
 
 
-def _kept(bits: torch.Tensor, columns: int) -> torch.Tensor:
+def blocks_kept(bits: torch.Tensor, columns: int) -> torch.Tensor:
     """int32 [...], how many of its columns each row of `pack_rows` keeps; uint8 [..., ceil(columns / 8)] on the CPU."""
     last = bits[..., -1].numpy() & (0xFF >> -columns % 8)
     whole = np.bitwise_count(bits[..., :-1].numpy()).sum(-1, dtype=np.int32)
