@@ -293,7 +293,7 @@ def test_dense_calls_without_text_take_the_fastest_library(monkeypatch):
 def test_regional_compile_makes_one_graph_per_mode(name):
     """Six steps of two branches, dense and sparse ones: as many graphs as stock needs, once per mode, no break."""
     tiny = TINY[name]
-    blocks = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 3}}.get(name, {"num_layers": 4})
+    blocks = {"hunyuan_video": {"num_layers": 2, "num_single_layers": 2}}.get(name, {"num_layers": 3})
     graphs = {}
     for ours in (False, True):
         torch._dynamo.reset()

@@ -219,7 +219,7 @@ def test_maps_are_freed_with_the_run(pipe_of, plan_of):
 def test_compiled_blocks_are_one_graph_per_mode(name, online):
     """Orders and maps differ from layer to layer, and from step to step: nothing is compiled again."""
     tiny = TINY[name]
-    blocks = {"hunyuan_video": {"num_layers": 3, "num_single_layers": 3}}.get(name, {"num_layers": 4})
+    blocks = {"hunyuan_video": {"num_layers": 2, "num_single_layers": 2}}.get(name, {"num_layers": 3})
     graphs = {}
     for ours in (False, True):
         torch._dynamo.reset()
