@@ -5,7 +5,7 @@
     python eval/bench_attention.py --only 30720 --output some.csv the sets whose name matches; --seconds limits the time
     python eval/bench_attention.py --only backward --append       these sets again, beside the other rows
     python eval/bench_attention.py --only integers --output x.csv integer attention alone, under a minute
-    python eval/bench_attention.py --only integers --clocks 3     what bounds a call: its clock, power and energy, too
+    python eval/bench_attention.py --only integers --clocks 3 --output x.csv   clock, power and energy of a call, too
     python eval/check_goals.py                                    what the rows say about the goals
     python eval/plot_attention.py                                 figures from the rows
 
@@ -25,7 +25,7 @@ are of 128x128: column `block` says which.
 
 With `--clocks` each call then runs alone, over and over, for so many seconds: `steady_ms`, at the median clock `sm_mhz`
 and power `watts` of the card, and the `joules` of a call. A call whose clock falls is bound by power, and gains from
-doing less; one whose clock stays is bound by its order of instructions.
+doing less; what bounds one whose clock stays is to be looked for elsewhere.
 
 Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
 in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose. Rows

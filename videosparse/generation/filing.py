@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from videosparse.metrics import video as videos
+from videosparse.metrics.video import BESIDE
 
 ENDINGS = (".mp4", ".json")
 LATENTS = ".safetensors"
-COMPARED = tuple(f"{what}.mp4" for what in videos.COMPARED)
+COMPARED = tuple(f"{name}.mp4" for name in BESIDE)
 
 RECORD_FORMAT = "videosparse-generation-1"
 LATENTS_FORMAT = "videosparse-latents-1"

@@ -16,8 +16,7 @@ ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 RAW_ENDING = ".safetensors"
 """Of files that hold the frames as a model gave them; see `save_raw`."""
 
-
-COMPARED = ("-dense", "-compare")
+BESIDE = ("-dense", "-compare")
 """What `--compare` adds to a video's name for the dense one, and for both side by side."""
 
 
@@ -184,7 +183,7 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
         if kind in files:
             raise VideoError(f"{path} and {files[kind].name} are of one name; keep one of them.")
         files[kind] = path
-    dense, both = COMPARED
+    dense, both = BESIDE
     shown = {stem + both for stem in found if stem + dense in found}
     found = {stem: files for stem, files in found.items() if files.keys() != {"latents"} and stem not in shown}
     if not found:
