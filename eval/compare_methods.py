@@ -77,6 +77,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--first-steps", type=float, default=0.2, help="share of the run that stays dense")
     parser.add_argument("--batch", type=int, help="videos at once; as many as keep a GPU busy")
     parser.add_argument("--seconds", type=float, help="begin nothing new after this time")
+    parser.add_argument("--untimed", action="store_true", help="rows say no seconds: other work shares the device")
     parser.add_argument("--keep-videos", type=int, default=0, metavar="N", help="keep videos and maps of N prompts")
     parser.add_argument("--videos", type=Path, metavar="FOLDER", help="where; beside the table unless said")
     parser.add_argument("--device", default="auto")
@@ -211,7 +212,7 @@ def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, 
         )  # fmt: skip
         where = environment(args.commit)
         keep = args.videos if args.keep_videos else None
-        work = Comparison(batches, conditions, settings, store, where, submit, keep, deadline)
+        work = Comparison(batches, conditions, settings, store, where, submit, keep, deadline, timed=not args.untimed)
         order += [store.key_of(work.identity(s, p)) for s in settings for p in prompts]
         if any(work.missing(s, prompts) for s in settings):
             plans.prepare(settings, conditions)

@@ -136,10 +136,11 @@ def test_a_grid_that_divides_by_nothing(program, tmp_path, capsys):
     output = tmp_path / "rows.parquet"
     pytest.importorskip("pyarrow")
     command = [*SMALL, "--height", "56", "--width", "72", "--limit", "1", "--output", str(output)]
-    assert program.main([*command, "--methods", "radial", "ceiling", "paro-online"]) == 0
+    assert program.main([*command, "--methods", "radial", "ceiling", "paro-online", "--untimed"]) == 0
     rows = {row["setting"]: row for row in read_table(output)}
     assert {row["tokens"] for row in rows.values()} == {"126"}
     assert float(rows["radial"]["ssim"]) > 0
+    assert rows["radial"]["seconds"] == rows["radial"]["denoise_seconds"] == ""
     assert set(rows) == {"dense", "radial", "ceiling", "paro-online 0.5"}
     assert program.main([*command, "--methods", "paro"]) == 2
     assert "paro-online needs none" in capsys.readouterr().err

@@ -94,6 +94,7 @@ class Comparison:
         submit: runs what judges videos; see `workers`.
         keep: folder for videos and maps; None keeps none.
         deadline: monotonic time at which no further batch is begun; None is never.
+        timed: whether rows say how long videos took; not where other work shares the device.
         failed: settings that could not be run, and why.
     """
 
@@ -105,6 +106,7 @@ class Comparison:
     submit: Submit
     keep: Path | None = None
     deadline: float | None = None
+    timed: bool = True
     failed: dict[str, str] = field(default_factory=dict)
     _warm: set[Setting] = field(default_factory=set)
     _waiting: list[tuple[dict[str, Any], Future[Any]]] = field(default_factory=list)
@@ -232,7 +234,7 @@ class Comparison:
             "asked_density": None if density is None else round(density, 4), "batch": made.count,
             "convention": CONVENTION,
         }  # fmt: skip
-        for name in ("video_density", "average_density", "seconds", "denoise_seconds"):
+        for name in ("video_density", "average_density", *(("seconds", "denoise_seconds") if self.timed else ())):
             value = getattr(made, name)
             row[name] = None if value is None else round(value, 4)
         if keep and self.keep is not None:
