@@ -46,11 +46,12 @@ def results(tmp_path):
         ("int8", "dense", "1.0000", "160", "0.012"), ("ours", "uniform", "0.3000", "60", "1e-3"),
         ("int8", "uniform", "0.3000", "50", "0.011"), ("quantize int8", "dense", "1.0000", "0.61", "0.007"),
     ]  # fmt: skip
+    alone = {("ours", "60"): ("55", "1500"), ("int8", "50"): ("44", "1700"), ("quantize int8", "0.61"): ("0.6", "1800")}
     write_rows(tmp_path / "attention.csv", [
         {
             "set": f"forward {WAN} integers", "case": WAN, "kernel": kernel, "policy": policy, "density": density,
             "p50_ms": ms, "error": error,
-        }
+        } | dict(zip(("steady_ms", "sm_mhz"), alone.get((kernel, ms), ("", "")), strict=True))
         for kernel, policy, density, ms, error in calls
     ] + [
         {
@@ -92,10 +93,12 @@ def test_tables(results, monkeypatch):
     assert "radial" not in videos
     assert "90" not in videos
     lines = tables.made("integers").splitlines()
-    assert "| fastest dense, videosparse | 1.000 | 180.0 |  |  |  |" in lines
-    assert "| INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 |" in lines
-    assert "| INT8, INT8 values | 0.3000 | 88.0 | 0.75x | 2.05x | 1e-3 |" in lines, "beside bf16 of its own set"
-    assert lines[-1] == "| rounding alone, INT8 |  | 0.61 |  |  | 0.007 |"
+    assert "| fastest dense, videosparse | 1.000 | 180.0 |  |  |  |  |  |  |" in lines
+    assert "| INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 | 44.0 | 1.25x | 1700 |" in lines
+    assert "| INT8, INT8 values | 0.3000 | 88.0 | 0.75x | 2.05x | 1e-3 |  |  |  |" in lines, (
+        "beside bf16 of its own set"
+    )
+    assert lines[-1] == "| rounding alone, INT8 |  | 0.61 |  |  | 0.007 | 0.60 |  | 1800 |"
     assert "| hard | 1.10% (3.12%) | 1.56% (3.12%) |" in tables.made("integer_errors")
     assert f"| {WAN} | 40.0 ms | +0.20 ms | +0.70 ms | -0.10 ms | 2.00 % |" in tables.made("reorder_cost")
     line = f"| {WAN} | extrapolated | 2 | 50 | 2500 s | dense forward, 2400 s | 839.6 MB |"
