@@ -20,6 +20,7 @@ from videosparse.program import run_program
 from matplotlib import pyplot as plt
 
 from videosparse.benchmark.figures import save_figure
+from videosparse.benchmark.kernel_tables import newest_run
 from videosparse.benchmark.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,16 +37,9 @@ COLOURS = {
 Row = dict[str, str]
 
 
-def newest(rows: list[Row], case: str, label: str) -> list[Row]:
-    """The timed rows of the newest run of a set."""
-    found = [r for r in rows if r["case"] == case and r["set"] == f"forward {case} {label}" and r["p50_ms"]]
-    last = max((r["run"] for r in found), default="")
-    return [r for r in found if r["run"] == last]
-
-
 def density_figure(rows: list[Row], path: Path, case: str = "12x30720") -> bool:
     """Rate against density; dense-only kernels are lines across. False without rows."""
-    rows = newest(rows, case, "128x128")
+    rows = newest_run(rows, f"forward {case} 128x128")
     if not rows:
         return False
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
@@ -77,7 +71,7 @@ def length_figure(rows: list[Row], path: Path) -> bool:
     points: dict[str, list[tuple[int, float]]] = {}
     last: Row | None = None
     for case in cases:
-        for row in newest(rows, case, "radial"):
+        for row in newest_run(rows, f"forward {case} radial"):
             if row["heads"] == "40":
                 key = f"{row['kernel']} {row['block']}"  # none where attention is dense
                 points.setdefault(key, []).append((int(row["tokens"]), float(row["p50_ms"])))

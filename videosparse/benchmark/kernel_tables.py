@@ -39,10 +39,16 @@ def far(rows: list[Row]) -> Table:
     return head, lines
 
 
+def newest_run(rows: list[Row], name: str) -> list[Row]:
+    """What was timed in the newest run of a set: only rows of one run compare."""
+    found = [r for r in rows if r["set"] == name and r["p50_ms"]]
+    last = max((r["run"] for r in found), default="")
+    return [r for r in found if r["run"] == last]
+
+
 def rates(rows: list[Row], case: str = "12x30720", label: str = "128x128") -> Table:
     """Rates of all kernels in the newest run of one set, dense and by density."""
-    rows = [r for r in rows if r["set"] == f"forward {case} {label}" and r["p50_ms"]]
-    rows = [r for r in rows if r["run"] == max(r["run"] for r in rows)]
+    rows = newest_run(rows, f"forward {case} {label}")
     columns = [("dense", ""), ("full", ""), *(("uniform", d) for d in ("0.5", "0.25", "0.1", "0.05"))]
     lines = [[name, *(_rate(rows, kernel, *column) for column in columns)] for kernel, name in KERNELS.items()]
     head = ["TFLOP/s", "dense", "full map", "density 0.5", "0.25", "0.1", "0.05"]
@@ -67,8 +73,7 @@ def backward(rows: list[Row]) -> Table:
     densities = sorted({round(float(r["density"]), 2) for r in rows if r["policy"] == "uniform"}, reverse=True)
     lines = []
     for name in dict.fromkeys(r["set"] for r in rows):
-        newest = max(r["run"] for r in rows if r["set"] == name)
-        mine = [r for r in rows if (r["set"], r["run"]) == (name, newest)]
+        mine = newest_run(rows, name)
         for kernel, title in KERNELS.items():
             own = [r for r in mine if r["kernel"] == kernel]
             if own:
@@ -91,11 +96,10 @@ def radial_speed(rows: list[Row]) -> Table:
     Of several runs of a set the newest counts.
     """
     rows = [r for r in rows if r["set"].startswith("forward ") and r["set"].endswith(" radial")]
-    newest = {r["set"]: max(x["run"] for x in rows if x["set"] == r["set"]) for r in rows}
     lines = []
-    for case, run in newest.items():
-        mine = [r for r in rows if (r["set"], r["run"]) == (case, run)]
-        times = {(r["kernel"], r["policy"]): float(r["p50_ms"]) for r in mine if r["p50_ms"]}
+    for name in dict.fromkeys(r["set"] for r in rows):
+        mine = newest_run(rows, name)
+        times = {(r["kernel"], r["policy"]): float(r["p50_ms"]) for r in mine}
         found = next(r for r in mine if (r["kernel"], r["policy"]) == ("ours", "radial"))
         stock, full, sparse = times["cudnn", "dense"], times["ours", "dense"], times["ours", "radial"]
         theirs = times.get(("fa4", "radial"))
@@ -167,7 +171,7 @@ def integer_calls(rows: list[Row], case: str = WIDE_CALL) -> list[Row]:
 def _timed(rows: list[Row], case: str) -> list[Row]:
     """What was timed in the sets of integers: those with values in 16 or 8 bits floating, and those in INT8."""
     sets = [f"forward {case} {label}" for label in ("integers", "integer values")]
-    return [r for name in sets for r in rows if r["set"] == name and r["p50_ms"]]
+    return [r for name in sets for r in newest_run(rows, name)]
 
 
 def fastest_dense_call(calls: list[Row]) -> Row | None:

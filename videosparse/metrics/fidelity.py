@@ -228,11 +228,11 @@ def _ssim_frame(a: torch.Tensor, b: torch.Tensor, convention: Convention) -> tor
 
 def _blur(maps: torch.Tensor, convention: Convention) -> torch.Tensor:
     """Weighted means of [n, channels, height, width] around every pixel, rows and columns apart."""
-    offset = torch.arange(_WINDOW, dtype=maps.dtype, device=maps.device) - _WINDOW // 2
-    gaussian = convention.window == "gaussian"
-    window = torch.exp(-(offset**2) / (2 * _SIGMA**2)) if gaussian else torch.ones_like(offset)
-    weights = (window / window.sum()).tolist()
-    padded = functional.pad(maps, [_WINDOW // 2] * 4, mode=convention.border)
+    half = _WINDOW // 2
+    width = _SIGMA if convention.window == "gaussian" else math.inf
+    window = [math.exp(-((place / width) ** 2) / 2) for place in range(-half, half + 1)]
+    weights = [weight / math.fsum(window) for weight in window]
+    padded = functional.pad(maps, [half] * 4, mode=convention.border)
     return _slide(_slide(padded, weights, -1), weights, -2)
 
 
