@@ -4,10 +4,8 @@
     python eval/check_goals.py --strict    exit with 1 where a must is missed, or was not measured
 
 A figure compares rows of one set of one run, since only those were timed in turn on the same card; of several runs the
-newest that has both counts. Integers are compared in two ways: in turn, where every call begins at the clock at which
-matrix products left the card, and each repeated alone (`bench_attention.py --clocks`), at the clock that it keeps. A
-figure is of the size that the goal is about, where that was timed, else of a smaller one: column `case` says which. The
-table of README.md is made from the output by `python eval/readme_tables.py`.
+newest that has both counts. It is of the size that the goal is about, where that was timed, else of a smaller one:
+column `case` says which. The table of README.md is made from the output by `python eval/readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +26,6 @@ COLUMNS = ("goal", "case", "measured", "unit", "must", "wanted", "verdict", "det
 LARGE, SMALL, LONGEST = "wan2.1-14b 720x1280x81", "12x30720", "wan2.1-14b 720x1280x321"
 NARROW = ("40x75600 d64", "12x30720 d64")
 FASTEST = ("cudnn", "fa3", "fa4", "fa2")
-
-TURNS, ALONE = "p50_ms", "steady_ms"
-"""How calls are timed: in turn, each behind matrix products, or one over and over, at the clock that it settles at."""
 
 Row = dict[str, str]
 
@@ -100,17 +95,13 @@ def _same(cell: str, value: str | float) -> bool:
     return cell == value if isinstance(value, str) else abs(float(cell) - value) <= 0.01
 
 
-def times(first: Row | None, second: Row | None, column: str = TURNS) -> Found | None:
-    """How many times faster the second row is than the first, None where one was not timed so."""
-    if first is None or second is None or not (first.get(column) and second.get(column)):
+def times(first: Row | None, second: Row | None) -> Found | None:
+    """How many times faster the second row is than the first."""
+    if first is None or second is None:
         return None
-    ratio = float(first[column]) / float(second[column])
-    detail = " against ".join(f"{_name(r)} {float(r[column]):.2f} ms{_clock(r, column)}" for r in (second, first))
+    ratio = float(first["p50_ms"]) / float(second["p50_ms"])
+    detail = " against ".join(f"{_name(r)} {float(r['p50_ms']):.2f} ms" for r in (second, first))
     return Found(ratio, detail, second)
-
-
-def _clock(row: Row, column: str) -> str:
-    return f" at {row['sm_mhz']} MHz" if column == ALONE else ""
 
 
 def _name(row: Row) -> str:
@@ -122,13 +113,12 @@ def compare(
     slower: Callable[[list[Row]], Row | None],
     faster: Callable[[list[Row]], Row | None],
     invert: bool = False,
-    column: str = TURNS,
 ) -> Callable[[Runs, str], Found | None]:
     """time(slower) / time(faster), or its inverse, in the newest set of a pass that has both."""
 
     def measure(runs: Runs, case: str) -> Found | None:
         for rows in runs.of(case, what):
-            found = times(slower(rows), faster(rows), column)
+            found = times(slower(rows), faster(rows))
             if found is not None:
                 return Found(1 / found.value, found.detail, found.row) if invert else found
         return None
@@ -241,10 +231,9 @@ def _integers(uniform: dict[str, str]) -> list[Goal]:
     at = {"density": 0.25, **uniform}
     return [
         Goal(
-            f"{title}, density 0.25, quantization included, against own bf16{how}", must, wanted,
-            compare("forward", chosen("ours", **at), chosen(kernel, **at), column=column),
+            f"{title}, density 0.25, quantization included, against own bf16", must, wanted,
+            compare("forward", chosen("ours", **at), chosen(kernel, **at)),
         )
-        for column, how in ((TURNS, ""), (ALONE, ", each repeated alone"))
         for kernel, title, must, wanted in (
             ("int8", "INT8 queries and keys", 1.1, 1.2), ("int8-fp8", "the same with FP8 values", 1.25, 1.45),
         )

@@ -144,7 +144,7 @@ def test_every_goal_is_timed_at_the_size_that_it_is_about(bench, goals):
     rows = [
         timed(
             s.name, e.kernel, 1.0, case=s.workload.name, policy=e.policy, density=f"{e.density:.4f}",
-            block="x".join(map(str, e.block)), steady_ms="1.0", sm_mhz="1500", **{"pass": s.what},
+            block="x".join(map(str, e.block)), **{"pass": s.what},
         )
         for s in bench.sets() for e in s.entries
     ]  # fmt: skip
@@ -354,23 +354,8 @@ def test_goals_of_integers_are_against_own_bf16_beside_them(goals, tmp_path, cap
     arguments = ["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "goals.csv")]
     assert goals.main(arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "quantization included" in line]
-    assert [line.split()[:2] for line in lines] == [["pass", "1.250"], ["must", "only"], *[["not", "measured"]] * 2]
+    assert [line.split()[:2] for line in lines] == [["pass", "1.250"], ["must", "only"]]
     assert "1.282" in lines[1]
-
-
-def test_integers_are_compared_at_the_clocks_that_they_keep_too(goals):
-    """A newer run in turn alone leaves the figures of repeated calls to the run that has them."""
-    even = {"policy": "uniform", "block": "128x128", "density": "0.2510"}
-    calls = (("ours", 5.0, 6.0, 1500), ("int8", 4.8, 4.5, 1700), ("int8-fp8", 4.7, 4.0, 1900))
-    rows = [timed("i", k, ms, steady_ms=str(alone), sm_mhz=str(mhz), **even) for k, ms, alone, mhz in calls]
-    rows += [timed("i", k, ms, **even) | {"run": "2999"} for k, ms, _, _ in calls]
-    found = {line["goal"]: line for line in goals.check(rows) if "quantization included" in line["goal"]}
-    assert [line["verdict"] for line in found.values()] == ["miss", "miss", "pass", "pass"]
-    alone = found["INT8 queries and keys, density 0.25, quantization included, against own bf16, each repeated alone"]
-    assert alone["measured"] == "1.333"
-    assert alone["detail"].endswith(
-        "int8 uniform 128x128 4.50 ms at 1700 MHz against ours uniform 128x128 6.00 ms at 1500 MHz"
-    )
 
 
 def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):
