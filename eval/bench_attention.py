@@ -23,9 +23,10 @@ TFLOP/s on visited blocks, their percentage of the matrix product, and the memor
 Maps of Radial Attention are those that users get for the model, blocks of 128x64. Rows of before that was the default
 are of 128x128: column `block` says which.
 
-With `--clocks` each call then runs alone, over and over, for so many seconds: `steady_ms`, at the median clock `sm_mhz`
-and power `watts` of the card, and the `joules` of a call. A call whose clock falls is bound by power, and gains from
-doing less; what bounds one whose clock stays is to be looked for elsewhere.
+With `--clocks` each call is then repeated for so many seconds, and `--stretches` says how often; the stretches of a set
+take turns. `steady_ms` is the median over them, at the median clock `sm_mhz` and power `watts` of the card, and a call
+takes `joules`. A call whose clock falls is bound by power, and gains from doing less; what bounds one whose clock stays
+is to be looked for elsewhere.
 
 Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
 in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose. Rows
@@ -72,6 +73,7 @@ OUTPUT = Path(__file__).resolve().parents[1] / "assets/results/attention.csv"
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
 ROUNDS = 15
 SET_SECONDS = 20.0
+STRETCHES = 5
 CEILING = 8192
 DEVICE = torch.device("cuda")
 # products ahead of every call, 1.4 ms each on an H200
@@ -246,9 +248,9 @@ def _row_of(what: str, p: Problem) -> dict[str, Any]:
 
 
 def run_set(
-    bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None, clocks: float = 0.0
+    bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None, clocks: float = 0.0, stretches: int = 1
 ) -> list[dict[str, Any]]:
-    """The rows of a set; with `clocks`, seconds that each call is repeated for to read the card's clock and power."""
+    """The rows of a set; with `clocks`, seconds of each of the `stretches` in which a call alone is repeated."""
     inputs = Inputs(bench.workload, DEVICE, torch.bfloat16, int.from_bytes(os.urandom(4), "little"))
     wanted = [e for e in bench.entries if kernels is None or re.search(kernels, e.kernel)]
     ready = []
@@ -261,10 +263,9 @@ def run_set(
     before = torch.cuda.synchronize if bench.what == "index" else partial(_heat, a, b)
     times = interleave({**calls, "ceiling": lambda: a @ b}, rounds, seconds, before)
     ceiling = 2 * CEILING**3 / statistics.median(times["ceiling"]) / 1e9
+    steady = steady_columns(calls, clocks, stretches) if clocks else {}
     for contestant in calls:
-        contestant.row |= timed_columns(times[contestant], contestant.flops, ceiling)
-        if clocks:
-            contestant.row |= steady_columns(calls[contestant], clocks)
+        contestant.row |= timed_columns(times[contestant], contestant.flops, ceiling) | steady.get(contestant, {})
         print(f"  {_line(contestant.row)}", flush=True)
     return [{"set": bench.name, **contestant.row} for contestant in ready]
 
@@ -297,7 +298,10 @@ def _line(row: dict[str, Any]) -> str:
     what = f"{row['kernel']:17} {row['policy']:14} {row['block']:8} {row['density']}"
     if "p50_ms" in row:
         rate = f"{row['tflops']:>6} TFLOP/s {row['percent_of_ceiling']:>5} %" if "tflops" in row else ""
-        steady = "  {steady_ms} ms at {sm_mhz} MHz, {watts} W".format(**row) if "steady_ms" in row else ""
+        steady = ""
+        if "steady_ms" in row:
+            spread = f"({row['steady_p20_ms']}..{row['steady_p80_ms']})"
+            steady = f"  repeated {row['steady_ms']} ms {spread} at {row['sm_mhz']} MHz, {row.get('watts', '?')} W"
         spread = f"({row['p20_ms']}..{row['p80_ms']})"
         return f"{what}  {row['p50_ms']:>9} ms {spread} {rate} of {row['ceiling_tflops']}{steady}"
     text = f"error {row['error']} of {row['allowed']}" if "error" in row else ""
@@ -331,6 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set-seconds", type=float, default=SET_SECONDS, help="time for the rounds of one set")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--clocks", type=float, default=0.0, metavar="SECONDS", help="also repeat each call so long")
+    parser.add_argument("--stretches", type=int, default=STRETCHES, help="of each call, with --clocks")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
@@ -339,8 +344,9 @@ def main(argv: list[str] | None = None) -> int:
             re.compile(getattr(args, name) or "")
         except re.error as error:
             parser.error(f"--{name} must be a regular expression ({error} in {getattr(args, name)!r}).")
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1 (got {args.rounds}).")
+    for name in ("rounds", "stretches"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1 (got {getattr(args, name)}).")
     for name in ("seconds", "set_seconds"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be a positive number (got {getattr(args, name)}).")
@@ -373,8 +379,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"{bench.name}  (at {time.perf_counter() - start:.0f} s)", flush=True)
         try:
-            found = [row | where for row in run_set(bench, args.rounds, args.set_seconds, args.kernels, args.clocks)]
-            rows = merged(rows, found)
+            found = run_set(bench, args.rounds, args.set_seconds, args.kernels, args.clocks, args.stretches)
+            rows = merged(rows, [row | where for row in found])
             write_rows(args.output, rows, COLUMNS)
         except Exception:  # one set, out of memory say, must not take the others along
             traceback.print_exc()

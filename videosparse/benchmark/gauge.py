@@ -1,46 +1,58 @@
-"""At what clock, and with how much power, a card runs one call over and over: what bounds it."""
+"""At what clock, and with how much energy, a card runs one call over and over: what bounds it."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import threading
 import time
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from videosparse.benchmark.contenders import Call
+from videosparse.benchmark.timing import quantiles
 
-COLUMNS = ("steady_ms", "sm_mhz", "watts", "joules")
+COLUMNS = ("steady_ms", "steady_p20_ms", "steady_p80_ms", "stretches", "sm_mhz", "watts", "joules")
 _EVERY = 0.05
-# drivers report the mean of up to a second
-_SETTLING = 1.5
+# of each stretch, not counted: clocks follow the power of the call before for some tens of ms
+_SETTLING = 0.25
 # calls are enqueued for so long before the card is waited for
 _AHEAD = 0.1
 
 
 class Gauge:
-    """Reads clock and power of the current GPU in a thread of its own, for the time of a block.
+    """Reads the clock of the current GPU in a thread of its own, and the energy it takes, for the time of a block.
+
+    Args:
+        mhz: the clocks of the last block.
+        joules: the energy of the last block; None where the card does not count it.
 
     Raises:
-        ModuleNotFoundError: torch reads neither without `pip install nvidia-ml-py`.
+        ModuleNotFoundError: torch reads no clock without `pip install nvidia-ml-py`.
     """
 
     def __init__(self) -> None:
         self.mhz: list[float] = []
-        self.watts: list[float] = []
-        self._over = threading.Event()
+        self.joules: float | None = None
+        self._counter = _EnergyCounter()
         self._read()
 
     def __enter__(self) -> Gauge:
-        self.mhz, self.watts = [], []
+        self.mhz = []
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._before = self._counter.joules()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        after = self._counter.joules()
+        self.joules = None if after is None or self._before is None else after - self._before
         self._over.set()
         self._thread.join()
 
@@ -52,28 +64,81 @@ class Gauge:
 
     def _read(self) -> None:
         self.mhz.append(float(torch.cuda.clock_rate()))
-        self.watts.append(torch.cuda.power_draw() / 1e3)
 
 
-def steady_columns(call: Call, seconds: float) -> dict[str, str]:
-    """Columns of a call that the card does nothing but repeat: its time, the medians of clock and power, its energy.
+class _EnergyCounter:
+    """The energy that the current GPU has taken since its driver was loaded."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties().uuid)
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+
+    def joules(self) -> float | None:
+        """None on a card, or under a hypervisor, that does not tell."""
+        import pynvml
+
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        except pynvml.NVMLError:
+            return None
+
+
+@dataclass
+class _Stretches:
+    """What the stretches of one call gave: mean times of a call, clocks, and means of power."""
+
+    ms: list[float] = field(default_factory=list)
+    mhz: list[float] = field(default_factory=list)
+    watts: list[float] = field(default_factory=list)
+
+    def columns(self) -> dict[str, str]:
+        p20, p50, p80 = quantiles(self.ms)
+        found = {
+            "steady_ms": f"{p50:.4f}", "steady_p20_ms": f"{p20:.4f}", "steady_p80_ms": f"{p80:.4f}",
+            "stretches": str(len(self.ms)), "sm_mhz": f"{statistics.median(self.mhz):.0f}",
+        }  # fmt: skip
+        if self.watts:
+            watts = statistics.median(self.watts)
+            found |= {"watts": f"{watts:.0f}", "joules": f"{watts * p50 / 1e3:.3f}"}
+        return found
+
+
+def steady_columns(calls: dict[Any, Call], seconds: float, rounds: int) -> dict[Any, dict[str, str]]:
+    """Columns of calls that the card repeats in stretches, one call after the other, in another order every round.
+
+    Within a stretch the card does nothing but the one call, so clock, power and energy are that call's; the stretches
+    take turns, so what drifts while they last is everybody's. A card bound by its limit of power spends time on joules.
 
     Args:
-        call: what to repeat.
-        seconds: for how long, after a time to settle.
+        calls: what to repeat, by any key.
+        seconds: of a stretch, after a time to settle.
+        rounds: stretches of each call.
+
+    Returns:
+        by key: `steady_ms` and its 20th and 80th percentile over the stretches, of the mean time of a call in one; the
+        median clock in MHz; power in W and the energy of a call in J, absent where the card does not count energy.
 
     Raises:
         ModuleNotFoundError: see `Gauge`.
     """
     gauge = Gauge()
-    _repeat(call, _SETTLING)
-    with gauge:
-        ms = _repeat(call, seconds)
-    watts = statistics.median(gauge.watts)
-    return {
-        "steady_ms": f"{ms:.4f}", "sm_mhz": f"{statistics.median(gauge.mhz):.0f}", "watts": f"{watts:.0f}",
-        "joules": f"{watts * ms / 1e3:.3f}",
-    }  # fmt: skip
+    found = {key: _Stretches() for key in calls}
+    orders = random.Random(0)
+    for _ in range(rounds):
+        for key in orders.sample(list(calls), len(calls)):
+            _repeat(calls[key], _SETTLING)
+            with gauge:
+                start = time.perf_counter()
+                ms = _repeat(calls[key], seconds)
+                elapsed = time.perf_counter() - start
+            found[key].ms.append(ms)
+            found[key].mhz.append(statistics.median(gauge.mhz))
+            if gauge.joules is not None:
+                found[key].watts.append(gauge.joules / elapsed)
+    return {key: stretches.columns() for key, stretches in found.items()}
 
 
 def _repeat(call: Call, seconds: float) -> float:

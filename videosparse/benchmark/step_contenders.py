@@ -110,6 +110,7 @@ STEP_CONTENDERS: dict[str, StepContender] = {
         StepContender("stack-fp8", "the same with FP8 values", "radial", quant="int8-fp8", linears="fp8"),
         StepContender("stock", "Diffusers as shipped", "stock", compiled=False),
         StepContender("radial-int8", "Radial, INT8, compiled", "radial", quant="int8"),
+        StepContender("radial-int8-fp8", "Radial, INT8, FP8 values, compiled", "radial", quant="int8-fp8"),
         StepContender("radial-published", "Radial by its authors' rule of blocks, compiled", "radial", published=True),
         StepContender("adaspa", "AdaSpa, compiled", "adaspa"),
         StepContender("adaspa-stack", "AdaSpa, INT8, FP8 linears, compiled", "adaspa", quant="int8", linears="fp8"),
