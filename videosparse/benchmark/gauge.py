@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from videosparse.benchmark.contenders import Call
 from videosparse.benchmark.timing import quantiles
 
 COLUMNS = ("steady_ms", "steady_p20_ms", "steady_p80_ms", "stretches", "sm_mhz", "watts", "joules")
-_EVERY = 0.05
+_EVERY = 0.01
 # of each stretch, not counted: clocks follow the power of the call before for some tens of ms
 _SETTLING = 0.25
 # calls are enqueued for so long before the card is waited for
@@ -24,11 +25,11 @@ _AHEAD = 0.1
 
 
 class Gauge:
-    """Reads the clock of the current GPU in a thread of its own, and the energy it takes, for the time of a block.
+    """Reads the clock of the current GPU and the energy it has taken, in a thread of its own, for the time of a block.
 
     Args:
         mhz: the clocks of the last block.
-        joules: the energy of the last block; None where the card does not count it.
+        watts: the mean power of the last block; None where the card does not count energy, or the block was too short.
 
     Raises:
         ModuleNotFoundError: torch reads no clock without `pip install nvidia-ml-py`.
@@ -36,25 +37,24 @@ class Gauge:
 
     def __init__(self) -> None:
         self.mhz: list[float] = []
-        self.joules: float | None = None
+        self.watts: float | None = None
         self._counter = _EnergyCounter()
+        self._ticks: list[tuple[float, float]] = []
         self._read()
 
     def __enter__(self) -> Gauge:
-        self.mhz = []
+        self.mhz, self._ticks = [], []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._before = self._counter.joules()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        after = self._counter.joules()
-        self.joules = None if after is None or self._before is None else after - self._before
         self._over.set()
         self._thread.join()
+        self.watts = power(self._ticks)
 
     def _run(self) -> None:
         while True:
@@ -64,6 +64,20 @@ class Gauge:
 
     def _read(self) -> None:
         self.mhz.append(float(torch.cuda.clock_rate()))
+        joules = self._counter.joules()
+        if joules is not None:
+            self._ticks.append((time.perf_counter(), joules))
+
+
+def power(readings: list[tuple[float, float]]) -> float | None:
+    """Mean watts of readings (seconds, joules) of a counter that moves in steps, some tenths of a second apart.
+
+    Only the readings at which it moved count, for between them nobody knows how far it is; None for less than two.
+    """
+    moved = [later for earlier, later in pairwise(readings) if later[1] != earlier[1]]
+    if len(moved) < 2:
+        return None
+    return (moved[-1][1] - moved[0][1]) / (moved[-1][0] - moved[0][0])
 
 
 class _EnergyCounter:
@@ -119,7 +133,7 @@ def steady_columns(calls: dict[Any, Call], seconds: float, rounds: int) -> dict[
 
     Returns:
         by key: `steady_ms` and its 20th and 80th percentile over the stretches, of the mean time of a call in one; the
-        median clock in MHz; power in W and the energy of a call in J, absent where the card does not count energy.
+        median clock in MHz; power in W and the energy of a call in J, absent where stretches are too short to tell.
 
     Raises:
         ModuleNotFoundError: see `Gauge`.
@@ -131,13 +145,11 @@ def steady_columns(calls: dict[Any, Call], seconds: float, rounds: int) -> dict[
         for key in orders.sample(list(calls), len(calls)):
             _repeat(calls[key], _SETTLING)
             with gauge:
-                start = time.perf_counter()
                 ms = _repeat(calls[key], seconds)
-                elapsed = time.perf_counter() - start
             found[key].ms.append(ms)
             found[key].mhz.append(statistics.median(gauge.mhz))
-            if gauge.joules is not None:
-                found[key].watts.append(gauge.joules / elapsed)
+            if gauge.watts is not None:
+                found[key].watts.append(gauge.watts)
     return {key: stretches.columns() for key, stretches in found.items()}
 
 

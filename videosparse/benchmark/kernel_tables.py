@@ -183,16 +183,16 @@ def fastest_dense_call(calls: list[Row]) -> Row | None:
 def integers(rows: list[Row]) -> Table:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel; and that by itself.
 
-    The last columns are of each call repeated alone, where that was timed.
+    The last columns are of each call repeated in stretches that take turns, where that was timed.
     """
     head = ["numbers", "density", "ms", "against own bf16", "against the fastest dense", "relative error"]
-    head += ["repeated alone, ms", "against own bf16", "MHz"]
+    head += ["repeated, ms", "against own bf16", "MHz"]
     calls = integer_calls(rows)
     fastest = fastest_dense_call(calls)
     if fastest is None:
         return head, []
     name = f"fastest dense, {KERNELS[fastest['kernel']]}"
-    lines = [[name, "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", "", *_alone(fastest, None)]]
+    lines = [[name, "1.000", f"{float(fastest['p50_ms']):.1f}", "", "", "", *_repeated(fastest, None)]]
     owns = {(r["set"], r["density"]): r for r in calls if r["kernel"] == "ours"}
     for density in dict.fromkeys(r["density"] for r in calls):
         found = {r["kernel"]: r for r in reversed(calls) if r["density"] == density}
@@ -201,17 +201,17 @@ def integers(rows: list[Row]) -> Table:
                 row, own = found[kernel], owns[found[kernel]["set"], density]
                 time, error = float(row["p50_ms"]), row["error"] if kernel != "ours" else ""
                 gains = [f"{float(base['p50_ms']) / time:.2f}x" for base in (own, fastest)]
-                lines.append([name, density, f"{time:.1f}", *gains, error, *_alone(row, own)])
+                lines.append([name, density, f"{time:.1f}", *gains, error, *_repeated(row, own)])
     alone = {r["kernel"]: r for r in _timed(rows, WIDE_CALL)}
     for kernel, name in ROUNDING.items():
         if kernel in alone:
             row = alone[kernel]
-            lines.append([name, "", f"{float(row['p50_ms']):.2f}", "", "", row["error"], *_alone(row, None)])
+            lines.append([name, "", f"{float(row['p50_ms']):.2f}", "", "", row["error"], *_repeated(row, None)])
     return head, lines
 
 
-def _alone(row: Row, own: Row | None) -> list[str]:
-    """Time, gain over a row and clock of a call that was repeated alone; empty cells where it was not."""
+def _repeated(row: Row, own: Row | None) -> list[str]:
+    """Time, gain over a row and clock of a call that was repeated; empty cells where it was not."""
     if not row.get("steady_ms"):
         return ["", "", ""]
     time = float(row["steady_ms"])
