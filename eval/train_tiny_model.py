@@ -87,7 +87,7 @@ from videosparse.training.tiny.decoder_phase import take_decoder, train_decoder
 from videosparse.training.tiny.dit_phase import train_dit
 from videosparse.training.tiny.export import check, export
 from videosparse.training.tiny.objectives import FLOW_SHIFT
-from videosparse.training.tiny.plan import STAGES, Plan, smoke_plan
+from videosparse.training.tiny.plan import STAGES, Plan, smoke_plan, with_long_share
 from videosparse.training.tiny.pools import encode, prepare_tokenizer, sample_captions, worker_init
 from videosparse.training.tiny.ranks import Ranks
 from videosparse.training.tiny.state import STOP, Run
@@ -169,6 +169,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight of a loss by which the text encoder tells which object moves how; 0: none (0.1 is a beginning)",
     )
     knobs.add_argument("--pairs", type=float, default=0.25, help="share of scenes with two objects")
+    knobs.add_argument(
+        "--long-share", type=float, default=None, help="share of batches of the longest clips in the last stage"
+    )
     knobs.add_argument("--pool-scale", type=float, default=1.0, help="more or fewer clips in every pool of latents")
     knobs.add_argument("--no-compile", action="store_true", help="no torch.compile of the DiT blocks")
     out = parser.add_argument_group("export")
@@ -207,8 +210,8 @@ def check_decoder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what would train to nothing, or fail only later."""
-    for name in ("decay_share", "pairs"):
-        if not 0 <= getattr(args, name) <= 1:
+    for name in ("decay_share", "pairs", "long_share"):
+        if not 0 <= (getattr(args, name) or 0) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in 0..1 (got {getattr(args, name)}).")
     for name in (
         "minutes",
@@ -311,7 +314,10 @@ def make_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     if args.pool_scale != 1.0:
         pools = (replace(p, count=max(2, round(args.pool_scale * p.count / p.chunk)) * p.chunk) for p in plan.pools)
         plan = replace(plan, pools=tuple(pools))
-    run = Run(args, STAGES[args.stages](plan), device, workers, ranks)
+    plan = STAGES[args.stages](plan)
+    if args.long_share is not None:
+        plan = with_long_share(plan, args.long_share)
+    run = Run(args, plan, device, workers, ranks)
     run.load(resume=args.resume or args.command in ("encode", "dit", "decoder", "export"))
     # nobody stores pools before the first has removed those of another round
     ranks.any(False)

@@ -173,6 +173,7 @@ def test_rows_that_the_card_cannot_take_are_one_line_and_change_nothing(program,
     [
         ("decay-share", "2"),
         ("pairs", "1.5"),
+        ("long-share", "1.5"),
         ("binding", "-0.1"),
         ("lr", "nan"),
         ("shift", "-1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from videosparse.training.tiny import checkpoint
 from videosparse.training.tiny.card import accuracy, fill_card, update_card
 from videosparse.training.tiny.checkpoint import read_backup, read_pipeline, write_backup
 from videosparse.training.tiny.optimizing import Progress, adamw
-from videosparse.training.tiny.plan import STAGES, Plan, large, mixed
+from videosparse.training.tiny.plan import STAGES, Plan, large, mixed, with_long_share
 from videosparse.training.tiny.rounds import all_rounds, begin_round, describe_stages, summary
 
 
@@ -149,6 +150,16 @@ def test_every_stage_draws_from_a_pool_of_its_plan(name):
     assert used == set(pools)
     for _, shapes in plan.stages:
         assert all(4 * shape.latent_frames - 3 <= pools[shape.pool].frames for shape in shapes)
+
+
+def test_the_longest_clips_have_a_share_of_the_last_stage():
+    plan = with_long_share(Plan(), 0.75)
+    assert [(shape.latent_frames, shape.weight) for shape in plan.stages[-1][1]] == [(21, 0.75), (9, 0.25)]
+    assert plan.stages[:-1] == Plan().stages[:-1]
+    assert [s.weight for s in plan.stages[-2][1]] == [s.weight for s in Plan().stages[-2][1]]
+    first = replace(Plan(), stages=Plan().stages[1:2])
+    weights = [shape.weight for shape in with_long_share(first, 0.5).stages[-1][1]]
+    assert weights == pytest.approx([0.5, 0.26, 0.24])
 
 
 def test_a_pipeline_is_read_as_a_backup(pipeline, tokenizer, tmp_path):

@@ -186,6 +186,8 @@ def describe_rates(args: argparse.Namespace, processes: int = 1) -> str:
     scenes = f"two objects in {100 * args.pairs:g} % of scenes"
     if args.binding:
         scenes += f", motions read from the text with weight {args.binding:g}"
+    if args.long_share is not None:
+        scenes += f", the longest clips in {100 * args.long_share:g} % of batches"
     batches = f", gradients of {processes} processes" if processes > 1 else ""
     return f"{rates}, shift {args.shift:g}, weight of objects {args.object_weight:g}, {scenes}{batches}"
 

@@ -119,4 +119,14 @@ def mixed(plan: Plan) -> Plan:
     )
 
 
+def with_long_share(plan: Plan, share: float) -> Plan:
+    """The plan with its longest clips in a share of the batches of the last stage; its other shapes keep their ratios."""
+    end, shapes = plan.stages[-1]
+    longest = max(shape.latent_frames for shape in shapes)
+    rest = sum(shape.weight for shape in shapes if shape.latent_frames != longest)
+    weights = (share if s.latent_frames == longest else (1 - share) * s.weight / rest for s in shapes)
+    last = tuple(replace(shape, weight=weight) for shape, weight in zip(shapes, weights, strict=True))
+    return replace(plan, stages=(*plan.stages[:-1], (end, last)))
+
+
 STAGES = {"full": lambda plan: plan, "large": large, "short": short, "long": long, "mixed": mixed}
