@@ -120,7 +120,7 @@ def mixed(plan: Plan) -> Plan:
 
 
 def with_long_share(plan: Plan, share: float) -> Plan:
-    """The plan with its longest clips in a share of the batches of the last stage; its other shapes keep their ratios."""
+    """The plan with its longest clips in a share of the batches of the last stage; others keep their ratios."""
     end, shapes = plan.stages[-1]
     longest = max(shape.latent_frames for shape in shapes)
     rest = sum(shape.weight for shape in shapes if shape.latent_frames != longest)
