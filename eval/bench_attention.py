@@ -26,7 +26,9 @@ are of 128x128: column `block` says which.
 With `--clocks` each call is then repeated for so many seconds, and `--stretches` says how often; the stretches of a set
 take turns. `steady_ms` is the median over them, at the median clock `sm_mhz` and power `watts` of the card, and a call
 takes `joules`. A call whose clock falls is bound by power, and gains from doing less; what bounds one whose clock stays
-is to be looked for elsewhere.
+is to be looked for elsewhere. `watts` and `joules` are empty where the card does not count energy, or stretches are too
+short to read it. Rows with `steady_ms` but no `stretches` are of before: one stretch of each call, not in turn, with
+the power that the driver told. Goals and tables do not count them.
 
 Integer attention ("int8", "int8-fp8", "int8-int8") is timed with the quantization of its inputs; its error is relative,
 in the mean square, and its bounds are those of `videosparse/benchmark/checks.py`, for it rounds on purpose. Rows
@@ -60,7 +62,7 @@ import torch
 from videosparse.benchmark.checks import check_backward, check_forward, check_integers, check_quantize, check_sums
 from videosparse.benchmark.contenders import CONTENDERS, INTEGERS, QUANTIZE, Call, Missing
 from videosparse.benchmark.gauge import COLUMNS as STEADY
-from videosparse.benchmark.gauge import Gauge, steady_columns
+from videosparse.benchmark.gauge import LEAST_SPAN, SETTLING, Gauge, steady_columns
 from videosparse.benchmark.problems import Entry, Inputs, Problem, Workload
 from videosparse.benchmark.rows import WHERE, environment, read_rows, version, write_rows
 from videosparse.benchmark.timing import interleave, megabytes, memory_of, timed_columns
@@ -248,9 +250,23 @@ def _row_of(what: str, p: Problem) -> dict[str, Any]:
 
 
 def run_set(
-    bench: BenchSet, rounds: int, seconds: float, kernels: str | None = None, clocks: float = 0.0, stretches: int = 1
+    bench: BenchSet,
+    rounds: int,
+    seconds: float,
+    kernels: str | None = None,
+    clocks: float = 0.0,
+    stretches: int = STRETCHES,
 ) -> list[dict[str, Any]]:
-    """The rows of a set; with `clocks`, seconds of each of the `stretches` in which a call alone is repeated."""
+    """The rows of a set.
+
+    Args:
+        bench: what to time.
+        rounds: of calls in turn; fewer where they take longer than `seconds`.
+        seconds: for these rounds.
+        kernels: a pattern that names of kernels must match; None takes all.
+        clocks: seconds of a stretch in which one call alone is repeated; 0 for no stretches.
+        stretches: of each call, where `clocks` is not 0.
+    """
     inputs = Inputs(bench.workload, DEVICE, torch.bfloat16, int.from_bytes(os.urandom(4), "little"))
     wanted = [e for e in bench.entries if kernels is None or re.search(kernels, e.kernel)]
     ready = []
@@ -334,8 +350,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no set after this long")
     parser.add_argument("--set-seconds", type=float, default=SET_SECONDS, help="time for the rounds of one set")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--clocks", type=float, default=0.0, metavar="SECONDS", help="also repeat each call so long")
-    parser.add_argument("--stretches", type=int, default=STRETCHES, help="of each call, with --clocks")
+    parser.add_argument(
+        "--clocks", type=float, default=0.0, metavar="SECONDS",
+        help=f"also repeat each call so long, in each of its --stretches; takes (SECONDS + {SETTLING:g} to settle) x "
+        "stretches x calls of a set; watts and joules stay empty where the card does not count energy, and below some "
+        f"{LEAST_SPAN + 0.5:g} seconds",
+    )  # fmt: skip
+    parser.add_argument("--stretches", type=int, default=STRETCHES, help="of each call, with --clocks; goals need two")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)

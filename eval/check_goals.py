@@ -4,8 +4,10 @@
     python eval/check_goals.py --strict    exit with 1 where a must is missed, or was not measured
 
 A figure compares rows of one set of one run, since only those were timed in turn on the same card; of several runs the
-newest that has both counts. It is of the size that the goal is about, where that was timed, else of a smaller one:
-column `case` says which. The table of README.md is made from the output by `python eval/readme_tables.py`.
+newest that has both counts, for each figure by itself: columns `run` and `commit` say which. It is of the size that the
+goal is about, where that was timed, else of a smaller one: column `case` says which. Figures of calls that are repeated
+are of rows of two stretches or more: single ones did not take turns. The table of README.md is made from the output by
+`python eval/readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from videosparse.benchmark.rows import read_rows
+from videosparse.benchmark.rows import read_rows, repeated_ms
 from videosparse.policies.base import BLOCK
 
 RESULTS = Path(__file__).resolve().parents[1] / "assets/results"
@@ -28,6 +30,8 @@ NARROW = ("40x75600 d64", "12x30720 d64")
 FASTEST = ("cudnn", "fa3", "fa4", "fa2")
 
 Row = dict[str, str]
+Choice = Callable[[list[Row], str], Row | None]
+"""Of the rows of a set, the one to compare by a column of times."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,22 @@ class Runs:
                 yield rows
 
 
-def pick(rows: list[Row], kernel: str | tuple[str, ...], **wanted: str | float) -> Row | None:
-    """The fastest row of a kernel, or of several, whose columns are as wanted; densities may differ by a hundredth."""
+def milliseconds(row: Row, column: str) -> float | None:
+    """A time of a row; None where it was not measured, and `steady_ms` where the call was not repeated in turn."""
+    if column == "steady_ms":
+        return repeated_ms(row)
+    return float(row[column]) if row.get(column) else None
+
+
+def pick(rows: list[Row], kernel: str | tuple[str, ...], column: str = "p50_ms", **wanted: str | float) -> Row | None:
+    """The row of a kernel, or of several, whose columns are as wanted; densities may differ by a hundredth.
+
+    Of several the fastest by `column`, and only those that have a time there.
+    """
     kernels = (kernel,) if isinstance(kernel, str) else kernel
     found = [r for r in rows if r["kernel"] in kernels and all(_same(r[name], v) for name, v in wanted.items())]
-    return min(found, key=lambda r: float(r["p50_ms"]), default=None)
+    timed = [(ms, i) for i, row in enumerate(found) if (ms := milliseconds(row, column)) is not None]
+    return found[min(timed)[1]] if timed else None
 
 
 def _same(cell: str, value: str | float) -> bool:
@@ -96,12 +111,13 @@ def _same(cell: str, value: str | float) -> bool:
 
 
 def times(first: Row | None, second: Row | None, column: str = "p50_ms") -> Found | None:
-    """How many times faster the second row is than the first."""
-    if first is None or second is None or not (first.get(column) and second.get(column)):
+    """How many times faster the second row is than the first, by a column of times that `milliseconds` knows."""
+    if first is None or second is None:
         return None
-    ratio = float(first[column]) / float(second[column])
-    detail = " against ".join(f"{_name(r)} {float(r[column]):.2f} ms" for r in (second, first))
-    return Found(ratio, detail, second)
+    slow, fast = milliseconds(first, column), milliseconds(second, column)
+    if slow is None or fast is None:
+        return None
+    return Found(slow / fast, f"{_name(second)} {fast:.2f} ms against {_name(first)} {slow:.2f} ms", second)
 
 
 def _name(row: Row) -> str:
@@ -109,17 +125,13 @@ def _name(row: Row) -> str:
 
 
 def compare(
-    what: str,
-    slower: Callable[[list[Row]], Row | None],
-    faster: Callable[[list[Row]], Row | None],
-    invert: bool = False,
-    column: str = "p50_ms",
+    what: str, slower: Choice, faster: Choice, invert: bool = False, column: str = "p50_ms"
 ) -> Callable[[Runs, str], Found | None]:
-    """time(slower) / time(faster), or its inverse, in the newest set of a pass that has both."""
+    """time(slower) / time(faster), or its inverse, in the newest set of a pass that has both; `column` is the time."""
 
     def measure(runs: Runs, case: str) -> Found | None:
         for rows in runs.of(case, what):
-            found = times(slower(rows), faster(rows), column)
+            found = times(slower(rows, column), faster(rows, column), column)
             if found is not None:
                 return Found(1 / found.value, found.detail, found.row) if invert else found
         return None
@@ -127,8 +139,8 @@ def compare(
     return measure
 
 
-def chosen(kernel: str | tuple[str, ...], **wanted: str | float) -> Callable[[list[Row]], Row | None]:
-    return lambda rows: pick(rows, kernel, **wanted)
+def chosen(kernel: str | tuple[str, ...], **wanted: str | float) -> Choice:
+    return lambda rows, column: pick(rows, kernel, column, **wanted)
 
 
 WIDE, FINE = "128x128", "128x64"

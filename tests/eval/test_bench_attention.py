@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +25,10 @@ TORCH = KernelOptions(backend="torch")
 TINY = Workload("tiny", TokenLayout(VideoGrid(2, 12, 15)), heads=2, head_dim=16, share="per head")
 TEXT = Workload("tiny text", TokenLayout(VideoGrid(2, 12, 15), 40), heads=2, head_dim=16)
 BLOCK = (64, 64)
-STEADY = {"steady_ms": "2", "steady_p20_ms": "1", "steady_p80_ms": "3", "sm_mhz": "3"}
+STEADY = {
+    "steady_ms": "2", "steady_p20_ms": "1", "steady_p80_ms": "3", "stretches": "5", "sm_mhz": "4", "watts": "6",
+    "joules": "7",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_every_goal_is_timed_at_the_size_that_it_is_about(bench, goals):
     rows = [
         timed(
             s.name, e.kernel, 1.0, case=s.workload.name, policy=e.policy, density=f"{e.density:.4f}",
-            block="x".join(map(str, e.block)), steady_ms="1.0", **{"pass": s.what},
+            block="x".join(map(str, e.block)), steady_ms="1.0", stretches="2", **{"pass": s.what},
         )
         for s in bench.sets() for e in s.entries
     ]  # fmt: skip
@@ -229,71 +229,6 @@ def test_the_same_work_comes_ahead_of_every_call(no_gpu):
     assert sorted(ran[1::2]) == ["fast"] * 6 + ["other"] * 6
 
 
-@pytest.fixture
-def meter(no_gpu, monkeypatch):
-    """A card at 1,200 MHz and 600 W while it works, at 1,900 MHz else, which counts its energy; None: it does not."""
-    busy = []
-    began = time.perf_counter()
-    energy = {"counted": lambda: 6.0 * ((time.perf_counter() - began) // 0.01)}
-    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1200 if busy else 1900)
-    monkeypatch.setattr(gauge, "_EnergyCounter", lambda: SimpleNamespace(joules=lambda: energy["counted"]()))
-    monkeypatch.setattr(gauge, "_SETTLING", 0.0)
-    return SimpleNamespace(busy=busy, energy=energy)
-
-
-def test_a_card_is_read_while_it_does_nothing_but_repeat_a_call(meter):
-    found = gauge.steady_columns({"a": lambda: (meter.busy.append(1), time.sleep(0.002))}, 0.2, rounds=1)["a"]
-    assert found["sm_mhz"] == "1200"
-    assert float(found["watts"]) == pytest.approx(600, rel=0.05)
-    assert 2.0 <= float(found["steady_ms"]) < 20.0
-    assert float(found["joules"]) == pytest.approx(0.6 * float(found["steady_ms"]), rel=0.05)
-    assert set(found) == set(gauge.COLUMNS)
-
-
-def test_stretches_of_calls_take_turns(meter, monkeypatch):
-    """Each call once in a round, to settle and then to be timed, in another order every round; medians over rounds."""
-    ran, times = [], iter([9.0, 1.0, 9.0, 2.0, 9.0, 6.0])
-    monkeypatch.setattr(gauge, "_repeat", lambda call, seconds: call() or 5.0)
-    calls = {name: partial(ran.append, name) for name in "abcd"}
-    found = gauge.steady_columns(calls, 0.01, rounds=6)
-    turns = ["".join(ran[i : i + 8 : 2]) for i in range(0, len(ran), 8)]
-    assert ran[::2] == ran[1::2]
-    assert ["".join(sorted(turn)) for turn in turns] == ["abcd"] * 6
-    assert len(set(turns)) > 3
-    assert {columns["stretches"] for columns in found.values()} == {"6"}
-    monkeypatch.setattr(gauge, "_repeat", lambda call, seconds: next(times))
-    found = gauge.steady_columns({"a": list}, 0.01, rounds=3)["a"]
-    assert [found[f"steady_{x}ms"] for x in ("p20_", "", "p80_")] == ["1.4000", "2.0000", "4.4000"]
-
-
-def test_power_is_read_off_the_steps_of_the_counter():
-    """A counter that moves every 0.2 s by what went through since, read often: its steps, not the readings, count."""
-    readings = [(t / 100, 650.0 * (t // 20) / 5) for t in range(7, 95)]
-    assert gauge.power(readings) == pytest.approx(650.0)
-    assert readings[-1][1] / (readings[-1][0] - readings[0][0]) != pytest.approx(650.0, rel=0.05)
-    assert gauge.power(readings[:20]) is None
-    assert gauge.power([]) is None
-
-
-def test_a_card_that_counts_no_energy_gives_none(meter):
-    meter.energy["counted"] = lambda: None
-    found = gauge.steady_columns({"a": lambda: time.sleep(0.002)}, 0.05, rounds=2)["a"]
-    assert set(gauge.COLUMNS) - set(found) == {"watts", "joules"}
-
-
-def test_a_slow_call_is_repeated_once_at_least(no_gpu):
-    calls = []
-    assert gauge._repeat(lambda: (calls.append(1), time.sleep(0.01)), 0.0) >= 10.0
-    assert calls == [1]
-
-
-def test_a_gauge_stops_with_its_block(meter):
-    with pytest.raises(ZeroDivisionError), gauge.Gauge() as found:
-        raise ZeroDivisionError
-    assert len(found.mhz) >= 1
-    assert not found._thread.is_alive()
-
-
 def test_clocks_need_what_reads_them(bench, monkeypatch, tmp_path, capsys):
     def absent():
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.")
@@ -326,11 +261,22 @@ def test_a_set_becomes_rows(bench, no_gpu, monkeypatch, tmp_path):
         bench, "interleave", lambda calls, rounds, seconds, before: before() or {key: [1.0, 2.0, 3.0] for key in calls}
     )
     entries = [Entry("ours"), *(Entry(k, "uniform", 0.4, BLOCK) for k in ("ours", "fa2", "portable")), Entry("fa3")]
-    monkeypatch.setattr(bench, "steady_columns", lambda calls, seconds, rounds: dict.fromkeys(calls, STEADY))
+
+    def steady(calls, seconds, stretches):
+        """In another order, and with a time by which each call's columns are known."""
+        assert (seconds, stretches) == (0.5, 2)
+        return {c: STEADY | {"steady_ms": c.row["density"]} for c in reversed(list(calls))}
+
+    monkeypatch.setattr(bench, "steady_columns", steady)
     tiny = bench.BenchSet("forward", "64x64", TINY, tuple(entries))
     assert "steady_ms" not in str(bench.run_set(tiny, rounds=3, seconds=1))
-    rows = bench.run_set(tiny, rounds=3, seconds=1, clocks=1, stretches=2)
-    assert ["steady_ms" in row for row in rows] == ["p50_ms" in row for row in rows]
+    rows = bench.run_set(tiny, rounds=3, seconds=1, clocks=0.5, stretches=2)
+    assert set(STEADY) == set(gauge.COLUMNS)
+    assert [set(STEADY) <= set(row) for row in rows] == ["p50_ms" in row for row in rows]
+    steady_rows = [row for row in rows if "steady_ms" in row]
+    assert [row["steady_ms"] for row in steady_rows] == [row["density"] for row in steady_rows]
+    assert len({row["density"] for row in steady_rows}) == 2
+    assert bench._line(steady_rows[0]).endswith("repeated 1.0000 ms (1..3) at 4 MHz, 6 W")
     assert [row["note"].split(":")[0] for row in rows if "note" in row] == ["failed", "error above allowed", "missing"]
     assert [row["p50_ms"] for row in rows if "p50_ms" in row] == ["2.0000", "2.0000"]
     where = {"run": "now", "gpu": "none", "commit": "c"}
@@ -385,14 +331,14 @@ def test_goals_know_which_way_is_better(goals):
 
 
 def test_goals_of_integers_are_against_own_bf16_beside_them(goals, tmp_path, capsys):
-    """Both where calls repeat and behind products; the first is not measured by rows without it."""
+    """Both where calls repeat and behind products; the first is not measured by rows of fewer than two stretches."""
     even = {"policy": "uniform", "block": "128x128", "density": "0.2510"}
     calls = (("ours", 5.0, "6"), ("int8", 4.0, "5"), ("int8-fp8", 3.9, "4"))
-    rows = [timed("i", kernel, ms, steady_ms=steady, **even) for kernel, ms, steady in calls]
+    rows = [timed("i", kernel, ms, steady_ms=steady, stretches="2", **even) for kernel, ms, steady in calls]
     arguments = ["--rows", str(tmp_path / "attention.csv"), "--output", str(tmp_path / "goals.csv")]
 
     def found(of):
-        write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0, steady_ms=""), *of])
+        write_rows(tmp_path / "attention.csv", [timed("a", "cudnn", 12.0, steady_ms="", stretches=""), *of])
         assert goals.main(arguments) == 0
         lines = capsys.readouterr().out.splitlines()
         return [line.split()[:3] for line in lines if "quantization included" in line]
@@ -400,8 +346,26 @@ def test_goals_of_integers_are_against_own_bf16_beside_them(goals, tmp_path, cap
     assert found(rows) == [
         ["pass", "1.200", "x"], ["pass", "1.250", "x"], ["pass", "1.500", "x"], ["must", "only", "1.282"]
     ]  # fmt: skip
-    without = [row | {"steady_ms": ""} for row in rows]
-    assert found(without)[::2] == [["not", "measured", "-"]] * 2
+    for lacking in ({"steady_ms": ""}, {"stretches": ""}, {"stretches": "1"}):
+        assert found([row | lacking for row in rows])[::2] == [["not", "measured", "-"]] * 2
+    older = [row | {"run": "1", "steady_ms": "1"} for row in rows]
+    single = [row | {"stretches": "1"} for row in rows]
+    assert found([*older, *single])[::2] == [["miss", "1.000", "x"]] * 2, "of the newest run that has both"
+
+
+def test_the_fastest_row_is_so_by_the_column_that_is_compared(goals):
+    """And a row that has no time there is none."""
+    rows = [
+        timed("a", "cudnn", 10.0, steady_ms="14", stretches="5"),
+        timed("a", "fa3", 11.0, steady_ms="12", stretches="5"),
+        timed("a", "fa4", 9.0, steady_ms="8", stretches=""),
+    ]
+    assert goals.pick(rows, goals.FASTEST)["kernel"] == "fa4"
+    assert goals.pick(rows, goals.FASTEST, "steady_ms")["kernel"] == "fa3"
+    assert goals.pick(rows[2:], goals.FASTEST, "steady_ms") is None
+    repeated = goals.compare("forward", goals.chosen("cudnn"), goals.chosen(goals.FASTEST), column="steady_ms")
+    found = repeated(goals.Runs(rows), "12x30720")
+    assert (found.value, found.detail) == (pytest.approx(14 / 12), "fa3 12.00 ms against cudnn 14.00 ms")
 
 
 def test_goals_are_written_and_can_fail(goals, tmp_path, capsys):
@@ -487,7 +451,8 @@ def test_rows_that_cannot_be_used_are_one_line_and_nothing_is_written(goals, tmp
     [
         (["--only", "["], "must be a regular expression"),
         (["--only", "no such set"], "matches no set"),
-        (["--rounds", "0"], "must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1 (got 0)"),
+        (["--stretches", "0"], "--stretches must be at least 1 (got 0)"),
         (["--only", "skew"], "would lose its other rows"),
         (["--kernels", "ours"], "would lose its other rows"),
         (["--kernels", "no such kernel"], "matches no kernel"),
@@ -498,7 +463,9 @@ def test_rows_that_cannot_be_used_are_one_line_and_nothing_is_written(goals, tmp
 def test_arguments_of_the_benchmark_are_checked_first(bench, arguments, said, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+    assert error.count("error:") == 1
 
 
 def test_the_benchmark_learns_first_whether_its_rows_can_be_kept(bench, tmp_path, monkeypatch, capsys):

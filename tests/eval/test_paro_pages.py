@@ -46,12 +46,18 @@ def results(tmp_path):
         ("int8", "dense", "1.0000", "160", "0.012"), ("ours", "uniform", "0.3000", "60", "1e-3"),
         ("int8", "uniform", "0.3000", "50", "0.011"), ("quantize int8", "dense", "1.0000", "0.61", "0.007"),
     ]  # fmt: skip
-    alone = {("ours", "60"): ("55", "1500"), ("int8", "50"): ("44", "1700"), ("quantize int8", "0.61"): ("0.6", "1800")}
+    # of the dense calls one has a single stretch, and one is of before there were several
+    repeated = {
+        ("ours", "60"): ("55", "5", "1500"), ("int8", "50"): ("44", "5", "1700"),
+        ("quantize int8", "0.61"): ("0.6", "2", "1800"), ("ours", "180"): ("170", "", "1490"),
+        ("int8", "160"): ("150", "1", "1690"),
+    }  # fmt: skip
+    columns = ("steady_ms", "stretches", "sm_mhz")
     write_rows(tmp_path / "attention.csv", [
         {
             "set": f"forward {WAN} integers", "case": WAN, "kernel": kernel, "policy": policy, "density": density,
             "p50_ms": ms, "error": error, "run": "2",
-        } | dict(zip(("steady_ms", "sm_mhz"), alone.get((kernel, ms), ("", "")), strict=True))
+        } | dict(zip(columns, repeated.get((kernel, ms), ("", "", "")), strict=True))
         for kernel, policy, density, ms, error in calls
     ] + [
         {
@@ -99,6 +105,8 @@ def test_tables(results, monkeypatch):
     assert "90" not in videos
     lines = tables.made("integers").splitlines()
     assert "| fastest dense, videosparse | 1.000 | 180.0 |  |  |  |  |  |  |" in lines
+    assert "| bf16 | 1.0000 | 180.0 | 1.00x | 1.00x |  |  |  |  |" in lines, "repeated before calls took turns"
+    assert "| INT8 | 1.0000 | 160.0 | 1.12x | 1.12x | 0.012 |  |  |  |" in lines, "repeated in a single stretch"
     assert "| INT8 | 0.3000 | 50.0 | 1.20x | 3.60x | 0.011 | 44.0 | 1.25x | 1700 |" in lines
     assert "| INT8, INT8 values | 0.3000 | 88.0 | 0.75x | 2.05x | 1e-3 |  |  |  |" in lines, (
         "beside bf16 of its own set"

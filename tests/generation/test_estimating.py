@@ -13,7 +13,7 @@ from videosparse.generation.estimating import RATES, estimate, parameters_of
 from videosparse.generation.planning import plan_run
 from videosparse.generation.sources import find_spec
 
-ROWS = Path(__file__).parents[2] / "assets/results/models.csv"
+RESULTS = Path(__file__).parents[2] / "assets/results"
 
 # Diffusers as shipped, a slower dense kernel, a cache that skips steps, and the authors' block rule, are not what
 # `videosparse plan` plans
@@ -21,9 +21,13 @@ OTHERS = ("stock", "fa2", "cached", "radial-published")
 
 
 def measured():
-    with ROWS.open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["run_s"] and r["contender"] not in OTHERS]
+    rows = [r for r in read("models.csv") if r["run_s"] and r["contender"] not in OTHERS]
     return [r for r in rows if r["gpu"] in RATES]
+
+
+def read(name):
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def planned(row, linears=None):
@@ -65,6 +69,16 @@ def test_time_is_within_20_percent_of_what_was_measured(row):
     print(f"{row['case']} {row['contender']}: forward {forward:.2f}, run {run:.2f} of what was measured")
     assert run == pytest.approx(1, abs=0.2)
     assert forward == pytest.approx(1, abs=0.2)
+
+
+def test_the_rate_of_integers_is_that_of_the_newest_call():
+    """A newer kernel, and rows of it, ask for another rate."""
+    name = "forward wan2.1-14b 720x1280x81 integers"
+    rows = [r for r in read("attention.csv") if (r["set"], r["kernel"], r["policy"]) == (name, "int8", "uniform")]
+    at = [r for r in rows if r["tflops"] and abs(float(r["density"]) - 0.25) <= 0.01]
+    newest = max(at, key=lambda r: r["run"])
+    assert [newest[column] for column in ("tokens", "heads", "head_dim")] == ["75600", "40", "128"]
+    assert RATES[newest["gpu"]].sparse["int8"] == pytest.approx(1e12 * float(newest["tflops"]), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from videosparse.benchmark.rows import repeated_ms
 from videosparse.benchmark.tables import Row, Table
 
 KERNELS = {
@@ -40,7 +41,7 @@ def far(rows: list[Row]) -> Table:
 
 
 def newest_run(rows: list[Row], name: str) -> list[Row]:
-    """What was timed in the newest run of a set: only rows of one run compare."""
+    """What was timed in the newest run of a set: its rows were timed in turn on one card, those of other runs not."""
     found = [r for r in rows if r["set"] == name and r["p50_ms"]]
     last = max((r["run"] for r in found), default="")
     return [r for r in found if r["run"] == last]
@@ -164,7 +165,7 @@ WIDE_CALL = "wan2.1-14b 720x1280x81"
 
 
 def integer_calls(rows: list[Row], case: str = WIDE_CALL) -> list[Row]:
-    """The timed rows of one call in bf16 and in integers."""
+    """The timed rows of one call in bf16 and in integers, each set of its newest run."""
     return [r for r in _timed(rows, case) if r["kernel"] not in ROUNDING]
 
 
@@ -183,7 +184,9 @@ def fastest_dense_call(calls: list[Row]) -> Row | None:
 def integers(rows: list[Row]) -> Table:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel; and that by itself.
 
-    The last columns are of each call repeated in stretches that take turns, where that was timed.
+    Gains over own bf16 are between rows of one set and run. INT8 values have a set of their own, which may be of
+    another run, so their gain over the fastest dense kernel may be between runs. The last columns are of each call
+    repeated in two or more stretches that take turns, where that was timed.
     """
     head = ["numbers", "density", "ms", "against own bf16", "against the fastest dense", "relative error"]
     head += ["repeated, ms", "against own bf16", "MHz"]
@@ -202,18 +205,18 @@ def integers(rows: list[Row]) -> Table:
                 time, error = float(row["p50_ms"]), row["error"] if kernel != "ours" else ""
                 gains = [f"{float(base['p50_ms']) / time:.2f}x" for base in (own, fastest)]
                 lines.append([name, density, f"{time:.1f}", *gains, error, *_repeated(row, own)])
-    alone = {r["kernel"]: r for r in _timed(rows, WIDE_CALL)}
+    by_kernel = {r["kernel"]: r for r in _timed(rows, WIDE_CALL)}
     for kernel, name in ROUNDING.items():
-        if kernel in alone:
-            row = alone[kernel]
+        if kernel in by_kernel:
+            row = by_kernel[kernel]
             lines.append([name, "", f"{float(row['p50_ms']):.2f}", "", "", row["error"], *_repeated(row, None)])
     return head, lines
 
 
 def _repeated(row: Row, own: Row | None) -> list[str]:
-    """Time, gain over a row and clock of a call that was repeated; empty cells where it was not."""
-    if not row.get("steady_ms"):
+    """Time in ms, gain over a row and clock in MHz of a call that was repeated in turn; empty where it was not."""
+    time, base = repeated_ms(row), None if own is None else repeated_ms(own)
+    if time is None:
         return ["", "", ""]
-    time = float(row["steady_ms"])
-    gain = f"{float(own['steady_ms']) / time:.2f}x" if own is not None and own.get("steady_ms") else ""
+    gain = "" if base is None else f"{base / time:.2f}x"
     return [f"{time:.2f}" if time < 10 else f"{time:.1f}", gain, row["sm_mhz"]]

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -130,3 +130,12 @@ def read_rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
         what = f"has no column {missing[0]}" if missing else "has no rows"
         raise ValueError(f"{path} {what}; expected rows with columns {', '.join(needed)}.")
     return rows
+
+
+def repeated_ms(row: Mapping[str, str]) -> float | None:
+    """Milliseconds of a call that `eval/bench_attention.py --clocks` repeated in turn with the others of its set.
+
+    None of rows without `steady_ms`, and of those of a single stretch (or of before column `stretches`): one stretch of
+    a call behind one of another drifts with the card, and there is no spread to see it by.
+    """
+    return float(row["steady_ms"]) if row.get("steady_ms") and int(row.get("stretches") or 1) >= 2 else None

@@ -21,7 +21,7 @@ class Rates:
 
     Args:
         dense: self-attention by the fastest dense kernel, FlashAttention-3 or -4 on Hopper.
-        sparse: by maps, on the blocks that are read, by `quant`.
+        sparse: by maps, on the blocks that are read, by `quant`; of integers with their quantization.
         rest: all else, counted as its matrix products: by (whether blocks are compiled, `linears`).
     """
 
@@ -33,13 +33,17 @@ class Rates:
 RATES = {
     "NVIDIA H200": Rates(
         dense=650e12,
-        sparse={None: 600e12, "int8": 680e12, "int8-fp8": 740e12},
+        sparse={None: 600e12, "int8": 720e12, "int8-fp8": 740e12},
         rest={(False, "none"): 520e12, (True, "none"): 590e12, (True, "fp8"): 950e12},
     )
 }
 """By card. Those of Wan2.1-14B at 81 frames and of HunyuanVideo at 129, from the times of each part of a layer in
-`assets/results/profile.csv`, and of eager blocks and "int8-fp8" from those of blocks in `models.csv`; runs there, of
-four models and up to 509 frames, are met within 13 % (tests hold them to 20)."""
+`assets/results/profile.csv`, and of eager blocks and "int8-fp8" from those of blocks in `models.csv`. That of "int8" is
+of one call of today's kernel, since the profile has an older one: 40 heads of 128 channels x 75,600 tokens at density
+0.25, right behind matrix products, quantization included, 718 TFLOP/s (column `tflops` of `attention.csv`, set
+"forward wan2.1-14b 720x1280x81 integers", run 2026-11-23T23:24:53Z, commit 400c03c). Whole models of that commit
+(`radial` and `radial-int8` of `models.csv`) make it 705, beside 600 in bf16. Runs of `models.csv`, of four models and
+up to 509 frames, are met within 13 %, and forwards of sparse steps within 18 % (tests hold both to 20)."""
 
 
 @dataclass(frozen=True)
