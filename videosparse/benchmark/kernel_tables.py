@@ -184,9 +184,9 @@ def fastest_dense_call(calls: list[Row]) -> Row | None:
 def integers(rows: list[Row]) -> Table:
     """One call in bf16 and in integers, quantization included, beside the fastest dense kernel; and that by itself.
 
-    Gains over own bf16 are between rows of one set and run. INT8 values have a set of their own, which may be of
-    another run, so their gain over the fastest dense kernel may be between runs. The last columns are of each call
-    repeated in two or more stretches that take turns, where that was timed.
+    Gains are between rows of one run, those over own bf16 of one set; INT8 values have a set of their own, and no gain
+    over the fastest dense kernel where that is of another run. The last columns are of each call repeated in two or
+    more stretches that take turns, where that was timed.
     """
     head = ["numbers", "density", "ms", "against own bf16", "against the fastest dense", "relative error"]
     head += ["repeated, ms", "against own bf16", "MHz"]
@@ -203,7 +203,8 @@ def integers(rows: list[Row]) -> Table:
             if kernel in found:
                 row, own = found[kernel], owns[found[kernel]["set"], density]
                 time, error = float(row["p50_ms"]), row["error"] if kernel != "ours" else ""
-                gains = [f"{float(base['p50_ms']) / time:.2f}x" for base in (own, fastest)]
+                bases = (own, fastest)
+                gains = [f"{float(b['p50_ms']) / time:.2f}x" if b["run"] == row["run"] else "" for b in bases]
                 lines.append([name, density, f"{time:.1f}", *gains, error, *_repeated(row, own)])
     by_kernel = {r["kernel"]: r for r in _timed(rows, WIDE_CALL)}
     for kernel, name in ROUNDING.items():

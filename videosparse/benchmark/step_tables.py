@@ -141,10 +141,11 @@ def parts(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def _beside(rows: list[Row], row: Row) -> Row | None:
-    """The fastest dense row that compares with another; none with a step that a cache skips."""
+    """The fastest dense row that compares with another; none with a step that a cache skips, and no eager one."""
     same = ("case", "gpu", "commit", "layers_timed")
     here = {r["contender"]: r for r in rows if all(r[name] == row[name] for name in same)}
-    return None if row["contender"] == "cached" else fastest(here, DENSE)
+    dense = None if row["contender"] == "cached" else fastest(here, DENSE)
+    return None if dense is None or dense["contender"] == "dense-eager" else dense
 
 
 def _timed(rows: dict[str, Row], name: str) -> Row | None:
