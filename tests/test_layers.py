@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "videosparse"
 
 LAYERS = {
     "interrupts": 0, "checking": 0, "wording": 0, "layout": 0, "blocks": 0, "ordering": 0, "reference": 0, "logits": 0,
-    "cases": 0, "uploading": 0, "copies": 0,
+    "cases": 0, "uploading": 0, "copies": 0, "writing": 0,
     "kernels": 1,
     "policies": 2,
     "models": 3,

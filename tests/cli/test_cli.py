@@ -481,7 +481,17 @@ def test_calibrate_then_generate(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "none.txt"], "Cannot read prompts from none.txt: No such file"),
+        (
+            ["--prompts", "none.txt"],
+            "Cannot read prompts from none.txt: No such file or directory; give a text file in UTF-8",
+        ),
+        (["--density", "0.2", "--mass", "0.9"], "--density and --mass both say how many blocks are kept"),
+        (
+            ["--output", f"{'a' * 250}.safetensors"],
+            "(File name too long); choose another, shorter name.",
+        ),
+        (["--output", f"new/{'a' * 240}.safetensors"], "choose another, shorter name."),
+        (["--output", f"{'a' * 300}/plan.safetensors"], "File name too long; choose another folder."),
         (["--prompts", "empty.txt"], "holds no prompt"),
         (["--block", "x"], "block must be one size or two"),
         (["--block", "32"], "block must be"),

@@ -369,3 +369,7 @@ def test_tables_name_what_is_missing():
     assert [line[1] for line in told if line[4] == "out of memory"] == ["stack"]
     assert all(len(line) == len(every_row(rows)[0]) for line in every_row(rows)[1])
     assert extrapolation(rows)[1] == [[CASE, "dense", "11.000", "10.000", "3", "-9.1 %"]]
+    eager = [row(CASE, "dense-eager", "12", commit="eager"), row(CASE, "radial-eager", "6", commit="eager")]
+    gains = {line[1]: line[6] for line in every_row([*rows, *eager])[1] if line[0] == CASE}
+    assert gains["radial"] == "2.00x"
+    assert gains["dense-eager"] == gains["radial-eager"] == "", "no gain over layers that are not compiled"

@@ -1,6 +1,7 @@
 """Options as users write them."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +193,19 @@ def test_a_grid_that_the_method_refuses():
 def test_a_backend_that_cannot_run():
     with pytest.raises(GenerationError, match=r"backend=triton cannot run on cpu.*use backend=auto"):
         check_method_fits(WAN, GRID, "radial", {"backend": "triton"}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.bfloat16, r"quant=int8 cannot run on cpu: it takes head_dim 64 and 128 \(got 12\); drop it\.$"),
+        (torch.float32, r"it takes float16 and bfloat16 \(got float32\); drop it, or see --dtype\.$"),
+    ],
+)
+def test_integers_that_cannot_run(dtype, message):
+    source = replace(WAN, spec=replace(WAN.spec, head_dim=12))
+    with pytest.raises(GenerationError, match=message):
+        check_method_fits(source, GRID, "radial", {"quant": "int8"}, torch.device("cpu"), dtype=dtype)
 
 
 def test_a_long_refusal_keeps_what_to_do():

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from videosparse.generation import GenerationError, output
 from videosparse.generation.filing import LATENTS_METADATA, RECORD_FORMAT, latents_metadata
 from videosparse.generation.output import destination, picture_place, slug
+from videosparse.writing import give_name
 
 
 def writers(text="x", endings=(".mp4", ".json")):
@@ -88,7 +89,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     destination(tmp_path, "a").publish(writers())
     assert names(tmp_path) == ["a.json", "a.mp4"]
     with pytest.raises(FileExistsError):
-        output._link(tmp_path / "a.json", tmp_path / "a.mp4")
+        give_name(tmp_path / "a.json", tmp_path / "a.mp4")
 
 
 def test_files_have_the_usual_permissions(tmp_path):

@@ -3,15 +3,17 @@
 import errno
 import gc
 import os
+import re
 
 import pytest
 import torch
 from random_plans import CONFIG, GRID, make_plan
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from videosparse.blocks import pack_rows, unpack_rows
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.policies.paro_plan import PAROPlan, blocks_kept, bucket_of, plain_config
+from videosparse.policies.paro_plan import PAROPlan, blocks_kept, bucket_of, fingerprint, plain_config
 
 CPU = torch.device("cpu")
 
@@ -114,26 +116,133 @@ def test_some_other_safetensors(path):
         ('"block": [128, 64]', '"block": [32, 64]', "block"),
         ('"layers": 2, ', "", "it lacks 'layers'"),
         ('"grid": [3, 9, 10]', '"grid": [0, 9, 10]', "must be at least 1"),
-        ('"others": []', '"others": [{}]', r"codes must be torch.uint8 \[4, 3\]"),
+        ('"others": []', '"others": [{"a": 1}]', r"codes must be torch.uint8 \[4, 3\]"),
         ('"others": [], ', "", "it lacks 'others'"),
     ],
 )
 def test_a_changed_plan(path, old, new, message):
-    from safetensors import safe_open
-
     make_plan().save(path)
     with safe_open(path, "pt") as file:
         text = file.metadata()["videosparse_plan"]
     assert old in text
-    save_file(load_file(path), path, {"videosparse_plan": text.replace(old, new)})
+    save_file(load_file(path), path, {"videosparse_plan": unsealed(text).replace(old, new)})
     with pytest.raises(ValueError, match=f"is no plan that can be used: .*{message}"):
         PAROPlan.load(path)
 
 
+def unsealed(text):
+    """As plans of before are: without a checksum of what they say."""
+    return re.sub(r', "metadata_checksum": \d+', "", text)
+
+
+def test_plans_of_now_notice_any_other_word(path):
+    make_plan(prompts="ab").save(path)
+    change(path, '"prompts": "ab"', '"prompts": "ac"')
+    with pytest.raises(ValueError, match="is no plan that can be used: its metadata does not match its checksum; cali"):
+        PAROPlan.load(path)
+
+
+def change(path, old, new, of=lambda text: text):
+    """Write other metadata beside the same tensors."""
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["videosparse_plan"]
+    assert old in text
+    save_file(load_file(path), path, {"videosparse_plan": of(text).replace(old, new)})
+
+
+CONFIG_TEXT = '"config": {"num_attention_heads": 3, "num_layers": 2, "patch_size": [1, 2, 2]}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (CONFIG_TEXT, '"config": null', r"config must be a table that is not empty \(got null\)"),
+        (CONFIG_TEXT, '"config": [1]', "config must be a table"),
+        (CONFIG_TEXT, '"config": {}', "config must be a table that is not empty"),
+        ('"num_layers": 2', '"num_layers": 3', "its config does not match config_hash"),
+        ('"method": {"shift": 3.0}', '"method": null', "method must be a table"),
+        ('"method": {"shift": 3.0}', '"method": [1]', "method must be a table"),
+        ('"shift": 3.0', '"shift": "abc"', "method must be a table whose shift is null or a number"),
+        ('"shift": 3.0', '"shift": NaN', "method must be a table whose shift is null or a number"),
+        ('"layers": 2', '"layers": 1e999', r"layers must be a whole number, at least 1 \(got Infinity\)"),
+        ('"layers": 2', '"layers": true', "layers must be a whole number"),
+        ('"heads": 3', '"heads": 0', r"heads must be a whole number, at least 1 \(got 0\)"),
+        ('"video": [9, 144, 160]', '"video": [1]', r"video must be three whole numbers \(got \[1\]\)"),
+        ('"weights": []', '"weights": ["x"]', "weights must name each of several experts"),
+        ('"weights": []', '"weights": [[]]', "weights must be a list of texts"),
+        ('"block": [128, 64]', '"block": [32, 32]', r"block must be .*each 64 or 128 \(got \[32, 32\]\)"),
+        ('"density": 0.5', '"density": "x"', "density must be null or a number in"),
+        ('"density": 0.5', f'"density": 1{"0" * 400}', "density must be null or a number in"),
+        ('"model_class": "WanTransformer3DModel"', '"model_class": 3', "model_class must be a text"),
+        ('"others": []', '"others": [1]', "others must be a list of tables"),
+        ('"versions": {}', '"versions": 1', "versions must be a table"),
+        ('"prompts": ""', '"prompts": null', "prompts must be a text"),
+        ('"text": 0', '"text": -1', "text must be a whole number"),
+    ],
+)
+def test_a_plan_whose_words_are_of_another_type(path, old, new, message):
+    make_plan(method={"shift": 3.0}).save(path)
+    change(path, old, new, unsealed)
+    with pytest.raises(ValueError, match=rf"plan\.safetensors is no plan that can be used: {message}") as error:
+        PAROPlan.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' * 50_000, "[1]", "null", "{", '"format"'])
+def test_metadata_that_is_no_table(path, text):
+    make_plan().save(path)
+    save_file(load_file(path), path, {"videosparse_plan": text})
+    with pytest.raises(ValueError, match=r"is no plan that can be used: its metadata is no (JSON|table); calib"):
+        PAROPlan.load(path)
+
+
+def test_an_empty_name_is_told():
+    with pytest.raises(ValueError, match=r"The name of the plan is empty; give the \.safetensors file, or leave plan"):
+        PAROPlan.load("")
+
+
+def test_a_name_that_is_taken_at_the_last_moment(path, monkeypatch):
+    """Where the file system has links, nothing comes between the look and the name."""
+    path.write_text("theirs")
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(FileExistsError, match=r"plan\.safetensors exists; choose another name, or pass --overwrite\.$"):
+        make_plan().save(path)
+    assert path.read_text() == "theirs"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_system_without_links(path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    make_plan().save(path)
+    assert list(path.parent.iterdir()) == [path]
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
+        make_plan(seed=1).save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_counts_where_it_is_asked_for(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(1, 1)).to(dtype)
+    before, of_small = fingerprint(model, every=True), fingerprint(model)
+    with torch.no_grad():
+        model[0].weight.mul_(1.25)  # too large for a plan's own
+    assert fingerprint(model) == of_small
+    assert fingerprint(model, every=True) != before
+    with torch.no_grad():
+        model[0].weight.div_(1.25)
+        model[1].weight += 1
+    assert fingerprint(model, every=True) != before
+    assert fingerprint(model.double(), every=True) != fingerprint(model.float(), every=True)
+    assert fingerprint(model.to("meta"), every=True)
+
+
 def test_a_plan_of_the_format_before_is_read(path):
     """Which was for one transformer, and said nothing of others."""
-    from safetensors import safe_open
-
     plan = make_plan()
     plan.save(path)
     with safe_open(path, "pt") as file:
@@ -141,7 +250,7 @@ def test_a_plan_of_the_format_before_is_read(path):
     for new, old in (("videosparse-paro-2", "videosparse-paro-1"), (', "others": []', ""), (', "weights": []', "")):
         assert new in text
         text = text.replace(new, old)
-    save_file(load_file(path), path, {"videosparse_plan": text})
+    save_file(load_file(path), path, {"videosparse_plan": unsealed(text)})
     found = PAROPlan.load(path)
     assert found.facts == plan.facts
     assert (found.facts.experts, found.facts.attentions) == (1, 2)
@@ -156,6 +265,11 @@ def test_another_model_is_refused_with_what_differs():
         plan.check_model({**config, "_class_name": "MochiTransformer3DModel"})
     with pytest.raises(ValueError, match="with num_layers=2, this model has num_layers=40; calibrate for it"):
         plan.check_model({**config, "num_layers": 40})
+
+
+def test_a_configuration_with_no_name_in_common_is_no_match():
+    with pytest.raises(ValueError, match="knows nothing of this model's configuration, so that it cannot be compared"):
+        make_plan().check_model({"_class_name": "WanTransformer3DModel", "dim": 3})
 
 
 def test_other_sizes_are_refused_with_what_differs():

@@ -82,6 +82,10 @@ def calibrate(
                 "calibrate has no --ultravico: maps are made from scores as they are, and far ones would count less in "
                 "such a run; drop it, or let maps be found in the run: generate --method paro without --plan."
             )
+        if density is not None and mass is not None:
+            raise GenerationError(
+                f"--density and --mass both say how many blocks are kept (got {density} and {mass}); give one of them."
+            )
         request = CalibrationRequest(
             prompts=_prompts(prompts),
             model=model,

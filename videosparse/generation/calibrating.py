@@ -23,19 +23,21 @@ import torch
 from videosparse.blocks import check_block
 from videosparse.clock import shift_of
 from videosparse.defaults import block_for
+from videosparse.generation.claiming import claimed
 from videosparse.generation.environment import now, versions
-from videosparse.generation.errors import GenerationError, memory_errors, one_line
+from videosparse.generation.errors import GenerationError, memory_errors, unwritable
 from videosparse.generation.looking import Columns, Figures, MapSums, Shares, Watch, columns_for, watching
 from videosparse.generation.lora import check_loaded
 from videosparse.generation.methods import refusals
-from videosparse.generation.output import Destination, check_places
-from videosparse.generation.partial import Partial
+from videosparse.generation.output import Destination, check_place, check_places
+from videosparse.generation.partial import Extent, Partial
 from videosparse.generation.request import GenerationRequest, Settings
 from videosparse.generation.running import Progress, call_arguments, load_pipeline, quiet
 from videosparse.generation.shifts import shifted
-from videosparse.generation.states import file_state
+from videosparse.generation.states import digest, file_state
 from videosparse.kernels.order_search import OrderMetric
 from videosparse.kernels.selection import columns_of, kernels_for
+from videosparse.layout import ceil_div
 from videosparse.policies.paro import DENSITY
 from videosparse.policies.paro_plan import (
     PAROPlan,
@@ -188,18 +190,23 @@ class CalibrationSettings:
             _check_buckets(self.request.buckets, steps, f" that expert {number + 1} makes of {run.steps}")
         return _middles(own, self.request.buckets)
 
-    def asked(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What decides the statistics, as plain values."""
+    def asked(self, pipe: Any, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What decides the statistics, as plain values.
+
+        Args:
+            pipe: loaded, with the scheduler of the run.
+            configs: of its transformers.
+        """
         request, run = self.request, self.runs[0]
         return {
             "model": run.source.name,
-            "configuration": config_hash(plain_config(config)),
+            "configuration": [config_hash(plain_config(config)) for config in configs],
+            **_loaded(pipe),
             "frames": run.num_frames,
             "height": run.height,
             "width": run.width,
             "steps": run.steps,
             "guidance": run.guidance,
-            "shift": run.shift,
             "seed": request.seed,
             "dtype": run.dtype,
             "prompts": _hash(request.prompts),
@@ -236,17 +243,17 @@ class Calibration:
 
 
 def check_output(output: str | Path, overwrite: bool) -> Path:
-    """Where the plan goes; decided before anything expensive runs.
+    """Where the plan goes; decided before anything expensive runs. Nothing is made.
 
     Raises:
-        GenerationError: another ending, a name that is taken, or a folder that cannot be written.
+        GenerationError: another ending, a name that is taken or too long, or a folder that cannot be written.
     """
     path = Path(output)
     if path.suffix != ".safetensors":
         name = path.stem or "plan"  # what is empty is the folder one is in
         raise GenerationError(f"A plan must end in .safetensors (got {str(output)!r}); use {name}.safetensors.")
     check_places([Destination(path.parent, path.stem, (path.suffix,), overwrite=overwrite)])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_place(Partial.path(path))  # which has the longer name
     return path
 
 
@@ -272,36 +279,53 @@ def calibrate(
         progress: told about every phase: "load", "1/2 denoise" and so on, "maps".
 
     Raises:
-        GenerationError: anything that cannot be carried out, statistics that are no numbers included. No plan is
-            written then.
+        GenerationError: anything that cannot be carried out, another process that calibrates into the same file, and
+            statistics that are no numbers. No plan is written then.
     """
     settings = request.resolve()
     path = check_output(output, overwrite)
-    load_seconds = None
+    with claimed(path):
+        check_output(path, overwrite)  # another process may have made it since
+        return _calibrated(settings, path, overwrite, pipe, progress)
+
+
+def _calibrated(
+    settings: CalibrationSettings, path: Path, overwrite: bool, pipe: Any, progress: Progress
+) -> Calibration:
+    load_seconds, run, buckets = None, settings.runs[0], settings.request.buckets
     if pipe is None:
-        pipe, load_seconds = load_pipeline(settings.runs[0], progress)
-    begin = now(settings.runs[0].device)
-    run = settings.runs[0]
+        pipe, load_seconds = load_pipeline(run, progress)
+    begin = now(run.device)
     check_loaded(pipe, run.loras)
     with watching(pipe, run.device) as watch, memory_errors(), shifted(pipe, run.shift):
         with refusals():  # a LoRA may have been trained so; the watch gives the pipeline its own back
             extend_rope(pipe, run.request.rope, trained_frames=run.trained_frames)
         _check_experts(watch, settings)
-        asked = settings.asked(watch.tracker.config)
-        partial, resumed = _begin(Partial.path(path), asked, overwrite)
+        partial, resumed = _begin(Partial.path(path), watch, settings, overwrite)
         _look_at_prompts(watch, settings, partial, Partial.path(path), progress)
         codes = _codes(watch, settings, partial)
         _find_maps(watch, settings, partial, codes, Partial.path(path), progress)
         plan = PAROPlan(
-            codes, _by_layer(partial.counts, request.buckets + 1), _by_layer(partial.bits, request.buckets + 1),
+            codes, _by_layer(partial.counts, buckets + 1), _by_layer(partial.bits, buckets + 1),
             _facts(settings, watch, partial), path.name,
         )  # fmt: skip
+    _save(plan, path, overwrite)
+    return Calibration(plan, path, settings, resumed, time.perf_counter() - begin, load_seconds)
+
+
+def _save(plan: PAROPlan, path: Path, overwrite: bool) -> None:
+    """Write a plan, and remove what is not needed any more."""
+    partial = Partial.path(path)
     try:
         plan.save(path, overwrite)
-        Partial.path(path).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    except FileExistsError:
+        raise GenerationError(
+            f"{path} was written by something else meanwhile; give the same command with --overwrite, or move it away "
+            f"first: all of this calibration is in {partial}."
+        ) from None
     except OSError as error:
-        raise GenerationError(f"Cannot write {path}: {error.strerror or one_line(error)}.") from error
-    return Calibration(plan, path, settings, resumed, time.perf_counter() - begin, load_seconds)
+        raise unwritable(path, error) from error
 
 
 def _middles(steps: int, buckets: int) -> dict[int, int]:
@@ -342,16 +366,36 @@ def _by_layer(maps: Sequence[torch.Tensor], count: int) -> torch.Tensor:
     return torch.cat([torch.stack(list(maps[i : i + count]), 1) for i in range(0, len(maps), count)])
 
 
-def _begin(path: Path, asked: dict[str, Any], overwrite: bool) -> tuple[Partial, bool]:
+def _begin(path: Path, watch: Watch, settings: CalibrationSettings, overwrite: bool) -> tuple[Partial, bool]:
     """(what is known already, whether anything is)."""
+    asked = settings.asked(watch.pipe, [tracker.config for tracker in watch.trackers])
     if not path.exists():
         return Partial(asked), False
+    experts, run = len(watch.trackers), settings.runs[0]
+    rows, columns = (ceil_div(run.grid.tokens, b) for b in settings.block)
+    extent = Extent(
+        names=_figures(watch, settings, Partial(asked)).names, layers=watch.layers // experts,
+        heads=int(watch.tracker.config["num_attention_heads"]), experts=experts, parts=settings.request.buckets + 1,
+        prompts=len(settings.runs), blocks=(rows, columns),
+    )  # fmt: skip
     try:
-        return Partial.load(path, asked), True
+        return Partial.load(path, asked, extent), True
     except GenerationError:
         if not overwrite:
             raise
         return Partial(asked), False
+
+
+def _loaded(pipe: Any) -> dict[str, Any]:
+    """What of a loaded pipeline decides the statistics, beside its configuration."""
+    config = pipe.scheduler.config
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        **{f"set of {name} weights": fingerprint(part, every=True) for name, part in sorted(modules.items())},
+        "shift": shift_of(config),
+        "scheduler": f"{type(pipe.scheduler).__name__} {digest(plain_config(config))}",
+        "boundary_ratio": getattr(pipe, "config", {}).get("boundary_ratio"),
+    }
 
 
 def _look_at_prompts(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -18,8 +20,10 @@ __all__ = [
     "memory_errors",
     "nearest",
     "one_line",
+    "reason_of",
     "renamed",
     "told",
+    "unwritable",
 ]
 
 
@@ -81,6 +85,20 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
 def told(error: BaseException, limit: int = LONGEST) -> str:
     """What a program says of an error: one line, which names options instead of fields."""
     return renamed(one_line(error, limit), OPTION_OF)
+
+
+def unwritable(place: str | Path, error: OSError | ValueError) -> GenerationError:
+    """That a file or a folder cannot be written, why, and what to do."""
+    number = getattr(error, "errno", None)
+    helps = "choose another folder"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        helps = "free some space, or choose another folder"
+    return GenerationError(f"Cannot write {place}: {reason_of(error)}; {helps}.")
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """What the system says, without the path, which messages name."""
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 @contextmanager

@@ -150,7 +150,8 @@ def check_method_fits(
         raise GenerationError(f"backend={resolved.options.backend} cannot run on {device}: {reason}; use backend=auto.")
     quant = resolved.options.quant
     if quant is not None and (reason := int8_path.unavailable(quant, device, dtype, source.spec.head_dim)):
-        raise GenerationError(f"quant={quant} cannot run on {device}: {reason}; drop it, or see --dtype.")
+        helps = "drop it" if dtype in int8_path.DTYPES else "drop it, or see --dtype"
+        raise GenerationError(f"quant={quant} cannot run on {device}: {reason}; {helps}.")
 
 
 def resolved_options(resolved: Resolved) -> dict[str, object]:

@@ -13,13 +13,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.errors import GenerationError, reason_of, unwritable
 from videosparse.generation.filing import ENDINGS, leftovers
+from videosparse.writing import give_name
 
 DEFAULT_FOLDER = "outputs"
 
 WHOLE = 200
 """Letters of a name that has to tell things apart; file systems take 255."""
+
+_SHOWN = 40
 
 Writer = Callable[[Path], None]
 
@@ -74,7 +77,7 @@ class Destination:
             with self.files() as parts:
                 yield parts
         except OSError as error:
-            raise GenerationError(f"Cannot write to {self.folder}: {_reason(error)}") from error
+            raise unwritable(f"to {self.folder}", error) from error
 
     @contextmanager
     def files(self) -> Iterator[Parts]:
@@ -234,7 +237,7 @@ def _link_all(moves: list[tuple[Path, Path]]) -> bool:
     done: list[Path] = []
     try:
         for part, final in moves:
-            _link(part, final)
+            give_name(part, final)
             done.append(final)
     except BaseException as error:
         for final in done:
@@ -245,34 +248,15 @@ def _link_all(moves: list[tuple[Path, Path]]) -> bool:
     return True
 
 
-def _link(part: Path, final: Path) -> None:
-    """A hard link fails when the name exists, which a rename does not; some file systems have no links."""
-    try:
-        os.link(part, final)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EMLINK):
-            raise
-        if os.path.lexists(final):
-            raise FileExistsError(final) from None
-        part.rename(final)
-
-
 def _exists(paths: list[Path]) -> GenerationError:
     return GenerationError(f"{paths[0]} exists; choose another name, or pass --overwrite.")
-
-
-def _reason(error: OSError | ValueError) -> str:
-    """What the system says, without the path, which the messages name."""
-    return getattr(error, "strerror", None) or one_line(error)
 
 
 def _is_folder(text: str) -> bool:
     try:
         return Path(text).is_dir()
     except (OSError, ValueError) as error:  # too long a name
-        raise GenerationError(f"Cannot write to {text[:40]!r}: {_reason(error)}; choose another name.") from None
+        raise GenerationError(f"Cannot write to {text[:_SHOWN]!r}: {reason_of(error)}; choose another name.") from None
 
 
 def check_places(places: Sequence[Destination]) -> None:
@@ -310,16 +294,32 @@ def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
     Raises:
         GenerationError: it cannot.
     """
-    existing = folder.absolute()
+    existing, name = folder.absolute(), ""
+    missing: list[str] = []
     try:
         while not os.path.lexists(existing):
+            missing.append(existing.name)
             existing = existing.parent
         if not existing.is_dir():
             raise GenerationError(f"Cannot write to {folder}: {existing} is not a folder; choose another folder.")
         with tempfile.TemporaryDirectory(prefix=".", dir=existing) as probe:
+            for part in missing:
+                (Path(probe) / part).mkdir(exist_ok=True)
+            place = tempfile.mkdtemp(dir=probe)
             for name in names:
-                (Path(probe) / name).touch()
+                (Path(place) / name).touch()
     except (OSError, ValueError) as error:  # such as a name with a null character
         if isinstance(error, GenerationError):
             raise
-        raise GenerationError(f"Cannot write to {folder}: {_reason(error)}; choose another folder.") from error
+        raise _refused(folder, name, error) from error
+
+
+def _refused(folder: Path, name: str, error: OSError | ValueError) -> GenerationError:
+    """That a folder takes no file, or none of that name; "" for a folder that takes none at all."""
+    if name and (isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG):
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+        return GenerationError(
+            f"Cannot write to {folder}: the name {shown!r} is not possible ({reason_of(error)}); choose another, "
+            "shorter name."
+        )
+    return unwritable(f"to {folder}", error)

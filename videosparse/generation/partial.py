@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from videosparse.generation.errors import GenerationError, one_line
+from videosparse.generation.errors import GenerationError, one_line, unwritable
 from videosparse.generation.looking import Call
-from videosparse.policies.paro_plan import write_whole
+from videosparse.kernels.order_search import ORDERS
+from videosparse.layout import ceil_div
+from videosparse.policies.paro_plan import blocks_kept
+from videosparse.policies.plan_metadata import check_seal, checksum, is_count, is_list, is_number, parsed, sealed
+from videosparse.writing import write_whole
 
-FORMAT = "videosparse-calibration-3"
+FORMAT = "videosparse-calibration-4"
 _METADATA = "videosparse_calibration"
+_ADVICE = "delete it, or pass --overwrite to begin anew"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the statistics of a whole calibration are of.
+
+    Args:
+        names: of the figures.
+        layers, heads: self-attentions of one transformer, and their heads.
+        experts: transformers.
+        parts: maps of each of them.
+        prompts: how many.
+        blocks: (rows, columns) of a map.
+    """
+
+    names: tuple[str, ...]
+    layers: int
+    heads: int
+    experts: int
+    parts: int
+    prompts: int
+    blocks: tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -63,11 +90,12 @@ class Partial:
         about = {
             "format": FORMAT, "asked": self.asked, "calls_seen": self.calls_seen, "calls": calls,
             "figures": list(self.figures), "maps": len(self.bits), "recall": self.recall, "text": self.text,
+            "checksum": checksum(tensors),
         }  # fmt: skip
         try:
-            write_whole(path, save(tensors, {_METADATA: json.dumps(about)}), overwrite=True)
+            write_whole(path, save(tensors, {_METADATA: sealed(about)}), overwrite=True)
         except OSError as error:
-            raise GenerationError(f"Cannot write {path}: {error.strerror or one_line(error)}.") from error
+            raise unwritable(path, error) from error
 
     @staticmethod
     def _described(call: Call, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -83,34 +111,77 @@ class Partial:
         return {"bucket": call.bucket, "inputs": inputs, "expert": call.expert}
 
     @classmethod
-    def load(cls, path: Path, asked: Mapping[str, Any]) -> Partial:
-        """Read a file.
+    def load(cls, path: Path, asked: Mapping[str, Any], extent: Extent) -> Partial:
+        """Read a file and check all of it.
 
         Raises:
             GenerationError: it is damaged, or holds the statistics of something else; says what differs.
         """
         from safetensors import SafetensorError, safe_open
 
-        advice = "delete it, or pass --overwrite to begin anew"
         try:
             with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_METADATA])
+                about = parsed((file.metadata() or {})[_METADATA])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
             found = cls._from(about, tensors)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise GenerationError(f"{path} is damaged ({one_line(error, 100)}); {advice}.") from error
-        for key, value in asked.items():
-            if found.asked.get(key) != value:
-                raise GenerationError(
-                    f"{path} is of an interrupted calibration with another {key} ({found.asked.get(key)} there, "
-                    f"{value} now); {advice}."
-                )
+            if not isinstance(found.asked, dict):
+                raise ValueError("it does not say of what it is")
+            for key, value in asked.items():
+                if found.asked.get(key) != value:
+                    there, now = (_shown(x) for x in (found.asked.get(key), value))
+                    raise GenerationError(
+                        f"{path} is of an interrupted calibration with another {key} ({there} there, {now} now); "
+                        f"{_ADVICE}."
+                    )
+            found.check(extent)
+        except GenerationError:
+            raise
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise GenerationError(f"{path} is damaged ({one_line(error, 100)}); {_ADVICE}.") from error
         return found
+
+    def check(self, extent: Extent) -> None:
+        """Raise ValueError unless all of it is of this extent, and numbers."""
+        if not 1 <= len(self.calls) <= extent.prompts or not is_count(self.text, 0):
+            raise ValueError("its prompts are others")
+        calls = [call for prompt in self.calls for call in prompt]
+        if not all(_is_place(call.bucket, extent.parts) and _is_place(call.expert, extent.experts) for call in calls):
+            raise ValueError("its calls are others")
+        counted = [sum(call.expert == expert for call in calls) for expert in range(extent.experts)]
+        if self.calls_seen != counted or not all(counted):
+            raise ValueError("calls_seen does not count its calls")
+        self._check_figures(extent)
+        self._check_maps(extent)
+
+    def _check_figures(self, extent: Extent) -> None:
+        if set(self.figures) != set(extent.names):
+            raise ValueError(f"its figures must be {', '.join(extent.names)}")
+        shape = extent.experts * extent.layers, extent.heads, len(ORDERS)
+        for name, x in self.figures.items():
+            _check_tensor(f"figure {name}", x, torch.float64, shape)
+            if not bool(x.isfinite().all()):
+                raise ValueError(f"figure {name} is not finite")
+
+    def _check_maps(self, extent: Extent) -> None:
+        maps, (rows, columns) = len(self.bits), extent.blocks
+        if maps > extent.experts * extent.parts or (maps and len(self.calls) < extent.prompts):
+            raise ValueError("its maps are too many")
+        if not is_list(self.recall, lambda x: is_number(x) and 0 <= x < 1.001, maps):
+            raise ValueError("its recall is not a share for each map")
+        of = (extent.layers, extent.heads)
+        for i, (counts, bits) in enumerate(zip(self.counts, self.bits, strict=True)):
+            _check_tensor(f"counts {i}", counts, torch.int32, of)
+            _check_tensor(f"bits {i}", bits, torch.uint8, (*of, rows, ceil_div(columns, 8)))
+            if int(counts.min()) < 1 or not bool((blocks_kept(bits, columns) == counts[..., None]).all()):
+                raise ValueError(f"map {i} keeps other numbers of blocks than its counts")
 
     @classmethod
     def _from(cls, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Partial:
         if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}")
+            raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
+        check_seal(about)
+        if about["checksum"] != checksum(tensors):
+            raise ValueError("its contents do not match their checksum")
 
         def value(stored: Any) -> Any:
             return tensors[stored["tensor"]] if isinstance(stored, dict) else stored
@@ -130,3 +201,17 @@ class Partial:
             recall=about["recall"],
             text=about["text"],
         )
+
+
+def _is_place(value: Any, number: int) -> bool:
+    return is_count(value, 0) and value < number
+
+
+def _check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    if x.dtype != dtype or tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of a hash the beginning."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))

@@ -127,7 +127,9 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise GenerationError(f"Cannot read prompts from {path}: {reason}.") from None
+        raise GenerationError(
+            f"Cannot read prompts from {path}: {reason}; give a text file in UTF-8, with a prompt a line."
+        ) from None
     found = [
         _prompt_line(str(path), number, line.strip())
         for number, line in enumerate(lines, 1)

@@ -8,13 +8,9 @@ depends on when it was made: the same calibration gives the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 import weakref
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -24,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from videosparse.blocks import BLOCK_SIZES, PackedIndex, pack_rows
+from videosparse.blocks import PackedIndex, pack_rows
 from videosparse.kernels.selection import write_places
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
 from videosparse.ordering import AXIS_ORDERS, TokenOrder
+from videosparse.policies.plan_metadata import check_seal, check_values, checksum, parsed, sealed
 from videosparse.uploading import upload
+from videosparse.writing import write_whole
 
 FORMAT = "videosparse-paro-2"
 ONE_TRANSFORMER = "videosparse-paro-1"
@@ -36,6 +34,7 @@ ONE_TRANSFORMER = "videosparse-paro-1"
 
 _METADATA = "videosparse_plan"
 _SMALL_PARAMETER, _SAMPLED_PARAMETERS = 2**16, 64
+_SAMPLED_VALUES = 1024
 _AGAIN = "calibrate for it: videosparse calibrate"
 
 
@@ -96,30 +95,28 @@ class PlanFacts:
         return self.experts * self.layers
 
     def to_json(self, **more: Any) -> str:
-        """One line, keys sorted."""
-        about = {"format": FORMAT, "config_hash": config_hash(self.config), **asdict(self), **more}
-        return json.dumps(about, sort_keys=True, allow_nan=False)
+        """One line, keys sorted, with a checksum of its own."""
+        return sealed({"format": FORMAT, "config_hash": config_hash(self.config), **asdict(self), **more})
 
     @classmethod
     def from_json(cls, text: str) -> PlanFacts:
         """The inverse.
 
         Raises:
-            KeyError, TypeError, ValueError: something is missing or of another type.
+            KeyError, ValueError: something is missing, or not what a plan has.
         """
-        about = json.loads(text)
+        about = parsed(text)
         later = {"others", "weights"} if about["format"] == ONE_TRANSFORMER else set()
         values = {f.name: about[f.name] for f in fields(cls) if f.name not in later}
-        for name in {"others", "weights"} - later:
+        check_values(values)
+        for name in {"grid", "block", "video", "others", "weights"} & values.keys():
             values[name] = tuple(values[name])
-        for name in ("grid", "block", "video"):
-            values[name] = tuple(int(n) for n in values[name])
-        for name in ("layers", "heads", "buckets"):
-            values[name] = int(values[name])
-        VideoGrid(*values["grid"])
-        if len(values["block"]) != 2 or any(b not in BLOCK_SIZES for b in values["block"]):
-            raise ValueError(f"block {values['block']}")
-        return cls(**values)
+        facts = cls(**values)
+        if about.get("config_hash", config_hash(facts.config)) != config_hash(facts.config):
+            raise ValueError("its config does not match config_hash")
+        if len(facts.weights) not in ((0, facts.experts) if facts.others else (0,)):
+            raise ValueError(f"weights must name each of several experts (got {len(facts.weights)})")
+        return facts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -269,6 +266,11 @@ class PAROPlan:
                 f"{self.source} is for a {self.facts.model_class}, this model is a {name}; {_AGAIN} --model ..."
             )
         configs = self.facts.configs if expert is None else self.facts.configs[expert : expert + 1]
+        if any(own.keys().isdisjoint(theirs) for theirs in configs):
+            raise ValueError(
+                f"{self.source} knows nothing of this model's configuration, so that it cannot be compared; {_AGAIN} "
+                "--model ..."
+            )
         differing = [_first_difference(own, theirs) for theirs in configs]
         if key := None if None in differing else differing[0]:
             raise ValueError(
@@ -346,7 +348,7 @@ class PAROPlan:
         from safetensors.torch import save
 
         tensors = {name: getattr(self, name).contiguous() for name in ("bits", "codes", "counts")}
-        data = save(tensors, {_METADATA: self.facts.to_json(checksum=_checksum(tensors))})
+        data = save(tensors, {_METADATA: self.facts.to_json(checksum=checksum(tensors))})
         write_whole(path, data, overwrite)
 
     @classmethod
@@ -356,6 +358,8 @@ class PAROPlan:
         Raises:
             ValueError: there is no such file, it is no plan, damaged, or of another format.
         """
+        if not str(path).strip():
+            raise ValueError("The name of the plan is empty; give the .safetensors file, or leave plan out.")
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder; name the .safetensors file of the plan.")
         if not Path(path).is_file():
@@ -391,14 +395,15 @@ def _checked(name: str, about: str | None, tensors: dict[str, torch.Tensor]) -> 
     if about is None:
         raise ValueError(f"{name} is a safetensors file, but no plan; make one with videosparse calibrate.")
     try:
-        found = json.loads(about)
+        found = parsed(about)
         if found["format"] not in (FORMAT, ONE_TRANSFORMER):
             raise ValueError(f"its format is {found['format']}, this version reads {FORMAT}")
+        check_seal(found)
         facts = PlanFacts.from_json(about)
-        if set(tensors) != {"bits", "codes", "counts"} or _checksum(tensors) != found["checksum"]:
+        if set(tensors) != {"bits", "codes", "counts"} or checksum(tensors) != found["checksum"]:
             raise ValueError("its contents do not match their checksum")
         return PAROPlan(**tensors, facts=facts, source=Path(name).name)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{name} is no plan that can be used: {reason}; calibrate anew with --overwrite.") from error
 
@@ -427,11 +432,18 @@ def _first_difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> str |
     return next((key for key in sorted(own.keys() & other.keys()) if own[key] != other[key]), None)
 
 
-def fingerprint(transformer: torch.nn.Module) -> str:
+def fingerprint(transformer: torch.nn.Module, *, every: bool = False) -> str:
     """SHA-256 of what tells one set of weights from another: a sample of the small parameters, in bfloat16.
 
     Experts have one configuration and differ in weights alone. Empty where some are not loaded.
+
+    Args:
+        transformer: or another module.
+        every: whether each parameter counts, as it is: its name, shape and dtype, and up to 1024 of its values (none of
+            one that is not loaded, or is packed by a quantizer). The same on every device.
     """
+    if every:
+        return _of_every_parameter(transformer)
     small = [p for p in transformer.parameters() if p.numel() <= _SMALL_PARAMETER][:_SAMPLED_PARAMETERS]
     if not small or any(p.is_meta for p in small):
         return ""
@@ -441,39 +453,18 @@ def fingerprint(transformer: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def _of_every_parameter(module: torch.nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        found.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+        if parameter.is_meta or type(parameter) is not torch.nn.Parameter:
+            continue
+        values = parameter.detach().reshape(-1)
+        some = values[:: max(1, ceil_div(values.numel(), _SAMPLED_VALUES))].cpu()
+        found.update(some.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of a plain configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: str | Path, data: bytes, overwrite: bool) -> None:
-    """Write a file under another name beside it, then give it its own.
-
-    Raises:
-        FileExistsError: it is there, and not to be overwritten.
-        OSError: it cannot be written. Nothing is left behind then, nor after Ctrl-C.
-    """
-    final = Path(path)
-    part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            part.replace(final)
-            return
-        if os.path.lexists(final):
-            raise FileExistsError(f"{final} exists; choose another name, or pass --overwrite.")
-        part.replace(final)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
-    """CRC-32 of all tensors by name: says whether a file is what was written, not who wrote it."""
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, value)
-    return value
