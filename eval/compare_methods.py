@@ -47,13 +47,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from videosparse.benchmark.rows import environment
 from videosparse.evaluation.prompts import Prompt, load_prompts
-from videosparse.evaluation.running import Batches
+from videosparse.evaluation.running import Batches, settings_of, weights_of
 from videosparse.evaluation.settings import BY_PLAN, Conditions, Setting, expand
-from videosparse.evaluation.table import RowStore, number, read_table
-from videosparse.evaluation.work import COLUMNS, FIXED, KEY, TIMED, Comparison, workers
+from videosparse.evaluation.table import RowStore, number
+from videosparse.evaluation.work import COLUMNS, FIXED, KEY, SHARED, TIMED, Comparison, kind_of, workers
 from videosparse.generation.calibrating import BUCKETS, CalibrationRequest, calibrate
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, check_writable, slug
+from videosparse.generation.request import Settings
 from videosparse.generation.sources import find_model
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -90,6 +91,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least} (got {value}).")
+    if not 0 <= args.first_steps <= 1:
+        parser.error(f"--first-steps must be a share of the run, 0 to 1 (got {args.first_steps:g}); 0.2 is usual.")
+    if args.seconds is not None and not args.seconds >= 0:
+        parser.error(f"--seconds must be a number of at least 0 (got {args.seconds:g}).")
     args.videos = args.videos or args.output.with_name(f"{args.output.stem}-videos")
     return args
 
@@ -118,6 +123,41 @@ def check_models(models: Sequence[str | None]) -> None:
                 "table of each."
             )
         names[name] = model
+
+
+def wanted_settings(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Setting]:
+    """The settings, dense first; without the ceiling where prompts are not of the synthetic world."""
+    of_world = all(prompt.of_world for prompt in prompts)
+    return [s for s in expand(args.methods, args.densities) if of_world or s.method != "ceiling"]
+
+
+def run_options(args: argparse.Namespace, state: Any) -> dict[str, Any]:
+    """Size, schedule, device and precision, as `Batches` take them."""
+    device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and args.device == "auto" else args.device
+    if device.startswith("cuda:") and not torch.cuda.is_available():
+        device = "cpu"
+    names = ("frames", "height", "width", "steps", "guidance", "dtype")
+    return {name: getattr(args, name) for name in names} | {"device": device}
+
+
+def unavailable(settings: Sequence[Setting], run: Settings) -> dict[str, str]:
+    """Names of the settings that cannot run on this device or in this precision, and why."""
+    why = {s.name: s.unavailable(run.device, run.dtype, run.source.spec.head_dim) for s in settings}
+    return {name: reason for name, reason in why.items() if reason is not None}
+
+
+def check_runs(args: argparse.Namespace, options: dict[str, Any], settings: list[Setting], store: RowStore) -> None:
+    """Raise ValueError for what needs no weights to be seen, of all models before the first one is loaded.
+
+    Sizes that a model cannot take, rows of another kind in the table, or no setting but dense that can run.
+    """
+    for model in args.models:
+        run = settings_of(model, **options)
+        store.check({"model": run.source.name, **kind_of(run, weights_of(run))})
+        asked = [setting.name for setting in settings if not setting.is_reference]
+        cannot = unavailable(settings, run)
+        if asked and all(name in cannot for name in asked):
+            raise GenerationError(f"{run.source.name}, {asked[0]}: {cannot[asked[0]]}")
 
 
 def chunks(prompts: Sequence[Prompt], size: int, processes: int) -> list[list[Prompt]]:
@@ -189,21 +229,14 @@ class Plans:
 
 def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, prompts: list[Prompt]) -> Any:
     """All models; returns (the keys of this comparison in the order of the table, what failed and why)."""
-    settings = expand(args.methods, args.densities)
+    settings, options = wanted_settings(args, prompts), run_options(args, state)
+    check_runs(args, options, settings, store)
     of_world = all(prompt.of_world for prompt in prompts)
-    if not of_world:
-        settings = [s for s in settings if s.method != "ceiling"]
-    device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and args.device == "auto" else args.device
-    if device.startswith("cuda:") and not torch.cuda.is_available():
-        device = "cpu"
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     order: list[tuple[str, ...]] = []
     failed: dict[str, str] = {}
     for model in args.models:
-        batches = Batches(
-            model, frames=args.frames, height=args.height, width=args.width, steps=args.steps, guidance=args.guidance,
-            device=device, dtype=args.dtype,
-        )  # fmt: skip
+        batches = Batches(model, **options)
         plans = Plans(args, batches, args.output.with_name(f"{args.output.stem}-plans"), state, of_world)
         source = batches.settings.source
         conditions = Conditions(
@@ -214,18 +247,29 @@ def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, 
         keep = args.videos if args.keep_videos else None
         work = Comparison(batches, conditions, settings, store, where, submit, keep, deadline, timed=not args.untimed)
         order += [store.key_of(work.identity(s, p)) for s in settings for p in prompts]
-        if any(work.missing(s, prompts) for s in settings):
-            plans.prepare(settings, conditions)
+        cannot = unavailable([s for s in settings if work.missing(s, prompts)], batches.settings)
+        leave_out(work, cannot, state)
+        able = [s for s in settings if s.name not in cannot]
+        if any(work.missing(s, prompts) for s in able):
+            plans.prepare(able, conditions)
         every = chunks(prompts, args.batch or batches.size(len(prompts)), state.num_processes)
         kept = max(0, args.keep_videos) * args.seeds
         firsts = [sum(map(len, every[:n])) for n in range(len(every))]
         mine = list(zip(every, firsts, strict=True))[state.process_index :: state.num_processes]
-        with bar(state, sum(len(chunk) for chunk, _ in mine) * len(settings), source.name) as advance:
+        with bar(state, sum(len(chunk) for chunk, _ in mine) * len(able), source.name) as advance:
             for chunk, first in mine:
                 if not work.run(chunk, max(0, kept - first), advance):
                     break
         failed |= {f"{source.name}, {name}": why for name, why in work.failed.items()}
     return order, failed
+
+
+def leave_out(work: Comparison, cannot: dict[str, str], state: Any) -> None:
+    """Count settings that cannot run as failed, and say so before the others begin."""
+    work.failed |= cannot
+    if state.is_main_process:
+        for name, why in cannot.items():
+            print(f"Left out: {work.batches.settings.source.name}, {name}: {why}", file=sys.stderr)
 
 
 class bar:
@@ -286,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = wanted_prompts(args)
         check_writable(args.output.parent)
         check_models(args.models)
-        store = RowStore(args.output, COLUMNS, KEY, state.process_index, FIXED)
+        store = RowStore(args.output, COLUMNS, KEY, state.process_index, FIXED, SHARED)
         with workers(args.workers) as submit:
             order, failed = compare(args, state, submit, store, prompts)
     except (ValueError, OSError) as error:
@@ -314,14 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge_tables(args: argparse.Namespace) -> int:
     """Put the rows of other tables into one, or nothing where they are not of one comparison."""
     try:
-        store = RowStore(args.output, COLUMNS, KEY, fixed=FIXED)
-        kinds = {row["model"]: [row[name] for name in FIXED] for row in store.rows()}
-        for path in args.merge:
-            for row in read_table(path, COLUMNS):
-                kind = [row[name] for name in FIXED]
-                if kinds.setdefault(row["model"], kind) != kind:
-                    before = ", ".join(kinds[row["model"]])
-                    raise ValueError(f"{path} has rows of {row['model']} with {', '.join(kind)}, others with {before}.")
+        store = RowStore(args.output, COLUMNS, KEY, fixed=FIXED, shared=SHARED)
         store.take(args.merge, TIMED)
         rows = store.merge([])
     except (ValueError, OSError) as error:

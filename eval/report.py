@@ -3,10 +3,11 @@
     python eval/compare_methods.py --frames 81 --output rows.csv --keep-videos 4
     python eval/report.py rows.csv --videos rows-videos --output report.html
 
-Takes the rows of any number of comparisons. The page needs no network and no server: style, script, charts, maps and
-videos are in the file, which can be sent as it is. It shows for every size the means with 95 % bootstrap intervals,
-quality against density and against time, what drifts from quarter to quarter, and which blocks each method reads; with
-`--videos`, the folder of `--keep-videos`, all videos of a prompt play together.
+Takes the rows of any number of comparisons; a video that several tables have counts once. The page needs no network
+and no server: style, script, charts, maps and videos are in the file, which can be sent as it is. It shows for every
+size the means with 95 % bootstrap intervals, quality against density and against time, what drifts from quarter to
+quarter, and which blocks each method reads; with `--videos`, the folder of `--keep-videos`, all videos of a prompt play
+together.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from videosparse.evaluation.page.build import build_page
-from videosparse.evaluation.page.summary import NEEDED, sizes_of
-from videosparse.evaluation.table import read_table
+from videosparse.evaluation.page.gathering import gather
+from videosparse.evaluation.page.summary import sizes_of
 from videosparse.files import write_text
 from videosparse.generation.output import check_place
 
@@ -34,13 +35,24 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Raise ValueError unless the page can be written here, over nothing that it is made of."""
+    if args.output.suffix.lower() in (".csv", ".parquet"):
+        raise ValueError(f"--output {args.output} is the name of a table, and a page is HTML; use report.html.")
+    for path in args.rows:
+        is_same = args.output.resolve() == path.resolve()
+        if is_same or (args.output.exists() and path.exists() and args.output.samefile(path)):
+            raise ValueError(f"--output {args.output} is the table {path}, which it would replace; use another name.")
+    check_place(args.output)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
-        check_place(args.output)
+        check_output(args)
         if args.videos and not args.videos.is_dir():
             raise ValueError(f"--videos {args.videos} is no folder; give the one that --keep-videos made.")
-        rows = [row for path in args.rows for row in read_table(path, NEEDED)]
+        rows = gather(args.rows)
         if not rows:
             raise ValueError(f"{args.rows[0]} has no rows; run eval/compare_methods.py.")
         write_text(args.output, build_page(sizes_of(rows), args.title, args.videos))

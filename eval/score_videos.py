@@ -21,7 +21,7 @@ it was when the same command is given again:
     NAME_dimensions.csv      scores with intervals, ranges, exact | near | proxy, formulas, what is missing, totals
     NAME_videos.csv          a row a video
     NAME_drift.csv           with --long: cosine of the first clip and later ones
-    NAME_fidelity.csv        with --reference
+    NAME_fidelity.csv        with --reference; by another --convention, such as svg: NAME_fidelity_svg.csv
 
 LPIPS is computed where its weights are. `--summarise RESULTS.json` prints the totals of a results file, also of one by
 VBench. Exit code 0 if all that was asked for was computed, 1 if something is missing (told a line each), 2 if the
@@ -33,6 +33,7 @@ from __future__ import annotations
 from videosparse.program import run_program
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ from videosparse.metrics import pairs
 from videosparse.metrics.bootstrap import interval
 from videosparse.metrics.fidelity import CONVENTION, CONVENTIONS, Perceptual
 from videosparse.metrics.perceptual import load_perceptual
-from videosparse.metrics.vbench import DIMENSIONS, WITHOUT_WEIGHTS, MissingError, Models, Weights
+from videosparse.metrics.vbench import DIMENSIONS, SCALES, WITHOUT_WEIGHTS, MissingError, Models, Weights
 from videosparse.metrics.vbench.ledger import Ledger
 from videosparse.metrics.vbench.prompts import Suite, load_suite
 from videosparse.metrics.vbench.results import (
@@ -118,33 +119,85 @@ def score(args: argparse.Namespace) -> int:
     folder: Path = args.folder
     output: Path = args.output or folder / "scores"
     prefix = args.name or folder.resolve().name + "_long" * args.long  # scores of clips beside those of whole videos
-    if args.reference:
-        find_videos(args.reference)  # told before hours of scoring
-    check_writable(output)
+    names = dimensions_asked(args.dimensions)
+    check_request(args, names)
+    check_places(output, files_of(args, names, prefix))
     ledger = Ledger(output / f"{prefix}_ledger.jsonl", {"long": args.long})
     weights = Weights(args.weights, download=not args.no_download)
-    names = dimensions_asked(args.dimensions)
     lines: list[str] = []
+    written = names != []
     if names != []:
         suite = load_suite(args.suite) if args.suite else None
         scores = score_dimensions(args, names, suite, ledger, weights)
         write_scores(output, prefix, scores, suite)
+        if args.long and not scores.drift:
+            put_aside(output / f"{prefix}_drift.csv")
         show(scores)
         lines += [f"{name}: {why}" for name, why in scores.missing.items()] + scores.failures
-        for note in scores.notes:
-            print(f"Note: {note}", file=sys.stderr)
+        tell_notes(scores.notes)
     if args.reference:
-        found, why = compare(args, ledger, weights)
-        if found.rows:
-            write_rows(output / f"{prefix}_fidelity.csv", found.rows, pairs.COLUMNS)
-            show_fidelity(found.rows, args.convention)
+        found = compare(args, ledger, weights)
+        written |= write_fidelity(output / fidelity_name(prefix, args.convention), found, args.convention)
         lines += found.failures
-        if why:
-            print(f"Note: without LPIPS: {why}", file=sys.stderr)
     for line in dict.fromkeys(lines):  # a video that cannot be read fails in both
         print(f"Not computed: {line}", file=sys.stderr)
-    print(f"Written to {output}")
+    print(f"Written to {output}" if written else "Nothing written: no video could be compared.")
     return 1 if lines else 0
+
+
+def check_request(args: argparse.Namespace, names: list[str] | None) -> None:
+    """Tell before hours of scoring what cannot be carried out.
+
+    Raises:
+        ValueError: nothing is asked for, a folder holds no videos, or the name is none of files in the output folder.
+    """
+    if names == [] and not args.reference:
+        raise ValueError("--dimensions none leaves nothing to compute; add --reference FOLDER, or name dimensions.")
+    if args.name and (args.name.startswith(".") or {"/", "\\"} & set(args.name)):
+        raise ValueError(
+            f"--name must not start with a dot or hold a slash (got {args.name!r}); for another folder use --output."
+        )
+    for folder in filter(None, (args.folder, args.reference)):
+        find_videos(folder)
+
+
+def files_of(args: argparse.Namespace, names: list[str] | None, prefix: str) -> list[str]:
+    """Names of all files that the run may write."""
+    files = [f"{prefix}_ledger.jsonl"]
+    if names != []:
+        files += [
+            f"{prefix}_{kind}" for kind in ("eval_results.json", "full_info.json", "dimensions.csv", "videos.csv")
+        ]
+        files += [f"{prefix}_drift.csv"] * args.long
+    return files + ([fidelity_name(prefix, args.convention)] if args.reference else [])
+
+
+def check_places(output: Path, names: Sequence[str]) -> None:
+    """Whether files of these names can be written.
+
+    Raises:
+        ValueError: a folder stands where a file is to be.
+        GenerationError: the output folder takes no files, or none of these names.
+    """
+    check_writable(output, [f"{name}.part" for name in names])
+    for name in names:
+        for path in (output / name, output / f"{name}.part"):
+            if path.is_dir():
+                raise ValueError(
+                    f"{path} is a folder, where a file of scores is to be; rename it, or choose another --name."
+                )
+
+
+def put_aside(path: Path) -> None:
+    """Rename a table of an earlier run, which would pass for one of this run, that has no rows for it."""
+    if path.exists():
+        old = path.replace(path.with_name(f"{path.name}.old"))
+        tell_notes([f"{path.name} is of an earlier run, and this run has no rows for it; it is now {old.name}."])
+
+
+def tell_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"Note: {note}", file=sys.stderr)
 
 
 def dimensions_asked(names: list[str] | None) -> list[str] | None:
@@ -169,8 +222,8 @@ def score_dimensions(
         )  # fmt: skip
 
 
-def compare(args: argparse.Namespace, ledger: Ledger, weights: Weights) -> tuple[pairs.PairScores, str]:
-    """Rows of fidelity, and why LPIPS is not among them."""
+def compare(args: argparse.Namespace, ledger: Ledger, weights: Weights) -> pairs.PairScores:
+    """Rows of fidelity; tells why LPIPS is not among them."""
     perceptual: Perceptual | None = None
     why = ""
     try:
@@ -182,7 +235,9 @@ def compare(args: argparse.Namespace, ledger: Ledger, weights: Weights) -> tuple
             args.folder, args.reference, ledger, convention=args.convention, decoded=args.decoded,
             perceptual=perceptual, progress=progress,
         )  # fmt: skip
-    return found, why
+    if why:
+        tell_notes([f"without LPIPS: {why}"])
+    return found
 
 
 @contextmanager
@@ -205,6 +260,21 @@ def write_scores(output: Path, prefix: str, scores: FolderScores, suite: Suite |
     write_rows(output / f"{prefix}_videos.csv", rows, columns)
     if scores.drift:
         write_rows(output / f"{prefix}_drift.csv", drift_rows(scores), DRIFT_COLUMNS)
+
+
+def fidelity_name(prefix: str, convention: str) -> str:
+    """Of the table of one convention; those of several stand side by side."""
+    return f"{prefix}_fidelity{'' if convention == CONVENTION else f'_{convention}'}.csv"
+
+
+def write_fidelity(path: Path, found: pairs.PairScores, convention: str) -> bool:
+    """Write and show the rows; where there are none, no table is left there. Whether there are any."""
+    if not found.rows:
+        put_aside(path)
+        return False
+    write_rows(path, found.rows, pairs.COLUMNS)
+    show_fidelity(found.rows, convention)
+    return True
 
 
 def full_info(scores: FolderScores, suite: Suite | None) -> list[dict[str, Any]]:
@@ -245,7 +315,14 @@ def summarise(results: dict[str, DimensionResult]) -> int:
 
 
 def tell_totals(scores: dict[str, float]) -> None:
-    """Totals, each with the dimensions that are not in it."""
+    """Totals, each with the dimensions that are not in it; before them, scores that enter them clipped."""
+    for name, score in scores.items():
+        scale = SCALES.get(name)
+        if scale and not scale.minimum <= score <= scale.maximum:
+            print(
+                f"{name}: {score:.4f} is outside its range, {scale.minimum:g} to {scale.maximum:g}; "
+                f"it counts as {scale.normalised(score):g}"
+            )
     found = totals(scores)
     for group, value, missing in (
         ("quality", found.quality, found.missing_quality),
@@ -260,15 +337,27 @@ def tell_totals(scores: dict[str, float]) -> None:
 
 
 def show_fidelity(rows: list[dict[str, Any]], convention: str) -> None:
+    """A table of means over videos; those that are inf are counted below it, and are not in the mean."""
     sources = ", ".join(sorted({row["frames_from"] for row in rows}))
     table = Table("metric", "mean", "95 % interval", "worst frame", title=f"{convention}, {sources} frames")
+    notes = []
     for metric in pairs.METRICS:
         values = [row[metric] for row in rows if metric in row]
+        finite = [value for value in values if math.isfinite(value)]
+        if finite and len(finite) < len(values):
+            identical = sum(math.isinf(row[f"worst_{metric}"]) for row in rows if metric in row)
+            notes.append(
+                f"{metric}: inf for {len(values) - len(finite)} of {len(values)} videos, {identical} of them identical "
+                f"in all frames; mean and interval are of the other {len(finite)}"
+            )
+            values = finite
         if values:
             _, low, high = interval(values)
             worst = (max if metric in ("lpips", "latent_l1") else min)(row[f"worst_{metric}"] for row in rows)
             table.add_row(metric, f"{sum(values) / len(values):.4f}", f"{low:.4f} to {high:.4f}", f"{worst:.4f}")
     Console(width=120).print(table)
+    for note in notes:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -200,19 +200,69 @@ def test_tables_of_several_machines_become_one(program, tmp_path, capsys):
     assert program.main(command) == 0, "rows that are there already"
     assert len(read_table(tmp_path / "rows.csv")) == 3
 
+    before = read_table(parts[1])
     for column, value, told in (
         ("permanence", "0.123", r"b.csv says permanence '0.123' of a video"),
-        ("weights", "other", "rows of tiny-wan with other, fp32, others with"),
+        ("weights", "other", ", b.csv with weights other; merge rows of one comparison only."),
+        ("weights", "", ", b.csv with no weights; merge rows of one comparison only."),
+        ("dtype", "bf16", "rows of tiny-wan with dtype fp32, b.csv with dtype bf16; merge"),
+        ("convention", "svg", "rows with convention videosparse, b.csv with convention svg; merge"),
     ):
-        rows = read_table(parts[1])
-        rows[0][column] = value
+        rows = [dict(row) for row in before]
+        for row in rows if column in ("weights", "dtype", "convention") else rows[:1]:
+            row[column] = value
         write_table(tmp_path / "b.csv", rows, program.COLUMNS)
         (tmp_path / "rows.csv").unlink(missing_ok=True)
         capsys.readouterr()
         assert program.main(command) == 2
-        assert told in capsys.readouterr().err
+        assert told in capsys.readouterr().err.replace(f"{tmp_path}/", "")
         assert not (tmp_path / "rows.csv").exists()
         assert not (tmp_path / "rows.csv.parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("weights", "sha256:other", "rows of tiny-wan with weights sha256:other, this run with weights sha256:"),
+        ("dtype", "bf16", "rows of tiny-wan with dtype bf16, this run with dtype fp32"),
+        ("convention", "svg", "rows with convention svg, this run with convention videosparse"),
+    ],
+)
+def test_a_table_of_other_weights_is_left_as_it_is(program, tmp_path, calls, capsys, column, value, told):
+    """Also where none of its videos is asked for: its rows have another number of steps."""
+    output, settings = tmp_path / "rows.csv", program.settings_of(device="cpu")
+    row = dict.fromkeys(COLUMNS, "") | {"model": "tiny-wan", "setting": "dense", "steps": "2", "commit": "another"}
+    row |= program.kind_of(settings, program.weights_of(settings))
+    write_table(output, [row | {column: value}], COLUMNS)
+    before = output.read_bytes()
+    command = [*SMALL, "--limit", "1", "--output", str(output), "--methods", "other-noise"]
+    assert program.main(command) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.endswith("; use another --output.\n")
+    assert said.count("\n") == 1
+    assert calls == []
+    assert output.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+    write_table(output, [row], COLUMNS)
+    assert program.main(command) == 0, "other code may go on"
+    assert len(read_table(output)) == 3
+
+
+def test_integers_that_cannot_run_are_told_before_anything_is_made(program, tmp_path, calls, capsys):
+    command = [*SMALL, "--limit", "1", "--output", str(tmp_path / "rows.csv"), "--methods"]
+    assert program.main([*command, "paro@0.5+int8"]) == 2
+    told = "tiny-wan, paro 0.5, int8: int8 cannot run on cpu: it takes float16 and bfloat16 (got float32); "
+    assert capsys.readouterr().err == f"Error: {told}use --dtype bf16 or a setting without it.\n"
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
+    assert program.main([*command, "paro@0.5+int8", "radial:quant=int8", "random"]) == 1, "the others go on"
+    said = capsys.readouterr().err
+    assert f"Left out: {told}" in said
+    assert f"Failed: {told}" in said
+    assert "Left out: tiny-wan, radial, quant=int8: int8 cannot run" in said
+    assert "Calibrating" not in said
+    assert [row["setting"] for row in read_table(tmp_path / "rows.csv")] == ["dense", "random 0.5"]
 
 
 def test_time_that_is_up_ends_the_run(program, tmp_path, capsys):
@@ -268,7 +318,19 @@ def test_a_table_that_cannot_be_written_is_one_line(program, tmp_path, capsys):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("options", [["--block", "32"], ["--batch", "0"], ["--keep-videos", "-1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--block", "32"],
+        ["--batch", "0"],
+        ["--keep-videos", "-1"],
+        ["--first-steps", "nan"],
+        ["--first-steps", "7"],
+        ["--first-steps=-1"],
+        ["--seconds", "nan"],
+        ["--seconds=-1"],
+    ],
+)
 def test_options_out_of_range(program, capsys, options):
     with pytest.raises(SystemExit):
         program.arguments(["--output", "rows.csv", *options])

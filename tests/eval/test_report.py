@@ -15,7 +15,7 @@ pytest.importorskip("scipy")
 from videosparse.benchmark.rows import WHERE
 from videosparse.evaluation.maps import mosaic, png_of
 from videosparse.evaluation.prompts import load_prompts
-from videosparse.evaluation.table import write_table
+from videosparse.evaluation.table import read_table, write_table
 from videosparse.evaluation.work import COLUMNS
 from videosparse.generation.video import write_mp4
 from videosparse.metrics.bootstrap import interval
@@ -154,6 +154,101 @@ def test_what_is_missing_is_told(program, folder, tmp_path, capsys):
     assert program.main([str(folder / "rows.csv"), "--videos", str(path), "--output", str(path)]) == 2
     assert "is no folder; give the one that --keep-videos made" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [tmp_path / "empty.csv"], "no page, and no part of one"
+
+
+def test_a_page_replaces_no_table(program, folder, tmp_path, capsys):
+    table = tmp_path / "rows.csv"
+    table.write_bytes((folder / "rows.csv").read_bytes())
+    (tmp_path / "page.html").hardlink_to(table)
+    (tmp_path / "there.html").symlink_to(table)
+    (tmp_path / "rows").write_bytes(table.read_bytes())
+    for rows, output, told in (
+        ("rows.csv", "rows.csv", "is the name of a table"),
+        ("rows.csv", "new.parquet", "is the name of a table"),
+        ("rows.csv", "page.html", "which it would replace; use another name"),
+        ("rows.csv", "there.html", "which it would replace; use another name"),
+        ("rows", "../" + tmp_path.name + "/rows", "which it would replace; use another name"),
+    ):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        assert program.main([str(tmp_path / rows), "--output", str(tmp_path / output)]) == 2
+        assert told in capsys.readouterr().err
+        assert (tmp_path / rows).read_bytes() == (folder / "rows.csv").read_bytes()
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def told(program, folder, tmp_path, capsys):
+    """What is said of tables with changed rows: `told(change, ...)` writes a table for each function of a list."""
+
+    def run(*changes, videos=()):
+        paths = [tmp_path / f"{number}.csv" for number in range(len(changes))]
+        for path, change in zip(paths, changes, strict=True):
+            rows = read_table(folder / "rows.csv")
+            change(rows)
+            write_table(path, rows, COLUMNS)
+        code = program.main([*map(str, paths), "--output", str(tmp_path / "page.html"), *videos])
+        said = capsys.readouterr()
+        assert (tmp_path / "page.html").exists() == (code == 0)
+        return said.out if code == 0 else said.err.replace(f"{tmp_path}/", "")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "expected"),
+    [
+        ("psnr_db", "abc", "a number or empty"),
+        ("psnr_db", "nan", "a number or empty"),
+        ("ssim", "inf", "a number or empty"),
+        ("tokens", "many", "a whole number or empty"),
+        ("frames", "5.5", "a whole number"),
+        ("drift", "0:1.0 2", "seconds:cosine pairs"),
+    ],
+)
+def test_a_cell_that_is_no_number_is_found(told, column, text, expected):
+    said = told(lambda rows: rows[2].update({column: text}))
+    assert said.startswith(f"Error: 0.csv, row 3, column {column} must hold {expected} (got ")
+    assert said.count("\n") == 1
+
+
+def test_the_psnr_of_equal_frames_is_shown(told):
+    assert told(lambda rows: rows[2].update(psnr_db="inf"))
+
+
+def test_a_video_of_two_tables_counts_once(told, tmp_path):
+    assert told(lambda rows: None).startswith(f"{tmp_path}/page.html: 64 rows")
+    alone = (tmp_path / "page.html").read_text()
+    assert told(lambda rows: None, lambda rows: [row.update(commit="b", seconds="9") for row in rows])
+    assert (tmp_path / "page.html").read_text() == alone
+    (tmp_path / "page.html").unlink()
+    said = told(lambda rows: None, lambda rows: rows[4].update(ssim="0.5"))
+    assert "0.csv, row 5 and " in said
+    assert "1.csv, row 5 are of one video (ceiling, seed " in said
+    assert "'' and '0.5'; give tables of one comparison" in said
+
+
+@pytest.mark.parametrize(("column", "of"), [("weights", " of tiny-wan"), ("dtype", " of tiny-wan"), ("convention", "")])
+def test_tables_of_two_kinds_are_not_one_page(told, column, of):
+    def change(value):
+        return lambda rows: [row.update({column: value, "steps": value}) for row in rows]
+
+    said = told(change("a"), change("b"))
+    assert f"0.csv has rows{of} with {column} a, 1.csv with {column} b; a page shows rows of one kind" in said
+
+
+@pytest.mark.parametrize("column", ["video", "map"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
+def test_files_beyond_the_folder_of_videos_are_not_opened(told, folder, tmp_path, column, name):
+    (tmp_path / "secret").write_text("of others")
+    (tmp_path / "videos").mkdir()
+
+    def change(rows):
+        for row in rows:
+            row.update(video="", map="")
+        rows[0][column] = name
+
+    said = told(change, videos=("--videos", str(tmp_path / "videos")))
+    assert f"A row names {name!r}, which is not in --videos videos" in said
 
 
 TIMES = "[...document.querySelectorAll('video')].map((video) => video.currentTime)"

@@ -122,7 +122,7 @@ def test_fidelity_to_a_reference(program, folders, capsys):
         "--no-download",
     ]
     assert program.main([*command, "--output", str(fast / "other"), "--name", "radial"]) == 0
-    rows = table(fast / "other" / "radial_fidelity.csv")
+    rows = table(fast / "other" / "radial_fidelity_fastvideo.csv")
     assert [row["video"] for row in rows] == ["a cat-0", "a dog-0"]
     assert {row["convention"] for row in rows} == {"fastvideo"}
     assert {row["frames_from"] for row in rows} == {"decoded"}
@@ -142,12 +142,65 @@ def test_long_videos(program, folders):
     assert {row["feature"] for row in rows} == {"colour"}
 
 
+def test_videos_too_short_for_drift_are_told(program, folders, capsys):
+    fast, _ = folders
+    command = [str(fast), "--dimensions", "temporal_flickering", "--long", "--no-download"]
+    assert program.main(command) == 0
+    assert capsys.readouterr().err == ""
+    for seed, prompt in enumerate(("a cat", "a dog")):
+        write_mp4(fast / f"{prompt}-0.mp4", gliding(frames=8, seed=seed), 4)
+    for earlier in (True, False):
+        assert program.main(command) == 0
+        told = capsys.readouterr().err.splitlines()
+        old = "fast_long_drift.csv is of an earlier run, and this run has no rows for it; it is now"
+        why = "has no drift; it is not longer than one clip of 2 seconds."
+        assert told == [f"Note: {old} fast_long_drift.csv.old."] * earlier + [
+            f"Note: a cat-0.mp4: {why}",
+            f"Note: a dog-0.mp4: {why}",
+        ]
+
+
 def test_summarise(program, tmp_path, capsys):
     path = tmp_path / "by_vbench.json"
     path.write_text(json.dumps({"temporal_flickering": [1.0, []], "appearance_style": [0.0009, []]}))
     assert program.main(["--summarise", str(path)]) == 0
     said = capsys.readouterr().out
     assert "total: 0.8000, of what is there: no published figure" in said
+    assert "range" not in said
+
+
+def test_summarise_tells_of_scores_outside_their_range(program, tmp_path, capsys):
+    path = tmp_path / "by_vbench.json"
+    path.write_text(json.dumps({"scene": [97, []], "temporal_flickering": [0.5, []]}))
+    assert program.main(["--summarise", str(path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "scene: 97.0000 is outside its range, 0 to 0.8222; it counts as 1" in said
+    assert "temporal_flickering: 0.5000 is outside its range, 0.6293 to 1; it counts as 0" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "holds no dimension; expected at least one with a score."),
+        (
+            '{"scene": [NaN, []]}',
+            "the score of scene must be a finite number (got nan); score it anew.",
+        ),
+        (
+            '{"scene": [0.5, [{"video_path": "a.mp4", "video_results": Infinity}]]}',
+            "the score of scene of a.mp4 must be a finite number (got inf); score it anew.",
+        ),
+    ],
+)
+def test_summarise_refuses_what_has_no_scores(program, tmp_path, capsys, text, told):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    assert program.main(["--summarise", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"Error: {path}")
+    assert line.endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +210,12 @@ def test_summarise(program, tmp_path, capsys):
         (["FAST", "--dimensions", "colour"], "Unknown dimension 'colour'"),
         (["FAST", "--suite", "absent.json"], "cannot be read as a prompt suite"),
         (["FAST", "--dimensions", "none", "--reference", "absent"], "no such folder"),
+        (["FAST", "--dimensions", "none"], "leaves nothing to compute; add --reference FOLDER"),
+        (["FAST", "--name", "../esc"], "--name must not start with a dot or hold a slash (got '../esc')"),
+        (["FAST", "--name", "a/b"], "--name must not start with a dot or hold a slash (got 'a/b')"),
+        (["FAST", "--name", ".a"], "--name must not start with a dot or hold a slash (got '.a')"),
+        ([__file__], "test_score_videos.py: is a file; expected a folder that holds videos"),
+        (["FAST", "--reference", __file__], "test_score_videos.py: is a file; expected a folder that holds videos"),
         (["--summarise", "absent.json"], "cannot be read as results"),
         (["FAST", "--dimensions", "free", "--output", f"{__file__}/out"], "is not a folder; choose another folder"),
     ],
@@ -170,6 +229,87 @@ def test_requests_that_cannot_be_carried_out(program, folders, tmp_path, capsys,
     assert message in said
     assert len(said.splitlines()) <= 2  # LPIPS may be noted before
     assert not (tmp_path / "absent").exists(), "a mistyped name must not become a folder"
+    assert not (folders[0] / "scores").exists(), "told before anything is scored"
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "eval_results.json", "fidelity_svg.csv", "drift.csv.part"])
+def test_a_folder_where_a_file_is_to_be(program, folders, capsys, name):
+    fast, dense = folders
+    place = fast / "scores" / f"mine_{name}"
+    place.mkdir(parents=True)
+    command = [str(fast), "--dimensions", "free", "--long", "--name", "mine", "--no-download"]
+    assert program.main([*command, "--reference", str(dense), "--convention", "svg"]) == 2
+    told = f"Error: {place} is a folder, where a file of scores is to be; rename it, or choose another --name."
+    assert capsys.readouterr().err.splitlines() == [told]
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("more", [[], ["--long"], ["--mixed-sizes"]])
+def test_a_bad_link_stops_nothing(program, folders, capsys, more):
+    fast, _ = folders
+    (fast / "dangling-0.mp4").symlink_to("nowhere.mp4")
+    (fast / "loop-0.mp4").symlink_to("loop-0.mp4")
+    assert program.main([str(fast), "--dimensions", "temporal_flickering", "--no-download", *more]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "Not computed: dangling-0.mp4: cannot be read (No such file or directory).",
+        "Not computed: loop-0.mp4: cannot be read (Too many levels of symbolic links).",
+    ]
+    prefix = "fast_long" if "--long" in more else "fast"
+    results = load_results(fast / "scores" / f"{prefix}_eval_results.json")
+    assert len(results["temporal_flickering"].videos) == 2
+
+
+def test_each_convention_has_its_table(program, folders):
+    fast, dense = folders
+    command = [str(fast), "--dimensions", "none", "--reference", str(dense), "--no-download"]
+    for more in ([], ["--convention", "svg"]):
+        assert program.main([*command, *more]) == 0
+    for name, convention in (("fast_fidelity.csv", "videosparse"), ("fast_fidelity_svg.csv", "svg")):
+        assert {row["convention"] for row in table(fast / "scores" / name)} == {convention}
+
+
+def test_a_table_of_another_reference_does_not_stay(program, folders, capsys):
+    fast, dense = folders
+    strange = dense.parent / "strange"
+    strange.mkdir()
+    (strange / "x-0.mp4").write_bytes((dense / "a cat-0.mp4").read_bytes())
+    command = [str(fast), "--dimensions", "none", "--no-download", "--reference"]
+    assert program.main([*command, str(dense)]) == 0
+    path = fast / "scores" / "fast_fidelity.csv"
+    before = path.read_text()
+    capsys.readouterr()
+    assert program.main([*command, str(strange)]) == 1
+    said = capsys.readouterr()
+    assert not path.exists()
+    assert path.with_name("fast_fidelity.csv.old").read_text() == before
+    assert (
+        "Note: fast_fidelity.csv is of an earlier run, and this run has no rows for it; it is now "
+        "fast_fidelity.csv.old." in said.err.splitlines()
+    )
+    assert said.out.splitlines() == ["Nothing written: no video could be compared."]
+
+
+def test_equal_frames_do_not_hide_the_others(program, folders, capsys):
+    fast, dense = folders
+    for video in ("a cat-0.mp4", "same-0.mp4"):
+        for folder in folders:
+            (folder / video).write_bytes((dense / "a cat-0.mp4").read_bytes())
+    command = [str(fast), "--dimensions", "none", "--reference", str(dense), "--no-download"]
+    assert program.main(command) == 0
+    said = capsys.readouterr().out
+    rows = {row["video"]: row["psnr"] for row in table(fast / "scores" / "fast_fidelity.csv")}
+    assert (rows["a cat-0"], rows["same-0"]) == ("inf", "inf")
+    (line,) = [line for line in said.splitlines() if "psnr" in line and "│" in line]
+    assert f" {float(rows['a dog-0']):.4f} " in line
+    assert (
+        "psnr: inf for 2 of 3 videos, 2 of them identical in all frames; mean and interval are of the other 1"
+        in said.splitlines()
+    )
+    (fast / "a dog-0.mp4").unlink()
+    assert program.main(command) == 0
+    said = capsys.readouterr().out
+    assert " inf " in next(line for line in said.splitlines() if "psnr" in line)
+    assert "mean and interval" not in said
 
 
 def test_another_kind_of_run_is_refused(program, folders, capsys):

@@ -122,6 +122,27 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
         load_prompts(tmp_path / "broken.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", r'list.json must hold \{"prompts": \[...\]\} \(got a JSON list\); see eval/prompts/world64.json'),
+        ('{"a": 1}', r"\(got no such list\)"),
+        ('{"prompts": {"a": 1}}', r"\(got no such list\)"),
+        ('{"prompts": ["a cat"]}', "list.json, prompt 1 must be an object with prompt, seed, objects, background"),
+        ('{"prompts": [{"prompt": "a cat"}]}', "list.json, prompt 1 has no 'seed'"),
+        (
+            '{"prompts": [{"prompt": "a", "seed": 1, "background": "flat", "objects": ["circle"]}]}',
+            "objects must be a list, each with shape, colour, motion",
+        ),
+    ],
+)
+def test_lists_of_another_form_are_told_what_is_expected(tmp_path, text, told):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        load_prompts(path)
+
+
 def test_intervals():
     values = [0.0] * 50 + [1.0] * 50
     found = interval(values)

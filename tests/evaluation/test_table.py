@@ -133,3 +133,37 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: .*rows.csv"), whole(tmp_path / "rows.csv") as part:
         full(part)
     assert not list(tmp_path.iterdir())
+
+
+KIND = ("model", "weights", "convention")
+
+
+def kind_store(tmp_path, *kinds):
+    """A store whose table has a row of each kind."""
+    path = tmp_path / "rows.csv"
+    write_table(path, [dict(zip(KIND, kind, strict=True)) | row("dense", n) for n, kind in enumerate(kinds)],
+                (*COLUMNS, *KIND))  # fmt: skip
+    return RowStore(path, (*COLUMNS, *KIND), KEY, fixed=("weights",), shared=("convention",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            ("wan", "b", "ours"),
+            r"rows.csv has rows of wan with weights a, this run with weights b; use another",
+        ),
+        (("wan", "", "ours"), "rows of wan with weights a, this run with no weights; use another --output"),
+        (("mochi", "c", "svg"), "has rows with convention ours, this run with convention svg; use another --output"),
+    ],
+)
+def test_rows_of_another_kind_have_no_place_in_a_table(tmp_path, kind, told):
+    store = kind_store(tmp_path, ("wan", "a", "ours"))
+    store.check(dict(zip(KIND, ("mochi", "c", "ours"), strict=True)))
+    with pytest.raises(ValueError, match=told):
+        store.check(dict(zip(KIND, kind, strict=True)))
+
+
+def test_a_table_of_two_kinds_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rows of wan with weights a, others with weights b; keep the rows of one"):
+        kind_store(tmp_path, ("wan", "a", "ours"), ("wan", "b", "ours"))

@@ -13,7 +13,7 @@ from videosparse.evaluation.running import Made
 from videosparse.evaluation.settings import Setting
 from videosparse.evaluation.table import RowStore
 from videosparse.evaluation.weights import weights_id
-from videosparse.evaluation.work import COLUMNS, FIXED, KEY, Comparison, workers
+from videosparse.evaluation.work import COLUMNS, FIXED, KEY, SHARED, Comparison, workers
 from videosparse.generation.sources import find_model
 
 PROMPTS = [Prompt("a cat", 1), Prompt("a dog", 2)]
@@ -45,7 +45,7 @@ class Batches:
 
 
 def compare(path, batches, commit="a", other=RADIAL):
-    store = RowStore(path, COLUMNS, KEY, fixed=FIXED)
+    store = RowStore(path, COLUMNS, KEY, fixed=FIXED, shared=SHARED)
     with workers(0) as submit:
         work = Comparison(batches, CONDITIONS, [DENSE, other], store, {"commit": commit, "run": "now"}, submit)
         work.run(PROMPTS, 0, lambda count: None)
@@ -79,8 +79,23 @@ def test_dense_videos_of_other_weights_or_code_are_not_taken(tmp_path, weights, 
 def test_rows_of_another_model_of_that_name_are_refused(tmp_path):
     path = tmp_path / "rows.csv"
     compare(path, Batches(0.25, "first"))
-    with pytest.raises(ValueError, match=r"rows of another weights \(first there, second now\).*another --output"):
+    told = r"rows.csv has rows of model with weights first, this run with weights second; use another --output"
+    with pytest.raises(ValueError, match=told):
         compare(path, Batches(0.25, "second"))
+
+
+def test_they_are_refused_at_another_size_too(tmp_path):
+    path, other = tmp_path / "rows.csv", Batches(0.25, "second")
+    compare(path, Batches(0.25, "first"))
+    other.settings.steps += 1
+    with pytest.raises(ValueError, match="with weights first, this run with weights second"):
+        compare(path, other)
+    assert other.made == []
+    other.weights, other.settings.dtype = "first", "bf16"
+    with pytest.raises(ValueError, match="with dtype fp32, this run with dtype bf16"):
+        compare(path, other)
+    other.settings.dtype = "fp32"
+    assert compare(path, other, commit="b")
 
 
 def test_the_hash_of_weights(tmp_path):

@@ -107,6 +107,21 @@ def test_failures_are_named_and_the_rest_goes_on(folders, ledger):
     assert told[-1] == ("", 4, 4)
 
 
+def test_links_to_nowhere_are_named_and_the_rest_goes_on(folders, ledger):
+    mine, theirs = folders
+    for name in ("dangling-0.mp4", "raw-0.safetensors"):
+        for folder in folders:
+            (folder / name).symlink_to("nowhere")
+    (mine / "loop-0.mp4").symlink_to("loop-0.mp4")
+    (theirs / "loop-0.mp4").write_bytes((theirs / "a-0.mp4").read_bytes())
+    found = score_pairs(mine, theirs, ledger)
+    assert [row["video"] for row in found.rows] == ["a-0"]
+    dangling, loop, raw = found.failures
+    assert dangling == "dangling-0.mp4: cannot be read (No such file or directory)."
+    assert loop == "loop-0.mp4: cannot be read (Too many levels of symbolic links)."
+    assert raw.startswith("raw-0.safetensors: is no file of raw frames (No such file or directory")
+
+
 def test_an_unknown_convention(folders, ledger):
     with pytest.raises(ValueError, match="Unknown convention 'mine'; known are videosparse, svg, fastvideo"):
         score_pairs(*folders, ledger, convention="mine")

@@ -2,6 +2,7 @@
 
 import os
 from fractions import Fraction
+from pathlib import Path
 
 import footage
 import numpy as np
@@ -102,6 +103,9 @@ def test_files_that_cannot_be_read(tmp_path):
         read_video(tmp_path / "cut-0.mp4")
     with pytest.raises(VideoError, match=r"^absent.mp4: cannot be read \(No such file"):
         read_video(tmp_path / "absent.mp4")
+    (tmp_path / "link-0.mp4").symlink_to("nowhere.mp4")
+    with pytest.raises(VideoError, match=r"^link-0.mp4: cannot be read \(No such file"):
+        read_video(tmp_path / "link-0.mp4")
     write_images(tmp_path / "mixed-0.mkv", [(32, 32), (32, 32), (48, 32)])
     with pytest.raises(VideoError, match=r"^mixed-0.mkv: its frames have mixed sizes \(32x32 and 32x48\)"):
         read_video(tmp_path / "mixed-0.mkv")
@@ -110,6 +114,17 @@ def test_files_that_cannot_be_read(tmp_path):
         read_video(tmp_path / "raw-0.safetensors")
     assert probe_size(junk) is None
     assert probe_size(tmp_path / "raw-0.safetensors") is None
+
+
+def test_a_file_that_may_not_be_looked_at(tmp_path, monkeypatch):
+    """As a link into a folder of somebody else's."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(VideoError, match=r"^link-0.mp4: cannot be read \(Permission denied\)"):
+        read_video(tmp_path / "link-0.mp4")
 
 
 def test_a_sound_file_has_no_video(tmp_path):
@@ -156,6 +171,8 @@ def test_finding_videos(tmp_path):
         find_videos(tmp_path)
     with pytest.raises(VideoError, match="no such folder"):
         find_videos(tmp_path / "absent")
+    with pytest.raises(VideoError, match=r"notes.txt: is a file; expected a folder that holds videos"):
+        find_videos(tmp_path / "notes.txt")
     with pytest.raises(VideoError, match="holds no videos"):
         find_videos(tmp_path / "scores")
 

@@ -6,12 +6,18 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from videosparse.synthetic.captions import Expected, parse_caption
 from videosparse.synthetic.scene import Scene, arrange_scene
 
 Triple = tuple[str, str, str]
 """Shape, colour and motion of an object."""
+
+
+_NAMES = ("prompt", "seed", "objects", "background")
+_PARTS = ("shape", "colour", "motion")
+_SEE = "see eval/prompts/world64.json."
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def load_prompts(path: Path) -> list[Prompt]:
         found = _of_world(path, text) if path.suffix == ".json" else _of_text(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise ValueError(f"Cannot read prompts from {path} ({reason}); see eval/prompts/world64.json.") from error
+        raise ValueError(f"Cannot read prompts from {path} ({reason}); {_SEE}") from error
     if not found:
         raise ValueError(f"{path} holds no prompt; write one a line.")
     return found
@@ -70,7 +76,7 @@ def _of_text(text: str) -> list[Prompt]:
 
 def _of_world(path: Path, text: str) -> list[Prompt]:
     prompts = []
-    for entry in json.loads(text)["prompts"]:
+    for entry in _entries(path, json.loads(text)):
         if not isinstance(entry["prompt"], str) or type(entry["seed"]) is not int:
             raise ValueError(f"{path}: a prompt must be text, its seed a whole number (got {entry}).")
         objects = tuple((o["shape"], o["colour"], o["motion"]) for o in entry["objects"])
@@ -80,3 +86,23 @@ def _of_world(path: Path, text: str) -> list[Prompt]:
             raise ValueError(f"{path}: {entry['prompt']!r} does not say {entry}; run --make-prompts again.")
         prompts.append(prompt)
     return prompts
+
+
+def _entries(path: Path, found: Any) -> list[dict[str, Any]]:
+    """The entries of a list as JSON has it; raises ValueError where it is none, or one lacks something."""
+    if not isinstance(found, dict) or not isinstance(found.get("prompts"), list):
+        got = "no such list" if isinstance(found, dict) else f"a JSON {type(found).__name__}"
+        raise ValueError(f'{path} must hold {{"prompts": [...]}} (got {got}); {_SEE}')
+    for number, entry in enumerate(found["prompts"], start=1):
+        _check_entry(f"{path}, prompt {number}", entry)
+    return list(found["prompts"])
+
+
+def _check_entry(place: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} must be an object with {', '.join(_NAMES)} (got {entry!r}); {_SEE}")
+    if lacks := [name for name in _NAMES if name not in entry]:
+        raise ValueError(f"{place} has no {lacks[0]!r}; {_SEE}")
+    objects = entry["objects"]
+    if not isinstance(objects, list) or not all(isinstance(o, dict) and o.keys() >= set(_PARTS) for o in objects):
+        raise ValueError(f"{place}: objects must be a list, each with {', '.join(_PARTS)} (got {objects!r}); {_SEE}")

@@ -80,15 +80,11 @@ class Batches:
         dtype: str = "auto",
         pipe: Any = None,
     ) -> None:
-        self.settings = _resolve(
-            GenerationRequest(
-                "any", model=model, method="dense", num_frames=frames, height=height, width=width, steps=steps,
-                guidance=guidance, device=device, dtype=dtype,
-            )
-        )  # fmt: skip
+        self.settings = settings_of(
+            model, frames=frames, height=height, width=width, steps=steps, guidance=guidance, device=device, dtype=dtype
+        )
         self.pipe = load_pipeline(self.settings)[0] if pipe is None else pipe
-        location = self.settings.source.location
-        self.weights = "" if location is None else weights_id(location)
+        self.weights = weights_of(self.settings)
 
     def size(self, prompts: int) -> int:
         """How many videos to make at once where nobody says."""
@@ -192,6 +188,36 @@ def _done(pipe: Any, index: int) -> torch.nn.Module | None:
         if index + 1 == first + steps:
             return transformer
     return None
+
+
+def settings_of(
+    model: str | None = None,
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Settings:
+    """What `Batches` of these arguments go by, before any weights are loaded.
+
+    Raises:
+        GenerationError: a value that the model cannot take.
+    """
+    return _resolve(
+        GenerationRequest(
+            "any", model=model, method="dense", num_frames=frames, height=height, width=width, steps=steps,
+            guidance=guidance, device=device, dtype=dtype,
+        )
+    )  # fmt: skip
+
+
+def weights_of(settings: Settings) -> str:
+    """What tells the weights of a model apart, as rows have it; "" where it has no place of its own."""
+    location = settings.source.location
+    return "" if location is None else weights_id(location)
 
 
 def _resolve(request: GenerationRequest) -> Settings:

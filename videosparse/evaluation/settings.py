@@ -19,10 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from videosparse.cases import ModelSpec
 from videosparse.evaluation.random_blocks import RandomProcessor
+from videosparse.generation.environment import DTYPES
 from videosparse.generation.errors import GenerationError, nearest
 from videosparse.generation.methods import make_processor, parse_overrides
+from videosparse.kernels import int8_path
 from videosparse.kernels.options import QUANTS
 from videosparse.layout import TokenLayout, VideoGrid
 from videosparse.policies.radial import RadialPolicy
@@ -69,6 +73,20 @@ class Setting:
             name += ", density of radial" if self.density == OWN_DENSITY else f" {self.density}"
         orders = {"raster": ["raster order"], "mass": ["orders by mass"]}.get(kind, [])
         return ", ".join([name, *orders, *filter(None, [self.quant]), *self.options])
+
+    def unavailable(self, device: torch.device, dtype: str, head_dim: int) -> str | None:
+        """Why integer attention, where the setting asks for it, cannot run there; None where it can.
+
+        Args:
+            device: of the model.
+            dtype: its precision, "fp32", "bf16" or "fp16".
+            head_dim: its channels of a head.
+        """
+        quant = _given(self).get("quant", self.quant)
+        if quant is None or (reason := int8_path.unavailable(quant, device, DTYPES[dtype], head_dim)) is None:
+            return None
+        helps = "" if DTYPES[dtype] in int8_path.DTYPES else " --dtype bf16 or"
+        return f"{quant} cannot run on {device}: {reason}; use{helps} a setting without it."
 
     @property
     def is_reference(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from videosparse.benchmark.rows import write_rows
+from videosparse.evaluation.kinds import Kinds
 from videosparse.files import whole
 from videosparse.wording import install_extra
 
@@ -22,6 +23,7 @@ Row = dict[str, str]
 
 _PARQUET = ".parquet"
 _EXPECTED = "expected rows of eval/compare_methods.py."
+_ANOTHER = "use another --output."
 
 
 def read_table(path: Path, needed: Sequence[str] = ()) -> list[Row]:
@@ -68,45 +70,48 @@ class RowStore:
         columns: of a row, in their order.
         key: the columns that tell videos apart: a video with the same is not made again.
         process: number of this process; each has a file of its own.
-        fixed: columns in which videos of one key must agree: another value is of another comparison, and refused.
+        fixed: columns in which all rows of one model must agree, such as its weights.
+        shared: columns in which all rows must agree.
 
     Raises:
-        ValueError: rows that cannot be read.
+        ValueError: rows that cannot be read, or do not agree in what is fixed or shared.
     """
 
     def __init__(
-        self, output: Path, columns: Sequence[str], key: Sequence[str], process: int = 0, fixed: Sequence[str] = ()
+        self,
+        output: Path,
+        columns: Sequence[str],
+        key: Sequence[str],
+        process: int = 0,
+        fixed: Sequence[str] = (),
+        shared: Sequence[str] = (),
     ) -> None:
         check_table_name(output)
-        self.output, self.columns, self.key, self.fixed = output, tuple(columns), tuple(key), tuple(fixed)
+        self.output, self.columns, self.key = output, tuple(columns), tuple(key)
         self.folder = output.with_name(output.name + ".parts")
         self.own = self.folder / f"rows-{process}.jsonl"
-        self._done = {self.key_of(row): self._fixed_of(row) for row in self.rows()}
+        self._done, self._kinds = set[tuple[str, ...]](), Kinds(fixed, shared)
+        for row in self.rows():
+            self._done.add(self.key_of(row))
+            self._kinds.add(row, str(output), f"keep the rows of one kind in it, or {_ANOTHER}")
 
     def key_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """What tells its video apart."""
         return tuple(str(row[name]) for name in self.key)
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Raise ValueError where a row, which may hold its model and fixed and shared columns alone, has no place here:
+        rows of its model say something else in one of these columns. One line for people."""
+        self._kinds.check(row, "this run", _ANOTHER)
+
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether the video of a row is here, which may hold its key and fixed columns alone.
+        """Whether the video of a row is here, which may hold its key, fixed and shared columns alone.
 
         Raises:
-            ValueError: it is, with another value in one of the fixed columns.
+            ValueError: see `check`.
         """
-        known = self._done.get(self.key_of(row))
-        if known is None:
-            return False
-        for name, before, now in zip(self.fixed, known, self._fixed_of(row), strict=True):
-            if before and before != now:
-                raise ValueError(
-                    f"{self.output} has rows of another {name} ({before} there, {now} now) under the same names; use "
-                    "another --output."
-                )
-        return True
-
-    def _fixed_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """Empty for what a row does not say, such as one of an earlier version."""
-        return tuple(str(row.get(name) or "") for name in self.fixed)
+        self.check(row)
+        return self.key_of(row) in self._done
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, which are on disk when this returns."""
@@ -121,7 +126,7 @@ class RowStore:
         except OSError as error:  # a full disk names no file
             error.filename = str(self.own)
             raise
-        self._done |= {self.key_of(row): self._fixed_of(row) for row in listed}
+        self._done |= {self.key_of(row) for row in listed}
 
     def take(self, paths: Iterable[Path], may_differ: Sequence[str] = ()) -> None:
         """Add the rows of other tables, as of other machines; a video that several have must be the same in all.
@@ -131,12 +136,15 @@ class RowStore:
             may_differ: columns in which two rows of one video need not agree; the first one stays.
 
         Raises:
-            ValueError: one cannot be read, lacks a column, or says otherwise of a video; then none is added.
+            ValueError: one cannot be read, lacks a column, says otherwise of a video, or has rows that do not agree
+                with others in what is fixed or shared; then none is added.
         """
+        kinds = self._kinds.copy()
         known = {self.key_of(row): row for row in self.rows()}
         before, compared = set(known), [name for name in self.columns if name not in may_differ]
         for path in paths:
             for row in read_table(path, self.columns):
+                kinds.add(row, str(path), "merge rows of one comparison only.")
                 key = self.key_of(row)
                 first = known.setdefault(key, row)
                 if differs := [name for name in compared if first.get(name, "") != row[name]]:
@@ -145,6 +153,7 @@ class RowStore:
                         f"{first.get(differs[0], '')!r} ({', '.join(key)}); merge rows of one comparison only."
                     )
         self.add(row for key, row in known.items() if key not in before)
+        self._kinds = kinds
 
     def rows(self) -> list[Row]:
         """All rows so far, of all processes: one for each key, the newest."""
@@ -191,7 +200,7 @@ def number(row: Mapping[str, str], name: str) -> float | None:
 def check_counts(rows: Iterable[Row], names: Sequence[str]) -> None:
     """Raise ValueError where a cell of these columns is no whole number; one line for people."""
     for name, text in ((name, row[name]) for row in rows for name in names):
-        if not text.isdigit():
+        if not text.isdecimal():
             raise ValueError(f"Column {name} must hold whole numbers (got {text!r}); {_EXPECTED}")
 
 

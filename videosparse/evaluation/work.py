@@ -31,6 +31,7 @@ from videosparse.evaluation.table import RowStore
 from videosparse.files import whole, write_tensors
 from videosparse.generation.errors import GenerationError, one_line
 from videosparse.generation.output import WHOLE, slug
+from videosparse.generation.request import Settings
 from videosparse.generation.video import write_mp4
 from videosparse.metrics.fidelity import CONVENTION
 
@@ -42,18 +43,26 @@ KEY = (
 FIXED = ("weights", "dtype")
 """Columns of which a table has one value for each model."""
 
+SHARED = ("convention",)
+"""Columns of which a table has one value."""
+
 TIMED = ("seconds", "denoise_seconds", "batch", "video", "map", "map_shows", *WHERE)
 """Columns in which two runs of one comparison differ."""
 
 COLUMNS = (
     *KEY, "method", "asked_density", "quant", "tokens", "video_density", "average_density", "seconds",
-    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "drift", "convention", *FIXED, "video", "map",
+    "denoise_seconds", "batch", *FIDELITY, *WORLD, *DIMENSIONS, "drift", *SHARED, *FIXED, "video", "map",
     "map_shows", *WHERE,
 )  # fmt: skip
 
 logger = logging.getLogger("videosparse")
 
 Submit = Callable[..., Future[Any]]
+
+
+def kind_of(settings: Settings, weights: str) -> dict[str, str]:
+    """What rows say of a model that is not the same in every comparison: the columns of `FIXED` and `SHARED`."""
+    return {"weights": weights, "dtype": settings.dtype, "convention": CONVENTION}
 
 
 @contextmanager
@@ -112,14 +121,14 @@ class Comparison:
     _waiting: list[tuple[dict[str, Any], Future[Any]]] = field(default_factory=list)
 
     def identity(self, setting: Setting, prompt: Prompt) -> dict[str, Any]:
-        """The columns of `KEY` and `FIXED`."""
+        """The columns of `KEY`, `FIXED` and `SHARED`."""
         made = self.batches.settings
         return {
             "model": made.source.name, "setting": setting.name, "prompt": prompt.prompt,
             "seed": prompt.seed + setting.seed_shift, "frames": made.num_frames, "height": made.height,
             "width": made.width, "steps": made.steps, "guidance": made.guidance,
             "block": "x".join(map(str, self.conditions.block)), "first_steps": self.conditions.first_steps,
-            "weights": self.batches.weights, "dtype": made.dtype,
+            **kind_of(made, self.batches.weights),
         }  # fmt: skip
 
     def missing(self, setting: Setting, prompts: Sequence[Prompt]) -> list[int]:
@@ -232,7 +241,6 @@ class Comparison:
         row: dict[str, Any] = self.identity(setting, seen.prompt) | {
             "method": setting.method, "quant": setting.quant, "tokens": run.grid.tokens,
             "asked_density": None if density is None else round(density, 4), "batch": made.count,
-            "convention": CONVENTION,
         }  # fmt: skip
         for name in ("video_density", "average_density", *(("seconds", "denoise_seconds") if self.timed else ())):
             value = getattr(made, name)

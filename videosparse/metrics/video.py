@@ -165,10 +165,11 @@ def find_videos(folder: Path) -> dict[str, dict[str, Path]]:
     other tensors, such as LoRAs, are left out; so is what `--compare` shows of two videos side by side.
 
     Raises:
-        VideoError: there is no such folder, it has no videos, two decoded files share a stem, or a name is no UTF-8.
+        VideoError: it is no folder, it has no videos, two decoded files share a stem, or a name is no UTF-8.
     """
     if not folder.is_dir():
-        raise VideoError(f"{folder}: no such folder; give one that holds videos ({', '.join(ENDINGS)}).")
+        what = "is a file; expected a folder" if folder.is_file() else "no such folder; give one"
+        raise VideoError(f"{folder}: {what} that holds videos ({', '.join(ENDINGS)}).")
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -232,9 +233,9 @@ def _decode(path: Path) -> Video:
     import av
 
     name = path.name
-    if path.is_file() and not path.stat().st_size:
-        raise VideoError(f"{name}: is empty; it has no bytes.")
     try:
+        if path.is_file() and not path.stat().st_size:
+            raise VideoError(f"{name}: is empty; it has no bytes.")
         with av.open(str(path)) as file:
             if not file.streams.video:
                 raise VideoError(f"{name}: has no video stream.")

@@ -50,6 +50,10 @@ def test_a_file_by_vbench(tmp_path):
     [
         ("{", "cannot be read as results"),
         ("[1]", "expected dimensions by name"),
+        ("{}", "c.json holds no dimension; expected at least one"),
+        ('{"color": [NaN, []]}', r"c.json: the score of color must be a finite number \(got nan\)"),
+        ('{"color": [1, [{"video_path": "a", "video_results": NaN}]]}', "score of color of a must be a finite number"),
+        (f'{{"color": [1{"0" * 400}, []]}}', "color has another shape than"),
         ('{"color": 0.5}', "color has another shape than"),
         ('{"color": [0.5, [{"video": 1}]]}', "color has another shape than"),
     ],
@@ -155,3 +159,5 @@ def test_stamps_change_with_files(tmp_path):
     assert stamp_of(a, b) == before
     b.write_text("22")
     assert stamp_of(a, b) != before
+    b.unlink()
+    assert stamp_of(a, b).endswith(" absent")

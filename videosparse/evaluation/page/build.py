@@ -345,7 +345,7 @@ def _maps(size: Size, videos: Path) -> str:
         row = next((row for row in group.rows if row.get("map")), None)
         if row is None:
             continue
-        data = base64.b64encode(_file(videos / row["map"])).decode()
+        data = base64.b64encode(_file(_inside(videos, row["map"]))).decode()
         text = f"{group.setting}: {row.get('map_shows', '')}"
         figures.append(
             f'<figure class="map"><img src="data:image/png;base64,{data}" alt="Block maps of {escape(text)}">'
@@ -366,8 +366,8 @@ def _reel(size: Size, videos: Path) -> dict[str, Any]:
     for group in size.groups:
         for row in group.rows:
             if row.get("video"):
-                data = _file(videos / row["video"])
-                fps = _fps(videos / row["video"])
+                path = _inside(videos, row["video"])
+                data, fps = _file(path), _fps(path)
                 note = f"{float(row['psnr_db']):.1f} dB" if row.get("psnr_db") else ""
                 one = {
                     "setting": group.setting,
@@ -393,6 +393,14 @@ def _sparsest(size: Size) -> list[str]:
         if group.is_sparse:
             found[group.series] = group.setting
     return [group.setting for group in size.groups if group.setting in found.values()]
+
+
+def _inside(videos: Path, name: str) -> Path:
+    """A file of the folder of kept videos; rows come from elsewhere, and may name any file of this machine."""
+    path = videos / name
+    if not path.resolve().is_relative_to(videos.resolve()):
+        raise ValueError(f"A row names {name!r}, which is not in --videos {videos}; use rows that you trust.")
+    return path
 
 
 def _file(path: Path) -> bytes:

@@ -86,6 +86,16 @@ class Ledger:
 
 
 def stamp_of(*paths: Path) -> str:
-    """Changes when one of the files does: sizes and times of writing."""
-    found = (path.stat() for path in paths)
-    return " ".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in found)
+    """Changes when one of the files does: sizes and times of writing.
+
+    A file that is not there, such as what a dangling link points to, is "absent"; reading it says why.
+    """
+    return " ".join(_stamp(path) for path in paths)
+
+
+def _stamp(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
+        return "absent"
+    return f"{stat.st_size}-{stat.st_mtime_ns}"

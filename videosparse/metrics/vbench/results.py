@@ -11,6 +11,7 @@ missing) goes into tables beside it, never into it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,8 @@ def load_results(path: Path) -> dict[str, DimensionResult]:
     """Read a results file, ours or VBench's.
 
     Raises:
-        ValueError: it cannot be read, or has another shape; one line for people.
+        ValueError: it cannot be read, holds no dimension, has another shape, or a score that is no finite number; one
+            line for people.
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -112,6 +114,8 @@ def load_results(path: Path) -> dict[str, DimensionResult]:
         raise ValueError(f"{path} cannot be read as results ({error}).") from error
     if not isinstance(told, Mapping):
         raise ValueError(f"{path} holds no results: expected dimensions by name.")
+    if not told:
+        raise ValueError(f"{path} holds no dimension; expected at least one with a score.")
     return {name: _read_dimension(name, entry, path) for name, entry in told.items()}
 
 
@@ -121,8 +125,14 @@ def _read_dimension(name: str, entry: Any, path: Path) -> DimensionResult:
     try:
         score, videos = entry
         found = {str(v["video_path"]): float(v["video_results"]) / times for v in videos}
-        return DimensionResult(float(score), found)
-    except (TypeError, ValueError, KeyError) as error:
+        result = DimensionResult(float(score), found)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{path}: {name} has another shape than [score, [{{video_path, video_results}}, ...]] ({error!r})."
         ) from error
+    for place, value in {"": result.score, **{f" of {video}": value for video, value in found.items()}}.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{path}: the score of {name}{place} must be a finite number (got {value}); score it anew."
+            )
+    return result

@@ -17,7 +17,7 @@ from typing import Any
 
 from videosparse.metrics.vbench import DIMENSIONS, SCALES
 from videosparse.metrics.vbench.dimension import Context, Dimension, VideoScore
-from videosparse.metrics.vbench.drift import DriftCurve, clip_bounds, drift
+from videosparse.metrics.vbench.drift import CLIP_SECONDS, DriftCurve, clip_bounds, drift
 from videosparse.metrics.vbench.ledger import Ledger, stamp_of
 from videosparse.metrics.vbench.models import Models
 from videosparse.metrics.vbench.prompts import Suite, SuitePrompt, prompt_of
@@ -300,6 +300,10 @@ def _collect(
         curves = [DriftCurve(key, tuple(p[0]), tuple(p[1])) for key, p in points.items() if p]
         if curves:
             scores.drift[str(job.path)] = curves
+        elif [] in points.values():  # followed, and found to be one clip; what could not be read has None
+            scores.notes.append(
+                f"{job.path.name}: has no drift; it is not longer than one clip of {CLIP_SECONDS:g} seconds."
+            )
 
 
 def _pool_clips(found: dict[str, VideoScore]) -> float:
