@@ -132,7 +132,7 @@ def wanted_settings(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list
 
 
 def run_options(args: argparse.Namespace, state: Any) -> dict[str, Any]:
-    """Size, schedule, device and precision, as `Batches` take them."""
+    """Size, schedule, device and precision, as `settings_of` takes them."""
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and args.device == "auto" else args.device
     if device.startswith("cuda:") and not torch.cuda.is_available():
         device = "cpu"
@@ -146,18 +146,22 @@ def unavailable(settings: Sequence[Setting], run: Settings) -> dict[str, str]:
     return {name: reason for name, reason in why.items() if reason is not None}
 
 
-def check_runs(args: argparse.Namespace, options: dict[str, Any], settings: list[Setting], store: RowStore) -> None:
-    """Raise ValueError for what needs no weights to be seen, of all models before the first one is loaded.
+def runs_of(args: argparse.Namespace, state: Any, settings: list[Setting], store: RowStore) -> list[Settings]:
+    """What each model is asked for; what needs no weights to be seen is told before the first one is loaded.
 
-    Sizes that a model cannot take, rows of another kind in the table, or no setting but dense that can run.
+    Raises:
+        ValueError: a size that a model cannot take, rows of another kind in the table, or no setting but dense that can
+            run.
     """
-    for model in args.models:
-        run = settings_of(model, **options)
+    options = run_options(args, state)
+    runs = [settings_of(model, **options) for model in args.models]
+    for run in runs:
         store.check({"model": run.source.name, **kind_of(run, weights_of(run))})
         asked = [setting.name for setting in settings if not setting.is_reference]
         cannot = unavailable(settings, run)
         if asked and all(name in cannot for name in asked):
             raise GenerationError(f"{run.source.name}, {asked[0]}: {cannot[asked[0]]}")
+    return runs
 
 
 def chunks(prompts: Sequence[Prompt], size: int, processes: int) -> list[list[Prompt]]:
@@ -229,14 +233,13 @@ class Plans:
 
 def compare(args: argparse.Namespace, state: Any, submit: Any, store: RowStore, prompts: list[Prompt]) -> Any:
     """All models; returns (the keys of this comparison in the order of the table, what failed and why)."""
-    settings, options = wanted_settings(args, prompts), run_options(args, state)
-    check_runs(args, options, settings, store)
+    settings = wanted_settings(args, prompts)
     of_world = all(prompt.of_world for prompt in prompts)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     order: list[tuple[str, ...]] = []
     failed: dict[str, str] = {}
-    for model in args.models:
-        batches = Batches(model, **options)
+    for run in runs_of(args, state, settings, store):
+        batches = Batches(run)
         plans = Plans(args, batches, args.output.with_name(f"{args.output.stem}-plans"), state, of_world)
         source = batches.settings.source
         conditions = Conditions(

@@ -122,10 +122,10 @@ def test_planning_tells_the_densities_of_both(made, folder):
 
 def test_maps_of_both_are_drawn(made, folder, pipe):
     from videosparse.evaluation.prompts import Prompt
-    from videosparse.evaluation.running import Batches
+    from videosparse.evaluation.running import Batches, settings_of
 
     sizes = {"frames": 9, "height": 64, "width": 64, "steps": STEPS, "device": "cpu", "dtype": "fp32"}
-    batches = Batches(str(folder), **sizes, pipe=pipe)
+    batches = Batches(settings_of(str(folder), **sizes), pipe)
     picture = batches.make([Prompt("a square", 0)], PAROProcessor(made[0].path, first_steps=1), picture=True).picture
     assert picture.png.startswith(b"\x89PNG")
     assert "expert 1: layers 1, 2 of 2" in picture.caption

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from videosparse.blocks import pack_rows, unpack_rows
 from videosparse.layout import TokenLayout, VideoGrid, ceil_div
-from videosparse.policies.paro_plan import PAROPlan, blocks_kept, bucket_of, fingerprint, plain_config
+from videosparse.policies.paro_plan import PAROPlan, blocks_kept, bucket_of, fingerprint, full_fingerprint, plain_config
 
 CPU = torch.device("cpu")
 
@@ -228,17 +228,17 @@ def test_a_file_system_without_links(path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_weight_counts_where_it_is_asked_for(dtype):
     model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(1, 1)).to(dtype)
-    before, of_small = fingerprint(model, every=True), fingerprint(model)
+    before, of_small = full_fingerprint(model), fingerprint(model)
     with torch.no_grad():
         model[0].weight.mul_(1.25)  # too large for a plan's own
     assert fingerprint(model) == of_small
-    assert fingerprint(model, every=True) != before
+    assert full_fingerprint(model) != before
     with torch.no_grad():
         model[0].weight.div_(1.25)
         model[1].weight += 1
-    assert fingerprint(model, every=True) != before
-    assert fingerprint(model.double(), every=True) != fingerprint(model.float(), every=True)
-    assert fingerprint(model.to("meta"), every=True)
+    assert full_fingerprint(model) != before
+    assert full_fingerprint(model.double()) != full_fingerprint(model.float())
+    assert full_fingerprint(model.to("meta"))
 
 
 def test_a_plan_of_the_format_before_is_read(path):

@@ -58,33 +58,17 @@ class Batches:
     """A model at one size, ready to make batches of videos.
 
     Args:
-        model: folder, hub id or name; None is the embedded model.
-        frames, height, width, steps, guidance: None takes the model's default.
-        device, dtype: see `GenerationRequest`.
+        settings: model, size, schedule, device and precision; see `settings_of`.
         pipe: loaded already, of the same model, device and dtype.
 
     Raises:
-        GenerationError: a value that the model cannot take, or weights that cannot be loaded.
+        GenerationError: weights that cannot be loaded.
     """
 
-    def __init__(
-        self,
-        model: str | None = None,
-        *,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        pipe: Any = None,
-    ) -> None:
-        self.settings = settings_of(
-            model, frames=frames, height=height, width=width, steps=steps, guidance=guidance, device=device, dtype=dtype
-        )
-        self.pipe = load_pipeline(self.settings)[0] if pipe is None else pipe
-        self.weights = weights_of(self.settings)
+    def __init__(self, settings: Settings, pipe: Any = None) -> None:
+        self.settings = settings
+        self.pipe = load_pipeline(settings)[0] if pipe is None else pipe
+        self.weights = weights_of(settings)
 
     def size(self, prompts: int) -> int:
         """How many videos to make at once where nobody says."""
@@ -201,7 +185,12 @@ def settings_of(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Settings:
-    """What `Batches` of these arguments go by, before any weights are loaded.
+    """What `Batches` are made of, before any weights are loaded.
+
+    Args:
+        model: folder, hub id or name; None is the embedded model.
+        frames, height, width, steps, guidance: None takes the model's default.
+        device, dtype: see `GenerationRequest`.
 
     Raises:
         GenerationError: a value that the model cannot take.

@@ -45,6 +45,7 @@ from videosparse.policies.paro_plan import (
     bucket_of,
     config_hash,
     fingerprint,
+    full_fingerprint,
     plain_config,
 )
 from videosparse.stretching import extend_rope
@@ -391,7 +392,7 @@ def _loaded(pipe: Any) -> dict[str, Any]:
     config = pipe.scheduler.config
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {
-        **{f"set of {name} weights": fingerprint(part, every=True) for name, part in sorted(modules.items())},
+        **{f"set of {name} weights": full_fingerprint(part) for name, part in sorted(modules.items())},
         "shift": shift_of(config),
         "scheduler": f"{type(pipe.scheduler).__name__} {digest(plain_config(config))}",
         "boundary_ratio": getattr(pipe, "config", {}).get("boundary_ratio"),

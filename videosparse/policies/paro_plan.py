@@ -432,18 +432,11 @@ def _first_difference(own: Mapping[str, Any], other: Mapping[str, Any]) -> str |
     return next((key for key in sorted(own.keys() & other.keys()) if own[key] != other[key]), None)
 
 
-def fingerprint(transformer: torch.nn.Module, *, every: bool = False) -> str:
+def fingerprint(transformer: torch.nn.Module) -> str:
     """SHA-256 of what tells one set of weights from another: a sample of the small parameters, in bfloat16.
 
     Experts have one configuration and differ in weights alone. Empty where some are not loaded.
-
-    Args:
-        transformer: or another module.
-        every: whether each parameter counts, as it is: its name, shape and dtype, and up to 1024 of its values (none of
-            one that is not loaded, or is packed by a quantizer). The same on every device.
     """
-    if every:
-        return _of_every_parameter(transformer)
     small = [p for p in transformer.parameters() if p.numel() <= _SMALL_PARAMETER][:_SAMPLED_PARAMETERS]
     if not small or any(p.is_meta for p in small):
         return ""
@@ -453,7 +446,12 @@ def fingerprint(transformer: torch.nn.Module, *, every: bool = False) -> str:
     return found.hexdigest()
 
 
-def _of_every_parameter(module: torch.nn.Module) -> str:
+def full_fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of every parameter of a module: name, shape, dtype, and up to 1024 values as they are, on any device.
+
+    Of one that is not loaded, or is packed by a quantizer, no values count. It takes longer than `fingerprint`, whose
+    values stand in plans, and notices any training.
+    """
     found = hashlib.sha256()
     for name, parameter in module.named_parameters():
         found.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
